@@ -1,0 +1,378 @@
+"""The configuration inside the package: frozen, validated dataclasses, made from a ConfigDict at one boundary.
+
+`from_config_dict` collects every mistake (unknown name, wrong type, value out of range, fields that contradict each
+other) and raises one `ConfigError` that lists them all. Only the standard library is imported here, so that every
+entry point can answer --help at once.
+"""
+
+import dataclasses
+import difflib
+import json
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message lists every mistake, one a line."""
+
+
+def _f(default: Any, help: str, **rule: Any) -> Any:
+    """A field with its help text and rule (`choices`, `low`, `high`)."""
+    kind = {"default_factory": lambda: default} if isinstance(default, (list, dict)) else {"default": default}
+    return field(metadata={"help": help, **rule}, **kind)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The clips a run trains on; also the shape that `prepare` writes."""
+
+    path: str = _f("", "dataset directory written by motif_jax.prepare")
+    frames: int = _f(16, "frames per clip, T", low=2)
+    height: int = _f(320, "clip height in pixels", low=8)
+    width: int = _f(512, "clip width in pixels", low=8)
+    workers: int = _f(0, "Grain worker processes; 0 reads in threads of the training process", low=0)
+    threads: int = _f(4, "read threads per process", low=1)
+    prefetch: int = _f(8, "batches read ahead", low=1)
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """The offline job: videos and captions -> clips -> flow -> shards (paper section 4 and DynamiCrafter's loader)."""
+
+    frame_stride_min: int = _f(1, "smallest distance between sampled frames, in source frames", low=1)
+    frame_stride_max: int = _f(6, "largest distance between sampled frames, in source frames", low=1)
+    clips_per_video: int = _f(1, "clips cut from each video", low=1)
+    clips_per_shard: int = _f(64, "records per ArrayRecord shard", low=1)
+    flow: str = _f("raft_small", "flow estimator", choices=("raft_small", "raft_large", "exact"))
+    flow_weights: str = _f("", "RAFT weights, .safetensors or .pth, original or torchvision names; '' only with flow=exact")
+    flow_iterations: int = _f(12, "RAFT refinement iterations", low=1)
+    flow_stride: int = _f(8, "pixels per cell of the stored flow; 8 is RAFT's and the latents' grid", low=1)
+    image_format: str = _f("jpeg", "how frames are stored", choices=("jpeg", "png"))
+    jpeg_quality: int = _f(90, "JPEG quality", low=1, high=100)
+    validation_share: float = _f(0.02, "share of the videos held out in the split `validation`", low=0.0, high=0.5)
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """The VideoCrafter2 U-Net; field names follow the reference's YAML (`unet_config.params`)."""
+
+    in_channels: int = _f(8, "noisy latent plus image condition channels", low=1)
+    out_channels: int = _f(4, "latent channels", low=1)
+    model_channels: int = _f(320, "width of the outermost level", low=8)
+    channel_mult: tuple[int, ...] = _f((1, 2, 4, 4), "width of each level over model_channels")
+    num_res_blocks: int = _f(2, "residual blocks per level", low=1)
+    attention_resolutions: tuple[int, ...] = _f((4, 2, 1), "downsampling rates that carry attention")
+    num_head_channels: int = _f(64, "width of one attention head", low=1)
+    transformer_depth: int = _f(1, "blocks per transformer", low=1)
+    context_dim: int = _f(1024, "width of the text tokens", low=1)
+    temporal_conv: bool = _f(True, "temporal convolution after every residual block")
+    temporal_attention: bool = _f(True, "temporal transformer after every spatial one")
+    addition_attention: bool = _f(True, "temporal transformer `init_attn` after the first convolution")
+    fps_cond: bool = _f(True, "add an embedding of the frame rate")
+    dropout: float = _f(0.0, "dropout in residual blocks", low=0.0, high=0.9)
+    temporal_dropout: float = _f(0.1, "dropout in the temporal convolutions (the reference hard-codes 0.1)", low=0.0, high=0.9)
+    image_cross_attention: bool = _f(False, "DynamiCrafter's separate key/value projections for image tokens")
+    norm_groups: int = _f(32, "groups of every GroupNorm", low=1)
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """`kl` is the Stable Diffusion autoencoder; `pixel` moves pixel blocks to channels and loses nothing."""
+
+    kind: str = _f("kl", "autoencoder", choices=("kl", "pixel"))
+    factor: int = _f(8, "pixels per latent cell (kl: fixed by ch_mult)", low=1)
+    z_channels: int = _f(4, "latent channels (pixel: 3 * factor**2)", low=1)
+    scale_factor: float = _f(0.18215, "latents are multiplied by this after encoding", low=1e-6)
+    ch: int = _f(128, "kl: width of the outermost level", low=8)
+    ch_mult: tuple[int, ...] = _f((1, 2, 4, 4), "kl: width of each level over ch")
+    num_res_blocks: int = _f(2, "kl: residual blocks per level", low=1)
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """`openclip` is the ViT-H/14 tower; `words` gives every word a fixed random vector (no weights to download)."""
+
+    kind: str = _f("openclip", "text tower", choices=("openclip", "words"))
+    tokenizer: str = _f("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "openclip: local folder or Hugging Face name of the vocabulary")
+    vocab_size: int = _f(49408, "number of token ids", low=2)
+    context_length: int = _f(77, "tokens per sentence, L", low=2)
+    width: int = _f(1024, "width of one token, D", low=1)
+    layers: int = _f(24, "openclip: residual blocks (the last one is not run)", low=2)
+    heads: int = _f(16, "openclip: attention heads", low=1)
+
+
+@dataclass(frozen=True)
+class ConditionConfig:
+    """How image and text enter the network (paper section 3.2)."""
+
+    image: str = _f("repeat", "image latent: on all frames, or on frame 0 with a mask channel", choices=("repeat", "first"))
+    text_drop: float = _f(0.1, "share of samples trained with the empty sentence", low=0.0, high=1.0)
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """The noising process and what the network predicts (paper section 4, `videocrafter2.md`)."""
+
+    prediction: str = _f("v", "what the network predicts", choices=("v", "eps", "x0", "flow"))
+    loss_space: str = _f("", "space of the loss; '' is that of the prediction", choices=("", "v", "eps", "x0", "flow"))
+    num_timesteps: int = _f(1000, "training timesteps", low=2)
+    beta_start: float = _f(8.5e-4, "first beta; betas are linear in the square root", low=0.0, high=1.0)
+    beta_end: float = _f(1.2e-2, "last beta", low=0.0, high=1.0)
+    zero_terminal_snr: bool = _f(True, "rescale the schedule so that the last step is pure noise")
+    base_scale: float = _f(1.0, "dynamic rescale of x_0: 0.7 in VideoCrafter2, 1 is off", low=0.01, high=1.0)
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """The motion focal loss (paper equations 3 to 5)."""
+
+    motion_weight: float = _f(1.0, "lambda", low=0.0)
+    heatmap: str = _f("flow", "what the heatmap is made of", choices=("flow", "inverse", "latent_difference", "mask", "none"))
+    intensity: str = _f("diagonal", "unit of the flow magnitude", choices=("diagonal", "size", "clip_max", "frame_max"))
+    sharpness: float = _f(100.0, "slope of sigma", low=0.0)
+    threshold: float = _f(0.05, "sigma's midpoint", low=0.0)
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW."""
+
+    weight_decay: float = _f(0.01, "decoupled weight decay", low=0.0)
+    b1: float = _f(0.9, "first moment decay", low=0.0, high=1.0)
+    b2: float = _f(0.999, "second moment decay", low=0.0, high=1.0)
+    eps: float = _f(1e-8, "epsilon", low=0.0)
+    grad_clip: float = _f(0.0, "largest global gradient norm; 0 is off", low=0.0)
+    warmup_steps: int = _f(0, "linear warm-up", low=0)
+    schedule: str = _f("constant", "after the warm-up", choices=("constant", "cosine"))
+
+
+@dataclass(frozen=True)
+class EmaConfig:
+    decay: float = _f(0.9999, "decay of the averaged weights; 0 turns the average off", low=0.0, high=1.0)
+    warmup: bool = _f(True, "use min(decay, (1 + step) / (10 + step))")
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices per axis; -1 takes what is left."""
+
+    data: int = _f(-1, "data parallel", low=-1)
+    fsdp: int = _f(1, "parameters sharded", low=-1)
+    context: int = _f(1, "frames or tokens sharded", low=-1)
+    tensor: int = _f(1, "heads and channels sharded", low=-1)
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every: int = _f(1000, "steps between checkpoints", low=1)
+    keep: int = _f(2, "newest checkpoints kept", low=1)
+    keep_every: int = _f(0, "also keep every checkpoint at a multiple of this step; 0 is off", low=0)
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    every: int = _f(1000, "steps between validations; 0 is off", low=0)
+    batches: int = _f(4, "validation batches", low=1)
+    buckets: int = _f(5, "timestep buckets of figure 6", low=1)
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    every: int = _f(2000, "steps between sample sheets; 0 is off", low=0)
+    count: int = _f(4, "clips on a sheet", low=1)
+    steps: int = _f(50, "DDIM steps", low=1)
+    guidance: float = _f(7.5, "classifier-free guidance scale; 1 is off", low=0.0)
+    guidance_rescale: float = _f(0.0, "phi of the guidance rescale", low=0.0, high=1.0)
+    eta: float = _f(0.0, "DDIM eta", low=0.0, high=1.0)
+    fps: float = _f(8.0, "frame rate of the written video", low=0.1)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a run depends on besides its work directory."""
+
+    name: str = _f("motif", "name of the experiment")
+    seed: int = _f(0, "seed of weights, data order and noise", low=0)
+    steps: int = _f(32_000, "training steps", low=0)
+    batch_size: int = _f(64, "clips per step over all devices", low=1)
+    grad_accumulation: int = _f(1, "micro-batches per step", low=1)
+    learning_rate: float = _f(5e-5, "peak learning rate", low=0.0)
+    init_from: str = _f("", "start from these weights: an imported checkpoint directory or another run's work directory")
+    dtype: str = _f("bfloat16", "activation type; parameters, noise and loss are float32", choices=("float32", "bfloat16"))
+    remat: str = _f("none", "what the backward pass recomputes", choices=("none", "block"))
+    attention: str = _f("auto", "attention kernel", choices=("auto", "reference", "xla", "cudnn"))
+    log_every: int = _f(10, "steps between log lines", low=1)
+    data: DataConfig = _f(DataConfig(), "clips")
+    prepare: PrepareConfig = _f(PrepareConfig(), "the offline job")
+    unet: UNetConfig = _f(UNetConfig(), "denoising network")
+    autoencoder: AutoencoderConfig = _f(AutoencoderConfig(), "pixels <-> latents")
+    text: TextConfig = _f(TextConfig(), "sentence -> tokens")
+    condition: ConditionConfig = _f(ConditionConfig(), "image and text condition")
+    diffusion: DiffusionConfig = _f(DiffusionConfig(), "noise and objective")
+    loss: LossConfig = _f(LossConfig(), "motion focal loss")
+    optimizer: OptimizerConfig = _f(OptimizerConfig(), "AdamW")
+    ema: EmaConfig = _f(EmaConfig(), "averaged weights")
+    mesh: MeshConfig = _f(MeshConfig(), "devices")
+    checkpoint: CheckpointConfig = _f(CheckpointConfig(), "checkpoints")
+    eval: EvalConfig = _f(EvalConfig(), "validation")
+    sample: SampleConfig = _f(SampleConfig(), "samples")
+
+    @property
+    def latent_height(self) -> int:
+        return self.data.height // self.autoencoder.factor
+
+    @property
+    def latent_width(self) -> int:
+        return self.data.width // self.autoencoder.factor
+
+
+def _contradictions(c: Config) -> list[str]:
+    """Mistakes that only show when fields are read together."""
+    bad = []
+
+    def check(ok: bool, text: str) -> None:
+        if not ok:
+            bad.append(text)
+
+    factor, z = c.autoencoder.factor, c.autoencoder.z_channels
+    if c.autoencoder.kind == "pixel":
+        check(z == 3 * factor**2, f"autoencoder.z_channels={z}: a pixel autoencoder of factor {factor} has {3 * factor**2}")
+    else:
+        levels = 2 ** (len(c.autoencoder.ch_mult) - 1)
+        check(factor == levels, f"autoencoder.factor={factor}: ch_mult {c.autoencoder.ch_mult} gives {levels}")
+    unit = factor * 2 ** (len(c.unet.channel_mult) - 1)
+    for side in ("height", "width"):
+        n = getattr(c.data, side)
+        check(n % unit == 0, f"data.{side}={n}: must be a multiple of {unit} (autoencoder.factor times the U-Net's downsampling)")
+        check(n % c.prepare.flow_stride == 0, f"data.{side}={n}: must be a multiple of prepare.flow_stride={c.prepare.flow_stride}")
+    check(c.unet.out_channels == z, f"unet.out_channels={c.unet.out_channels}: must equal autoencoder.z_channels={z}")
+    want = 2 * z + (c.condition.image == "first")
+    check(
+        c.unet.in_channels == want,
+        f"unet.in_channels={c.unet.in_channels}: must be {want} (noisy latent {z}, image latent {z}"
+        + (", mask 1)" if c.condition.image == "first" else ")"),
+    )
+    check(c.unet.context_dim == c.text.width, f"unet.context_dim={c.unet.context_dim}: must equal text.width={c.text.width}")
+    check(len(c.unet.channel_mult) > 0, "unet.channel_mult=(): must name at least one level")
+    for m in c.unet.channel_mult:
+        width = m * c.unet.model_channels
+        check(width % c.unet.norm_groups == 0, f"unet.norm_groups={c.unet.norm_groups}: must divide the level width {width}")
+        check(width % c.unet.num_head_channels == 0, f"unet.num_head_channels={c.unet.num_head_channels}: must divide the level width {width}")
+    check(
+        c.prepare.frame_stride_min <= c.prepare.frame_stride_max,
+        f"prepare.frame_stride_min={c.prepare.frame_stride_min}: must not exceed prepare.frame_stride_max={c.prepare.frame_stride_max}",
+    )
+    check(
+        c.prepare.flow == "exact" or c.prepare.flow_stride % 8 == 0,
+        f"prepare.flow_stride={c.prepare.flow_stride}: RAFT's grid is 8 pixels; smaller cells exist for flow=exact only",
+    )
+    check(
+        c.batch_size % c.grad_accumulation == 0,
+        f"grad_accumulation={c.grad_accumulation}: must divide batch_size={c.batch_size}",
+    )
+    check(
+        c.diffusion.beta_start <= c.diffusion.beta_end,
+        f"diffusion.beta_start={c.diffusion.beta_start}: must not exceed diffusion.beta_end={c.diffusion.beta_end}",
+    )
+    check(
+        not (c.diffusion.zero_terminal_snr and c.diffusion.prediction == "eps"),
+        "diffusion.zero_terminal_snr=True: impossible with prediction='eps' (x_0 is undefined at the last step); use 'v' or 'x0', or turn it off",
+    )
+    same_family = ("flow",) if c.diffusion.prediction == "flow" else ("v", "eps", "x0")
+    check(
+        c.diffusion.loss_space in ("", *same_family),
+        f"diffusion.loss_space={c.diffusion.loss_space!r}: with prediction={c.diffusion.prediction!r} one of {same_family}",
+    )
+    check(
+        [c.mesh.data, c.mesh.fsdp, c.mesh.context, c.mesh.tensor].count(-1) <= 1,
+        "mesh: at most one axis may be -1",
+    )
+    check(0 not in (c.mesh.data, c.mesh.fsdp, c.mesh.context, c.mesh.tensor), "mesh: an axis of 0 devices is impossible; use 1")
+    check(c.sample.steps <= c.diffusion.num_timesteps, f"sample.steps={c.sample.steps}: at most diffusion.num_timesteps={c.diffusion.num_timesteps}")
+    return bad
+
+
+def _coerce(value: Any, kind: Any, name: str, errors: list[str]) -> Any:
+    """`value` as `kind`; int is accepted for float, list for tuple, nothing else is converted."""
+    if typing.get_origin(kind) is tuple:
+        item = typing.get_args(kind)[0]
+        if isinstance(value, (list, tuple)) and all(isinstance(v, item) and not isinstance(v, bool) for v in value):
+            return tuple(value)
+        errors.append(f"{name}={value!r}: must be a list of {item.__name__}")
+        return None
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+        return value
+    errors.append(f"{name}={value!r}: must be {kind.__name__}, not {type(value).__name__}")
+    return None
+
+
+def _build(cls: type, given: Mapping[str, Any], prefix: str, errors: list[str]) -> Any:
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    for key in given:
+        if key not in fields:
+            close = difflib.get_close_matches(key, fields, n=1)
+            errors.append(f"{prefix}{key}: no such field" + (f"; did you mean {prefix}{close[0]}?" if close else f"; known: {', '.join(fields)}"))
+    values = {}
+    for name, f in fields.items():
+        path = prefix + name
+        if name not in given:
+            continue
+        value = given[name]
+        if dataclasses.is_dataclass(f.type):
+            if isinstance(value, Mapping):
+                values[name] = _build(f.type, value, path + ".", errors)
+            else:
+                errors.append(f"{path}={value!r}: must be a group of fields")
+            continue
+        before = len(errors)
+        value = _coerce(value, f.type, path, errors)
+        if len(errors) > before:
+            continue
+        rule = f.metadata
+        if "choices" in rule and value not in rule["choices"]:
+            errors.append(f"{path}={value!r}: must be one of {', '.join(map(repr, rule['choices']))}")
+        elif ("low" in rule and not value >= rule["low"]) or ("high" in rule and not value <= rule["high"]):
+            errors.append(f"{path}={value!r}: must be in [{rule.get('low', '-inf')}, {rule.get('high', 'inf')}]")
+        else:
+            values[name] = value
+    return cls(**values)
+
+
+def from_config_dict(given: Mapping[str, Any]) -> Config:
+    """The validated `Config` of a nested mapping (an `ml_collections.ConfigDict` or parsed JSON).
+
+    Fields not given keep their defaults. Raises `ConfigError` naming every wrong field, its value and what is allowed.
+    """
+    errors: list[str] = []
+    if hasattr(given, "to_dict"):
+        given = given.to_dict()
+    config = _build(Config, given, "", errors)
+    # Fields that were rejected hold their defaults here, which could contradict each other for no fault of the user.
+    if not errors:
+        errors = _contradictions(config)
+    if errors:
+        raise ConfigError("the configuration has {} mistake{}:\n  {}".format(len(errors), "s"[: len(errors) > 1], "\n  ".join(errors)))
+    return config
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A nested dict of plain values; tuples stay tuples (ConfigDict keeps them)."""
+    return dataclasses.asdict(config)
+
+
+def to_json(config: Config) -> str:
+    """The text of a work directory's config.json."""
+    return json.dumps(to_dict(config), indent=2, sort_keys=True) + "\n"
+
+
+def from_json(text: str) -> Config:
+    """The inverse of `to_json`; raises `ConfigError` on text that is not a configuration."""
+    try:
+        given = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"config.json is not JSON: {error}") from error
+    return from_config_dict(given)
