@@ -1,0 +1,26 @@
+"""Packaging; dependencies are read from requirements.txt, so that there is one list."""
+
+import pathlib
+import re
+
+from setuptools import find_packages, setup
+
+ROOT = pathlib.Path(__file__).parent
+REQUIREMENTS = [line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
+
+setup(
+    name="motif_jax",
+    version=re.search(r'__version__ = "(.+)"', (ROOT / "motif_jax" / "__init__.py").read_text()).group(1),
+    description="Text-image-to-video training with the motion focal loss (MotiF, CVPR 2025) in JAX",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["motif_jax", "motif_jax.*"]),
+    install_requires=[r for r in REQUIREMENTS if r],
+    extras_require={
+        "tpu": ["jax[tpu]"],
+        "gpu": ["jax[cuda12]"],
+        "torch": ["torch>=2.6"],  # reading and writing .ckpt and .pth; .safetensors needs none
+        "beam": ["apache-beam>=2.77,<3"],
+        "test": ["pytest>=8,<10", "scipy>=1.14,<2", "ruff>=0.12,<1"],
+    },
+)
