@@ -1,0 +1,131 @@
+"""What the network sees and predicts: clean latents, noise and timesteps in; noisy latents, targets and estimates out.
+
+Spaces: "eps" (the noise), "x0" (the clean latent), "v" = sqrt(ab) eps - sqrt(1 - ab) x0, and "flow" = eps - x0, the
+velocity of x_s = (1 - s) x0 + s eps at s = (t + 1) / N (it reads only N from the schedule).
+With a dynamic rescale, x0 stands for scale[t] * x0 everywhere here, targets included (DynamiCrafter's convention).
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from motif_jax.diffusion.schedule import Schedule, at
+
+SPACES = ("v", "eps", "x0", "flow")
+DIVISOR_FLOOR = 0.1  # smallest divisor of `convert`: a residual grows at most tenfold
+
+
+def add_noise(
+    schedule: Schedule, x0: Float[Array, "B *rest"], noise: Float[Array, "B *rest"], t_B: Int[Array, " B"], prediction: str
+) -> Float[Array, "B *rest"]:
+    """x_t, the network's noisy input. `prediction` selects the path: "flow" is straight, all others variance preserving."""
+    _check(prediction)
+    if prediction == "flow":
+        s = _time(schedule, t_B, x0.ndim)
+        return (1.0 - s) * x0 + s * noise
+    alpha, sigma = _alpha_sigma(schedule, t_B, x0.ndim)
+    return alpha * _rescaled(schedule, x0, t_B) + sigma * noise
+
+
+def target(
+    schedule: Schedule,
+    x0: Float[Array, "B *rest"],
+    noise: Float[Array, "B *rest"],
+    t_B: Int[Array, " B"],
+    prediction: str,
+    space: str = "",
+) -> Float[Array, "B *rest"]:
+    """What a network that predicts `prediction` should put out, expressed in `space` ('' is that of the prediction).
+
+    Where `space` differs, the target goes through the same `convert` as the network's output must, so that the clamped
+    divisions cancel and the perfect output has no loss.
+    """
+    _check(prediction)
+    if prediction == "flow":
+        wanted = noise.astype(jnp.float32) - x0
+    elif prediction == "eps":
+        wanted = noise.astype(jnp.float32)
+    elif prediction == "x0":
+        wanted = _rescaled(schedule, x0, t_B)
+    else:
+        alpha, sigma = _alpha_sigma(schedule, t_B, x0.ndim)
+        wanted = alpha * noise - sigma * _rescaled(schedule, x0, t_B)
+    if space in ("", prediction):
+        return wanted
+    return convert(schedule, add_noise(schedule, x0, noise, t_B, prediction), wanted, t_B, prediction, space)
+
+
+def to_x0(
+    schedule: Schedule, x_t: Float[Array, "B *rest"], output: Float[Array, "B *rest"], t_B: Int[Array, " B"], prediction: str
+) -> Float[Array, "B *rest"]:
+    """The (rescaled) clean latent that a network output implies; exact, so "eps" is not finite where alpha_bar is 0."""
+    _check(prediction)
+    if prediction == "x0":
+        return output.astype(jnp.float32)
+    if prediction == "flow":
+        return x_t - _time(schedule, t_B, x_t.ndim) * output
+    alpha, sigma = _alpha_sigma(schedule, t_B, x_t.ndim)
+    if prediction == "eps":
+        return (x_t - sigma * output) / alpha
+    return alpha * x_t - sigma * output
+
+
+def to_eps(
+    schedule: Schedule, x_t: Float[Array, "B *rest"], output: Float[Array, "B *rest"], t_B: Int[Array, " B"], prediction: str
+) -> Float[Array, "B *rest"]:
+    """The noise that a network output implies; exact (sqrt(1 - alpha_bar) is at least sqrt(beta_start))."""
+    _check(prediction)
+    if prediction == "eps":
+        return output.astype(jnp.float32)
+    if prediction == "flow":
+        return x_t + (1.0 - _time(schedule, t_B, x_t.ndim)) * output
+    alpha, sigma = _alpha_sigma(schedule, t_B, x_t.ndim)
+    if prediction == "x0":
+        return (x_t - alpha * output) / sigma
+    return alpha * output + sigma * x_t
+
+
+def convert(
+    schedule: Schedule,
+    x_t: Float[Array, "B *rest"],
+    output: Float[Array, "B *rest"],
+    t_B: Int[Array, " B"],
+    source: str,
+    space: str,
+) -> Float[Array, "B *rest"]:
+    """A network output (or target) of kind `source`, expressed in `space`, the space of the loss.
+
+    From "eps" the divisor is max(sqrt(ab), 0.1), from "x0" max(sqrt(1 - ab), 0.1); from "v" nothing is divided. Convert
+    output and target alike (`target(..., prediction, space)` does): only then is the clamp a mere bound on the weight.
+    Raises ValueError between "flow" and the others, whose noisy latents lie on different paths.
+    """
+    _check(source)
+    _check(space)
+    if source == space:
+        return output.astype(jnp.float32)
+    if "flow" in (source, space):
+        raise ValueError(f"no conversion from {source!r} to {space!r}: flow matching noises along another path; use 'flow' for both")
+    alpha, sigma = _alpha_sigma(schedule, t_B, x_t.ndim)
+    if source == "v":
+        return alpha * output + sigma * x_t if space == "eps" else alpha * x_t - sigma * output
+    if source == "eps":
+        offset = x_t - sigma * output if space == "x0" else output - sigma * x_t
+        return offset / jnp.maximum(alpha, DIVISOR_FLOOR)
+    offset = x_t - alpha * output if space == "eps" else alpha * x_t - output
+    return offset / jnp.maximum(sigma, DIVISOR_FLOOR)
+
+
+def _alpha_sigma(schedule: Schedule, t_B: Int[Array, " B"], ndim: int) -> tuple[Float[Array, "B *ones"], Float[Array, "B *ones"]]:
+    return at(schedule.sqrt_alphas_cumprod, t_B, ndim), at(schedule.sqrt_one_minus_alphas_cumprod, t_B, ndim)
+
+
+def _rescaled(schedule: Schedule, x0: Float[Array, "B *rest"], t_B: Int[Array, " B"]) -> Float[Array, "B *rest"]:
+    return at(schedule.scale, t_B, x0.ndim) * x0
+
+
+def _time(schedule: Schedule, t_B: Int[Array, " B"], ndim: int) -> Float[Array, "B *ones"]:
+    return ((t_B + 1).astype(jnp.float32) / schedule.num_timesteps).reshape(t_B.shape + (1,) * (ndim - 1))
+
+
+def _check(space: str) -> None:
+    if space not in SPACES:
+        raise ValueError(f"{space!r} is no prediction or loss space; use one of {SPACES}")
