@@ -80,9 +80,9 @@ def test_bystanders_do_not_move_and_nothing_touches_the_named_path():
                 near = ndimage.binary_dilation(mask[:, 0], np.ones((1, 3, 3)))
                 assert not (near & mask[:, 1:].any(axis=1)).any()
             assert not mask.sum(axis=1).max() > 1
-            # Inside the frame: an interior shape keeps its whole area in every frame.
-            area = sprites.masks(c)[:, 0].sum(axis=(2, 3))
-            assert area.min() > 0.75 * 0.03 * size * size
+            # Inside the frame, whose pixel centres run from 0 to size - 1: the smallest half extent is that of the square.
+            half = 0.886 * sprites.radius(size, size)
+            assert c["positions"].min() >= half and c["positions"].max() <= size - 1 - half
 
 
 def test_shares_of_directions_are_those_specified():
