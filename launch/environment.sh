@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Sourced by the other scripts: a virtual environment with the package and the extras named as first argument.
+# VENV says where (default .venv); PYTHON which interpreter (default python3.11, else python3).
+venv="${VENV:-.venv}"
+extras="${1:-}"
+if [ ! -x "$venv/bin/python" ]; then
+  python="${PYTHON:-$(command -v python3.11 || command -v python3)}"
+  "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11) and "motif_jax needs Python 3.11 or newer; set PYTHON")'
+  "$python" -m venv "$venv"
+fi
+# shellcheck disable=SC1091
+source "$venv/bin/activate"
+stamp="$venv/installed-$(printf '%s' "$extras" | tr -c 'a-z' '-')"
+if [ ! -e "$stamp" ] || [ requirements.txt -nt "$stamp" ] || [ setup.py -nt "$stamp" ]; then
+  echo "installing motif_jax${extras:+[$extras]} into $venv"
+  python -m pip install --quiet --disable-pip-version-check --editable ".${extras:+[$extras]}"
+  touch "$stamp"
+fi

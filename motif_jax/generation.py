@@ -1,0 +1,66 @@
+"""Image + sentence -> clip: DDIM with classifier-free guidance, text and image condition computed once."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, UInt8
+
+from motif_jax.config import Config
+from motif_jax.diffusion import samplers
+from motif_jax.diffusion.guidance import classifier_free
+from motif_jax.models.networks import Networks, Params, image_condition
+from motif_jax.training.step import diffusion_schedule
+
+
+def make_generator(networks: Networks, empty_L: np.ndarray) -> Callable[..., Array]:
+    """A jitted function from images and tokens to clips, with `config.sample`'s steps and guidance.
+
+    generate(params, frozen, images [B,H,W,3] uint8, tokens [B,L], fps [B], seeds [B]) -> [B,T,H,W,3] uint8.
+    A clip depends on its own seed only, not on its neighbours in the batch.
+    """
+    config: Config = networks.config
+    s, d = config.sample, config.diffusion
+    schedule = diffusion_schedule(config)
+    timesteps = samplers.ddim_timesteps(d.num_timesteps, s.steps, "trailing")
+
+    @jax.jit
+    def generate(
+        params: Params,
+        frozen: dict[str, Params],
+        images_BHW3: UInt8[Array, "B H W 3"],
+        tokens_BL: Int[Array, "B L"],
+        fps_B: Float[Array, " B"],
+        seeds_B: Int[Array, " B"],
+    ) -> UInt8[Array, "B T H W 3"]:
+        z_BhwC = networks.encode(frozen["autoencoder"], images_BHW3[:, None], None)[:, 0]
+        clips, frames = len(images_BHW3), config.data.frames
+        image_BThwK = image_condition(z_BhwC, frames, config.condition.image)
+        text_BLD = networks.embed(frozen["text"], tokens_BL)
+        null_BLD = jnp.repeat(networks.embed(frozen["text"], jnp.asarray(empty_L)[None]), clips, axis=0)
+
+        def twice(x: Array) -> Array:
+            return jnp.concatenate([x, x])
+
+        def denoise(x_BThwC: Array, t_B: Array) -> Array:
+            if s.guidance == 1.0:
+                return networks.denoise(params, x_BThwC, t_B, text_BLD, fps_B, image_BThwK)
+            both = networks.denoise(
+                params, twice(x_BThwC), twice(t_B), jnp.concatenate([text_BLD, null_BLD]), twice(fps_B), twice(image_BThwK)
+            )
+            return classifier_free(both[:clips], both[clips:], s.guidance, s.guidance_rescale)
+
+        keys = jax.vmap(jax.random.key)(seeds_B)
+        shape = (frames, *z_BhwC.shape[1:])
+        x_T = jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, 0), shape))(keys)
+        if d.prediction == "flow":
+            z_BThwC = samplers.flow_euler(denoise, schedule, x_T, timesteps)
+        else:
+            noise = None
+            if s.eta > 0:
+                noise = jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, 1), (len(timesteps), *shape)), out_axes=1)(keys)
+            z_BThwC = samplers.ddim(denoise, schedule, x_T, timesteps, d.prediction, s.eta, noise=noise)
+        return networks.decode(frozen["autoencoder"], z_BThwC)
+
+    return generate

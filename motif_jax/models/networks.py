@@ -1,0 +1,108 @@
+"""The three networks of a run, assembled from its `Config`, as pure functions of flat parameter dicts.
+
+A parameter dict maps the dotted path of a weight ("input_blocks.1.0.in_layers.2.kernel") to its array; the same path
+addresses it in the sharding table, in fine-tuning masks and in the torch name tables.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from motif_jax.config import Config
+from motif_jax.models.autoencoder import make_autoencoder, sample_latents
+from motif_jax.models.text import make_text_tower
+from motif_jax.models.unet3d import UNet3D
+
+Params = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """One nnx module taken apart once: `init(key)` makes its parameters, `bind(params)` gives a callable module."""
+
+    make: Callable[[nnx.Rngs], nnx.Module]
+    graph: nnx.GraphDef
+    paths: dict[str, tuple]
+    shapes: dict[str, jax.ShapeDtypeStruct]
+
+    @classmethod
+    def of(cls, make: Callable[[nnx.Rngs], nnx.Module]) -> "Network":
+        abstract = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
+        graph, state = nnx.split(abstract, nnx.Param)
+        flat = {".".join(map(str, path)): (path, leaf) for path, leaf in nnx.to_flat_state(state)}
+        return cls(make, graph, {k: p for k, (p, _) in flat.items()}, {k: v.get_value() for k, (_, v) in flat.items()})
+
+    def init(self, key: PRNGKeyArray) -> Params:
+        state = nnx.state(self.make(nnx.Rngs(key)), nnx.Param)
+        return {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
+
+    def bind(self, params: Params) -> nnx.Module:
+        if params.keys() != self.paths.keys():
+            raise ValueError(f"parameters do not fit the network: {sorted(params.keys() ^ self.paths.keys())[:5]} ...")
+        return nnx.merge(self.graph, nnx.from_flat_state([(self.paths[k], nnx.Param(v)) for k, v in params.items()]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Networks:
+    """The trained U-Net and the frozen autoencoder and text tower."""
+
+    config: Config
+    unet: Network
+    autoencoder: Network
+    text: Network
+
+    @classmethod
+    def of(cls, config: Config) -> "Networks":
+        dtype = jnp.dtype(config.dtype)
+        return cls(
+            config,
+            Network.of(lambda rngs: UNet3D(config.unet, rngs=rngs, dtype=dtype, remat=config.remat, attention=config.attention)),
+            Network.of(lambda rngs: make_autoencoder(config.autoencoder, rngs=rngs, dtype=dtype)),
+            Network.of(lambda rngs: make_text_tower(config.text, rngs=rngs, dtype=dtype)),
+        )
+
+    def init_frozen(self, key: PRNGKeyArray) -> dict[str, Params]:
+        """Parameters of the networks that are not trained."""
+        return {"autoencoder": self.autoencoder.init(jax.random.fold_in(key, 0)), "text": self.text.init(jax.random.fold_in(key, 1))}
+
+    def encode(self, params: Params, frames_BTHW3: Array, key: PRNGKeyArray | None) -> Float[Array, "B T h w C"]:
+        """uint8 frames -> scaled latents, frame by frame (one frame of all clips at a time, to bound memory)."""
+        autoencoder = self.autoencoder.bind(params)
+        moments_TBhwC = jax.lax.map(lambda x: autoencoder.encode(x.astype(jnp.float32) / 127.5 - 1.0), jnp.swapaxes(frames_BTHW3, 0, 1))
+        return self.latents(jnp.swapaxes(moments_TBhwC, 0, 1), key)
+
+    def latents(self, moments_BThwM: Array, key: PRNGKeyArray | None) -> Float[Array, "B T h w C"]:
+        """A sample (or with `key=None` the mean) of the posterior, times the scale factor."""
+        return sample_latents(moments_BThwM.astype(jnp.float32), key, self.config.autoencoder.scale_factor)
+
+    def decode(self, params: Params, z_BThwC: Float[Array, "B T h w C"]) -> Array:
+        """Scaled latents -> uint8 frames [B, T, H, W, 3]."""
+        autoencoder = self.autoencoder.bind(params)
+        z_TBhwC = jnp.swapaxes(z_BThwC, 0, 1) / self.config.autoencoder.scale_factor
+        x_TBHW3 = jax.lax.map(autoencoder.decode, z_TBhwC)
+        return jnp.swapaxes(jnp.clip(jnp.round((x_TBHW3.astype(jnp.float32) + 1.0) * 127.5), 0, 255).astype(jnp.uint8), 0, 1)
+
+    def embed(self, params: Params, tokens_BL: Int[Array, "B L"]) -> Float[Array, "B L D"]:
+        return self.text.bind(params)(tokens_BL).astype(jnp.float32)
+
+    def denoise(self, params: Params, x_BThwC, t_B, context_BLD, fps_B, image_BThwK, dropout_rng=None) -> Float[Array, "B T h w C"]:
+        """The network's raw output for noisy latents `x` given text, frame rate and image condition (x-cat)."""
+        x = jnp.concatenate([x_BThwC, image_BThwK], axis=-1)
+        return self.unet.bind(params)(x, t_B, context_BLD, fps_B, dropout_rng=dropout_rng).astype(jnp.float32)
+
+
+def image_condition(z_BhwC: Float[Array, "B h w C"], frames: int, kind: str) -> Float[Array, "B T h w K"]:
+    """The clean latent of the first frame as extra channels (x-cat, paper section 3.2).
+
+    `repeat`: on every frame (DynamiCrafter), K = C. `first`: on frame 0, zeros elsewhere, and a channel that marks
+    frame 0 (Emu Video), K = C + 1.
+    """
+    repeated = jnp.repeat(z_BhwC[:, None], frames, axis=1)
+    if kind == "repeat":
+        return repeated
+    mask = jnp.zeros((*repeated.shape[:-1], 1), repeated.dtype).at[:, 0].set(1.0)
+    return jnp.concatenate([repeated * mask, mask], axis=-1)

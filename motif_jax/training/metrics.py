@@ -1,0 +1,68 @@
+"""Scalars to `metrics.jsonl` and TensorBoard event files, without TensorFlow; curves to read back."""
+
+import json
+import math
+import pathlib
+import time
+from collections.abc import Mapping
+
+import numpy as np
+
+
+class MetricWriter:
+    """Appends one JSON line and one TensorBoard event per call of `write`.
+
+    On resume, lines of steps after `start_step` are dropped: they belong to work that was lost with the process that
+    wrote them and will be written again, equal.
+    """
+
+    def __init__(self, workdir: str | pathlib.Path, start_step: int = 0) -> None:
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        self._path = pathlib.Path(workdir) / "metrics.jsonl"
+        kept = [line for line in read_lines(self._path) if line["step"] <= start_step]
+        temporary = self._path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        temporary.replace(self._path)
+        self._file = self._path.open("a")
+        self._events = EventFileWriter(str(workdir))
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        scalars = {name: float(value) for name, value in scalars.items()}
+        # JSON has no NaN: a value that is not finite is written as null.
+        self._file.write(json.dumps({"step": step, **{k: v if math.isfinite(v) else None for k, v in scalars.items()}}) + "\n")
+        self._file.flush()
+        summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()])
+        self._events.add_event(Event(step=step, wall_time=time.time(), summary=summary))
+
+    def write_image(self, step: int, name: str, image_HW3: np.ndarray) -> None:
+        import cv2
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        encoded = cv2.imencode(".png", image_HW3[..., ::-1])[1].tobytes()
+        image = Summary.Image(height=image_HW3.shape[0], width=image_HW3.shape[1], colorspace=3, encoded_image_string=encoded)
+        self._events.add_event(Event(step=step, wall_time=time.time(), summary=Summary(value=[Summary.Value(tag=name, image=image)])))
+
+    def flush(self) -> None:
+        self._file.flush()
+        self._events.flush()
+
+    def close(self) -> None:
+        self._file.close()
+        self._events.close()
+
+
+def read_lines(path: str | pathlib.Path) -> list[dict]:
+    """The lines of a metrics.jsonl; a last line cut off by a killed writer is left out."""
+    path = pathlib.Path(path)
+    lines = []
+    for text in path.read_text().splitlines() if path.exists() else ():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines

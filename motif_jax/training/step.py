@@ -1,0 +1,173 @@
+"""The pure train step and evaluation step: arrays in, arrays out, jitted by the loop.
+
+Random numbers come from fold_in(fold_in(key(seed), step), stream); nothing about them needs saving.
+"""
+
+import enum
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from motif_jax import losses
+from motif_jax.config import Config
+from motif_jax.diffusion import objective
+from motif_jax.diffusion.schedule import Schedule, make_schedule
+from motif_jax.models.networks import Networks, Params, image_condition
+from motif_jax.motion.heatmap import heatmap
+from motif_jax.training.optimizer import make_schedule as make_learning_rate
+from motif_jax.training.state import TrainState, update_ema
+
+Batch = dict[str, Array]
+
+
+class Stream(enum.IntEnum):
+    """One random stream per use; no key serves twice."""
+
+    LATENT = 0
+    NOISE = 1
+    TIMESTEP = 2
+    TEXT_DROP = 3
+    DROPOUT = 4
+
+
+def diffusion_schedule(config: Config) -> Schedule:
+    d = config.diffusion
+    return make_schedule(d.num_timesteps, d.beta_start, d.beta_end, d.zero_terminal_snr, d.base_scale)
+
+
+def empty_sentence(config: Config, tokenizer: Callable[[list[str]], np.ndarray]) -> np.ndarray:
+    """int32 [L]: the tokens of "", which stand for no text."""
+    return np.asarray(tokenizer([""])[0], np.int32)
+
+
+def predict(
+    networks: Networks,
+    schedule: Schedule,
+    params: Params,
+    frozen: dict[str, Params],
+    batch: Batch,
+    empty_L: Int[Array, " L"],
+    key: PRNGKeyArray,
+    t_B: Int[Array, " B"] | None = None,
+    train: bool = True,
+) -> tuple[Float[Array, "B T h w C"], Float[Array, "B T h w C"], Float[Array, "B T h w C"], Int[Array, " B"]]:
+    """Noise a batch and denoise it: (prediction, target, clean latents z_0, timesteps), all in the loss space.
+
+    `t_B=None` draws timesteps uniformly. With `train=False` no text is dropped and no dropout acts.
+    """
+    config = networks.config
+    d = config.diffusion
+
+    def stream(which: Stream) -> PRNGKeyArray:
+        return jax.random.fold_in(key, which)
+
+    if "latent_moments" in batch:
+        z_BThwC = networks.latents(batch["latent_moments"], stream(Stream.LATENT))
+    else:
+        z_BThwC = networks.encode(frozen["autoencoder"], batch["frames"], stream(Stream.LATENT))
+    clips, frames = z_BThwC.shape[:2]
+
+    context_BLD = batch["text_embedding"] if "text_embedding" in batch else networks.embed(frozen["text"], batch["tokens"])
+    context_BLD = context_BLD.astype(jnp.float32)
+    if train and config.condition.text_drop > 0:
+        drop_B = jax.random.bernoulli(stream(Stream.TEXT_DROP), config.condition.text_drop, (clips,))
+        null_1LD = networks.embed(frozen["text"], empty_L[None])
+        context_BLD = jnp.where(drop_B[:, None, None], null_1LD, context_BLD)
+
+    if t_B is None:
+        t_B = jax.random.randint(stream(Stream.TIMESTEP), (clips,), 0, d.num_timesteps)
+    noise = jax.random.normal(stream(Stream.NOISE), z_BThwC.shape, jnp.float32)
+    x_t = objective.add_noise(schedule, z_BThwC, noise, t_B, d.prediction)
+    output = networks.denoise(
+        params,
+        x_t,
+        t_B,
+        context_BLD,
+        batch["fps"],
+        image_condition(z_BThwC[:, 0], frames, config.condition.image),
+        stream(Stream.DROPOUT) if train else None,
+    )
+    space = d.loss_space or d.prediction
+    prediction = objective.convert(schedule, x_t, output, t_B, d.prediction, space)
+    return prediction, objective.target(schedule, z_BThwC, noise, t_B, d.prediction, space), z_BThwC, t_B
+
+
+def motion_heatmap(config: Config, batch: Batch, z_BThwC: Array, kind: str) -> Float[Array, "B T h w"]:
+    """m' of a batch on the latent grid (paper equation 4 and the alternatives of table 3)."""
+    if kind == "mask" and "motion_mask" not in batch:
+        raise ValueError("loss.heatmap='mask' needs clips with a motion_mask; this dataset has none (use 'flow')")
+    return heatmap(
+        kind,
+        flow=batch.get("flow"),
+        mask=batch.get("motion_mask"),
+        latents=z_BThwC,
+        height=config.data.height,
+        width=config.data.width,
+        latent_hw=z_BThwC.shape[2:4],
+        reading=config.loss.intensity,
+        sharpness=config.loss.sharpness,
+        threshold=config.loss.threshold,
+    )
+
+
+def make_train_step(
+    networks: Networks, optimizer: optax.GradientTransformation, empty_L: np.ndarray
+) -> Callable[[TrainState, dict[str, Params], Batch], tuple[TrainState, dict[str, Array]]]:
+    """(state, frozen parameters, batch) -> (next state, metrics)."""
+    config = networks.config
+    schedule = diffusion_schedule(config)
+    learning_rate = make_learning_rate(config)
+
+    def loss_fn(params: Params, frozen: dict[str, Params], batch: Batch, key: PRNGKeyArray):
+        prediction, target, z, _ = predict(networks, schedule, params, frozen, batch, jnp.asarray(empty_L), key)
+        m = motion_heatmap(config, batch, z, config.loss.heatmap)
+        loss, parts = losses.motif_loss(prediction, target, m, config.loss.motion_weight)
+        return loss, {"loss": loss, **parts, "heatmap_mean": jnp.mean(m)}
+
+    grad_fn = jax.grad(loss_fn, has_aux=True)
+
+    def gradients(params: Params, frozen: dict[str, Params], batch: Batch, key: PRNGKeyArray):
+        n = config.grad_accumulation
+        if n == 1:
+            return grad_fn(params, frozen, batch, key)
+        # Micro-batch i takes clips i, i + n, ... so that every device works on every micro-batch.
+        parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(x.shape[0] // n, n, *x.shape[1:]), 1, 0), batch)
+
+        def add(total, micro):
+            index, part = micro
+            return jax.tree.map(jnp.add, total, grad_fn(params, frozen, part, jax.random.fold_in(key, index))), None
+
+        shapes = jax.eval_shape(grad_fn, params, frozen, jax.tree.map(lambda x: x[0], parts), key)
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        total, _ = jax.lax.scan(add, zeros, (jnp.arange(n), parts))
+        return jax.tree.map(lambda x: x / n, total)
+
+    def train_step(state: TrainState, frozen: dict[str, Params], batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        grads, metrics = gradients(state.params, frozen, batch, key)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = update_ema(state.ema, params, state.step, config.ema.decay, config.ema.warmup) if state.ema else state.ema
+        metrics |= {"grad_norm": optax.global_norm(grads), "learning_rate": learning_rate(state.step)}
+        return TrainState(state.step + 1, params, ema, opt_state), metrics
+
+    return train_step
+
+
+def make_eval_step(networks: Networks, empty_L: np.ndarray) -> Callable[..., losses.RegionLosses]:
+    """(params, frozen, batch, t_B, key) -> per-clip losses: total, in the moving region, and the region's size.
+
+    Moving means m > 0.5 by optical flow, whatever the run's own heatmap (paper figure 6).
+    """
+    config = networks.config
+    schedule = diffusion_schedule(config)
+
+    def eval_step(params: Params, frozen: dict[str, Params], batch: Batch, t_B: Array, key: PRNGKeyArray) -> losses.RegionLosses:
+        prediction, target, z, _ = predict(networks, schedule, params, frozen, batch, jnp.asarray(empty_L), key, t_B, train=False)
+        return losses.region_losses(prediction, target, motion_heatmap(config, batch, z, "flow"), 0.5)
+
+    return eval_step
