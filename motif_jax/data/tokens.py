@@ -1,0 +1,70 @@
+"""Sentences -> token ids, int32 [N, L], padded with 0, for the text tower of the same `TextConfig`."""
+
+import functools
+import html
+import re
+import zlib
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from jaxtyping import Int
+
+from motif_jax.config import TextConfig
+
+PAD, START = 0, 1  # of `words`; ids from 2 on are words
+OPENCLIP_END = 49407
+
+Tokenizer = Callable[[Sequence[str]], Int[np.ndarray, "N L"]]
+
+
+def make_tokenizer(config: TextConfig) -> Tokenizer:
+    """The tokenizer `config.kind` names. Raises ValueError when the vocabulary of `openclip` cannot be read."""
+    if config.kind == "words":
+        return functools.partial(_words, length=config.context_length, vocab_size=config.vocab_size)
+    return functools.partial(_openclip, length=config.context_length, vocabulary=_load_vocabulary(config.tokenizer))
+
+
+def word_id(word: str, vocab_size: int) -> int:
+    """The stable id of a word in [2, vocab_size): its CRC-32; two words may share one in a small vocabulary."""
+    return 2 + zlib.crc32(word.encode()) % (vocab_size - 2)
+
+
+def _words(sentences: Sequence[str], *, length: int, vocab_size: int) -> np.ndarray:
+    tokens = np.full((len(sentences), length), PAD, np.int32)
+    for row, sentence in zip(tokens, sentences, strict=True):
+        ids = [START] + [word_id(word, vocab_size) for word in re.findall(r"\w+", sentence.lower())]
+        row[: len(ids)] = ids[:length]
+    return tokens
+
+
+def _load_vocabulary(name: str):
+    from transformers import CLIPTokenizer  # heavy, and only this tokenizer needs it
+
+    try:
+        return CLIPTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"text.tokenizer={name!r}: no CLIP vocabulary there ({error}); give a folder with vocab.json and merges.txt, "
+            "or the name of a Hugging Face repository that this machine can reach"
+        ) from error
+
+
+def _openclip(sentences: Sequence[str], *, length: int, vocabulary) -> np.ndarray:
+    """As OpenCLIP: cleaned, lower case, BPE, start and end tokens, zeros after the end; a long text keeps its end token."""
+    tokens = np.full((len(sentences), length), PAD, np.int32)
+    for row, sentence in zip(tokens, sentences, strict=True):
+        ids = vocabulary(_clean(sentence), add_special_tokens=True)["input_ids"]
+        row[: len(ids)] = ids[:length]
+        if len(ids) > length:
+            row[-1] = ids[-1]
+    return tokens
+
+
+def _clean(sentence: str) -> str:
+    try:
+        import ftfy
+
+        sentence = ftfy.fix_text(sentence)
+    except ImportError:
+        pass  # only repairs text that was decoded with the wrong encoding
+    return re.sub(r"\s+", " ", html.unescape(html.unescape(sentence))).strip().lower()

@@ -1,0 +1,171 @@
+"""Scaled dot-product attention and the two transformers of the video U-Net: over the pixels of a frame and over time.
+
+Module and attribute names are those of the reference checkpoint (VideoCrafter2), so that a weight has one path everywhere.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from motif_jax.models.layers import Conv, Dense, Dropout, GroupNorm, LayerNorm, apply, platform
+
+
+def attention(
+    q_NLHK: Float[Array, "N L H K"],
+    k_NSHK: Float[Array, "N S H K"],
+    v_NSHK: Float[Array, "N S H K"],
+    implementation: str = "auto",
+    causal: bool = False,
+) -> Float[Array, "N L H K"]:
+    """softmax(q k^T / sqrt(K)) v per head, softmax in float32.
+
+    implementation: "reference" is written out here; "xla" and "cudnn" are those of `jax.nn.dot_product_attention`;
+    "auto" takes cudnn on GPU for half precision and head widths it supports, xla on TPU, reference on CPU.
+    """
+    if implementation == "auto":
+        implementation = _choose(q_NLHK)
+    if implementation in ("xla", "cudnn"):
+        return jax.nn.dot_product_attention(q_NLHK, k_NSHK, v_NSHK, is_causal=causal, implementation=implementation)
+    if implementation != "reference":
+        raise ValueError(f"attention={implementation!r}: must be one of 'auto', 'reference', 'xla', 'cudnn'")
+    logits_NHLS = jnp.einsum("NLHK,NSHK->NHLS", q_NLHK, k_NSHK, preferred_element_type=jnp.float32) * q_NLHK.shape[-1] ** -0.5
+    if causal:
+        length, size = logits_NHLS.shape[-2:]
+        logits_NHLS = jnp.where(jnp.arange(length)[:, None] >= jnp.arange(size), logits_NHLS, -jnp.inf)
+    weights_NHLS = jax.nn.softmax(logits_NHLS, axis=-1).astype(v_NSHK.dtype)
+    return jnp.einsum("NHLS,NSHK->NLHK", weights_NHLS, v_NSHK)
+
+
+def _choose(q_NLHK: Array) -> str:
+    where = platform()
+    if where in ("gpu", "cuda"):
+        width = q_NLHK.shape[-1]
+        half = q_NLHK.dtype in (jnp.bfloat16, jnp.float16)
+        return "cudnn" if half and width % 8 == 0 and width <= 128 else "xla"
+    return "reference" if where == "cpu" else "xla"
+
+
+class Attention(nnx.Module):
+    """Multi-head attention from x to `context` (to x itself without one); heads are the major part of the inner axis."""
+
+    def __init__(self, width: int, context_width: int, heads: int, head_width: int, *, rngs: nnx.Rngs, dtype, implementation: str):
+        inner = heads * head_width
+        self.to_q = Dense(width, inner, bias=False, rngs=rngs, dtype=dtype)
+        self.to_k = Dense(context_width, inner, bias=False, rngs=rngs, dtype=dtype)
+        self.to_v = Dense(context_width, inner, bias=False, rngs=rngs, dtype=dtype)
+        self.to_out = nnx.List([Dense(inner, width, rngs=rngs, dtype=dtype)])
+        self.heads, self.implementation = heads, implementation
+
+    def __call__(self, x_NLC: Float[Array, "N L C"], context_NSD: Float[Array, "N S D"] | None = None) -> Float[Array, "N L C"]:
+        context_NSD = x_NLC if context_NSD is None else context_NSD
+
+        def split(a):
+            return a.reshape(*a.shape[:-1], self.heads, -1)
+
+        out = attention(split(self.to_q(x_NLC)), split(self.to_k(context_NSD)), split(self.to_v(context_NSD)), self.implementation)
+        return self.to_out[0](out.reshape(*out.shape[:-2], -1))
+
+
+class Geglu(nnx.Module):
+    """value * gelu(gate) with the exact (erf) GELU; `proj` makes [value, gate]."""
+
+    def __init__(self, width: int, inner: int, *, rngs: nnx.Rngs, dtype):
+        self.proj = Dense(width, 2 * inner, rngs=rngs, dtype=dtype)
+
+    def __call__(self, x: Float[Array, "*n C"]) -> Float[Array, "*n I"]:
+        value, gate = jnp.split(self.proj(x), 2, axis=-1)
+        return value * jax.nn.gelu(gate, approximate=False)
+
+
+class FeedForward(nnx.Module):
+    """Geglu to four times the width and back; entry 1 of `net` is the reference's dropout of rate 0."""
+
+    def __init__(self, width: int, *, rngs: nnx.Rngs, dtype):
+        geglu = Geglu(width, 4 * width, rngs=rngs, dtype=dtype)
+        self.net = nnx.List([geglu, Dropout(0.0, 0), Dense(4 * width, width, rngs=rngs, dtype=dtype)])
+
+    def __call__(self, x: Float[Array, "*n C"]) -> Float[Array, "*n C"]:
+        return apply(self.net, x)
+
+
+class TransformerBlock(nnx.Module):
+    """Pre-norm: self-attention, attention to `context` (a second self-attention without one), feed-forward, each added to x."""
+
+    def __init__(self, width: int, context_width: int, heads: int, head_width: int, *, rngs: nnx.Rngs, dtype, implementation: str):
+        kwargs = {"rngs": rngs, "dtype": dtype}
+        self.attn1 = Attention(width, width, heads, head_width, implementation=implementation, **kwargs)
+        self.ff = FeedForward(width, **kwargs)
+        self.attn2 = Attention(width, context_width, heads, head_width, implementation=implementation, **kwargs)
+        self.norm1 = LayerNorm(width, dtype=dtype)
+        self.norm2 = LayerNorm(width, dtype=dtype)
+        self.norm3 = LayerNorm(width, dtype=dtype)
+
+
+class SpatialTransformer(nnx.Module):
+    """Attention among the pixels of each frame, then from the pixels to the text."""
+
+    def __init__(
+        self, channels: int, head_width: int, depth: int, context_width: int, groups: int, *, rngs: nnx.Rngs, dtype, implementation: str
+    ):
+        kwargs = {"rngs": rngs, "dtype": dtype}
+        self.norm = GroupNorm(channels, groups, 1e-6, dtype=dtype)
+        self.proj_in = Dense(channels, channels, **kwargs)
+        heads = channels // head_width
+        self.transformer_blocks = nnx.List(
+            [TransformerBlock(channels, context_width, heads, head_width, implementation=implementation, **kwargs) for _ in range(depth)]
+        )
+        self.proj_out = Dense(channels, channels, zero=True, **kwargs)
+
+    def __call__(self, x_BThwC: Float[Array, "B T h w C"], context_BLD: Float[Array, "B L D"]) -> Float[Array, "B T h w C"]:
+        B, T, h, w, C = x_BThwC.shape
+        y_NLC = self.proj_in(self.norm(x_BThwC.reshape(B * T, h, w, C)).reshape(B * T, h * w, C))
+        for block in self.transformer_blocks:
+            y_NLC = y_NLC + block.attn1(block.norm1(y_NLC))
+            # All frames of a clip share its text: one set of keys and values per clip, not per frame.
+            q_BLC = block.norm2(y_NLC).reshape(B, T * h * w, C)
+            y_NLC = y_NLC + block.attn2(q_BLC, context_BLD).reshape(y_NLC.shape)
+            y_NLC = y_NLC + block.ff(block.norm3(y_NLC))
+        return self.proj_out(y_NLC).reshape(x_BThwC.shape) + x_BThwC
+
+
+class TemporalTransformer(nnx.Module):
+    """Attention along time at each pixel, twice; text never enters. Norm statistics cover the whole clip.
+
+    `conv_projections` gives proj_in and proj_out the layout of a convolution of width 1, as the reference's `init_attn` has.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        heads: int,
+        head_width: int,
+        depth: int,
+        groups: int,
+        *,
+        conv_projections: bool,
+        rngs: nnx.Rngs,
+        dtype,
+        implementation: str,
+    ):
+        kwargs = {"rngs": rngs, "dtype": dtype}
+        inner = heads * head_width
+        self.norm = GroupNorm(channels, groups, 1e-6, dtype=dtype)
+        self.proj_in = Conv(channels, inner, (1,), **kwargs) if conv_projections else Dense(channels, inner, **kwargs)
+        self.transformer_blocks = nnx.List(
+            [TransformerBlock(inner, inner, heads, head_width, implementation=implementation, **kwargs) for _ in range(depth)]
+        )
+        self.proj_out = (
+            Conv(inner, channels, (1,), zero=True, **kwargs) if conv_projections else Dense(inner, channels, zero=True, **kwargs)
+        )
+
+    def __call__(self, x_BThwC: Float[Array, "B T h w C"]) -> Float[Array, "B T h w C"]:
+        B, T, h, w, C = x_BThwC.shape
+        y_NTC = self.norm(x_BThwC).reshape(B, T, h * w, C).swapaxes(1, 2).reshape(B * h * w, T, C)
+        y_NTC = self.proj_in(y_NTC)
+        for block in self.transformer_blocks:
+            y_NTC = y_NTC + block.attn1(block.norm1(y_NTC))
+            y_NTC = y_NTC + block.attn2(block.norm2(y_NTC))
+            y_NTC = y_NTC + block.ff(block.norm3(y_NTC))
+        y_BThwC = self.proj_out(y_NTC).reshape(B, h * w, T, C).swapaxes(1, 2).reshape(x_BThwC.shape)
+        return y_BThwC + x_BThwC

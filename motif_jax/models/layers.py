@@ -1,0 +1,190 @@
+"""The layers of every network here: dense, convolution, norms, dropout, sinusoids; arrays in, arrays out, channels last.
+
+Parameters are float32 and are cast to the layer's `dtype` where they meet the activations; norms compute in float32.
+Initial values are PyTorch's defaults, U(+-1/sqrt(fan_in)) for weights and biases, unless a layer is made with `zero=True`.
+"""
+
+import contextlib
+import contextvars
+import math
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+_target: contextvars.ContextVar[str | None] = contextvars.ContextVar("target_platform", default=None)
+
+
+def platform() -> str:
+    """The platform that traced code will run on: "cpu", "gpu" or "tpu". Only speed depends on it, never a value's meaning."""
+    return _target.get() or jax.default_backend()
+
+
+@contextlib.contextmanager
+def target_platform(name: str) -> Iterator[None]:
+    """Trace for platform `name` inside the block; for ahead-of-time compilation on a machine without the accelerator."""
+    token = _target.set(name)
+    try:
+        yield
+    finally:
+        _target.reset(token)
+
+
+def _uniform(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, zero: bool) -> nnx.Param:
+    if zero:
+        return nnx.Param(jnp.zeros(shape, jnp.float32))
+    bound = 1 / math.sqrt(fan_in)
+    return nnx.Param(jax.random.uniform(rngs.params(), shape, jnp.float32, -bound, bound))
+
+
+class Dense(nnx.Module):
+    """y = x @ kernel + bias over the last axis; `kernel` [in, out]."""
+
+    def __init__(self, features_in: int, features_out: int, *, rngs: nnx.Rngs, dtype=jnp.float32, bias: bool = True, zero: bool = False):
+        self.kernel = _uniform(rngs, (features_in, features_out), features_in, zero)
+        self.bias = _uniform(rngs, (features_out,), features_in, zero) if bias else None
+        self.dtype = dtype
+
+    def __call__(self, x: Float[Array, "*n I"]) -> Float[Array, "*n O"]:
+        kernel = self.kernel[...].astype(self.dtype)
+        x = x.astype(self.dtype)
+        # XLA's CPU backend runs the weight gradient of a product as one matrix product only when it is written as one.
+        y = (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1]) if platform() == "cpu" else x @ kernel
+        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+
+
+class Conv(nnx.Module):
+    """Convolution with `kernel` [*window, in, out]; `padding` is symmetric, or one (before, after) pair per spatial axis."""
+
+    def __init__(
+        self,
+        channels_in: int,
+        channels_out: int,
+        window: Sequence[int],
+        *,
+        rngs: nnx.Rngs,
+        dtype=jnp.float32,
+        stride: int = 1,
+        padding: tuple[tuple[int, int], ...] | None = None,
+        zero: bool = False,
+    ):
+        fan_in = channels_in * math.prod(window)
+        self.kernel = _uniform(rngs, (*window, channels_in, channels_out), fan_in, zero)
+        self.bias = _uniform(rngs, (channels_out,), fan_in, zero)
+        self.stride = stride
+        self.padding = tuple((n // 2, n // 2) for n in window) if padding is None else padding
+        self.dtype = dtype
+
+    def __call__(self, x: Float[Array, "N *hw I"]) -> Float[Array, "N *hw2 O"]:
+        y = convolve(x.astype(self.dtype), self.kernel[...].astype(self.dtype), self.stride, self.padding)
+        return y + self.bias[...].astype(self.dtype)
+
+
+def convolve(
+    x: Float[Array, "N *hw I"], kernel: Float[Array, "*k I O"], stride: int, padding: tuple[tuple[int, int], ...]
+) -> Float[Array, "N *hw2 O"]:
+    """Cross-correlation over the spatial axes between batch and channels; the one place where a convolution is carried out."""
+    window = kernel.shape[:-2]
+    if math.prod(window) == 1 and stride == 1:
+        y = x.reshape(-1, x.shape[-1]) @ kernel.reshape(kernel.shape[-2:])
+        return y.reshape(*x.shape[:-1], kernel.shape[-1])
+    if len(window) == 3 and window[1:] == (1, 1) and stride == 1:
+        return _convolve_first_axis(x, kernel.reshape(window[0], *kernel.shape[-2:]), padding[0])
+    spatial = "DHW"[-len(window) :]
+    layout = (f"N{spatial}C", f"{spatial}IO", f"N{spatial}C")
+    return jax.lax.conv_general_dilated(x, kernel, (stride,) * len(window), padding, dimension_numbers=layout)
+
+
+def _convolve_first_axis(
+    x: Float[Array, "N T *hw I"], kernel: Float[Array, "k I O"], padding: tuple[int, int]
+) -> Float[Array, "N T2 *hw O"]:
+    """Convolution along the first spatial axis only, as one matrix product per tap."""
+    length = x.shape[1] + sum(padding) - kernel.shape[0] + 1
+    x = jnp.pad(x, ((0, 0), padding) + ((0, 0),) * (x.ndim - 2))
+    y = 0
+    for i in range(kernel.shape[0]):
+        tap = jax.lax.slice_in_dim(x, i, i + length, axis=1)
+        y = y + (tap.reshape(-1, tap.shape[-1]) @ kernel[i]).reshape(*tap.shape[:-1], kernel.shape[-1])
+    return y
+
+
+class GroupNorm(nnx.Module):
+    """Normalises groups of channels over all axes between batch and channels; statistics in float32.
+
+    Give it [(B T), h, w, C] for statistics per frame and [B, T, h, w, C] for statistics over the clip.
+    """
+
+    def __init__(self, channels: int, groups: int, epsilon: float, *, dtype=jnp.float32):
+        if channels % groups:
+            raise ValueError(f"GroupNorm: {groups} groups do not divide {channels} channels; choose norm_groups that divides every width")
+        self.scale = nnx.Param(jnp.ones((channels,), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros((channels,), jnp.float32))
+        self.groups, self.epsilon, self.dtype = groups, epsilon, dtype
+
+    def __call__(self, x: Float[Array, "N *s C"]) -> Float[Array, "N *s C"]:
+        x = x.astype(jnp.float32)
+        axes = tuple(range(1, x.ndim - 1))
+        # Channels are averaged before groups: splitting the last axis of the activations would spoil its tiling on TPU.
+        x = x - self._group_mean(x.mean(axes, keepdims=True))
+        variance = self._group_mean((x * x).mean(axes, keepdims=True))
+        y = x * (jax.lax.rsqrt(variance + self.epsilon) * self.scale[...]) + self.bias[...]
+        return y.astype(self.dtype)
+
+    def _group_mean(self, m: Float[Array, "N *one C"]) -> Float[Array, "N *one C"]:
+        grouped = m.reshape(*m.shape[:-1], self.groups, -1)
+        return jnp.broadcast_to(grouped.mean(-1, keepdims=True), grouped.shape).reshape(m.shape)
+
+
+class LayerNorm(nnx.Module):
+    """Normalises the last axis; statistics in float32."""
+
+    def __init__(self, channels: int, epsilon: float = 1e-5, *, dtype=jnp.float32):
+        self.scale = nnx.Param(jnp.ones((channels,), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros((channels,), jnp.float32))
+        self.epsilon, self.dtype = epsilon, dtype
+
+    def __call__(self, x: Float[Array, "*n C"]) -> Float[Array, "*n C"]:
+        x = x.astype(jnp.float32)
+        x = x - x.mean(-1, keepdims=True)
+        y = x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + self.epsilon)
+        return (y * self.scale[...] + self.bias[...]).astype(self.dtype)
+
+
+class Silu(nnx.Module):
+    """x * sigmoid(x); a module so that the layers after it keep the numbers they have in the reference's sequences."""
+
+    def __call__(self, x: Array) -> Array:
+        return jax.nn.silu(x)
+
+
+class Dropout(nnx.Module):
+    """Zeroes a share `rate` of x and scales the rest, with the key `rng` folded with this layer's own `stream`; None is off."""
+
+    def __init__(self, rate: float, stream: int):
+        self.rate, self.stream = rate, stream
+
+    def __call__(self, x: Array, rng: Array | None) -> Array:
+        if rng is None or self.rate == 0:
+            return x
+        # 16 random bits an element: the share is exact to 1e-5 at half the cost of 32.
+        bits = jax.random.bits(jax.random.fold_in(rng, self.stream), x.shape, jnp.uint16)
+        dropped = round(self.rate * 65536)
+        return jnp.where(bits >= dropped, x * (65536 / (65536 - dropped)), 0).astype(x.dtype)
+
+
+def apply(layers: nnx.List, x: Array, rng: Array | None = None) -> Array:
+    """Runs `layers` in order; dropout layers receive `rng`."""
+    for layer in layers:
+        x = layer(x, rng) if isinstance(layer, Dropout) else layer(x)
+    return x
+
+
+def sinusoids(position: Float[Array, "*n"], width: int, period: float = 10_000.0) -> Float[Array, "*n width"]:
+    """Transformer sinusoids in float32: cosines first, frequency i = period ** (-i / half) with half = width // 2; an odd width ends in 0."""
+    half = width // 2
+    frequency = jnp.exp(-math.log(period) * jnp.arange(half, dtype=jnp.float32) / half)
+    angle = position.astype(jnp.float32)[..., None] * frequency
+    out = jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], -1)
+    return jnp.pad(out, [(0, 0)] * position.ndim + [(0, width % 2)])

@@ -1,0 +1,123 @@
+"""Frozen text towers: token ids [B, L] in, tokens for the U-Net's cross attention [B, L, D] out, float32.
+
+`words` needs no weights: a fixed random vector per token id plus a position code. `openclip` is the text half of OpenCLIP
+ViT-H/14 as VideoCrafter2 uses it; attribute names are those of the reference checkpoint (`cond_stage_model.model`).
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from motif_jax.config import TextConfig
+from motif_jax.models.attention import attention
+from motif_jax.models.layers import Dense, LayerNorm, platform, sinusoids
+
+WORDS_SEED = 20250
+
+
+def make_text_tower(config: TextConfig, rngs: nnx.Rngs, dtype: Any = jnp.float32) -> "WordsTower | OpenClipTower":
+    """The tower `config.kind` names; `words` has no parameters."""
+    return WordsTower(config) if config.kind == "words" else OpenClipTower(config, rngs=rngs, dtype=dtype)
+
+
+class WordsTower(nnx.Module):
+    """A standard normal vector per token id, the same in every process, plus sinusoids of the position."""
+
+    def __init__(self, config: TextConfig):
+        self.vocab_size, self.width = config.vocab_size, config.width
+
+    def __call__(self, tokens_BL: Int[Array, "B L"]) -> Float[Array, "B L D"]:
+        table = jnp.asarray(_word_vectors(self.vocab_size, self.width))
+        return table[tokens_BL] + sinusoids(jnp.arange(tokens_BL.shape[-1], dtype=jnp.float32), self.width)
+
+
+@functools.lru_cache(maxsize=4)
+def _word_vectors(vocab_size: int, width: int) -> np.ndarray:
+    # RandomState's streams are frozen across NumPy versions, and stored embeddings must stay those of a later run.
+    return np.random.RandomState(WORDS_SEED).standard_normal((vocab_size, width)).astype(np.float32)
+
+
+class SelfAttention(nnx.Module):
+    """Causal multi-head self-attention with one projection for queries, keys and values (in this order)."""
+
+    def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs, dtype):
+        inner = Dense(width, 3 * width, rngs=rngs)
+        self.in_proj_kernel, self.in_proj_bias = inner.kernel, inner.bias
+        self.out_proj = Dense(width, width, rngs=rngs, dtype=dtype)
+        self.heads, self.dtype = heads, dtype
+
+    def __call__(self, x_BLC: Float[Array, "B L C"]) -> Float[Array, "B L C"]:
+        qkv = x_BLC @ self.in_proj_kernel[...].astype(self.dtype) + self.in_proj_bias[...].astype(self.dtype)
+        q, k, v = (a.reshape(*a.shape[:-1], self.heads, -1) for a in jnp.split(qkv, 3, axis=-1))
+        implementation = "reference" if platform() == "cpu" else "xla"
+        return self.out_proj(attention(q, k, v, implementation, causal=True).reshape(x_BLC.shape))
+
+
+class Mlp(nnx.Module):
+    def __init__(self, width: int, *, rngs: nnx.Rngs, dtype):
+        self.c_fc = Dense(width, 4 * width, rngs=rngs, dtype=dtype)
+        self.c_proj = Dense(4 * width, width, rngs=rngs, dtype=dtype)
+
+    def __call__(self, x: Float[Array, "*n C"]) -> Float[Array, "*n C"]:
+        return self.c_proj(jax.nn.gelu(self.c_fc(x), approximate=False))
+
+
+class TextBlock(nnx.Module):
+    """Pre-norm causal self-attention and MLP."""
+
+    def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs, dtype):
+        self.ln_1 = LayerNorm(width, dtype=dtype)
+        self.attn = SelfAttention(width, heads, rngs=rngs, dtype=dtype)
+        self.ln_2 = LayerNorm(width, dtype=dtype)
+        self.mlp = Mlp(width, rngs=rngs, dtype=dtype)
+
+    def __call__(self, x: Float[Array, "B L C"]) -> Float[Array, "B L C"]:
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
+class TextTransformer(nnx.Module):
+    def __init__(self, config: TextConfig, *, rngs: nnx.Rngs, dtype):
+        self.resblocks = nnx.List([TextBlock(config.width, config.heads, rngs=rngs, dtype=dtype) for _ in range(config.layers)])
+
+
+class OpenClipTower(nnx.Module):
+    """OpenCLIP's text transformer up to the penultimate block, then the final norm; every position is returned.
+
+    The last block, `text_projection` and `logit_scale` are in the published file and are kept for export; they are not used.
+    """
+
+    def __init__(self, config: TextConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32):
+        width = config.width
+
+        def normal(shape: tuple[int, ...], deviation: float) -> nnx.Param:
+            return nnx.Param(deviation * jax.random.normal(rngs.params(), shape))
+
+        self.token_embedding = Embedding(config.vocab_size, width, rngs=rngs)
+        self.positional_embedding = normal((config.context_length, width), 0.01)
+        self.transformer = TextTransformer(config, rngs=rngs, dtype=dtype)
+        self.ln_final = LayerNorm(width, dtype=dtype)
+        self.text_projection = normal((width, width), width**-0.5)
+        self.logit_scale = nnx.Param(jnp.asarray(np.log(1 / 0.07), jnp.float32))
+        self.dtype = dtype
+
+    def __call__(self, tokens_BL: Int[Array, "B L"]) -> Float[Array, "B L D"]:
+        x_BLC = (self.token_embedding(tokens_BL) + self.positional_embedding[: tokens_BL.shape[-1]]).astype(self.dtype)
+        for block in list(self.transformer.resblocks)[:-1]:
+            x_BLC = block(x_BLC)
+        return self.ln_final(x_BLC).astype(jnp.float32)
+
+
+class Embedding(nnx.Module):
+    """One row of `embedding` [vocabulary, width] per token id."""
+
+    def __init__(self, vocab_size: int, width: int, *, rngs: nnx.Rngs):
+        self.embedding = nnx.Param(0.02 * jax.random.normal(rngs.params(), (vocab_size, width)))
+
+    def __call__(self, tokens: Int[Array, "*n"]) -> Float[Array, "*n D"]:
+        return self.embedding[...][tokens]
