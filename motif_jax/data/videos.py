@@ -1,0 +1,327 @@
+"""Video and image files in and out of arrays.
+
+In: a file of any container and codec that FFmpeg reads. Out: T frames of one size, uint8 RGB, taken at equal distances in
+time; which ones is a function of the seed and the video's id alone. A file that cannot give them raises `VideoError`.
+"""
+
+import hashlib
+import itertools
+import os
+import pathlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import av
+import numpy as np
+from av.sidedata.sidedata import Type as SideDataType
+from jaxtyping import UInt8
+from PIL import Image, ImageOps
+
+# A pause longer than this many seconds and ten frames is a jump of the clock (a cut, a paused recorder), not a still.
+_LONGEST_STILL = 1.0
+
+
+class VideoError(ValueError):
+    """A file without a usable clip. `kind` is the reason in two words, for counting; the message adds the numbers."""
+
+    def __init__(self, kind: str, detail: str = "") -> None:
+        super().__init__(f"{kind}: {detail}" if detail else kind)
+        self.kind = kind
+
+
+@dataclass(frozen=True)
+class Clip:
+    """T frames and how they were taken: every `frame_stride`-th from `first_frame` of a video of `fps` frames a second."""
+
+    frames: UInt8[np.ndarray, "T H W 3"]
+    fps: float
+    frame_stride: int
+    first_frame: int
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """The frames of one stream in the order of presentation.
+
+    `pts` are the file's own time stamps (None: it has none, frames are counted), `frame_at` is the frame shown at each
+    point of a regular grid of `fps` points a second. For a constant frame rate the grid is the frames themselves.
+    """
+
+    pts: list[int] | None
+    frame_at: np.ndarray
+    fps: float
+
+
+def stable_draw(n: int, *key: Any) -> int:
+    """An integer in [0, n), uniform over keys and the same for equal keys on every machine and version."""
+    digest = hashlib.sha256("\0".join(map(str, key)).encode()).digest()
+    return int.from_bytes(digest[:8], "little") % n
+
+
+def choose_clip(available: int, frames: int, stride_min: int, stride_max: int, *key: Any) -> tuple[int, int]:
+    """(first frame, stride) of a clip: the stride uniform over those that fit, then the start uniform over what is left.
+
+    `key` decides, usually (seed, video id, clip number). Reference: DynamiCrafter's loader draws from the whole range and
+    falls back to one small stride in a short video; drawing from those that fit keeps the range's spread there too.
+    Raises VideoError when not even the smallest stride fits.
+    """
+    fitting = [s for s in range(stride_min, stride_max + 1) if (frames - 1) * s < available]
+    if not fitting:
+        need = (frames - 1) * stride_min + 1
+        raise VideoError("too short", f"{available} frame{'s'[: available != 1]}, a clip of {frames} at stride {stride_min} needs {need}")
+    stride = fitting[stable_draw(len(fitting), "stride", *key)]
+    return stable_draw(available - (frames - 1) * stride, "start", *key), stride
+
+
+def read_clip(path: str | os.PathLike, frames: int, height: int, width: int, choose: Callable[[int], tuple[int, int]]) -> Clip:
+    """Decodes one clip from the first video stream that can give it.
+
+    `choose(available)` returns (first frame, stride) for a video of that many frames (see `choose_clip`). Frames are
+    turned as the file's display matrix says, transparent parts laid on white, then covered (`cover`).
+    Raises VideoError with the reason; the file's name is left to the caller.
+    """
+    if not os.path.isfile(path):
+        raise VideoError("missing file")
+    try:
+        with av.open(os.fspath(path)) as container:
+            pictures = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
+            streams = [s.index for s in pictures if s.codec_context is not None]
+        if not streams:
+            raise VideoError("no video stream")
+        first_error = None
+        for stream in streams:
+            try:
+                return _read_stream(path, stream, frames, height, width, choose)
+            except VideoError as error:
+                first_error = first_error or error
+        raise first_error
+    except (av.error.FFmpegError, OSError) as error:
+        raise VideoError("cannot be read", str(error).split("\n")[0]) from error
+
+
+def _read_stream(path: Any, stream: int, frames: int, height: int, width: int, choose: Callable) -> Clip:
+    def clip_of(timeline: Timeline) -> Clip | None:
+        first, stride = choose(len(timeline.frame_at))
+        if first < 0 or stride < 1 or first + (frames - 1) * stride >= len(timeline.frame_at):
+            raise VideoError("too short", f"{len(timeline.frame_at)} frames, asked for frames {first} to {first + (frames - 1) * stride}")
+        wanted = timeline.frame_at[first + stride * np.arange(frames)]
+        found = _decode(path, stream, timeline, set(wanted.tolist()), height, width)
+        if found is None:
+            return None
+        return Clip(np.stack([found[i] for i in wanted.tolist()]), timeline.fps, stride, first)
+
+    # Packets are only read, not decoded, to learn the timeline. Some formats time or split packets in ways that do not
+    # map to frames one to one (raw streams, interlaced fields); for those everything is decoded once instead.
+    timeline = _packet_timeline(path, stream)
+    clip = clip_of(timeline) if timeline else None
+    if clip is None:
+        clip = clip_of(_decoded_timeline(path, stream))
+    if clip is None:
+        raise VideoError("does not decode", "its time stamps do not repeat from one reading to the next")
+    return clip
+
+
+def _packet_timeline(path: Any, index: int) -> Timeline | None:
+    """The timeline from the container alone; None when packets carry no time stamps."""
+    with av.open(os.fspath(path)) as container:
+        stream = container.streams[index]
+        declared = len(stream.index_entries)  # mp4 and mov list every frame in front of the data, other formats do not
+        pts, read, end = [], 0, 0.0
+        for packet in container.demux():
+            if packet.pts is not None:
+                end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+            if packet.stream_index == index and packet.size:
+                read += 1
+                if not packet.is_discard:
+                    pts.append(packet.pts)
+        if read < declared:
+            raise VideoError("truncated", f"{read} of {declared} frames are in the file")
+        whole = (container.duration or 0) / av.time_base
+        if "matroska" in container.format.name and end < 0.9 * whole:
+            raise VideoError("truncated", f"{end:.1f} of {whole:.1f} seconds are in the file")
+        if not pts or None in pts or len(set(pts)) < len(pts):
+            return None
+        return _timeline(sorted(pts), stream)
+
+
+def _decoded_timeline(path: Any, index: int) -> Timeline:
+    with av.open(os.fspath(path)) as container:
+        stream = container.streams[index]
+        pts = [frame.pts for frame in _frames(container, stream)]
+        if not pts:
+            raise VideoError("no frames")
+        timed = None not in pts and all(a < b for a, b in itertools.pairwise(pts))
+        return _timeline(pts if timed else None, stream, len(pts))
+
+
+def _timeline(pts: list[int] | None, stream: Any, count: int = 0) -> Timeline:
+    rate = float(stream.average_rate or stream.guessed_rate or 25)
+    if pts is None or len(pts) == 1:
+        return Timeline(pts, np.arange(count if pts is None else 1), rate)
+    steps = np.diff(np.array(pts, np.float64)) * float(stream.time_base)
+    usual = np.median(steps)
+    steps = np.where(steps > max(_LONGEST_STILL, 10 * usual), usual, steps)
+    seconds = np.concatenate([[0.0], np.cumsum(steps)])
+    # The mean over ordinary steps, because time stamps are often rounded to milliseconds.
+    period = steps[np.abs(steps - usual) <= usual / 2].mean()
+    if np.all(np.abs(steps - usual) <= usual / 2):
+        return Timeline(pts, np.arange(len(pts)), round(1 / period, 6))
+    grid = np.arange(int(seconds[-1] / period + 0.5) + 1) * period
+    after = np.clip(np.searchsorted(seconds, grid), 1, len(pts) - 1)
+    nearest = np.where(grid - seconds[after - 1] <= seconds[after] - grid, after - 1, after)
+    return Timeline(pts, nearest, round(1 / period, 6))
+
+
+def _frames(container: Any, stream: Any):
+    """Decoded frames; a packet that does not decode raises, except before the first frame (a stream cut off at its head)."""
+    stream.codec_context.thread_count = 1  # videos are decoded side by side instead
+    started = False
+    for packet in container.demux(stream):
+        try:
+            for frame in packet.decode():
+                started = True
+                yield frame
+        except av.error.InvalidDataError as error:
+            if started:
+                raise VideoError("does not decode", "a packet is damaged") from error
+
+
+def _decode(path: Any, index: int, timeline: Timeline, wanted: set[int], height: int, width: int) -> dict[int, np.ndarray] | None:
+    """Frame number -> picture; None when the stream does not hold the frames that its packets promised."""
+    names = {p: i for i, p in enumerate(timeline.pts)} if timeline.pts else None
+    if names is not None and min(wanted) > 0:
+        # A seek can land behind the frame or where the decoder cannot start cleanly; then the way leads through the whole file.
+        try:
+            found = _decode_from(path, index, timeline.pts[min(wanted)], names, wanted, height, width)
+            if found is not None:
+                return found
+        except (VideoError, av.error.FFmpegError):
+            pass
+    return _decode_from(path, index, None, names, wanted, height, width)
+
+
+def _decode_from(
+    path: Any, index: int, seek: int | None, names: dict[int, int] | None, wanted: set[int], height: int, width: int
+) -> dict[int, np.ndarray] | None:
+    found, damaged = {}, False
+    with av.open(os.fspath(path)) as container:
+        stream = container.streams[index]
+        if seek is not None:
+            container.seek(seek, stream=stream)
+        aspect = float(stream.sample_aspect_ratio or 1) or 1.0
+        for n, frame in enumerate(_frames(container, stream)):
+            i = n if names is None else names.get(frame.pts)
+            # The decoder hides damage by painting over it, and what it painted lives on until the next key frame.
+            damaged = bool(frame.is_corrupt) or (damaged and not frame.key_frame)
+            if i in wanted:
+                if damaged:
+                    raise VideoError("does not decode", f"frame {i} is damaged")
+                picture, turned = _picture(frame)
+                found[i] = cover(picture, height, width, 1 / aspect if turned else aspect)
+            if len(found) == len(wanted):
+                return found
+    return None
+
+
+def _picture(frame: Any) -> tuple[np.ndarray, bool]:
+    """(RGB as it is to be seen, whether its rows were columns)."""
+    if any(c.is_alpha for c in frame.format.components):
+        picture = _on_white(frame.to_ndarray(format="rgba"))
+    else:
+        picture = frame.to_ndarray(format="rgb24")
+    side_data = frame.side_data.get(SideDataType.DISPLAYMATRIX)
+    if side_data is None:
+        return picture, False
+    # A pixel (x, y) is shown at (a x + c y, b x + d y), up to a shift; only quarter turns and mirrors are followed.
+    a, b, _, c, d = np.frombuffer(bytes(side_data), "<i4")[:5].tolist()
+    turned = abs(b) > abs(a)
+    across, down = (c, b) if turned else (a, d)
+    if turned:
+        picture = picture.transpose(1, 0, 2)
+    return np.ascontiguousarray(picture[:: -1 if down < 0 else 1, :: -1 if across < 0 else 1]), turned
+
+
+def _on_white(rgba: np.ndarray) -> np.ndarray:
+    rgb, alpha = rgba[..., :3].astype(np.uint16), rgba[..., 3:].astype(np.uint16)
+    return ((rgb * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
+
+
+def cover(picture: UInt8[np.ndarray, "h w 3"], height: int, width: int, aspect: float = 1.0) -> UInt8[np.ndarray, "H W 3"]:
+    """Scaled until it covers H x W, the rest cut off evenly on both sides; bicubic, antialiased when shrinking.
+
+    `aspect` is the width of one source pixel over its height.
+    """
+    rows, columns = picture.shape[:2]
+    if (rows, columns, aspect) == (height, width, 1.0):
+        return picture
+    want = width / height / aspect  # width over height of the part that is kept, in source pixels
+    keep_w, keep_h = min(columns, rows * want), min(rows, columns / want)
+    left, top = (columns - keep_w) / 2, (rows - keep_h) / 2
+    box = (left, top, left + keep_w, top + keep_h)
+    return np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC, box))
+
+
+def read_image(path: str | os.PathLike, height: int | None = None, width: int | None = None) -> UInt8[np.ndarray, "H W 3"]:
+    """RGB of an image file, upright, transparent parts on white; covered to height x width when both are given.
+
+    Raises VideoError when the file is missing or is no image.
+    """
+    try:
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I") or image.mode == "F":  # 16 bits of grey, which Pillow would clip instead of scale
+                image = Image.fromarray((np.asarray(image, np.float64) / 257).round().clip(0, 255).astype(np.uint8))
+            picture = _on_white(np.asarray(image.convert("RGBA")))
+    except FileNotFoundError as error:
+        raise VideoError("missing file") from error
+    except (OSError, Image.DecompressionBombError) as error:
+        raise VideoError("is no image", str(error)) from error
+    return picture if height is None or width is None else cover(picture, height, width)
+
+
+def save_video(path: str | os.PathLike, frames: Sequence[np.ndarray] | UInt8[np.ndarray, "T H W 3"], fps: float) -> None:
+    """Writes .mp4 (H.264, 4:2:0; an odd size gets its last row or column twice) or .gif (one palette, endless).
+
+    The file appears under its name only when complete. Raises ValueError on another ending, no frames, or a frame rate
+    that is not positive.
+    """
+    path, frames = pathlib.Path(path), np.asarray(frames, np.uint8)
+    if path.suffix.lower() not in (".mp4", ".gif"):
+        raise ValueError(f"{path}: a video is written as .mp4 or .gif")
+    if frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape or not fps > 0:
+        raise ValueError(f"{path}: needs frames [T, H, W, 3] and fps > 0, got {frames.shape} and {fps}")
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    try:
+        (_save_mp4 if path.suffix.lower() == ".mp4" else _save_gif)(temporary, frames, fps)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _save_mp4(path: pathlib.Path, frames: np.ndarray, fps: float) -> None:
+    frames = np.pad(frames, [(0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)], mode="edge")
+    with av.open(os.fspath(path), "w", format="mp4", options={"movflags": "faststart"}) as container:
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": "17"})
+        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
+        stream.codec_context.colorspace = 6  # BT.601, which is what the conversion to 4:2:0 uses
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def _save_gif(path: pathlib.Path, frames: np.ndarray, fps: float) -> None:
+    # One palette of the whole clip, so that still parts do not flicker.
+    palette = Image.fromarray(frames.reshape(-1, *frames.shape[2:])).quantize(256, Image.Quantize.MEDIANCUT)
+    indices = np.stack([np.asarray(Image.fromarray(f).quantize(palette=palette, dither=Image.Dither.NONE)) for f in frames])
+    colours = np.full((256, 4), 255, np.uint8)  # alpha, red, green, blue
+    given = np.array(palette.getpalette(), np.uint8).reshape(-1, 3)
+    colours[: len(given), 1:] = given
+    # FFmpeg's writer keeps a frame that equals the one before, Pillow's would drop it.
+    with av.open(os.fspath(path), "w", format="gif", options={"loop": "0"}) as container:
+        stream = container.add_stream("gif", rate=Fraction(min(fps, 50)).limit_denominator(1001))
+        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "pal8"
+        for frame in indices:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray((frame, colours), format="pal8")))
+        container.mux(stream.encode())
