@@ -1,0 +1,106 @@
+"""Optical flow of whole clips for the offline job.
+
+In: the uint8 frames of one clip. Out: flow in pixels on the stored grid, frame l -> l+1, as float32 numpy.
+"""
+
+import hashlib
+import math
+import pathlib
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, UInt8
+
+from motif_jax.interop.raft import load_raft
+from motif_jax.motion.raft import CELL, pad
+
+VARIANTS = {"raft_small": "small", "raft_large": "large"}
+
+
+class RaftEstimator:
+    """Flow between consecutive frames of a clip; every frame is encoded once.
+
+    The compiled programme depends on the clip's shape alone and sees one clip at a time: the same clip gives the same bytes whatever
+    else is in the run.
+    """
+
+    def __init__(self, name: str, weights: str | pathlib.Path, iterations: int = 12, stride: int = CELL, pairs: int = 4):
+        """`stride` is the side of a stored cell in pixels (a multiple of 8), `pairs` the number of frame pairs refined together."""
+        if name not in VARIANTS:
+            raise ValueError(f"flow estimator {name!r}: must be one of {', '.join(VARIANTS)}")
+        if not str(weights):
+            raise ValueError(f"{name} needs weights: set prepare.flow_weights to a .safetensors or .pth file of RAFT {VARIANTS[name]}")
+        if iterations < 1 or pairs < 1:
+            raise ValueError(f"iterations={iterations}, pairs={pairs}: must both be at least 1")
+        if stride < CELL or stride % CELL:
+            raise ValueError(f"stride={stride}: RAFT's grid is {CELL} pixels, the stored cell must be a multiple of it")
+        self.name, self.iterations, self.stride, self.pairs = name, iterations, stride, pairs
+        self._weights = pathlib.Path(weights)
+        self._graph, self._state = nnx.split(load_raft(weights, VARIANTS[name]))
+        self._flow = jax.jit(partial(_clip_flow, self._graph, iterations=iterations, stride=stride, pairs=pairs))
+
+    def flow(self, frames_THW3: UInt8[np.ndarray, "T H W 3"]) -> Float[np.ndarray, "T h w 2"]:
+        """(u, v) in clip pixels from each frame to the next; the last frame repeats the one before.
+
+        The grid covers the frames padded up to multiples of 8 (see `raft.padding`): h = ceil(H / 8) at stride 8. A cell of
+        raft_small is the network's own value, of which the full-resolution flow is the bilinear interpolation; a cell of
+        raft_large is the mean of its pixels. Raises ValueError for frames that are not uint8 [T >= 2, H >= 64, W >= 64, 3], or
+        that a larger stride does not divide.
+        """
+        frames = np.asarray(frames_THW3)
+        if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or len(frames) < 2:
+            raise ValueError(f"flow needs at least two frames as uint8 [T, H, W, 3], got {frames.dtype} {list(frames.shape)}")
+        cells = [math.ceil(side / CELL) * CELL for side in frames.shape[1:3]]
+        if any(side % self.stride for side in cells):
+            raise ValueError(f"frames of {frames.shape[1]} x {frames.shape[2]} pixels do not divide into cells of {self.stride} pixels")
+        return np.asarray(self._flow(self._state, frames))
+
+    def describe(self) -> dict[str, Any]:
+        """What the flow depends on, for a dataset's metadata; the weights are named by file and SHA-256."""
+        digest = hashlib.sha256(self._weights.read_bytes()).hexdigest()
+        return {
+            "flow": self.name,
+            "flow_iterations": self.iterations,
+            "flow_stride": self.stride,
+            "flow_weights": self._weights.name,
+            "flow_weights_sha256": digest,
+        }
+
+
+def make_flow_estimator(name: str, weights: str | pathlib.Path, iterations: int = 12, stride: int = CELL, pairs: int = 4) -> RaftEstimator:
+    """The estimator `name` ("raft_small", "raft_large") with weights from a file; see `RaftEstimator`.
+
+    Raises ValueError for an unknown name, weights that do not fit it or settings out of range, FileNotFoundError for a missing file.
+    """
+    return RaftEstimator(name, weights, iterations, stride, pairs)
+
+
+def _clip_flow(graph: Any, state: Any, frames_THW3: Array, *, iterations: int, stride: int, pairs: int) -> Array:
+    model = nnx.merge(graph, state)
+    frames = pad(frames_THW3)
+    features = jax.lax.map(lambda frame: model.features(frame[None])[0], frames)
+    context = jax.lax.map(lambda frame: model.context(frame[None])[0], frames[:-1])
+
+    # Pairs are refined in blocks of equal size, the last one filled up with repeats: a pair holds 35 MB of correlations at 320 x 512.
+    count = len(frames) - 1
+    blocks = math.ceil(count / pairs)
+    size = math.ceil(count / blocks)
+    index = jnp.minimum(jnp.arange(blocks * size), count - 1).reshape(blocks, size)
+
+    def refine(index):
+        flow, hidden = model.refine(features[index], features[index + 1], context[index], iterations)
+        return CELL * flow if model.variant == "small" else _pool(model.upsample(flow, hidden), CELL)
+
+    flow = jax.lax.map(refine, index)
+    flow = flow.reshape(blocks * size, *flow.shape[2:])[:count]
+    flow = _pool(flow, stride // CELL)
+    return jnp.concatenate([flow, flow[-1:]])
+
+
+def _pool(flow_BHW2: Array, side: int) -> Array:
+    b, h, w, c = flow_BHW2.shape
+    return flow_BHW2.reshape(b, h // side, side, w // side, side, c).mean((2, 4))
