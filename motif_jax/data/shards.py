@@ -1,0 +1,308 @@
+"""Shards on disk: a deterministic plan, files that appear complete or not at all, and manifests to check them against.
+
+A dataset directory holds `motif-SPLIT.array_record-IIIII-of-NNNNN`, one manifest per shard under manifests/, plan.json (what was
+asked for), and, once every shard is there, TFDS's metadata and dataset.json. Reading one starts at `read_manifest`.
+"""
+
+import hashlib
+import json
+import os
+import pathlib
+import re
+import socket
+import tempfile
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from motif_jax.config import UserError
+from motif_jax.data import records
+
+NAME = "motif"  # TFDS takes a dataset's name from its file names
+SPLITS = ("train", "validation")
+VERSION = "1.0.0"
+# One record per chunk: the chunk is what a random access reads. Frames are compressed already.
+_WRITER_OPTIONS = "group_size:1,uncompressed"
+_STALE_SECONDS = 24 * 3600
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The items of one file; `items` is whatever the job makes records of."""
+
+    split: str
+    index: int
+    count: int
+    items: tuple[Any, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{NAME}-{self.split}.array_record-{self.index:05d}-of-{self.count:05d}"
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """An item that gave no record: `kind` is the reason in two words, `reason` has the details."""
+
+    clip_id: str
+    video: str
+    kind: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A complete dataset: `shards` maps a split to its (file name, records, bytes) in order; splits without records are left out."""
+
+    directory: pathlib.Path
+    fingerprint: str
+    layout: records.Layout
+    shards: dict[str, tuple[tuple[str, int, int], ...]]
+    skipped: dict[str, int]
+    settings: dict[str, Any]
+
+    def count(self, split: str) -> int:
+        return sum(n for _, n, _ in self.shards.get(split, ()))
+
+
+def digest(value: Any) -> str:
+    """sha256 of a JSON value, the same for equal values."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def plan_shards(items: Mapping[str, Sequence[Any]], per_shard: int) -> list[Shard]:
+    """Items per split -> shards of at most `per_shard` items, in order; a function of its arguments alone."""
+    shards = []
+    for split in SPLITS:
+        chunks = [items[split][i : i + per_shard] for i in range(0, len(items[split]), per_shard)]
+        shards += [Shard(split, i, len(chunks), tuple(chunk)) for i, chunk in enumerate(chunks)]
+    return shards
+
+
+def write_file(path: pathlib.Path, text: str) -> None:
+    """Writes a small file so that it is there in full or not at all, also after a power cut."""
+    temporary = _temporary(path)
+    try:
+        temporary.write_text(text)
+        _publish(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_shard(directory: pathlib.Path, shard: Shard, plan: str, fingerprint: str, outcomes: Iterable[bytes | Skipped]) -> dict[str, Any]:
+    """Writes a shard's records in the order they come, then its manifest, which it returns.
+
+    `plan` and `fingerprint` name what was asked of the dataset and of this shard. Until this returns, nothing under the final
+    names says that the shard is done. Raises OSError when the directory cannot be written.
+    """
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    path = directory / shard.name
+    temporary = _temporary(path)
+    skipped, count = [], 0
+    try:
+        writer = ArrayRecordWriter(str(temporary), _WRITER_OPTIONS)
+        try:
+            for outcome in outcomes:
+                if isinstance(outcome, Skipped):
+                    skipped.append(vars(outcome))
+                else:
+                    writer.write(outcome)
+                    count += 1
+        finally:
+            writer.close()
+        manifest = {
+            "shard": shard.name,
+            "plan": plan,
+            "fingerprint": fingerprint,
+            "records": count,
+            "bytes": temporary.stat().st_size,
+            "sha256": _sha256(temporary),
+            "skipped": skipped,
+        }
+        _publish(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    write_file(_manifest_path(directory, shard.name), json.dumps(manifest, indent=1) + "\n")
+    return manifest
+
+
+def check_shard(directory: pathlib.Path, shard: Shard, fingerprint: str) -> str:
+    """ "" when the shard is done and every byte of it is right, else what is wrong with it."""
+    manifest = shard_manifest(directory, shard.name)
+    if manifest is None or not (directory / shard.name).exists():
+        return "missing"
+    if manifest["fingerprint"] != fingerprint:
+        return "made from other videos"
+    return _damage(directory / shard.name, manifest["bytes"], manifest["sha256"])
+
+
+def shard_manifest(directory: pathlib.Path, name: str) -> dict[str, Any] | None:
+    """A shard's manifest; None when there is none or it cannot be read, which a new run mends."""
+    try:
+        return json.loads(_manifest_path(directory, name).read_text())
+    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
+        return None
+
+
+def sweep(directory: pathlib.Path) -> None:
+    """Removes temporary files of processes that are gone: dead on this machine, or silent for a day on another one."""
+    for path in [*directory.glob(".tmp-*"), *directory.glob("manifests/.tmp-*")]:
+        owner = re.match(r"\.tmp-(\d+)@(.+?)@", path.name)
+        dead = owner and owner[2] == socket.gethostname() and not _alive(int(owner[1]))
+        try:
+            if dead or time.time() - path.stat().st_mtime > _STALE_SECONDS:
+                path.unlink()
+        except FileNotFoundError:
+            pass  # another task swept it
+
+
+def finish(directory: pathlib.Path, shards: Sequence[Shard], plan: str, layout: records.Layout, settings: dict[str, Any]) -> int:
+    """Writes TFDS's metadata and dataset.json if every shard is there; returns how many are missing.
+
+    Any task may call this, also several at once: they write the same bytes. Raises UserError when no training clip is left.
+    """
+    manifests = [shard_manifest(directory, s.name) for s in shards]
+    missing = sum(m is None or m["plan"] != plan or not (directory / m["shard"]).exists() for m in manifests)
+    if missing:
+        return missing
+    splits: dict[str, list[dict[str, Any]]] = {}
+    skipped: dict[str, int] = {}
+    for shard, manifest in zip(shards, manifests, strict=True):
+        splits.setdefault(shard.split, []).append({k: manifest[k] for k in ("shard", "records", "bytes", "sha256")})
+        for s in manifest["skipped"]:
+            skipped[s["kind"]] = skipped.get(s["kind"], 0) + 1
+    if not any(m["records"] for m in splits.get("train", ())):
+        reasons = ", ".join(f"{kind}: {n}" for kind, n in sorted(skipped.items()))
+        first = next(s for m in manifests for s in m["skipped"])
+        raise UserError(f"no usable training clip ({reasons}); the first: {first['video']}: {first['reason']}")
+    _write_tfds_metadata(directory, layout, splits)
+    dataset = {
+        "version": VERSION,
+        "fingerprint": digest([layout.to_dict(), [m["sha256"] for m in manifests]]),
+        "plan": plan,
+        "layout": layout.to_dict(),
+        "settings": settings,
+        "skipped": skipped,
+        "splits": splits,
+    }
+    write_file(directory / "dataset.json", json.dumps(dataset, indent=1, sort_keys=True) + "\n")
+    return 0
+
+
+def read_manifest(directory: str | os.PathLike) -> Manifest:
+    """The manifest of a finished dataset; every file in it is there with the length it had when it was written.
+
+    Raises UserError that names what is missing or damaged, with the remedy.
+    """
+    directory = pathlib.Path(directory)
+    again = "run the same motif_jax.prepare again, which rewrites what is missing or damaged and nothing else"
+    try:
+        dataset = json.loads((directory / "dataset.json").read_text())
+    except FileNotFoundError as error:
+        if (directory / "plan.json").exists():
+            done = len(list(directory.glob("manifests/*.json")))
+            raise UserError(f"dataset {directory} is not finished ({done} shards are there); {again}") from error
+        raise UserError(
+            f"no dataset in {str(directory)!r} (data.path): there is no dataset.json; make one with motif_jax.prepare"
+        ) from error
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"dataset {directory}: dataset.json cannot be read ({error}); {again}") from error
+    bad = []
+    for shard in (s for split in dataset["splits"].values() for s in split):
+        damage = _damage(directory / shard["shard"], shard["bytes"])
+        if damage:
+            bad.append(f"{shard['shard']} is {damage}")
+    if bad:
+        raise UserError(f"dataset {directory}: {'; '.join(bad[:5])}{f' and {len(bad) - 5} more' if len(bad) > 5 else ''}; {again}")
+    shards = {
+        split: tuple((s["shard"], s["records"], s["bytes"]) for s in found if s["records"]) for split, found in dataset["splits"].items()
+    }
+    return Manifest(
+        directory,
+        dataset["fingerprint"],
+        records.Layout(**dataset["layout"]),
+        {split: found for split, found in shards.items() if found},
+        dataset["skipped"],
+        dataset["settings"],
+    )
+
+
+def _write_tfds_metadata(directory: pathlib.Path, layout: records.Layout, splits: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    """features.json and dataset_info.json, which make the directory readable by `tfds.builder_from_directory`."""
+    import tensorflow_datasets as tfds
+
+    identity = tfds.core.dataset_info.DatasetIdentity(
+        name=NAME, version=tfds.core.Version(VERSION), data_dir=str(directory), module_name="motif_jax"
+    )
+    info = tfds.core.DatasetInfo(
+        builder=identity,
+        features=records.tfds_features(layout),
+        description="Video clips with captions and optical flow (pixels at the clip's size, from each frame to the next).",
+    )
+    info.set_file_format(tfds.core.FileFormat.ARRAY_RECORD)
+    template = tfds.core.ShardedFileTemplate(data_dir=directory, dataset_name=NAME, filetype_suffix="array_record")
+    info.set_splits(
+        tfds.core.splits.SplitDict(
+            [
+                tfds.core.SplitInfo(
+                    name=split,
+                    shard_lengths=[s["records"] for s in found],
+                    num_bytes=sum(s["bytes"] for s in found),
+                    filename_template=template.replace(split=split),
+                )
+                for split, found in splits.items()
+            ]
+        )
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        info.write_to_directory(scratch)
+        for path in sorted(pathlib.Path(scratch).iterdir()):
+            write_file(directory / path.name, path.read_text())
+
+
+def _manifest_path(directory: pathlib.Path, name: str) -> pathlib.Path:
+    return directory / "manifests" / f"{name}.json"
+
+
+def _temporary(path: pathlib.Path) -> pathlib.Path:
+    # A name that neither TFDS nor a second task on another machine takes for its own.
+    return path.with_name(f".tmp-{os.getpid()}@{socket.gethostname()}@{path.name}")
+
+
+def _publish(temporary: pathlib.Path, path: pathlib.Path) -> None:
+    """Renames once the bytes are on the disk, and waits until the new name is, too."""
+    for target in (temporary, path.parent):
+        if target is path.parent:
+            os.replace(temporary, path)
+        handle = os.open(target, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _damage(path: pathlib.Path, size: int, sha256: str | None = None) -> str:
+    try:
+        found = path.stat().st_size
+    except FileNotFoundError:
+        return "missing"
+    if found != size:
+        return f"{'truncated' if found < size else 'too long'} ({found} of {size} bytes)"
+    return "damaged (its sha256 is not that of its manifest)" if sha256 and _sha256(path) != sha256 else ""
+
+
+def _sha256(path: pathlib.Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
