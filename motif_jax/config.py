@@ -14,7 +14,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 
-class ConfigError(ValueError):
+class UserError(ValueError):
+    """Something the user can mend: entry points print the message, which names the thing and the remedy, without a traceback."""
+
+
+class ConfigError(UserError):
     """A configuration that cannot be used; the message lists every mistake, one a line."""
 
 

@@ -16,15 +16,14 @@ flags.mark_flags_as_required(["config", "workdir"])
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
-    from motif_jax.config import ConfigError, from_config_dict
-    from motif_jax.failures import UserError
+    from motif_jax.config import UserError, from_config_dict
 
     try:
         config = from_config_dict(CONFIG.value)
         from motif_jax.training import loop
 
         loop.train(config, WORKDIR.value)
-    except (ConfigError, UserError) as error:
+    except UserError as error:
         sys.exit(f"motif_jax.main: {error}")
 
 

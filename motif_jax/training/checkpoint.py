@@ -9,10 +9,10 @@ from typing import Any
 
 import jax
 
-from motif_jax.config import CheckpointConfig
+from motif_jax.config import CheckpointConfig, UserError
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError):
     """A checkpoint that cannot be read or does not belong to this run."""
 
 

@@ -1,0 +1,48 @@
+"""Validation: total loss, loss in the moving region and their ratio, over the whole range of timesteps (paper figure 6)."""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from motif_jax.config import Config
+from motif_jax.dist.mesh import global_batch
+from motif_jax.models.networks import Params
+
+VALIDATION_STREAM = 2**31 - 1  # fold_in number of the validation noise: no training step reaches it
+
+
+def timesteps(config: Config, bucket: int, clips: int) -> np.ndarray:
+    """int32 [clips], spread evenly over timestep bucket `bucket`, the same at every validation."""
+    n, count = config.diffusion.num_timesteps, config.eval.buckets
+    low, high = bucket * n / count, (bucket + 1) * n / count
+    return (low + (np.arange(clips) + 0.5) / clips * (high - low)).astype(np.int32)
+
+
+def validate(
+    eval_step: Callable, params: Params, frozen: dict[str, Params], batches: Sequence[dict[str, np.ndarray]], config: Config, mesh: Mesh
+) -> dict[str, float]:
+    """{"eval/loss", "eval/loss_moving", "eval/ratio", and the same per bucket as "eval/ratio_t0" ...}.
+
+    Same clips, timesteps and noise at every call, so that two calls differ by the weights alone. A clip's moving region
+    weighs by its size; `ratio` is (mean loss where m > 0.5) / (mean loss), missing when nothing moves.
+    """
+    key = jax.random.fold_in(jax.random.key(config.seed), VALIDATION_STREAM)
+    overall = np.zeros((config.eval.buckets, 2))  # sum of losses, clips
+    moving = np.zeros((config.eval.buckets, 2))  # sum of losses over moving cells, moving cells
+    for index, batch in enumerate(batches):
+        on_devices = global_batch(batch, mesh)
+        clips = len(batch["flow"]) * jax.process_count()
+        for bucket in range(config.eval.buckets):
+            noise_key = jax.random.fold_in(jax.random.fold_in(key, index), bucket)
+            found = jax.device_get(eval_step(params, frozen, on_devices, timesteps(config, bucket, clips), noise_key))
+            overall[bucket] += found.overall.sum(), clips
+            moving[bucket] += (found.moving * found.moving_cells).sum(), found.moving_cells.sum()
+    result = {}
+    for suffix, o, m in [("", overall.sum(0), moving.sum(0)), *((f"_t{b}", overall[b], moving[b]) for b in range(config.eval.buckets))]:
+        result[f"eval/loss{suffix}"] = o[0] / o[1]
+        if m[1] > 0:
+            result[f"eval/loss_moving{suffix}"] = m[0] / m[1]
+            result[f"eval/ratio{suffix}"] = (m[0] / m[1]) / (o[0] / o[1])
+    return {name: float(value) for name, value in result.items()}

@@ -1,0 +1,228 @@
+"""The training run: a validated `Config` and a work directory in; checkpoints, metrics, samples and a report out.
+
+Order, which makes a resumed run equal to an undisturbed one:
+restore or init -> [evaluate and sample with the state before the update -> save (then stop if asked to) -> next batch ->
+step -> log the previous step] -> wait for the save, write the report, mark done.
+"""
+
+import hashlib
+import json
+import math
+import pathlib
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import motif_jax
+from motif_jax.config import Config, UserError, from_json, to_json
+from motif_jax.data import pipeline
+from motif_jax.data.tokens import make_tokenizer
+from motif_jax.dist.mesh import global_batch, make_mesh, shard_like_params
+from motif_jax.dist.preemption import StopSignal
+from motif_jax.models.networks import Networks
+from motif_jax.training import samples, state as train_state
+from motif_jax.training.checkpoint import CheckpointError, Checkpoints
+from motif_jax.training.evaluation import validate
+from motif_jax.training.metrics import MetricWriter
+from motif_jax.training.optimizer import make_optimizer
+from motif_jax.training.step import empty_sentence, make_eval_step, make_train_step
+from motif_jax.training.weights import initial_weights
+
+# A run may be continued with other values of these; everything else decides what the parameters become.
+FREE_TO_CHANGE = ("steps", "log_every", "checkpoint", "eval", "sample", "mesh", "remat", "attention", "init_from", "data", "prepare", "name")
+
+
+def run_fingerprint(config: Config) -> str:
+    """sha256 over the settings that a continued run must share with its beginning."""
+    fixed = {k: v for k, v in json.loads(to_json(config)).items() if k not in FREE_TO_CHANGE}
+    return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
+
+
+def prepare_workdir(config: Config, workdir: pathlib.Path) -> None:
+    """Makes the directory and writes config.json; refuses to continue a run whose fixed settings differ."""
+    path = workdir / "config.json"
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if path.exists() and (workdir / "checkpoints").is_dir() and any((workdir / "checkpoints").iterdir()):
+            before = from_json(path.read_text())
+            if run_fingerprint(before) != run_fingerprint(config):
+                old, new = json.loads(to_json(before)), json.loads(to_json(config))
+                changed = [k for k in new if k not in FREE_TO_CHANGE and old[k] != new[k]]
+                raise UserError(
+                    f"{workdir} holds a run with other settings ({', '.join(changed)} differ); use its settings, or another --workdir"
+                )
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(to_json(config))
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write to the work directory {workdir}: {error}") from error
+
+
+class Log:
+    """Collects step metrics on the device and writes their means: one status line and one metrics line per window."""
+
+    def __init__(self, writer: MetricWriter | None, config: Config) -> None:
+        self._writer, self._config = writer, config
+        self._window: list[dict[str, Any]] = []
+        self._wait = 0.0
+        self._start = time.perf_counter()
+
+    def add(self, metrics: dict[str, Any], wait: float) -> None:
+        self._window.append(metrics)
+        self._wait += wait
+
+    def flush(self, step: int) -> None:
+        """Writes the window that ends with update number `step`. Raises UserError when a metric is not finite."""
+        if not self._window:
+            return
+        window = jax.device_get(self._window)
+        elapsed = time.perf_counter() - self._start
+        means = {k: float(np.mean([m[k] for m in window])) for k in window[0]}
+        for name, value in means.items():
+            if not math.isfinite(value):
+                raise UserError(
+                    f"{name} is {value} in steps {step - len(window) + 1} to {step}: training stops. The checkpoints before are good; "
+                    "lower learning_rate, set optimizer.grad_clip, or check the data, then run the same command again"
+                )
+        per_step = elapsed / len(window)
+        means |= {
+            "seconds_per_step": per_step,
+            "clips_per_second": self._config.batch_size / per_step,
+            "input_wait": self._wait / elapsed,
+            "clips": step * self._config.batch_size,
+        }
+        if self._writer:
+            self._writer.write(step, means)
+            left = (self._config.steps - step) * per_step
+            print(
+                f"step {step}/{self._config.steps}  loss {means['loss']:.4f}  {per_step:.3f} s/step  {means['clips_per_second']:.1f} clips/s"
+                f"  input wait {100 * means['input_wait']:.1f} %  {left / 60:.1f} min left",
+                flush=True,
+            )
+        self.restart()
+
+    def restart(self) -> None:
+        """Starts the next window now, so that time spent on evaluation or saving is not counted as training."""
+        self._window, self._wait, self._start = [], 0.0, time.perf_counter()
+
+
+def make_state(config: Config, networks: Networks, mesh: Mesh, optimizer) -> tuple[train_state.TrainState, dict]:
+    """(abstract state with shardings, function that makes the real one)."""
+
+    def create(params):
+        return train_state.create(params, optimizer, config.ema.decay > 0)
+
+    abstract = jax.eval_shape(create, networks.unet.shapes)
+    shardings = shard_like_params(abstract, set(networks.unet.shapes), mesh)
+    template = jax.tree.map(lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh), abstract, shardings)
+    return template, jax.jit(create, out_shardings=shardings)
+
+
+def train(config: Config, workdir: str | pathlib.Path) -> None:
+    """Trains until `config.steps`, continuing what `workdir` holds. Raises UserError with the remedy on bad input."""
+    workdir = pathlib.Path(workdir)
+    first_process = jax.process_index() == 0
+    dataset = pipeline.open_dataset(config.data, "train")
+    mesh = make_mesh(config.mesh)
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    if config.batch_size % (parts * config.grad_accumulation):
+        raise UserError(f"batch_size={config.batch_size}: must be a multiple of {parts * config.grad_accumulation} (devices of data and fsdp x grad_accumulation)")
+    prepare_workdir(config, workdir)
+
+    tokenizer = make_tokenizer(config.text)
+    empty_L = empty_sentence(config, tokenizer)
+    networks = Networks.of(config)
+    optimizer = make_optimizer(config)
+    template, create = make_state(config, networks, mesh, optimizer)
+    replicated = NamedSharding(mesh, PartitionSpec())
+    state_shardings = jax.tree.map(lambda s: s.sharding, template)
+    train_step = jax.jit(
+        make_train_step(networks, optimizer, empty_L), donate_argnums=0, out_shardings=(state_shardings, replicated)
+    )
+    eval_step = jax.jit(make_eval_step(networks, empty_L), out_shardings=replicated)
+
+    position = {"global_batch": config.batch_size, "seed": config.seed, "dataset": dataset.fingerprint}
+    meta = {"version": motif_jax.__version__, "run": run_fingerprint(config)}
+    checkpoints = Checkpoints(workdir, config.checkpoint)
+    step = checkpoints.latest_step()
+    weights = initial_weights(config, networks, trained=step is None)
+    if step is None:
+        state = create(weights.unet)
+        step = restored = 0
+        print(f"starting: {sum(math.prod(s.shape) for s in networks.unet.shapes.values()):,} parameters, {len(dataset):,} clips, {workdir}")
+    else:
+        state, saved, _ = checkpoints.restore(step, template)
+        differs = [k for k, v in position.items() if saved.get(k) != v]
+        if differs or saved.get("step") != step:
+            raise CheckpointError(
+                f"checkpoint {checkpoints.directory / str(step)} was made with other data "
+                f"({', '.join(f'{k}: {saved.get(k)} then, {position[k]} now' for k in differs) or 'step'}); use the same, or another --workdir"
+            )
+        restored = step
+        print(f"continuing at step {step} of {config.steps}, {workdir}")
+    frozen = jax.device_put(weights.frozen, replicated)
+    del weights
+    if step >= config.steps:
+        print(f"nothing to do: {step} of {config.steps} steps are done")
+        checkpoints.close()
+        return
+
+    writer = MetricWriter(workdir, step) if first_process else None
+    log = Log(writer, config)
+    validation = pipeline.validation_batches(config.data, config.batch_size, config.eval.batches, tokenizer) if config.eval.every else []
+    sheets = samples.SampleSheets(config, networks, tokenizer, empty_L, workdir, writer)
+    batches = pipeline.make_iterator(dataset, config.batch_size, config.seed, step, tokenizer)
+
+    def due(every: int) -> bool:
+        return every > 0 and (step == config.steps or (step % every == 0))
+
+    with StopSignal() as stop:
+        pending = None
+        try:
+            while True:
+                save = due(config.checkpoint.every) or stop.requested
+                fresh = step != restored or step == 0  # a restored step was evaluated and saved before
+                if fresh and (due(config.eval.every) or due(config.sample.every) or save):
+                    log.flush(step)
+                    if due(config.eval.every) and validation:
+                        scalars = validate(eval_step, state.best, frozen, validation, config, mesh)
+                        if writer:
+                            writer.write(step, scalars)
+                        shown = "  ".join(f"{k} {v:.4f}" for k, v in scalars.items() if "_t" not in k)
+                        print(f"step {step}/{config.steps}  {shown}", flush=True)
+                    if due(config.sample.every):
+                        sheets.write(step, state.best, frozen)
+                    if save and step > restored:
+                        checkpoints.save(step, state, {"step": step, **position}, meta)
+                    log.restart()
+                if stop.requested or step >= config.steps:
+                    break
+                began = time.perf_counter()
+                batch = next(batches)
+                wait = time.perf_counter() - began
+                state, metrics = train_step(state, frozen, global_batch(batch, mesh))
+                step += 1
+                log.add(metrics, wait)
+                # One step runs ahead of the host; its metrics are fetched only when a window ends.
+                jax.block_until_ready(pending)
+                pending = metrics
+                if step % config.log_every == 0:
+                    log.flush(step)
+        finally:
+            batches.close()
+            checkpoints.wait()
+            if writer:
+                writer.close()
+    checkpoints.close()
+    if stop.requested and step < config.steps:
+        print(f"stopped by a signal at step {step}; saved; the same command continues")
+        return
+    if first_process:
+        from motif_jax import report
+
+        report.write(workdir)
+        (workdir / "DONE").write_text(f"{step}\n")
+        print(f"done: {step} steps; {workdir / 'report.html'}")

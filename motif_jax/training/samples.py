@@ -1,0 +1,56 @@
+"""Sample sheets during training: clips from held-out first frames and sentences, and how much they move.
+
+Under `<workdir>/samples/<step>/`: one GIF per clip (truth left, sample right), `sheet.png`, and the mean optical flow of
+samples and truth in the metrics, since a model that copies its image shows first there.
+"""
+
+import json
+import pathlib
+from collections.abc import Callable
+
+import numpy as np
+
+from motif_jax.config import Config
+from motif_jax.data import pipeline
+from motif_jax.data.videos import save_video
+from motif_jax.generation import make_generator
+from motif_jax.models.networks import Networks, Params
+from motif_jax.motion import pictures
+from motif_jax.motion.dis import mean_flow
+from motif_jax.training.metrics import MetricWriter
+
+
+class SampleSheets:
+    def __init__(
+        self, config: Config, networks: Networks, tokenizer: Callable, empty_L: np.ndarray, workdir: pathlib.Path, writer: MetricWriter | None
+    ) -> None:
+        self._config, self._workdir, self._writer = config, workdir, writer
+        self._examples = pipeline.examples(config.data, config.sample.count) if config.sample.every else []
+        if self._examples:
+            self._generate = make_generator(networks, empty_L)
+            self._tokens = tokenizer([e.caption for e in self._examples])
+            self._truth = np.stack([e.frames for e in self._examples])
+
+    def write(self, step: int, params: Params, frozen: dict[str, Params]) -> None:
+        if not self._examples:
+            return
+        fps = np.asarray([e.fps for e in self._examples], np.float32)
+        clips = np.asarray(self._generate(params, frozen, self._truth[:, 0], self._tokens, fps, np.arange(len(fps), dtype=np.int32)))
+        if self._writer is None:
+            return
+        directory = self._workdir / "samples" / str(step)
+        directory.mkdir(parents=True, exist_ok=True)
+        rows = []
+        for index, (example, clip) in enumerate(zip(self._examples, clips, strict=True)):
+            save_video(directory / f"{index:02d}.gif", np.concatenate([example.frames, clip], axis=2), self._config.sample.fps)
+            rows += [pictures.strip(example.frames, f"{example.caption} (truth)"), pictures.strip(clip, "sample")]
+        sheet = pictures.stack(rows)
+        pictures.save_png(directory / "sheet.png", sheet)
+        (directory / "captions.json").write_text(json.dumps([e.caption for e in self._examples], indent=1))
+        self._writer.write_image(step, "samples", sheet)
+        motion = {
+            "sample/mean_flow": float(np.mean([mean_flow(c) for c in clips])),
+            "sample/mean_flow_data": float(np.mean([mean_flow(c) for c in self._truth])),
+        }
+        self._writer.write(step, motion)
+        print(f"step {step}  mean flow of samples {motion['sample/mean_flow']:.3f} px, of the data {motion['sample/mean_flow_data']:.3f} px", flush=True)

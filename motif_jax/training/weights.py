@@ -1,0 +1,76 @@
+"""The weights a run starts from: random, another run's, or an imported checkpoint."""
+
+import dataclasses
+import pathlib
+
+import jax
+import numpy as np
+
+from motif_jax.config import Config, UserError, from_json
+from motif_jax.models.networks import Networks, Params
+from motif_jax.training.checkpoint import Checkpoints
+
+WEIGHTS_STREAM = 2**31 - 2  # fold_in number of the initial weights: no training step reaches it
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    unet: Params
+    frozen: dict[str, Params]
+
+
+def initial_weights(config: Config, networks: Networks, trained: bool = True) -> Weights:
+    """Weights for step 0; with `trained=False` only the frozen networks' (the U-Net is restored by the caller).
+
+    Without `init_from` the U-Net is drawn from the seed. Frozen networks that have parameters (the KL autoencoder, the
+    OpenCLIP tower) cannot be drawn: they need `init_from`. Raises UserError.
+    """
+    key = jax.random.fold_in(jax.random.key(config.seed), WEIGHTS_STREAM)
+    need = [name for name in ("autoencoder", "text") if getattr(networks, name).shapes]
+    if not config.init_from:
+        if need:
+            raise UserError(
+                f"the {' and '.join(need)} of this configuration are pretrained networks: set --config.init_from to an imported "
+                "checkpoint (docs/weights.md), or use autoencoder.kind='pixel' and text.kind='words'"
+            )
+        return Weights(networks.unet.init(key) if trained else {}, networks.init_frozen(key))
+    loaded = load(config.init_from)
+    missing = [name for name in need if name not in loaded]
+    if missing:
+        raise UserError(f"init_from={config.init_from}: holds no weights of the {' and '.join(missing)}")
+    frozen = {name: fit(loaded.get(name, {}), getattr(networks, name).shapes, f"{config.init_from} ({name})") for name in ("autoencoder", "text")}
+    unet = fit(loaded["unet"], networks.unet.shapes, f"{config.init_from} (unet)", inflate="input_blocks.0.0.kernel") if trained else {}
+    return Weights(unet, frozen)
+
+
+def load(directory: str | pathlib.Path) -> dict[str, Params]:
+    """{"unet": ..., maybe "autoencoder", "text"} from a work directory (its average if it keeps one)."""
+    directory = pathlib.Path(directory)
+    if not (directory / "config.json").exists():
+        raise UserError(f"{directory}: no config.json there; expected a work directory of motif_jax.main")
+    config = from_json((directory / "config.json").read_text())
+    checkpoints = Checkpoints(directory, read_only=True)
+    step = checkpoints.latest_step()
+    if step is None:
+        raise UserError(f"{directory}: holds no checkpoint yet; train first")
+    found = checkpoints.restore_weights(step, ("ema", "params") if config.ema.decay == 0 else ("ema",))
+    checkpoints.close()
+    return {"unet": found.get("ema") or found["params"]}
+
+
+def fit(params: Params, shapes: dict[str, jax.ShapeDtypeStruct], source: str, inflate: str = "") -> Params:
+    """`params` checked against `shapes`; every difference is listed in one UserError.
+
+    `inflate` names the one kernel whose input channels may grow: old ones are copied, new ones zero, so that step 0
+    equals the model before (docs/weights.md).
+    """
+    params = dict(params)
+    if inflate in params and inflate in shapes:
+        old, new = params[inflate].shape, shapes[inflate].shape
+        if old[:-2] == new[:-2] and old[-1] == new[-1] and old[-2] < new[-2]:
+            params[inflate] = np.concatenate([params[inflate], np.zeros((*new[:-2], new[-2] - old[-2], new[-1]), np.float32)], axis=-2)
+    bad = [f"missing {k}" for k in shapes.keys() - params.keys()] + [f"left over {k}" for k in params.keys() - shapes.keys()]
+    bad += [f"{k} is {params[k].shape}, not {shapes[k].shape}" for k in shapes.keys() & params.keys() if params[k].shape != shapes[k].shape]
+    if bad:
+        raise UserError(f"{source}: weights do not fit the configuration:\n  " + "\n  ".join(sorted(bad)))
+    return {k: params[k] for k in shapes}
