@@ -1,0 +1,141 @@
+"""A trained run as a function from images and sentences to video files."""
+
+import dataclasses
+import json
+import pathlib
+import zlib
+
+import numpy as np
+from jaxtyping import UInt8
+
+from motif_jax.config import Config, UserError, from_json
+from motif_jax.data.tokens import make_tokenizer
+from motif_jax.data.videos import VideoError, cover, read_image, save_video
+from motif_jax.generation import make_generator
+from motif_jax.models.networks import Networks, Params
+from motif_jax.training import weights
+from motif_jax.training.step import empty_sentence
+
+SOURCE_FPS = 24.0  # --frame_stride counts frames of a film
+
+
+@dataclasses.dataclass
+class Animator:
+    """Call it with images, sentences and seeds; see `__call__`."""
+
+    config: Config
+    networks: Networks
+    params: Params
+    frozen: dict[str, Params]
+    fps: float  # frame rate condition
+
+    def __post_init__(self) -> None:
+        self._tokenizer = make_tokenizer(self.config.text)
+        self._generate = make_generator(self.networks, empty_sentence(self.config, self._tokenizer))
+
+    @classmethod
+    def load(
+        cls,
+        directory: str | pathlib.Path,
+        config: Config | None = None,
+        *,
+        steps: int | None = None,
+        guidance: float | None = None,
+        frame_stride: int | None = None,
+    ) -> "Animator":
+        """From a work directory (its own config.json), or from weights with a `config`. Raises UserError."""
+        directory = pathlib.Path(directory)
+        if config is None:
+            if not (directory / "config.json").exists():
+                raise UserError(f"{directory}: no config.json there; expected a work directory of motif_jax.main")
+            config = from_json((directory / "config.json").read_text())
+        changed = {k: v for k, v in {"steps": steps, "guidance": guidance}.items() if v is not None}
+        if changed.get("steps", 1) > config.diffusion.num_timesteps:
+            raise UserError(f"--steps={steps}: at most {config.diffusion.num_timesteps}, the timesteps of training")
+        config = dataclasses.replace(config, sample=dataclasses.replace(config.sample, **changed))
+        networks = Networks.of(config)
+        frozen = weights.initial_weights(config, networks, trained=False).frozen
+        params = weights.fit(weights.load(directory)["unet"], networks.unet.shapes, str(directory))
+        return cls(config, networks, params, frozen, SOURCE_FPS / frame_stride if frame_stride else config.sample.fps)
+
+    def __call__(self, images: list[UInt8[np.ndarray, "H W 3"]], prompts: list[str], seeds: list[int]) -> UInt8[np.ndarray, "B T H W 3"]:
+        """Clips that start at `images` (any size: covered and centre-cropped) and move as `prompts` say."""
+        height, width = self.config.data.height, self.config.data.width
+        batch = np.stack([cover(image, height, width) for image in images])
+        fps = np.full(len(images), self.fps, np.float32)
+        return np.asarray(self._generate(self.params, self.frozen, batch, self._tokenizer(prompts), fps, np.asarray(seeds, np.int32)))
+
+
+def _open(path: str) -> UInt8[np.ndarray, "H W 3"]:
+    try:
+        return read_image(path)
+    except VideoError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def _save(path: pathlib.Path, clip: UInt8[np.ndarray, "T H W 3"], fps: float) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_video(path, clip, fps)
+    except OSError as error:
+        raise UserError(f"--output: {path} cannot be written: {error}") from error
+
+
+def animate_one(animator: Animator, image: str, prompt: str, output: str, seed: int) -> None:
+    """Writes one clip to `output` (.mp4 or .gif)."""
+    if pathlib.Path(output).suffix.lower() not in (".mp4", ".gif"):
+        raise UserError(f"--output={output}: must end in .mp4 or .gif")
+    clip = animator([_open(image)], [prompt], [seed])[0]
+    _save(pathlib.Path(output), clip, animator.config.sample.fps)
+    print(f"{output}: {len(clip)} frames of {clip.shape[1]}x{clip.shape[2]}")
+
+
+def read_requests(path: str) -> list[dict[str, str]]:
+    """The lines of a jsonl file with keys image, prompt, id; image paths are relative to the file. Raises UserError listing bad lines."""
+    file = pathlib.Path(path)
+    try:
+        lines = [line for line in file.read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--requests={path}: cannot be read: {error}") from error
+    requests, bad = [], []
+    for number, line in enumerate(lines, 1):
+        try:
+            found = json.loads(line)
+            requests.append({key: str(found[key]) for key in ("image", "prompt", "id")})
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            bad.append(f"line {number}: {error!r}")
+            continue
+        image = file.parent / requests[-1]["image"]
+        requests[-1]["image"] = str(image)
+        if not image.is_file():
+            bad.append(f"line {number}: no image {image}")
+        if "/" in requests[-1]["id"] or requests[-1]["id"] in ("", ".", ".."):
+            bad.append(f"line {number}: id {requests[-1]['id']!r} is no file name")
+    ids = [r["id"] for r in requests]
+    bad += [f"id {i!r} occurs {ids.count(i)} times" for i in sorted({i for i in ids if ids.count(i) > 1})]
+    if bad or not requests:
+        raise UserError(f"--requests={path}: " + ("; ".join(bad) if bad else "holds no request"))
+    return requests
+
+
+def animate_list(animator: Animator, requests_file: str, output: str, seed: int, batch_size: int, suffix: str) -> None:
+    """Writes `<output>/<id>.<suffix>` for every request; files that are there are kept, so that a stopped run continues.
+
+    The noise of a clip depends on (seed, id) alone.
+    """
+    directory = pathlib.Path(output)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output={output}: cannot be made: {error}") from error
+    everything = read_requests(requests_file)
+    todo = [r for r in everything if not (directory / f"{r['id']}.{suffix}").exists()]
+    print(f"{len(everything)} requests, {len(everything) - len(todo)} done before")
+    for start in range(0, len(todo), batch_size):
+        part = todo[start : start + batch_size]
+        full = part + [part[-1]] * (batch_size - len(part))  # one compiled shape
+        seeds = [zlib.crc32(f"{seed}:{r['id']}".encode()) & 0x7FFFFFFF for r in full]
+        clips = animator([_open(r["image"]) for r in full], [r["prompt"] for r in full], seeds)
+        for request, clip in zip(part, clips, strict=False):
+            _save(directory / f"{request['id']}.{suffix}", clip, animator.config.sample.fps)
+        print(f"{min(start + batch_size, len(todo))}/{len(todo)} clips", flush=True)

@@ -1,0 +1,133 @@
+"""`<workdir>/report.html`: curves, heatmaps over frames, and truth beside generated clips, in one file."""
+
+import base64
+import html
+import io
+import json
+import pathlib
+
+import numpy as np
+
+from motif_jax.config import Config, UserError, from_json
+from motif_jax.training.metrics import read_lines
+
+STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
+img{max-width:100%;height:auto}figure{display:inline-block;margin:.5rem;vertical-align:top}figcaption{font-size:.85rem;max-width:20rem}
+.clip img{width:20rem;image-rendering:pixelated}table{border-collapse:collapse}td,th{padding:.2rem .8rem;border-bottom:1px solid #ccc;text-align:left}"""
+
+
+def write(workdir: str | pathlib.Path) -> pathlib.Path:
+    """Collects what a work directory holds (metrics.jsonl, the newest sample sheet, judged samples) and returns the page's path."""
+    workdir = pathlib.Path(workdir)
+    if not (workdir / "config.json").exists():
+        raise UserError(f"{workdir}: no config.json there; expected a work directory of motif_jax.main")
+    config = from_json((workdir / "config.json").read_text())
+    lines = read_lines(workdir / "metrics.jsonl")
+    body = [f"<h1>{html.escape(config.name)}</h1>", _summary(config, lines), "<h2>Training</h2>", _curves(lines)]
+    body += ["<h2>What the loss looks at</h2>", _heatmaps(config), "<h2>Held-out clips</h2>", _samples(workdir), _judged(workdir)]
+    page = f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(config.name)}</title><style>{STYLE}</style>"
+    path = workdir / "report.html"
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(page + "\n".join(part for part in body if part) + "</html>\n")
+    temporary.replace(path)
+    return path
+
+
+def _summary(config: Config, lines: list[dict]) -> str:
+    last = {}
+    for line in lines:
+        last |= line
+    rows = [
+        ("steps", f"{last.get('step', 0):,} of {config.steps:,}"),
+        ("clip", f"{config.data.frames} frames of {config.data.height}x{config.data.width}"),
+        ("loss", f"{config.loss.heatmap} heatmap, lambda {config.loss.motion_weight:g}"),
+    ]
+    shown = {
+        "loss": "training loss",
+        "eval/loss": "validation loss",
+        "eval/ratio": "loss in the moving region / loss overall",
+        "sample/mean_flow": "mean flow of samples, px per frame",
+        "sample/mean_flow_data": "mean flow of the data, px per frame",
+        "seconds_per_step": "seconds per step",
+        "input_wait": "share of time waiting for data",
+    }
+    rows += [(label, f"{last[key]:.4g}") for key, label in shown.items() if last.get(key) is not None]
+    return "<table>" + "".join(f"<tr><th>{html.escape(k)}<td>{html.escape(v)}" for k, v in rows) + "</table>"
+
+
+def _curves(lines: list[dict]) -> str:
+    from matplotlib.figure import Figure
+
+    panels = {
+        "loss": ("loss_diffusion", "loss_motif", "eval/loss", "eval/loss_moving"),
+        "moving / overall loss, by timestep (figure 6)": tuple(sorted({k for line in lines for k in line if k.startswith("eval/ratio_t")})),
+        "mean flow, px per frame": ("sample/mean_flow", "sample/mean_flow_data"),
+    }
+    figure = Figure(figsize=(14, 4), layout="constrained")
+    for axes, (title, names) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+        for name in names:
+            points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+            if points:
+                steps, values = np.array(points).T
+                axes.plot(steps, values, label=name, linewidth=1.2, marker="o" if len(points) < 20 else "", markersize=3)
+        axes.set(title=title, xlabel="step")
+        if axes.lines:
+            axes.legend(fontsize=8)
+            if title == "loss":
+                axes.set_yscale("log")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return _picture(buffer.getvalue(), "image/png", "training curves")
+
+
+def _heatmaps(config: Config) -> str:
+    """Frames, flow and heatmap of the first held-out clips, if the data is still there."""
+    from motif_jax.data import pipeline
+    from motif_jax.motion import pictures
+
+    try:
+        examples = pipeline.examples(config.data, 3)
+    except UserError as error:
+        return f"<p>{html.escape(str(error))}</p>"
+    parts = []
+    for example in examples:
+        sheet = pictures.clip_sheet(
+            example.frames,
+            example.flow.astype(np.float32),
+            reading=config.loss.intensity,
+            sharpness=config.loss.sharpness,
+            threshold=config.loss.threshold,
+            caption=example.caption,
+        )
+        parts.append(_picture(pictures.png_bytes(sheet), "image/png", f"frames, flow and heatmap: {example.caption}"))
+    return "<p>Rows: frames, optical flow (colour is direction, saturation is speed), heatmap over the frames.</p>" + "".join(parts)
+
+
+def _samples(workdir: pathlib.Path) -> str:
+    steps = sorted((int(p.name), p) for p in (workdir / "samples").glob("*") if p.name.isdigit())
+    if not steps:
+        return "<p>No samples were made (sample.every=0).</p>"
+    step, directory = steps[-1]
+    captions = json.loads((directory / "captions.json").read_text())
+    parts = [f"<p>Left: the real clip. Right: made from its first frame and the sentence, after {step:,} steps.</p><div class=clip>"]
+    for index, caption in enumerate(captions):
+        data = (directory / f"{index:02d}.gif").read_bytes()
+        parts.append(f"<figure>{_picture(data, 'image/gif', caption)}<figcaption>{html.escape(caption)}</figcaption></figure>")
+    return "".join(parts) + "</div>"
+
+
+def _judged(workdir: pathlib.Path) -> str:
+    """Rates of `motif_jax.bench synthetic`, where it was run."""
+    path = workdir / "synthetic.json"
+    if not path.exists():
+        return ""
+    found = json.loads(path.read_text())
+    rows = "".join(
+        f"<tr><td>{html.escape(name)}<td>{100 * r['rate']:.0f} %<td>[{100 * r['low']:.0f}, {100 * r['high']:.0f}]<td>{r['n']}"
+        for name, r in found["rates"].items()
+    )
+    return f"<h2>How often it does what it is told</h2><table><tr><th>measure<th>rate<th>95 %<th>clips{rows}</table>"
+
+
+def _picture(data: bytes, kind: str, description: str) -> str:
+    return f'<img alt="{html.escape(description)}" src="data:{kind};base64,{base64.b64encode(data).decode()}">'

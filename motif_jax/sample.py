@@ -1,0 +1,56 @@
+"""Animates images with a trained run: python -m motif_jax.sample --workdir=RUN --image=FILE --prompt=TEXT --output=FILE.mp4|.gif
+
+or a whole list: --requests=FILE.jsonl (keys image, prompt, id) --output=DIR. Options: --seed --steps --guidance
+--frame_stride (how many source frames the steps of the clip are apart) --weights=ema|raw.
+--checkpoint=DIR --config=configs/X.py samples from an imported or foreign checkpoint.
+"""
+
+import sys
+
+from absl import app, flags
+from ml_collections import config_flags
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "configuration of --checkpoint", lock_config=True)
+WORKDIR = flags.DEFINE_string("workdir", None, "work directory of a run")
+CHECKPOINT = flags.DEFINE_string("checkpoint", None, "weights to load instead of a work directory's (needs --config)")
+IMAGE = flags.DEFINE_string("image", None, "the first frame (any image file)")
+PROMPT = flags.DEFINE_string("prompt", None, "what happens")
+REQUESTS = flags.DEFINE_string("requests", None, "jsonl file with keys image, prompt, id")
+OUTPUT = flags.DEFINE_string("output", None, "FILE.mp4 or FILE.gif; with --requests a directory")
+SEED = flags.DEFINE_integer("seed", 0, "noise seed", lower_bound=0)
+STEPS = flags.DEFINE_integer("steps", None, "denoising steps (default: the configuration's)", lower_bound=1)
+GUIDANCE = flags.DEFINE_float("guidance", None, "classifier-free guidance scale (default: the configuration's)", lower_bound=0.0)
+FRAME_STRIDE = flags.DEFINE_integer("frame_stride", None, "source frames between two frames, at 24 fps (default: 24 / sample.fps)", lower_bound=1)
+BATCH = flags.DEFINE_integer("batch_size", 4, "clips generated together", lower_bound=1)
+FORMAT = flags.DEFINE_enum("format", "mp4", ["mp4", "gif"], "file type with --requests")
+flags.mark_flag_as_required("output")
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected argument {argv[1]!r}")
+    if (WORKDIR.value is None) == (CHECKPOINT.value is None):
+        raise app.UsageError("give either --workdir, or --checkpoint with --config")
+    if CHECKPOINT.value and CONFIG.value is None:
+        raise app.UsageError("--checkpoint needs --config")
+    if (REQUESTS.value is None) == (IMAGE.value is None or PROMPT.value is None):
+        raise app.UsageError("give either --image and --prompt, or --requests")
+    from motif_jax.config import UserError, from_config_dict
+
+    try:
+        from motif_jax import animation
+
+        config = from_config_dict(CONFIG.value) if CONFIG.value else None
+        animator = animation.Animator.load(
+            WORKDIR.value or CHECKPOINT.value, config, steps=STEPS.value, guidance=GUIDANCE.value, frame_stride=FRAME_STRIDE.value
+        )
+        if REQUESTS.value:
+            animation.animate_list(animator, REQUESTS.value, OUTPUT.value, SEED.value, BATCH.value, FORMAT.value)
+        else:
+            animation.animate_one(animator, IMAGE.value, PROMPT.value, OUTPUT.value, SEED.value)
+    except UserError as error:
+        sys.exit(f"motif_jax.sample: {error}")
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,98 @@
+"""Configuration: every mistake in one error, and the shipped files are valid."""
+
+import dataclasses
+import importlib.util
+import pathlib
+
+import pytest
+from ml_collections import ConfigDict
+
+from motif_jax import config as c
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def get_config(name, *argument):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(*argument)
+
+
+def test_every_mistake_is_named_at_once():
+    given = {"stepz": 1, "loss": {"heatmap": "flo", "motion_weight": "x", "sharpness": -1}, "unet": {"channel_mult": [1, 2.5]}, "mesh": 3}
+    with pytest.raises(c.ConfigError) as error:
+        c.from_config_dict(given)
+    text = str(error.value)
+    assert "6 mistakes" in text
+    for part in (
+        "stepz: no such field; did you mean steps?",
+        "loss.heatmap='flo': must be one of 'flow'",
+        "loss.motion_weight='x': must be float",
+        "loss.sharpness=-1.0: must be in [0.0, inf]",
+        "unet.channel_mult=[1, 2.5]: must be a list of int",
+        "mesh=3: must be a group of fields",
+    ):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"data": {"height": 100}}, "data.height=100: must be a multiple of 64"),
+        ({"condition": {"image": "first"}}, "unet.in_channels=8: must be 9"),
+        ({"diffusion": {"prediction": "eps"}}, "zero_terminal_snr=True: impossible with prediction='eps'"),
+        ({"diffusion": {"loss_space": "flow"}}, "diffusion.loss_space='flow'"),
+        ({"text": {"width": 512}}, "unet.context_dim=1024: must equal text.width=512"),
+        ({"unet": {"norm_groups": 48}}, "unet.norm_groups=48: must divide the level width 320"),
+        ({"grad_accumulation": 7}, "grad_accumulation=7: must divide batch_size=64"),
+        ({"mesh": {"fsdp": -1}}, "at most one axis may be -1"),
+        ({"autoencoder": {"kind": "pixel"}}, "a pixel autoencoder of factor 8 has 192"),
+        ({"prepare": {"flow_stride": 4}}, "RAFT's grid is 8 pixels"),
+        ({"prepare": {"frame_stride_min": 7}}, "must not exceed prepare.frame_stride_max=6"),
+    ],
+)
+def test_contradictions(given, message):
+    with pytest.raises(c.ConfigError, match=None) as error:
+        c.from_config_dict(given)
+    assert message in str(error.value)
+
+
+def test_bool_is_no_number():
+    with pytest.raises(c.ConfigError, match="steps=True: must be int"):
+        c.from_config_dict({"steps": True})
+
+
+@pytest.mark.parametrize("size", ["paper", "small", "tiny"])
+def test_motif_is_valid_and_survives_json(size):
+    config = c.from_config_dict(get_config("motif", size))
+    assert c.from_json(c.to_json(config)) == config
+
+
+def test_unknown_size():
+    with pytest.raises(ValueError, match="use paper, small or tiny"):
+        get_config("motif", "huge")
+
+
+def test_paper_values():
+    """Numbers of the paper's section 4 and of VideoCrafter2's YAML."""
+    config = c.from_config_dict(get_config("motif"))
+    assert (config.steps, config.batch_size, config.learning_rate) == (32_000, 64, 5e-5)
+    assert (config.data.frames, config.data.height, config.data.width) == (16, 320, 512)
+    assert (config.diffusion.prediction, config.loss.motion_weight, config.condition.text_drop) == ("v", 1.0, 0.1)
+    assert (config.latent_height, config.latent_width) == (40, 64)
+    assert (config.unet.model_channels, config.unet.channel_mult, config.unet.in_channels) == (320, (1, 2, 4, 4), 8)
+
+
+def test_shipped_configs_are_locked():
+    for path in (ROOT / "configs").glob("*.py"):
+        config = get_config(path.stem)
+        assert isinstance(config, ConfigDict) and config.is_locked, path.name
+        c.from_config_dict(config)
+        with pytest.raises(AttributeError):
+            config.learning_rat = 1.0
+
+
+def test_configuration_is_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        c.Config().steps = 1
