@@ -7,10 +7,11 @@ Initial values are PyTorch's defaults, U(+-1/sqrt(fan_in)) for weights and biase
 import contextlib
 import contextvars
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -32,11 +33,27 @@ def target_platform(name: str) -> Iterator[None]:
         _target.reset(token)
 
 
+def draw(rngs: nnx.Rngs, shape: tuple[int, ...], sample: Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]) -> nnx.Param:
+    """A float32 parameter `sample(generator, shape)`, the generator seeded with the next key of `rngs.params`.
+
+    NumPy draws it on the host: XLA needs minutes to compile a thousand small generators, and these values are the same on
+    every platform and mesh. Under `jax.jit` the draw happens at run time with the same result.
+    """
+    key = jax.random.key_data(rngs.params())
+
+    def on_host(key) -> np.ndarray:
+        return np.asarray(sample(np.random.default_rng(np.asarray(key).tolist()), shape), np.float32)
+
+    if isinstance(key, jax.core.Tracer):
+        return nnx.Param(jax.pure_callback(on_host, jax.ShapeDtypeStruct(shape, jnp.float32), key))
+    return nnx.Param(jnp.asarray(on_host(key)))
+
+
 def _uniform(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, zero: bool) -> nnx.Param:
     if zero:
         return nnx.Param(jnp.zeros(shape, jnp.float32))
     bound = 1 / math.sqrt(fan_in)
-    return nnx.Param(jax.random.uniform(rngs.params(), shape, jnp.float32, -bound, bound))
+    return draw(rngs, shape, lambda generator, shape: (2 * generator.random(shape, np.float32) - 1) * np.float32(bound))
 
 
 class Dense(nnx.Module):
@@ -182,7 +199,7 @@ def apply(layers: nnx.List, x: Array, rng: Array | None = None) -> Array:
 
 
 def sinusoids(position: Float[Array, "*n"], width: int, period: float = 10_000.0) -> Float[Array, "*n width"]:
-    """Transformer sinusoids in float32: cosines first, frequency i = period ** (-i / half) with half = width // 2; an odd width ends in 0."""
+    """Transformer sinusoids in float32, cosines first: frequency i is period ** (-i / half), half = width // 2; an odd width ends in 0."""
     half = width // 2
     frequency = jnp.exp(-math.log(period) * jnp.arange(half, dtype=jnp.float32) / half)
     angle = position.astype(jnp.float32)[..., None] * frequency

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from motif_jax.config import TextConfig
 from motif_jax.models.attention import attention
-from motif_jax.models.layers import Dense, LayerNorm, platform, sinusoids
+from motif_jax.models.layers import Dense, LayerNorm, draw, platform, sinusoids
 
 WORDS_SEED = 20250
 
@@ -96,7 +96,7 @@ class OpenClipTower(nnx.Module):
         width = config.width
 
         def normal(shape: tuple[int, ...], deviation: float) -> nnx.Param:
-            return nnx.Param(deviation * jax.random.normal(rngs.params(), shape))
+            return draw(rngs, shape, lambda generator, shape: deviation * generator.standard_normal(shape, np.float32))
 
         self.token_embedding = Embedding(config.vocab_size, width, rngs=rngs)
         self.positional_embedding = normal((config.context_length, width), 0.01)
@@ -117,7 +117,7 @@ class Embedding(nnx.Module):
     """One row of `embedding` [vocabulary, width] per token id."""
 
     def __init__(self, vocab_size: int, width: int, *, rngs: nnx.Rngs):
-        self.embedding = nnx.Param(0.02 * jax.random.normal(rngs.params(), (vocab_size, width)))
+        self.embedding = draw(rngs, (vocab_size, width), lambda generator, shape: 0.02 * generator.standard_normal(shape, np.float32))
 
     def __call__(self, tokens: Int[Array, "*n"]) -> Float[Array, "*n D"]:
         return self.embedding[...][tokens]
