@@ -33,20 +33,22 @@ def ddim_timesteps(num_timesteps: int, steps: int, spacing: str) -> Int[np.ndarr
 
     "uniform": 0, k, 2k, ... below N with k = N // steps, plus 1; when k * steps < N it yields more than `steps` of them.
     "trailing": N, N - N/steps, ... rounded, minus 1; always includes N - 1, which zero terminal SNR needs.
-    Raises ValueError when a timestep would fall outside 0..N-1, where the reference reads past its tables.
+    Raises ValueError where "uniform" would reach timestep N and the reference reads past its tables (at N = 1000 for 3, 9, 27,
+    36, 37, 101..111, 251..333 and more than 500 steps).
     """
     if not 1 <= steps <= num_timesteps:
         raise ValueError(f"steps={steps}: must lie in 1..{num_timesteps}, the number of training timesteps")
     if spacing == "uniform":
         t = np.arange(0, num_timesteps, num_timesteps // steps) + 1
     elif spacing == "trailing":
-        t = np.round(np.arange(num_timesteps, 0, -num_timesteps / steps))[::-1].astype(np.int64) - 1
+        # For some counts (61, 103, ...) rounding makes arange yield one value too many, which the reference turns into timestep -1.
+        t = np.round(np.arange(num_timesteps, 0, -num_timesteps / steps)[:steps])[::-1].astype(np.int64) - 1
     else:
         raise ValueError(f"spacing={spacing!r}: must be 'uniform' or 'trailing'")
-    if t[0] < 0 or t[-1] >= num_timesteps:
+    if t[-1] >= num_timesteps:
         raise ValueError(
-            f"steps={steps} with {spacing!r} spacing gives timesteps {t[0]}..{t[-1]}, outside 0..{num_timesteps - 1}; "
-            f"choose a divisor of {num_timesteps} for steps, or the other spacing"
+            f"steps={steps} with 'uniform' spacing gives timesteps {t[0]}..{t[-1]}, outside 0..{num_timesteps - 1}; "
+            f"choose a smaller divisor of {num_timesteps} for steps, or 'trailing' spacing"
         )
     return t.astype(np.int32)
 
