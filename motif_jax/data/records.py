@@ -54,7 +54,7 @@ INTEGERS = ("frame_stride", "first_frame")
 def encode_clip(layout: Layout, clip: Mapping[str, Any]) -> bytes:
     """The record of a clip.
 
-    `clip`: clip_id, video, caption str; fps float; frame_stride, first_frame int; frames uint8 [T,H,W,3]; flow
+    `clip`: clip_id, video, caption str; fps float (of the source), frame_stride, first_frame int; frames uint8 [T,H,W,3]; flow
     [T,h,w,2] in pixels at the clip's size, stored as float16; motion_mask uint8 [T,h,w] if the layout has it.
     Raises ValueError when an array has another shape than the layout says or the flow is not finite in float16.
     """

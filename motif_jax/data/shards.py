@@ -273,14 +273,17 @@ def _temporary(path: pathlib.Path) -> pathlib.Path:
 
 def _publish(temporary: pathlib.Path, path: pathlib.Path) -> None:
     """Renames once the bytes are on the disk, and waits until the new name is, too."""
-    for target in (temporary, path.parent):
-        if target is path.parent:
-            os.replace(temporary, path)
-        handle = os.open(target, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    _sync(temporary)
+    os.replace(temporary, path)
+    _sync(path.parent)
+
+
+def _sync(path: pathlib.Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _damage(path: pathlib.Path, size: int, sha256: str | None = None) -> str:

@@ -1,0 +1,136 @@
+"""Lists of videos with their captions: a .csv, a .jsonl or a folder in; entries, and what had to be left out, back."""
+
+import csv
+import io
+import json
+import pathlib
+import posixpath
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from motif_jax.config import UserError
+
+VIDEO_ENDINGS = frozenset(
+    ".3gp .asf .avi .flv .gif .h264 .hevc .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .mxf .nut .ogv .ts .vob .webm .wmv .y4m".split()
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A video and its sentence. `video` names it in the list (stable wherever the list lies), `path` finds it."""
+
+    video: str
+    path: pathlib.Path
+    caption: str
+    mask: pathlib.Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something of the list that gives no entry."""
+
+    video: str
+    kind: str
+    reason: str
+
+
+def read_source(source: str) -> tuple[list[Entry], list[Problem]]:
+    """Entries in the order of the list (a folder: of the names), and lines or files that give none.
+
+    `source` is a .csv with the columns video, caption and optionally mask (a video of the same frames, white where the loss shall
+    look), a .jsonl with the same keys, or a folder of videos with same-named .txt captions, searched with its subfolders. Paths
+    are relative to the list. Raises UserError when the source as a whole cannot be used.
+    """
+    path = pathlib.Path(source)
+    if path.is_dir():
+        return _read_folder(path)
+    if path.suffix.lower() not in (".csv", ".jsonl"):
+        raise UserError(f"source {source!r}: must be a .csv or .jsonl file, a folder of videos, or synthetic:NAME[:count]")
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # spreadsheets put a mark in front
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"source {source!r} cannot be read: {error}") from error
+    rows = _csv_rows(source, text) if path.suffix.lower() == ".csv" else _jsonl_rows(source, text)
+    entries, problems, seen = [], [], set()
+    for line, row in rows:
+        video, caption, mask = (
+            " ".join((row.get(key) or "").split()) if key == "caption" else (row.get(key) or "").strip()
+            for key in ("video", "caption", "mask")
+        )
+        name = posixpath.normpath(video) if video else f"line {line}"
+        if not video:
+            problems.append(Problem(name, "no video", f"line {line} of {source} names no video"))
+        elif not caption:
+            problems.append(Problem(name, "empty caption", f"line {line} of {source}"))
+        elif (name, caption) in seen:
+            problems.append(Problem(name, "repeated line", f"line {line} of {source} says what an earlier line said"))
+        else:
+            seen.add((name, caption))
+            entries.append(Entry(name, path.parent / video, caption, path.parent / mask if mask else None))
+    if not entries and not problems:
+        raise UserError(f"source {source!r} lists no videos")
+    return entries, problems
+
+
+def _csv_rows(source: str, text: str) -> Iterator[tuple[int, dict[str, str]]]:
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        columns = [c.strip().lower() for c in reader.fieldnames or []]
+        missing = [c for c in ("video", "caption") if c not in columns]
+        if missing:
+            raise UserError(
+                f"source {source!r}: no column {' and '.join(missing)}; the first line must name them, it is {','.join(columns)!r}"
+            )
+        reader.fieldnames = columns
+        for row in reader:
+            if None in row:
+                raise UserError(
+                    f"source {source!r}, line {reader.line_num}: more cells than columns; put captions with commas in double quotes"
+                )
+            yield reader.line_num, row
+    except csv.Error as error:
+        raise UserError(f"source {source!r}, line {reader.line_num}: {error}") from error
+
+
+def _jsonl_rows(source: str, text: str) -> Iterator[tuple[int, dict[str, str]]]:
+    for line, content in enumerate(text.split("\n"), 1):
+        if not content.strip():
+            continue
+        try:
+            row = json.loads(content)
+        except json.JSONDecodeError as error:
+            raise UserError(f"source {source!r}, line {line}: not JSON ({error})") from error
+        if not isinstance(row, dict) or not all(isinstance(row.get(k) or "", str) for k in ("video", "caption", "mask")):
+            raise UserError(f'source {source!r}, line {line}: must be an object like {{"video": "a.mp4", "caption": "a cat walks"}}')
+        yield line, row
+
+
+def _read_folder(folder: pathlib.Path) -> tuple[list[Entry], list[Problem]]:
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and not any(part.startswith(".") for part in p.relative_to(folder).parts))
+    videos = [p for p in files if p.suffix.lower() in VIDEO_ENDINGS]
+    texts = {p.with_suffix(""): p for p in files if p.suffix.lower() == ".txt"}
+    entries, problems = [], []
+    for path in videos:
+        name = path.relative_to(folder).as_posix()
+        text = texts.get(path.with_suffix(""))
+        if text is None:
+            problems.append(Problem(name, "no caption", f"there is no {path.stem}.txt beside it"))
+            continue
+        try:
+            caption = " ".join(text.read_text(encoding="utf-8-sig").split())
+        except UnicodeDecodeError as error:
+            problems.append(Problem(name, "unreadable caption", str(error)))
+            continue
+        if caption:
+            entries.append(Entry(name, path, caption))
+        else:
+            problems.append(Problem(name, "empty caption", f"{text.name} is empty"))
+    stems = {p.with_suffix("") for p in videos}
+    problems += [
+        Problem(p.relative_to(folder).as_posix(), "caption without video", "no video has this name")
+        for stem, p in texts.items()
+        if stem not in stems
+    ]
+    if not entries and not problems:
+        raise UserError(f"source {str(folder)!r} holds no videos ({', '.join(sorted(VIDEO_ENDINGS))})")
+    return entries, problems

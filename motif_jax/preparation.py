@@ -1,0 +1,205 @@
+"""The offline job: videos and captions, or a synthetic world, in; a dataset directory of clips with optical flow out.
+
+The unit of work is the shard. Which clips a shard holds and every byte of it follow from the source, the seed and the
+settings, so tasks share the work by index, and a job killed at any moment continues where a shard is missing.
+"""
+
+import collections
+import hashlib
+import json
+import os
+import pathlib
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from motif_jax.config import Config, UserError
+from motif_jax.data import pipeline, shards
+from motif_jax.data.shards import Shard, Skipped
+from motif_jax.data.sources import FlowEstimator, Source, SpriteClips, VideoClips, identity
+
+_SECONDS_BETWEEN_LINES = 5.0
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What one call did: clips per split of the whole dataset once it is complete, and why clips were left out."""
+
+    clips: dict[str, int]
+    written: int
+    kept: int
+    missing: int
+    skipped: dict[str, int]
+
+
+def prepare(
+    config: Config,
+    source: str,
+    output: str | os.PathLike,
+    task_index: int = 0,
+    task_count: int = 1,
+    preview: int = 0,
+    estimator: FlowEstimator | None = None,
+    log: Callable[[str], None] = lambda line: print(line, flush=True),
+) -> Summary:
+    """Writes the shards task_index, task_index + task_count, ... of the dataset, and its metadata if these were the last.
+
+    `estimator` replaces the one that `config.prepare.flow` names. Shards that are there and whole are kept, others written again.
+    Raises UserError, naming what is wrong and the remedy, when the source or the output cannot be used or no clip is left.
+    """
+    if not 0 <= task_index < task_count:
+        raise UserError(f"task_index={task_index}: must be in [0, task_count={task_count})")
+    began = time.monotonic()
+    clips = open_source(config, source, estimator)
+    plan = shards.plan_shards(clips.items, config.prepare.clips_per_shard)
+    for problem in clips.problems:
+        log(f"skipped {problem.video}: {problem.kind}: {problem.reason}")
+    if not plan:
+        counts = collections.Counter(p.kind for p in clips.problems)
+        raise UserError(f"source {source!r} has no usable clip: {', '.join(f'{kind}: {n}' for kind, n in sorted(counts.items()))}")
+    directory = pathlib.Path(output)
+    plan_id = _claim(directory, clips, plan)
+    shards.sweep(directory)
+
+    mine = plan[task_index::task_count]
+    progress = _Progress(sum(len(s.items) for s in mine), log)
+    written = 0
+    for shard in mine:
+        fingerprint = shards.digest([plan_id, [identity(item) for item in shard.items]])
+        wrong = shards.check_shard(directory, shard, fingerprint)
+        if not wrong:
+            progress.kept(len(shard.items))
+            continue
+        if wrong != "missing":
+            log(f"{shard.name} is {wrong}: written again")
+        (directory / "dataset.json").unlink(missing_ok=True)  # it vouches for every shard
+        shards.write_shard(directory, shard, plan_id, fingerprint, progress.watch(clips.outcomes(shard.items)))
+        written += 1
+    progress.line()
+
+    missing = shards.finish(directory, plan, plan_id, clips.layout, clips.settings)
+    skipped = collections.Counter(p.kind for p in clips.problems)
+    manifests = [shards.shard_manifest(directory, s.name) for s in plan]
+    skipped.update(s["kind"] for m in manifests if m for s in m["skipped"])
+    count = collections.Counter({s.split: 0 for s in plan})
+    for shard, manifest in zip(plan, manifests, strict=True):
+        count[shard.split] += manifest["records"] if manifest else 0
+    summary = Summary(dict(count), written, len(mine) - written, missing, dict(skipped))
+    log(_summary_line(summary, directory, time.monotonic() - began))
+    if missing:
+        log(f"{missing} of {len(plan)} shards belong to other tasks and are not there yet; the last task to end completes the dataset")
+    elif preview:
+        _write_previews(config, directory, preview, log)
+    return summary
+
+
+def open_source(config: Config, source: str, estimator: FlowEstimator | None = None) -> Source:
+    """The clips that `source` (see `prepare`) gives under `config`. Raises UserError when it gives none."""
+    if source.startswith("synthetic:"):
+        return SpriteClips(config, source, estimator or (None if config.prepare.flow == "exact" else _make_estimator(config)))
+    if config.prepare.flow == "exact" and estimator is None:
+        raise UserError("prepare.flow='exact': only a synthetic:NAME source knows its exact flow; use raft_small or raft_large for videos")
+    return VideoClips(config, source, estimator or _make_estimator(config))
+
+
+def _make_estimator(config: Config) -> FlowEstimator:
+    from motif_jax.motion.estimators import make_flow_estimator  # loads JAX
+
+    p = config.prepare
+    try:
+        return make_flow_estimator(p.flow, p.flow_weights, p.flow_iterations, p.flow_stride)
+    except FileNotFoundError as error:
+        raise UserError(f"prepare.flow_weights={p.flow_weights!r}: there is no such file") from error
+    except (ValueError, OSError) as error:
+        raise UserError(f"prepare.flow={p.flow!r}: {error}") from error
+
+
+def _claim(directory: pathlib.Path, clips: Source, plan: Sequence[Shard]) -> str:
+    """Writes plan.json, or compares with the one that is there; returns the plan's fingerprint."""
+    listed = hashlib.sha256()
+    for shard in plan:
+        for item in shard.items:
+            listed.update(json.dumps([shard.split, item.clip_id, item.caption, item.mask is not None]).encode())
+    wanted = {"settings": clips.settings, "clips": {split: len(items) for split, items in clips.items.items()}, "list": listed.hexdigest()}
+    wanted["fingerprint"] = shards.digest(wanted)
+    path = directory / "plan.json"
+    try:
+        (directory / "manifests").mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            if any(directory.glob("*.array_record-*")) or (directory / "features.json").exists():
+                raise UserError(f"--output={directory} holds a dataset that is not from motif_jax.prepare; use another directory")
+            shards.write_file(path, json.dumps(wanted, indent=1, sort_keys=True) + "\n")
+            return wanted["fingerprint"]
+        found = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} cannot be read ({error}); delete it or use another --output") from error
+    except OSError as error:
+        raise UserError(f"cannot write to --output={directory}: {error}") from error
+    if found.get("fingerprint") != wanted["fingerprint"]:
+        old, new = found.get("settings", {}), wanted["settings"]
+        differs = [f"{k} was {old.get(k)!r} and is now {new.get(k)!r}" for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
+        if not differs:
+            differs = [f"another list of videos or captions (clips: {found.get('clips')} then, {wanted['clips']} now)"]
+        raise UserError(
+            f"--output={directory} holds a dataset made differently: {'; '.join(differs)}. Use another --output, or delete this one"
+        )
+    return wanted["fingerprint"]
+
+
+def _write_previews(config: Config, directory: pathlib.Path, count: int, log: Callable[[str], None]) -> None:
+    """preview/<clip_id>.png for the first `count` training clips: frames, flow, and the heatmap the configured loss would use."""
+    import numpy as np
+
+    from motif_jax.motion import heatmap, pictures
+
+    loss, layout = config.loss, shards.read_manifest(directory).layout
+    dataset = pipeline.Dataset(shards.read_manifest(directory), "train")
+    (directory / "preview").mkdir(exist_ok=True)
+    shares = []
+    for i in range(min(count, len(dataset))):
+        clip = dataset[i]
+        x = heatmap.intensity(clip.flow[None], layout.height, layout.width, loss.intensity)
+        heat = np.asarray(heatmap.sigma(x, loss.sharpness, loss.threshold))[0]
+        shares.append(pictures.moving_share(heat))
+        path = directory / "preview" / f"{clip.clip_id}.png"
+        pictures.save_png(path, pictures.clip_sheet(clip.frames, clip.flow, heat, clip.caption))
+        log(f"{path}: {100 * shares[-1]:.1f} % of the clip moves: {clip.caption}")
+    log(f"{100 * sum(shares) / len(shares):.1f} % of {len(shares)} clips moves (flow intensity by {loss.intensity} over {loss.threshold})")
+
+
+class _Progress:
+    """A line every few seconds: clips done, speed, time left."""
+
+    def __init__(self, total: int, log: Callable[[str], None]) -> None:
+        self._total, self._log = total, log
+        self._kept = self._made = self._skipped = 0
+        self._began = self._last = time.monotonic()
+
+    def kept(self, clips: int) -> None:
+        self._kept += clips
+
+    def watch(self, outcomes: Iterable[bytes | Skipped]) -> Iterator[bytes | Skipped]:
+        for outcome in outcomes:
+            self._made += 1
+            if isinstance(outcome, Skipped):
+                self._skipped += 1
+                self._log(f"skipped {outcome.video}: {outcome.reason}")
+            if time.monotonic() - self._last >= _SECONDS_BETWEEN_LINES:
+                self.line()
+            yield outcome
+
+    def line(self) -> None:
+        self._last = time.monotonic()
+        done = self._kept + self._made
+        rate = self._made / max(self._last - self._began, 1e-9)
+        left = f", {(self._total - done) / rate / 60:.1f} min left" if rate and done < self._total else ""
+        self._log(f"{done} of {self._total} clips ({100 * done // self._total} %), {self._skipped} skipped, {rate:.1f} clips/s{left}")
+
+
+def _summary_line(summary: Summary, directory: pathlib.Path, seconds: float) -> str:
+    clips = ", ".join(f"{split} {n}" for split, n in summary.clips.items())
+    reasons = ", ".join(f"{kind}: {n}" for kind, n in sorted(summary.skipped.items()))
+    return (
+        f"{directory}: {clips} clips; {summary.written} shards written and {summary.kept} kept in {seconds:.1f} s; "
+        f"{sum(summary.skipped.values())} skipped{f' ({reasons})' if reasons else ''}"
+    )
