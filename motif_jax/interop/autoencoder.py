@@ -1,0 +1,21 @@
+"""The KL autoencoder's weights <-> checkpoints in the original latent-diffusion layout (`first_stage_model.*`)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from motif_jax.interop import names
+
+PREFIX = "first_stage_model."
+IGNORED = (r"loss\..*",)  # the training loss's own networks, present in some files
+
+
+def to_jax(tensors: Mapping[str, np.ndarray], template: Any) -> Any:
+    """`template` filled from tensors named as in the checkpoint without `PREFIX`; see `names.to_jax`."""
+    return names.to_jax(tensors, template, what="autoencoder", ignored=IGNORED)
+
+
+def to_torch(params: Any) -> dict[str, np.ndarray]:
+    """Checkpoint names without `PREFIX` -> arrays."""
+    return names.to_torch(params)

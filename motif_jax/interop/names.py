@@ -1,0 +1,84 @@
+"""One rule between our parameter paths and PyTorch names, both ways, for every network here.
+
+Modules carry the names of the reference's modules, so only the last part of a path and the axis order differ. Parameters
+may be any pytree whose key path spells the dotted name: a flat dict, a nested dict or an `nnx.State`.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+# Last part of our path -> last part of the PyTorch name; everything else keeps its name.
+LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "in_proj_kernel": "in_proj_weight"}
+
+
+def torch_name(path: str) -> str:
+    """The PyTorch name of our dotted path: "out.0.scale" -> "out.0.weight"."""
+    head, _, leaf = path.rpartition(".")
+    return f"{head}.{LEAVES.get(leaf, leaf)}".removeprefix(".")
+
+
+def _is_kernel(path: str) -> bool:
+    return path.rpartition(".")[2] in ("kernel", "in_proj_kernel")
+
+
+def torch_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The PyTorch shape of a parameter: kernels are [*window, in, out] here and [out, in, *window] there."""
+    return (shape[-1], shape[-2], *shape[:-2]) if _is_kernel(path) else tuple(shape)
+
+
+def dotted(key_path: tuple) -> str:
+    """ "a.0.kernel" for the key path of a leaf; the trailing attribute of an `nnx.Param` is not part of the name."""
+    parts = [str(getattr(k, "key", getattr(k, "idx", ""))) for k in key_path if not isinstance(k, jax.tree_util.GetAttrKey)]
+    return ".".join(parts)
+
+
+def to_jax(tensors: Mapping[str, np.ndarray], template: Any, *, what: str = "network", ignored: Iterable[str] = ()) -> Any:
+    """The tree `template` filled from `tensors` (PyTorch names, no prefix), as float32 NumPy arrays in our layout.
+
+    template: a pytree whose leaves have a shape. ignored: regular expressions of tensor names that may be left over.
+    Raises ValueError listing every tensor that is missing, left over or of another shape.
+    """
+    missing, misshapen, used = [], [], set()
+
+    def fill(key_path, leaf) -> np.ndarray | None:
+        path = dotted(key_path)
+        name, shape = torch_name(path), torch_shape(path, leaf.shape)
+        used.add(name)
+        if name not in tensors:
+            missing.append(f"{name} {list(shape)}")
+            return None
+        tensor = np.asarray(tensors[name])
+        if tensor.shape != shape:
+            misshapen.append(f"{name}: {list(tensor.shape)} in the file, {list(shape)} in the model")
+            return None
+        if _is_kernel(path):
+            tensor = tensor.transpose(*range(2, tensor.ndim), 1, 0)
+        return np.asarray(tensor, np.float32, order="C")
+
+    filled = jax.tree_util.tree_map_with_path(fill, template)
+    extra = [name for name in tensors if name not in used and not any(re.fullmatch(pattern, name) for pattern in ignored)]
+    problems = [("missing", missing), ("left over", sorted(extra)), ("of another shape", misshapen)]
+    if any(names for _, names in problems):
+        lines = [f"  {len(names)} {kind}: " + "; ".join(names) for kind, names in problems if names]
+        raise ValueError(f"these weights are not those of the configured {what}; check its configuration\n" + "\n".join(lines))
+    return filled
+
+
+def to_torch(params: Any) -> dict[str, np.ndarray]:
+    """The inverse of `to_jax`: {PyTorch name: contiguous array in PyTorch's layout}."""
+    tensors = {}
+    for key_path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        path, array = dotted(key_path), np.asarray(leaf)
+        if _is_kernel(path):
+            array = array.transpose(-1, -2, *range(array.ndim - 2))
+        tensors[torch_name(path)] = np.asarray(array, order="C")
+    return tensors
+
+
+def select(tensors: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """The tensors whose name begins with `prefix`, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
