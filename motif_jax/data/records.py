@@ -15,8 +15,7 @@ from jaxtyping import UInt8
 
 Values = list[bytes] | list[float] | list[int]
 
-# The least that both PNG and a fast shard writer need: level 1 is 3 times faster than the default and 10 % larger.
-_PNG_LEVEL = 1
+_PNG_LEVEL = 1  # with one fixed filter: several times faster than the default, about 10 % larger
 
 
 @dataclass(frozen=True)
@@ -107,10 +106,10 @@ def _decode_frames(layout: Layout, encoded: list[bytes]) -> UInt8[np.ndarray, "T
         raise ValueError(f"record with {len(encoded)} frames, the dataset has {layout.frames}")
     frames = np.empty((layout.frames, layout.height, layout.width, 3), np.uint8)
     for frame, data in zip(frames, encoded, strict=True):
-        picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+        picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
         if picture is None or picture.shape != frame.shape:
             raise ValueError(f"record with a frame of {None if picture is None else picture.shape}, the dataset has {frame.shape}")
-        cv2.cvtColor(picture, cv2.COLOR_BGR2RGB, dst=frame)
+        frame[:] = picture
     return frames
 
 
@@ -120,7 +119,8 @@ def encode_image(frame: UInt8[np.ndarray, "H W 3"], image_format: str, jpeg_qual
 
     picture = cv2.cvtColor(np.ascontiguousarray(frame), cv2.COLOR_RGB2BGR)
     if image_format == "png":
-        ok, data = cv2.imencode(".png", picture, [cv2.IMWRITE_PNG_COMPRESSION, _PNG_LEVEL])
+        options = [cv2.IMWRITE_PNG_COMPRESSION, _PNG_LEVEL, cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_SUB]
+        ok, data = cv2.imencode(".png", picture, options)
     else:
         ok, data = cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, jpeg_quality])
     if not ok:
@@ -168,7 +168,7 @@ def decode_example(record: bytes) -> dict[str, Values]:
         for _, features in _fields(memoryview(record)):
             for _, entry in _fields(features):
                 parts = dict(_fields(entry))
-                (kind, content) = next(_fields(parts[2]), (1, memoryview(b"")))
+                kind, content = (_fields(parts[2]) or [(1, memoryview(b""))])[0]
                 items = [item for _, item in _fields(content)]
                 if kind == 2:
                     items = [x for item in items for x in struct.unpack(f"<{len(item) // 4}f", item)]
@@ -195,35 +195,38 @@ def _field(number: int, content: bytes) -> bytes:
 
 
 def _read_varint(data: memoryview, at: int) -> tuple[int, int]:
-    value, shift = 0, 0
+    value = data[at]
+    if value < 128:
+        return value, at + 1
+    value, shift = value & 127, 7
     while True:
+        at += 1
         byte = data[at]
         value |= (byte & 127) << shift
-        at, shift = at + 1, shift + 7
+        shift += 7
         if byte < 128:
-            return value, at
+            return value, at + 1
 
 
-def _fields(data: memoryview) -> Iterator[tuple[int, Any]]:
+def _fields(data: memoryview) -> list[tuple[int, memoryview]]:
     """(number, content) of each field: a view for the length-delimited, packed bytes for unpacked numbers."""
-    at = 0
-    while at < len(data):
+    found, at, end = [], 0, len(data)
+    while at < end:
         tag, at = _read_varint(data, at)
         if tag & 7 == 2:
-            size, at = _read_varint(data, at)
-            if at + size > len(data):
-                raise IndexError(f"field of {size} bytes with {len(data) - at} left")
-            yield tag >> 3, data[at : at + size]
-            at += size
+            size, start = _read_varint(data, at)
+            at = start + size
         elif tag & 7 == 0:  # an integer that its writer did not pack
             start = at
             _, at = _read_varint(data, at)
-            yield tag >> 3, data[start:at]
         elif tag & 7 == 5:  # a float that its writer did not pack
-            yield tag >> 3, data[at : at + 4]
-            at += 4
+            start, at = at, at + 4
         else:
             raise IndexError(f"field of wire type {tag & 7}")
+        if at > end:
+            raise IndexError(f"field of {at - start} bytes with {end - start} left")
+        found.append((tag >> 3, data[start:at]))
+    return found
 
 
 def _integers(data: memoryview) -> Iterator[int]:
