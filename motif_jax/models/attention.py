@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from motif_jax.models.layers import Conv, Dense, Dropout, GroupNorm, LayerNorm, apply, platform
+from motif_jax.models.layers import Conv, Dense, Dropout, GroupNorm, Initializer, LayerNorm, apply, platform
 
 
 def attention(
@@ -49,12 +49,12 @@ def _choose(q_NLHK: Array) -> str:
 class Attention(nnx.Module):
     """Multi-head attention from x to `context` (to x itself without one); heads are the major part of the inner axis."""
 
-    def __init__(self, width: int, context_width: int, heads: int, head_width: int, *, rngs: nnx.Rngs, dtype, implementation: str):
+    def __init__(self, width: int, context_width: int, heads: int, head_width: int, *, init: Initializer, dtype, implementation: str):
         inner = heads * head_width
-        self.to_q = Dense(width, inner, bias=False, rngs=rngs, dtype=dtype)
-        self.to_k = Dense(context_width, inner, bias=False, rngs=rngs, dtype=dtype)
-        self.to_v = Dense(context_width, inner, bias=False, rngs=rngs, dtype=dtype)
-        self.to_out = nnx.List([Dense(inner, width, rngs=rngs, dtype=dtype)])
+        self.to_q = Dense(width, inner, bias=False, init=init, dtype=dtype)
+        self.to_k = Dense(context_width, inner, bias=False, init=init, dtype=dtype)
+        self.to_v = Dense(context_width, inner, bias=False, init=init, dtype=dtype)
+        self.to_out = nnx.List([Dense(inner, width, init=init, dtype=dtype)])
         self.heads, self.implementation = heads, implementation
 
     def __call__(self, x_NLC: Float[Array, "N L C"], context_NSD: Float[Array, "N S D"] | None = None) -> Float[Array, "N L C"]:
@@ -70,8 +70,8 @@ class Attention(nnx.Module):
 class Geglu(nnx.Module):
     """value * gelu(gate) with the exact (erf) GELU; `proj` makes [value, gate]."""
 
-    def __init__(self, width: int, inner: int, *, rngs: nnx.Rngs, dtype):
-        self.proj = Dense(width, 2 * inner, rngs=rngs, dtype=dtype)
+    def __init__(self, width: int, inner: int, *, init: Initializer, dtype):
+        self.proj = Dense(width, 2 * inner, init=init, dtype=dtype)
 
     def __call__(self, x: Float[Array, "*n C"]) -> Float[Array, "*n I"]:
         value, gate = jnp.split(self.proj(x), 2, axis=-1)
@@ -81,9 +81,9 @@ class Geglu(nnx.Module):
 class FeedForward(nnx.Module):
     """Geglu to four times the width and back; entry 1 of `net` is the reference's dropout of rate 0."""
 
-    def __init__(self, width: int, *, rngs: nnx.Rngs, dtype):
-        geglu = Geglu(width, 4 * width, rngs=rngs, dtype=dtype)
-        self.net = nnx.List([geglu, Dropout(0.0, 0), Dense(4 * width, width, rngs=rngs, dtype=dtype)])
+    def __init__(self, width: int, *, init: Initializer, dtype):
+        geglu = Geglu(width, 4 * width, init=init, dtype=dtype)
+        self.net = nnx.List([geglu, Dropout(0.0, 0), Dense(4 * width, width, init=init, dtype=dtype)])
 
     def __call__(self, x: Float[Array, "*n C"]) -> Float[Array, "*n C"]:
         return apply(self.net, x)
@@ -92,8 +92,8 @@ class FeedForward(nnx.Module):
 class TransformerBlock(nnx.Module):
     """Pre-norm: self-attention, attention to `context` (a second self-attention without one), feed-forward, each added to x."""
 
-    def __init__(self, width: int, context_width: int, heads: int, head_width: int, *, rngs: nnx.Rngs, dtype, implementation: str):
-        kwargs = {"rngs": rngs, "dtype": dtype}
+    def __init__(self, width: int, context_width: int, heads: int, head_width: int, *, init: Initializer, dtype, implementation: str):
+        kwargs = {"init": init, "dtype": dtype}
         self.attn1 = Attention(width, width, heads, head_width, implementation=implementation, **kwargs)
         self.ff = FeedForward(width, **kwargs)
         self.attn2 = Attention(width, context_width, heads, head_width, implementation=implementation, **kwargs)
@@ -106,9 +106,9 @@ class SpatialTransformer(nnx.Module):
     """Attention among the pixels of each frame, then from the pixels to the text."""
 
     def __init__(
-        self, channels: int, head_width: int, depth: int, context_width: int, groups: int, *, rngs: nnx.Rngs, dtype, implementation: str
+        self, channels: int, head_width: int, depth: int, context_width: int, groups: int, *, init: Initializer, dtype, implementation: str
     ):
-        kwargs = {"rngs": rngs, "dtype": dtype}
+        kwargs = {"init": init, "dtype": dtype}
         self.norm = GroupNorm(channels, groups, 1e-6, dtype=dtype)
         self.proj_in = Dense(channels, channels, **kwargs)
         heads = channels // head_width
@@ -144,11 +144,11 @@ class TemporalTransformer(nnx.Module):
         groups: int,
         *,
         conv_projections: bool,
-        rngs: nnx.Rngs,
+        init: Initializer,
         dtype,
         implementation: str,
     ):
-        kwargs = {"rngs": rngs, "dtype": dtype}
+        kwargs = {"init": init, "dtype": dtype}
         inner = heads * head_width
         self.norm = GroupNorm(channels, groups, 1e-6, dtype=dtype)
         self.proj_in = Conv(channels, inner, (1,), **kwargs) if conv_projections else Dense(channels, inner, **kwargs)

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from motif_jax.config import AutoencoderConfig
 from motif_jax.models.attention import attention
-from motif_jax.models.layers import Conv, GroupNorm
+from motif_jax.models.layers import Conv, GroupNorm, Initializer
 
 NORM_GROUPS, NORM_EPSILON = 32, 1e-6
 LOG_VARIANCE_RANGE = (-30.0, 20.0)
@@ -58,8 +58,8 @@ class PixelAutoencoder(nnx.Module):
 class ResBlock(nnx.Module):
     """Norm, swish, 3x3 convolution, twice, added to the input (through a 1x1 convolution where channels change)."""
 
-    def __init__(self, channels_in: int, channels: int, *, rngs: nnx.Rngs, dtype):
-        kwargs = {"rngs": rngs, "dtype": dtype}
+    def __init__(self, channels_in: int, channels: int, *, init: Initializer, dtype):
+        kwargs = {"init": init, "dtype": dtype}
         self.norm1 = GroupNorm(channels_in, NORM_GROUPS, NORM_EPSILON, dtype=dtype)
         self.conv1 = Conv(channels_in, channels, (3, 3), **kwargs)
         self.norm2 = GroupNorm(channels, NORM_GROUPS, NORM_EPSILON, dtype=dtype)
@@ -77,9 +77,9 @@ class ResBlock(nnx.Module):
 class AttentionBlock(nnx.Module):
     """Self-attention of one head over all pixels, added to the input."""
 
-    def __init__(self, channels: int, *, rngs: nnx.Rngs, dtype):
+    def __init__(self, channels: int, *, init: Initializer, dtype):
         self.norm = GroupNorm(channels, NORM_GROUPS, NORM_EPSILON, dtype=dtype)
-        self.q, self.k, self.v, self.proj_out = (Conv(channels, channels, (1, 1), rngs=rngs, dtype=dtype) for _ in range(4))
+        self.q, self.k, self.v, self.proj_out = (Conv(channels, channels, (1, 1), init=init, dtype=dtype) for _ in range(4))
 
     def __call__(self, x: Float[Array, "N h w C"]) -> Float[Array, "N h w C"]:
         N, h, w, C = x.shape
@@ -89,10 +89,10 @@ class AttentionBlock(nnx.Module):
 
 
 class Middle(nnx.Module):
-    def __init__(self, channels: int, *, rngs: nnx.Rngs, dtype):
-        self.block_1 = ResBlock(channels, channels, rngs=rngs, dtype=dtype)
-        self.attn_1 = AttentionBlock(channels, rngs=rngs, dtype=dtype)
-        self.block_2 = ResBlock(channels, channels, rngs=rngs, dtype=dtype)
+    def __init__(self, channels: int, *, init: Initializer, dtype):
+        self.block_1 = ResBlock(channels, channels, init=init, dtype=dtype)
+        self.attn_1 = AttentionBlock(channels, init=init, dtype=dtype)
+        self.block_2 = ResBlock(channels, channels, init=init, dtype=dtype)
 
     def __call__(self, x: Float[Array, "N h w C"]) -> Float[Array, "N h w C"]:
         return self.block_2(self.attn_1(self.block_1(x)))
@@ -101,8 +101,8 @@ class Middle(nnx.Module):
 class Downsample(nnx.Module):
     """3x3 convolution of stride 2 whose input is padded by one pixel at the right and the bottom only."""
 
-    def __init__(self, channels: int, *, rngs: nnx.Rngs, dtype):
-        self.conv = Conv(channels, channels, (3, 3), stride=2, padding=((0, 1), (0, 1)), rngs=rngs, dtype=dtype)
+    def __init__(self, channels: int, *, init: Initializer, dtype):
+        self.conv = Conv(channels, channels, (3, 3), stride=2, padding=((0, 1), (0, 1)), init=init, dtype=dtype)
 
     def __call__(self, x: Float[Array, "N h w C"]) -> Float[Array, "N h2 w2 C"]:
         return self.conv(x)
@@ -111,8 +111,8 @@ class Downsample(nnx.Module):
 class Upsample(nnx.Module):
     """Nearest neighbour, then a 3x3 convolution."""
 
-    def __init__(self, channels: int, *, rngs: nnx.Rngs, dtype):
-        self.conv = Conv(channels, channels, (3, 3), rngs=rngs, dtype=dtype)
+    def __init__(self, channels: int, *, init: Initializer, dtype):
+        self.conv = Conv(channels, channels, (3, 3), init=init, dtype=dtype)
 
     def __call__(self, x: Float[Array, "N h w C"]) -> Float[Array, "N h2 w2 C"]:
         return self.conv(x.repeat(2, axis=1).repeat(2, axis=2))
@@ -121,8 +121,8 @@ class Upsample(nnx.Module):
 class Level(nnx.Module):
     """The residual blocks of one resolution and, unless it is the last, the change to the next one."""
 
-    def __init__(self, channels_in: int, channels: int, blocks: int, resample: str, *, rngs: nnx.Rngs, dtype):
-        kwargs = {"rngs": rngs, "dtype": dtype}
+    def __init__(self, channels_in: int, channels: int, blocks: int, resample: str, *, init: Initializer, dtype):
+        kwargs = {"init": init, "dtype": dtype}
         self.block = nnx.List([ResBlock(channels_in if i == 0 else channels, channels, **kwargs) for i in range(blocks)])
         if resample == "down":
             self.downsample = Downsample(channels, **kwargs)
@@ -139,8 +139,8 @@ class Level(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    def __init__(self, config: AutoencoderConfig, *, rngs: nnx.Rngs, dtype):
-        kwargs = {"rngs": rngs, "dtype": dtype}
+    def __init__(self, config: AutoencoderConfig, *, init: Initializer, dtype):
+        kwargs = {"init": init, "dtype": dtype}
         widths = [config.ch * m for m in config.ch_mult]
         self.conv_in = Conv(3, config.ch, (3, 3), **kwargs)
         last = len(widths) - 1
@@ -158,8 +158,8 @@ class Encoder(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    def __init__(self, config: AutoencoderConfig, *, rngs: nnx.Rngs, dtype):
-        kwargs = {"rngs": rngs, "dtype": dtype}
+    def __init__(self, config: AutoencoderConfig, *, init: Initializer, dtype):
+        kwargs = {"init": init, "dtype": dtype}
         widths = [config.ch * m for m in config.ch_mult]
         self.conv_in = Conv(config.z_channels, widths[-1], (3, 3), **kwargs)
         self.mid = Middle(widths[-1], **kwargs)
@@ -180,11 +180,11 @@ class KlAutoencoder(nnx.Module):
     """AutoencoderKL of Stable Diffusion 1.x / 2.x (`ddconfig`): every image by itself."""
 
     def __init__(self, config: AutoencoderConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32):
-        z = config.z_channels
-        self.encoder = Encoder(config, rngs=rngs, dtype=dtype)
-        self.decoder = Decoder(config, rngs=rngs, dtype=dtype)
-        self.quant_conv = Conv(2 * z, 2 * z, (1, 1), rngs=rngs, dtype=dtype)
-        self.post_quant_conv = Conv(z, z, (1, 1), rngs=rngs, dtype=dtype)
+        z, init = config.z_channels, Initializer(rngs)
+        self.encoder = Encoder(config, init=init, dtype=dtype)
+        self.decoder = Decoder(config, init=init, dtype=dtype)
+        self.quant_conv = Conv(2 * z, 2 * z, (1, 1), init=init, dtype=dtype)
+        self.post_quant_conv = Conv(z, z, (1, 1), init=init, dtype=dtype)
         self.factor = config.factor
 
     def encode(self, x_NHWC: Float[Array, "N H W 3"]) -> Float[Array, "N h w C2"]:

@@ -6,6 +6,7 @@ Initial values are PyTorch's defaults, U(+-1/sqrt(fan_in)) for weights and biase
 
 import contextlib
 import contextvars
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 
@@ -33,35 +34,46 @@ def target_platform(name: str) -> Iterator[None]:
         _target.reset(token)
 
 
-def draw(rngs: nnx.Rngs, shape: tuple[int, ...], sample: Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]) -> nnx.Param:
-    """A float32 parameter `sample(generator, shape)`, the generator seeded with the next key of `rngs.params`.
+class Initializer:
+    """The source of a network's initial values: its n-th parameter comes from a generator seeded with (key, n).
 
-    NumPy draws it on the host: XLA needs minutes to compile a thousand small generators, and these values are the same on
+    NumPy draws on the host: XLA needs minutes to compile a thousand small generators, and these values are the same on
     every platform and mesh. Under `jax.jit` the draw happens at run time with the same result.
     """
-    key = jax.random.key_data(rngs.params())
 
-    def on_host(key) -> np.ndarray:
-        return np.asarray(sample(np.random.default_rng(np.asarray(key).tolist()), shape), np.float32)
+    def __init__(self, rngs: nnx.Rngs):
+        self.key = jax.random.key_data(rngs.params())
+        self.count = itertools.count()
 
-    if isinstance(key, jax.core.Tracer):
-        return nnx.Param(jax.pure_callback(on_host, jax.ShapeDtypeStruct(shape, jnp.float32), key))
-    return nnx.Param(jnp.asarray(on_host(key)))
+    def __call__(self, shape: tuple[int, ...], sample: Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]) -> nnx.Param:
+        """A float32 parameter with the values `sample(generator, shape)`."""
+        number = next(self.count)
 
+        def on_host(key) -> np.ndarray:
+            return np.asarray(sample(np.random.default_rng([*np.asarray(key).tolist(), number]), shape), np.float32)
 
-def _uniform(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, zero: bool) -> nnx.Param:
-    if zero:
-        return nnx.Param(jnp.zeros(shape, jnp.float32))
-    bound = 1 / math.sqrt(fan_in)
-    return draw(rngs, shape, lambda generator, shape: (2 * generator.random(shape, np.float32) - 1) * np.float32(bound))
+        if isinstance(self.key, jax.core.Tracer):
+            return nnx.Param(jax.pure_callback(on_host, jax.ShapeDtypeStruct(shape, jnp.float32), self.key))
+        return nnx.Param(jnp.asarray(on_host(self.key)))
+
+    def uniform(self, shape: tuple[int, ...], fan_in: int, zero: bool = False) -> nnx.Param:
+        """U(+-1/sqrt(fan_in)), or zeros."""
+        if zero:
+            return nnx.Param(jnp.zeros(shape, jnp.float32))
+        bound = np.float32(1 / math.sqrt(fan_in))
+        return self(shape, lambda generator, shape: (2 * generator.random(shape, np.float32) - 1) * bound)
+
+    def normal(self, shape: tuple[int, ...], deviation: float) -> nnx.Param:
+        """Gaussian values of mean 0."""
+        return self(shape, lambda generator, shape: generator.standard_normal(shape, np.float32) * np.float32(deviation))
 
 
 class Dense(nnx.Module):
     """y = x @ kernel + bias over the last axis; `kernel` [in, out]."""
 
-    def __init__(self, features_in: int, features_out: int, *, rngs: nnx.Rngs, dtype=jnp.float32, bias: bool = True, zero: bool = False):
-        self.kernel = _uniform(rngs, (features_in, features_out), features_in, zero)
-        self.bias = _uniform(rngs, (features_out,), features_in, zero) if bias else None
+    def __init__(self, features_in: int, features_out: int, *, init: Initializer, dtype=jnp.float32, bias: bool = True, zero: bool = False):
+        self.kernel = init.uniform((features_in, features_out), features_in, zero)
+        self.bias = init.uniform((features_out,), features_in, zero) if bias else None
         self.dtype = dtype
 
     def __call__(self, x: Float[Array, "*n I"]) -> Float[Array, "*n O"]:
@@ -81,15 +93,15 @@ class Conv(nnx.Module):
         channels_out: int,
         window: Sequence[int],
         *,
-        rngs: nnx.Rngs,
+        init: Initializer,
         dtype=jnp.float32,
         stride: int = 1,
         padding: tuple[tuple[int, int], ...] | None = None,
         zero: bool = False,
     ):
         fan_in = channels_in * math.prod(window)
-        self.kernel = _uniform(rngs, (*window, channels_in, channels_out), fan_in, zero)
-        self.bias = _uniform(rngs, (channels_out,), fan_in, zero)
+        self.kernel = init.uniform((*window, channels_in, channels_out), fan_in, zero)
+        self.bias = init.uniform((channels_out,), fan_in, zero)
         self.stride = stride
         self.padding = tuple((n // 2, n // 2) for n in window) if padding is None else padding
         self.dtype = dtype

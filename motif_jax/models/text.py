@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from motif_jax.config import TextConfig
 from motif_jax.models.attention import attention
-from motif_jax.models.layers import Dense, LayerNorm, draw, platform, sinusoids
+from motif_jax.models.layers import Dense, Initializer, LayerNorm, platform, sinusoids
 
 WORDS_SEED = 20250
 
@@ -45,10 +45,10 @@ def _word_vectors(vocab_size: int, width: int) -> np.ndarray:
 class SelfAttention(nnx.Module):
     """Causal multi-head self-attention with one projection for queries, keys and values (in this order)."""
 
-    def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs, dtype):
-        inner = Dense(width, 3 * width, rngs=rngs)
+    def __init__(self, width: int, heads: int, *, init: Initializer, dtype):
+        inner = Dense(width, 3 * width, init=init)
         self.in_proj_kernel, self.in_proj_bias = inner.kernel, inner.bias
-        self.out_proj = Dense(width, width, rngs=rngs, dtype=dtype)
+        self.out_proj = Dense(width, width, init=init, dtype=dtype)
         self.heads, self.dtype = heads, dtype
 
     def __call__(self, x_BLC: Float[Array, "B L C"]) -> Float[Array, "B L C"]:
@@ -59,9 +59,9 @@ class SelfAttention(nnx.Module):
 
 
 class Mlp(nnx.Module):
-    def __init__(self, width: int, *, rngs: nnx.Rngs, dtype):
-        self.c_fc = Dense(width, 4 * width, rngs=rngs, dtype=dtype)
-        self.c_proj = Dense(4 * width, width, rngs=rngs, dtype=dtype)
+    def __init__(self, width: int, *, init: Initializer, dtype):
+        self.c_fc = Dense(width, 4 * width, init=init, dtype=dtype)
+        self.c_proj = Dense(4 * width, width, init=init, dtype=dtype)
 
     def __call__(self, x: Float[Array, "*n C"]) -> Float[Array, "*n C"]:
         return self.c_proj(jax.nn.gelu(self.c_fc(x), approximate=False))
@@ -70,11 +70,11 @@ class Mlp(nnx.Module):
 class TextBlock(nnx.Module):
     """Pre-norm causal self-attention and MLP."""
 
-    def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs, dtype):
+    def __init__(self, width: int, heads: int, *, init: Initializer, dtype):
         self.ln_1 = LayerNorm(width, dtype=dtype)
-        self.attn = SelfAttention(width, heads, rngs=rngs, dtype=dtype)
+        self.attn = SelfAttention(width, heads, init=init, dtype=dtype)
         self.ln_2 = LayerNorm(width, dtype=dtype)
-        self.mlp = Mlp(width, rngs=rngs, dtype=dtype)
+        self.mlp = Mlp(width, init=init, dtype=dtype)
 
     def __call__(self, x: Float[Array, "B L C"]) -> Float[Array, "B L C"]:
         x = x + self.attn(self.ln_1(x))
@@ -82,8 +82,8 @@ class TextBlock(nnx.Module):
 
 
 class TextTransformer(nnx.Module):
-    def __init__(self, config: TextConfig, *, rngs: nnx.Rngs, dtype):
-        self.resblocks = nnx.List([TextBlock(config.width, config.heads, rngs=rngs, dtype=dtype) for _ in range(config.layers)])
+    def __init__(self, config: TextConfig, *, init: Initializer, dtype):
+        self.resblocks = nnx.List([TextBlock(config.width, config.heads, init=init, dtype=dtype) for _ in range(config.layers)])
 
 
 class OpenClipTower(nnx.Module):
@@ -93,16 +93,12 @@ class OpenClipTower(nnx.Module):
     """
 
     def __init__(self, config: TextConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32):
-        width = config.width
-
-        def normal(shape: tuple[int, ...], deviation: float) -> nnx.Param:
-            return draw(rngs, shape, lambda generator, shape: deviation * generator.standard_normal(shape, np.float32))
-
-        self.token_embedding = Embedding(config.vocab_size, width, rngs=rngs)
-        self.positional_embedding = normal((config.context_length, width), 0.01)
-        self.transformer = TextTransformer(config, rngs=rngs, dtype=dtype)
+        width, init = config.width, Initializer(rngs)
+        self.token_embedding = Embedding(config.vocab_size, width, init=init)
+        self.positional_embedding = init.normal((config.context_length, width), 0.01)
+        self.transformer = TextTransformer(config, init=init, dtype=dtype)
         self.ln_final = LayerNorm(width, dtype=dtype)
-        self.text_projection = normal((width, width), width**-0.5)
+        self.text_projection = init.normal((width, width), width**-0.5)
         self.logit_scale = nnx.Param(jnp.asarray(np.log(1 / 0.07), jnp.float32))
         self.dtype = dtype
 
@@ -116,8 +112,8 @@ class OpenClipTower(nnx.Module):
 class Embedding(nnx.Module):
     """One row of `embedding` [vocabulary, width] per token id."""
 
-    def __init__(self, vocab_size: int, width: int, *, rngs: nnx.Rngs):
-        self.embedding = draw(rngs, (vocab_size, width), lambda generator, shape: 0.02 * generator.standard_normal(shape, np.float32))
+    def __init__(self, vocab_size: int, width: int, *, init: Initializer):
+        self.embedding = init.normal((vocab_size, width), 0.02)
 
     def __call__(self, tokens: Int[Array, "*n"]) -> Float[Array, "*n D"]:
         return self.embedding[...][tokens]

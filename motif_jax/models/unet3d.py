@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Num
 
 from motif_jax.config import UNetConfig
 from motif_jax.models.attention import SpatialTransformer, TemporalTransformer
-from motif_jax.models.layers import Conv, Dense, Dropout, GroupNorm, Silu, apply, sinusoids
+from motif_jax.models.layers import Conv, Dense, Dropout, GroupNorm, Initializer, Silu, apply, sinusoids
 
 NORM_EPSILON = 1e-5  # of every norm here; the transformers' group norms have 1e-6
 INIT_ATTENTION_HEADS = 8  # fixed in the reference, whatever the width
@@ -23,10 +23,10 @@ INIT_ATTENTION_HEADS = 8  # fixed in the reference, whatever the width
 class TemporalConv(nnx.Module):
     """Four stages of norm, SiLU, dropout and a convolution over three frames, added to the input (C -> C)."""
 
-    def __init__(self, channels: int, groups: int, dropout: float, streams: Iterator[int], *, rngs: nnx.Rngs, dtype):
+    def __init__(self, channels: int, groups: int, dropout: float, streams: Iterator[int], *, init: Initializer, dtype):
         def stage(dropouts: list[Dropout], zero: bool = False) -> nnx.List:
             norm = GroupNorm(channels, groups, NORM_EPSILON, dtype=dtype)
-            conv = Conv(channels, channels, (3, 1, 1), zero=zero, rngs=rngs, dtype=dtype)
+            conv = Conv(channels, channels, (3, 1, 1), zero=zero, init=init, dtype=dtype)
             return nnx.List([norm, Silu(), *dropouts, conv])
 
         self.conv1 = stage([])
@@ -45,9 +45,9 @@ class ResBlock(nnx.Module):
     """Two convolutions per frame around the added embedding, the skip, then the temporal convolution."""
 
     def __init__(
-        self, channels_in: int, channels: int, emb_width: int, config: UNetConfig, streams: Iterator[int], *, rngs: nnx.Rngs, dtype
+        self, channels_in: int, channels: int, emb_width: int, config: UNetConfig, streams: Iterator[int], *, init: Initializer, dtype
     ):
-        kwargs = {"rngs": rngs, "dtype": dtype}
+        kwargs = {"init": init, "dtype": dtype}
         groups = config.norm_groups
         self.in_layers = nnx.List(
             [GroupNorm(channels_in, groups, NORM_EPSILON, dtype=dtype), Silu(), Conv(channels_in, channels, (3, 3), **kwargs)]
@@ -81,8 +81,8 @@ class ResBlock(nnx.Module):
 class Downsample(nnx.Module):
     """Halves height and width: 3x3 convolution, stride 2, one pixel of padding on every side."""
 
-    def __init__(self, channels: int, *, rngs: nnx.Rngs, dtype):
-        self.op = Conv(channels, channels, (3, 3), stride=2, rngs=rngs, dtype=dtype)
+    def __init__(self, channels: int, *, init: Initializer, dtype):
+        self.op = Conv(channels, channels, (3, 3), stride=2, init=init, dtype=dtype)
 
     def __call__(self, x_BThwC: Float[Array, "B T h w C"]) -> Float[Array, "B T h2 w2 C"]:
         return _per_frame(self.op, x_BThwC)
@@ -91,8 +91,8 @@ class Downsample(nnx.Module):
 class Upsample(nnx.Module):
     """Doubles height and width: nearest neighbour, then a 3x3 convolution."""
 
-    def __init__(self, channels: int, *, rngs: nnx.Rngs, dtype):
-        self.conv = Conv(channels, channels, (3, 3), rngs=rngs, dtype=dtype)
+    def __init__(self, channels: int, *, init: Initializer, dtype):
+        self.conv = Conv(channels, channels, (3, 3), init=init, dtype=dtype)
 
     def __call__(self, x_BThwC: Float[Array, "B T h w C"]) -> Float[Array, "B T h2 w2 C"]:
         return _per_frame(self.conv, x_BThwC.repeat(2, axis=2).repeat(2, axis=3))
@@ -115,7 +115,7 @@ class UNet3D(nnx.Module):
         if remat not in ("none", "block"):
             raise ValueError(f"remat={remat!r}: must be 'none' or 'block'")
         self.config, self.dtype, self.remat = config, dtype, remat
-        kwargs = {"rngs": rngs, "dtype": dtype}
+        kwargs = {"init": Initializer(rngs), "dtype": dtype}
         streams = itertools.count()  # one dropout stream per dropout layer
         base, emb_width = config.model_channels, 4 * config.model_channels
         self.time_embed = nnx.List([Dense(base, emb_width, **kwargs), Silu(), Dense(emb_width, emb_width, **kwargs)])
