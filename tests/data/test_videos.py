@@ -1,0 +1,415 @@
+"""Decoding: which frames are taken, from what kinds of files, how they are turned and cut, and what is refused."""
+
+import pathlib
+import struct
+from fractions import Fraction
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from motif_jax.data import videos
+from motif_jax.data.videos import VideoError, choose_clip, cover, read_clip, read_image, save_video
+
+BITS = 8  # a numbered frame shows its number as black and white bars, which survive every codec
+
+
+def numbered(count: int, height: int = 48, width: int = 64) -> np.ndarray:
+    bits = (np.arange(count)[:, None] >> np.arange(BITS)) & 1
+    bars = np.repeat(bits * 255, width // BITS, axis=1).astype(np.uint8)
+    return np.broadcast_to(bars[:, None, :, None], (count, height, width, 3))
+
+
+def number(frame: np.ndarray) -> int:
+    bars = frame.mean((0, 2)).reshape(BITS, -1).mean(1) > 127
+    return int((bars << np.arange(BITS)).sum())
+
+
+def write(path: pathlib.Path, frames, codec="libx264", pixels="yuv420p", rate=10, options=None, pts=None, streams=1, **container_options):
+    """A file of `frames` (one list per stream if streams > 1); `pts` are in 1/1000 s."""
+    per_stream = [frames] if streams == 1 else frames
+    with av.open(str(path), "w", **container_options) as container:
+        outs = []
+        for pictures in per_stream:
+            stream = container.add_stream(codec, rate=rate, options=options or {})
+            stream.height, stream.width, stream.pix_fmt = *pictures[0].shape[:2], pixels
+            if pts is not None:
+                stream.codec_context.time_base = Fraction(1, 1000)
+            outs.append(stream)
+        for stream, pictures in zip(outs, per_stream, strict=True):
+            for i, picture in enumerate(pictures):
+                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgba" if picture.shape[-1] == 4 else "rgb24")
+                if pts is not None:
+                    frame.pts, frame.time_base = pts[i], Fraction(1, 1000)
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode())
+    return path
+
+
+def take(path, first, stride, frames=4, height=48, width=64):
+    return read_clip(path, frames, height, width, lambda available: (first, stride))
+
+
+# Which clip
+
+
+def test_stride_is_uniform_over_those_that_fit():
+    """40 frames hold 16 frames at strides 1 and 2 only; both and all their starts are drawn, equally often."""
+    drawn = [choose_clip(40, 16, 1, 6, 0, f"video{i}", 0) for i in range(4000)]
+    strides = np.array([stride for _, stride in drawn])
+    assert set(strides.tolist()) == {1, 2}
+    assert abs((strides == 1).mean() - 0.5) < 0.04  # five standard deviations
+    for stride, starts in ((1, 25), (2, 10)):
+        counts = np.bincount([first for first, s in drawn if s == stride], minlength=starts)
+        assert len(counts) == starts
+        expected = counts.sum() / starts
+        assert ((counts - expected) ** 2 / expected).sum() < starts + 5 * np.sqrt(2 * starts)  # chi-square
+
+
+def test_choice_is_fixed_for_all_time():
+    """Written down once: datasets must not change with a new version of anything."""
+    assert [choose_clip(300, 16, 1, 6, 0, f"v{i}.mp4", 0) for i in range(5)] == [(109, 5), (151, 1), (1, 5), (210, 5), (154, 5)]
+
+
+def test_choice_differs_by_seed_video_and_number():
+    keys = [(seed, video, k) for seed in (0, 1) for video in ("a", "b") for k in (0, 1)]
+    assert len({choose_clip(10**6, 16, 1, 6, *key) for key in keys}) == len(keys)
+
+
+def test_too_short_says_how_much_is_missing():
+    with pytest.raises(VideoError, match="15 frames, a clip of 16 at stride 2 needs 31") as error:
+        choose_clip(15, 16, 2, 6, 0, "a")
+    assert error.value.kind == "too short"
+    assert choose_clip(31, 16, 2, 6, 0, "a") == (0, 2)
+
+
+# Kinds of files
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "pixels", "options"),
+    [
+        ("b_frames.mp4", "libx264", "yuv420p", {"bf": "3", "g": "12"}),
+        ("one_key.mkv", "libx264", "yuv444p", {"g": "500"}),
+        ("a.webm", "libvpx-vp9", "yuv420p", {"cpu-used": "8", "deadline": "realtime"}),
+        ("a.avi", "mpeg4", "yuv420p", {"bf": "2"}),
+        ("a.ts", "mpeg2video", "yuv420p", {}),
+        ("raw.h264", "libx264", "yuv420p", {"bf": "2"}),
+        ("a.gif", "gif", "rgb8", {}),
+        ("lossless.mkv", "ffv1", "yuv420p", {}),
+        ("high.mkv", "ffv1", "yuv420p10le", {}),
+        ("grey.mkv", "ffv1", "gray", {}),
+        ("deep_grey.mkv", "ffv1", "gray10le", {}),
+        ("rgb.mov", "qtrle", "rgb24", {}),
+        ("alpha.mov", "qtrle", "argb", {}),
+        ("full_range.mov", "mjpeg", "yuvj420p", {}),
+    ],
+)
+def test_exactly_the_chosen_frames(tmp_path, name, codec, pixels, options):
+    frames = numbered(60)
+    path = write(tmp_path / name, frames, codec, pixels, options=options)
+    counted = []
+    read_clip(path, 2, 48, 64, lambda available: (counted.append(available) or 0, 1))
+    assert counted == [60]
+    for first, stride in ((0, 1), (3, 5), (41, 6), (56, 1)):
+        clip = take(path, first, stride)
+        assert [number(f) for f in clip.frames] == [first + k * stride for k in range(4)]
+        assert (clip.first_frame, clip.frame_stride) == (first, stride)
+        assert clip.fps == pytest.approx(25 if name == "raw.h264" else 10)  # a raw stream does not know its rate
+        assert clip.frames.shape == (4, 48, 64, 3) and clip.frames.dtype == np.uint8
+    with pytest.raises(VideoError, match="too short"):
+        take(path, 57, 1)
+
+
+def test_colours_survive(tmp_path):
+    """Also those of the other matrix: a file that says BT.709 is not read as BT.601."""
+    red = np.full((3, 48, 64, 3), (200, 30, 60), np.uint8)
+    path = tmp_path / "709.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=10)
+        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
+        stream.codec_context.colorspace = 1
+        for picture in red:
+            container.mux(
+                stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format="yuv420p", dst_colorspace="itu709"))
+            )
+        container.mux(stream.encode())
+    for file in (path, write(tmp_path / "601.mkv", red, "ffv1", "yuv444p")):
+        clip = take(file, 0, 1, frames=3)
+        assert np.abs(clip.frames.astype(int) - (200, 30, 60)).max() <= 4  # 8-bit YUV
+
+
+def test_odd_sizes(tmp_path):
+    frames = numbered(6, 49, 64)[:, :, :63]
+    path = write(tmp_path / "odd.mkv", frames, "ffv1", "yuv444p")
+    clip = take(path, 1, 1, height=49, width=63)
+    np.testing.assert_allclose(clip.frames.astype(int), frames[1:5], atol=2)  # rounding to YUV and back
+
+
+def test_transparency_is_laid_on_white(tmp_path):
+    frames = np.zeros((4, 48, 64, 4), np.uint8)
+    frames[:, :24] = (10, 20, 30, 255)
+    clip = take(write(tmp_path / "a.mov", frames, "qtrle", "argb"), 0, 1)
+    assert (clip.frames[:, :24] == (10, 20, 30)).all() and (clip.frames[:, 24:] == 255).all()
+
+
+@pytest.mark.parametrize(
+    ("matrix", "expected"),
+    [
+        ((1, 0, 0, 1), lambda x: x),
+        ((0, 1, -1, 0), lambda x: np.rot90(x, -1)),  # a phone held upright: shown a quarter turn clockwise
+        ((-1, 0, 0, -1), lambda x: np.rot90(x, 2)),
+        ((0, -1, 1, 0), lambda x: np.rot90(x, 1)),
+        ((-1, 0, 0, 1), lambda x: x[:, ::-1]),
+        ((1, 0, 0, -1), lambda x: x[::-1]),
+        ((0, 1, 1, 0), lambda x: x.transpose(1, 0, 2)),
+    ],
+)
+def test_display_matrix(tmp_path, matrix, expected):
+    """The matrix is written into the track header by hand, as a phone does."""
+    picture = np.random.default_rng(0).integers(0, 256, (32, 48, 3), np.uint8)
+    path = write(tmp_path / "a.mov", [picture] * 4, "qtrle", "rgb24")
+    data = bytearray(path.read_bytes())
+    start = data.index(b"tkhd") + 44  # type 4, version and flags 4, times and ids 20, reserved 8, layer to reserved 8
+    a, b, c, d = (x << 16 for x in matrix)
+    assert data[start : start + 36] == struct.pack(">9i", 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
+    data[start : start + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    path.write_bytes(data)
+    shown = expected(picture)
+    np.testing.assert_array_equal(take(path, 0, 1, 2, *shown.shape[:2]).frames, [shown] * 2)
+
+
+def test_pixels_that_are_not_square(tmp_path):
+    """A file 32 wide with pixels twice as wide as high shows a 64 wide picture."""
+    path = tmp_path / "wide.mkv"
+    frames = numbered(4, 48, 32)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("ffv1", rate=10)
+        stream.height, stream.width, stream.pix_fmt = 48, 32, "yuv444p"
+        stream.codec_context.sample_aspect_ratio = Fraction(2, 1)
+        for picture in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    assert [number(f) for f in take(path, 0, 1).frames] == [0, 1, 2, 3]  # nothing is cut off at the sides
+
+
+# Time
+
+
+def test_variable_frame_rate_goes_by_time(tmp_path):
+    """Every second frame of the second half is missing: frames there are 80 ms apart instead of 40."""
+    pts = [40 * i for i in range(30)] + [1200 + 80 * i for i in range(15)]
+    path = write(tmp_path / "vfr.mkv", numbered(45), "ffv1", "yuv420p", pts=pts)
+    shown = lambda ms: min(range(45), key=lambda i: abs(pts[i] - ms))  # noqa: E731
+    clip = take(path, 20, 4, frames=8)
+    assert clip.fps == pytest.approx(25)
+    assert [number(f) for f in clip.frames] == [shown(40 * (20 + 4 * k)) for k in range(8)]
+    assert [number(f) for f in take(path, 2, 3, frames=8).frames] == [2 + 3 * k for k in range(8)]
+
+
+def test_rounded_time_stamps_are_a_constant_rate(tmp_path):
+    pts = [round(1000 * i / 29.97) for i in range(120)]
+    path = write(tmp_path / "ms.mkv", numbered(120), "ffv1", "yuv420p", pts=pts)
+    clip = take(path, 90, 7)
+    assert clip.fps == pytest.approx(29.97, rel=1e-3)
+    assert [number(f) for f in clip.frames] == [90, 97, 104, 111]
+
+
+def test_a_jump_of_the_clock_is_not_a_still(tmp_path):
+    pts = [40 * i for i in range(20)] + [10**6 + 40 * i for i in range(20)]
+    path = write(tmp_path / "jump.mkv", numbered(40), "ffv1", "yuv420p", pts=pts)
+    clip = take(path, 14, 4)
+    assert [number(f) for f in clip.frames] == [14, 18, 22, 26] and clip.fps == pytest.approx(25)
+
+
+# Streams
+
+
+def test_first_stream_that_can_give_the_clip(tmp_path):
+    path = write(tmp_path / "two.mkv", [numbered(2), numbered(30)[::-1]], "ffv1", "yuv420p", streams=2)
+    assert [number(f) for f in take(path, 0, 2).frames] == [29, 27, 25, 23]
+    assert [number(f) for f in take(path, 0, 1, frames=2).frames] == [0, 1]
+
+
+def test_real_clip_equals_a_full_decode(shared):
+    """B-frames, a key frame every 250, a seek on our side; every frame decoded and counted on the other."""
+    path = shared / "clips" / "tc_nasa.mp4"
+    with av.open(str(path)) as container:
+        plain = [f.to_ndarray(format="rgb24") for f in container.decode(container.streams.video[0])]
+    clip = take(path, 290, 6, frames=5, height=180, width=320)
+    np.testing.assert_array_equal(clip.frames, [plain[290 + 6 * k] for k in range(5)])
+    assert clip.fps == 25
+
+
+# Refusals
+
+
+def kind_of(path) -> str:
+    with pytest.raises(VideoError) as error:
+        take(path, 0, 1)
+    return error.value.kind
+
+
+def test_bad_files(tmp_path):
+    assert kind_of(tmp_path / "nowhere.mp4") == "missing file"
+    assert kind_of(tmp_path) == "missing file"
+    (tmp_path / "empty.mp4").write_bytes(b"")
+    assert kind_of(tmp_path / "empty.mp4") == "cannot be read"
+    (tmp_path / "text.mp4").write_text("not a video\n" * 100)
+    assert kind_of(tmp_path / "text.mp4") == "cannot be read"
+    assert kind_of(write(tmp_path / "one.mp4", numbered(1))) == "too short"
+
+
+def test_audio_only(tmp_path):
+    path = tmp_path / "sound.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=16000, layout="mono")
+        for _ in range(10):
+            frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+            frame.sample_rate = 16000
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    assert kind_of(path) == "no video stream"
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv"])
+def test_truncated_file(tmp_path, name):
+    """Cut in the middle, index at the front: what is left would still give a clip, but not the one that was asked for."""
+    options = {"container_options": {"movflags": "faststart"}} if name == "a.mp4" else {}
+    noise = np.random.default_rng(0).integers(0, 256, (60, 48, 64, 3), np.uint8)
+    path = write(tmp_path / name, noise, **options)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert kind_of(path) == "truncated"
+
+
+def test_index_cut_off(tmp_path):
+    path = write(tmp_path / "a.mp4", numbered(60))  # the index is at the end
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert kind_of(path) == "cannot be read"
+
+
+def test_damage_behind_the_clip_does_not_matter(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (40, 48, 64, 3), np.uint8)
+    path = write(tmp_path / "a.mp4", noise, options={"g": "10", "bf": "0"})
+    data = bytearray(path.read_bytes())
+    middle = data.index(b"mdat") + 4 + (len(data) - data.index(b"mdat")) * 7 // 8  # in the last group of pictures
+    data[middle : middle + 200] = bytes(200)
+    path.write_bytes(data)
+    assert take(path, 0, 2).frames.shape == (4, 48, 64, 3)
+    with pytest.raises(VideoError) as error:
+        take(path, 0, 13)  # its last frame is in that group
+    assert error.value.kind == "does not decode"
+
+
+# Size
+
+
+def test_cover_leaves_a_picture_of_the_right_size_alone():
+    picture = np.random.default_rng(0).integers(0, 256, (16, 24, 3), np.uint8)
+    np.testing.assert_array_equal(cover(picture, 16, 24), picture)
+
+
+@pytest.mark.parametrize(("height", "width"), [(16, 16), (20, 64), (64, 20), (7, 5), (40, 40)])
+def test_cover_cuts_evenly_and_keeps_proportions(height, width):
+    """A ramp in each direction: the middle of the picture stays in the middle, its slope is the scale."""
+    rows, columns = 32, 48
+    ramp = np.zeros((rows, columns, 3), np.uint8)
+    ramp[..., 0] = np.arange(rows)[:, None] * 4 + 60
+    ramp[..., 1] = np.arange(columns) * 4 + 20
+    out = cover(ramp, height, width).astype(float)
+    assert out.shape == (height, width, 3)
+    scale = max(height / rows, width / columns)
+    middle = out[height // 4 : -(height // 4) or None, width // 4 : -(width // 4) or None]
+    assert middle[..., 0].mean() == pytest.approx(60 + 4 * (rows - 1) / 2, abs=1)
+    assert middle[..., 1].mean() == pytest.approx(20 + 4 * (columns - 1) / 2, abs=1)
+    assert np.diff(middle[..., 0], axis=0).mean() == pytest.approx(4 / scale, rel=0.1)
+    assert np.diff(middle[..., 1], axis=1).mean() == pytest.approx(4 / scale, rel=0.1)
+
+
+def test_cover_is_antialiased():
+    """One-pixel stripes shrink to grey, not to stripes of another width."""
+    stripes = np.zeros((64, 64, 3), np.uint8)
+    stripes[:, ::2] = 255
+    inner = cover(stripes, 24, 24)[4:-4, 4:-4].astype(int)
+    assert np.abs(inner - 127).max() < 12
+
+
+# Writing
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "A.GIF"])
+def test_saved_videos_come_back(tmp_path, name):
+    save_video(tmp_path / name, numbered(12), 8)
+    clip = take(tmp_path / name, 0, 1, frames=12)
+    assert [number(f) for f in clip.frames] == list(range(12))
+    assert clip.fps == pytest.approx(8, rel=0.04)  # GIF counts in hundredths of a second
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
+def test_mp4_is_what_browsers_play_and_odd_sizes_lose_nothing(tmp_path):
+    frames = np.zeros((5, 33, 47, 3), np.uint8)
+    frames[:, :, -1] = 255
+    save_video(tmp_path / "a.mp4", frames, 10)
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        stream = container.streams.video[0]
+        assert (stream.codec_context.name, stream.codec_context.pix_fmt) == ("h264", "yuv420p")
+        assert (stream.height, stream.width) == (34, 48)
+        picture = next(container.decode(stream)).to_ndarray(format="rgb24")
+    assert picture[:, 46:].min() > 200 and picture[:, :44].max() < 50
+
+
+def test_gif_keeps_equal_frames(tmp_path):
+    save_video(tmp_path / "a.gif", np.zeros((6, 20, 30, 3), np.uint8), 8)
+    with Image.open(tmp_path / "a.gif") as image:
+        assert image.n_frames == 6 and image.info["loop"] == 0
+
+
+def test_gif_of_few_colours_is_exact(tmp_path):
+    frames = np.random.default_rng(0).integers(0, 4, (4, 20, 30, 1), np.uint8) * np.array([60, 40, 80], np.uint8)
+    save_video(tmp_path / "a.gif", frames, 10)
+    np.testing.assert_array_equal(take(tmp_path / "a.gif", 0, 1, 4, 20, 30).frames, frames)
+
+
+def test_save_refuses(tmp_path):
+    with pytest.raises(ValueError, match=r"\.mp4 or \.gif"):
+        save_video(tmp_path / "a.avi", numbered(2), 8)
+    with pytest.raises(ValueError, match="frames"):
+        save_video(tmp_path / "a.mp4", numbered(2)[:0], 8)
+    with pytest.raises(ValueError, match="fps"):
+        save_video(tmp_path / "a.mp4", numbered(2), 0)
+    assert not list(tmp_path.iterdir())
+
+
+# Images
+
+
+def test_read_image(tmp_path):
+    picture = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
+    Image.fromarray(picture).save(tmp_path / "a.png")
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png"), picture)
+    assert read_image(tmp_path / "a.png", 16, 16).shape == (16, 16, 3)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown a quarter turn clockwise
+    Image.fromarray(picture).save(tmp_path / "turned.png", exif=exif)
+    np.testing.assert_array_equal(read_image(tmp_path / "turned.png"), np.rot90(picture, -1))
+    Image.fromarray(picture[..., 0]).save(tmp_path / "grey.png")
+    np.testing.assert_array_equal(read_image(tmp_path / "grey.png"), np.repeat(picture[..., :1], 3, -1))
+    Image.fromarray(picture[..., 0].astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    np.testing.assert_array_equal(read_image(tmp_path / "deep.png"), np.repeat(picture[..., :1], 3, -1))
+    rgba = np.concatenate([picture, np.zeros_like(picture[..., :1])], -1)
+    Image.fromarray(rgba).save(tmp_path / "clear.png")
+    assert (read_image(tmp_path / "clear.png") == 255).all()
+
+
+def test_bad_images(tmp_path):
+    with pytest.raises(VideoError, match="missing file"):
+        read_image(tmp_path / "a.png")
+    (tmp_path / "a.png").write_text("no")
+    with pytest.raises(VideoError, match="is no image"):
+        read_image(tmp_path / "a.png")
+
+
+def test_stable_draw_is_uniform():
+    counts = np.bincount([videos.stable_draw(10, "key", i) for i in range(10000)], minlength=10)
+    assert np.abs(counts - 1000).max() < 160  # five standard deviations
