@@ -13,3 +13,42 @@ def shared() -> pathlib.Path:
     if not SHARED.is_dir():
         pytest.skip("needs the reference material in ../shared, which is not part of the project")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """A function that gives a valid configuration of seconds: 4 frames of 16x16, one-level U-Net; arguments are overrides."""
+    from motif_jax.config import from_config_dict
+
+    base = {
+        "dtype": "float32",
+        "steps": 4,
+        "batch_size": 4,
+        "learning_rate": 1e-3,
+        "log_every": 1,
+        "data": {"frames": 4, "height": 16, "width": 16},
+        "prepare": {"flow": "exact", "flow_stride": 4, "image_format": "png", "clips_per_shard": 8},
+        "autoencoder": {"kind": "pixel", "factor": 4, "z_channels": 48, "scale_factor": 1.0},
+        "text": {"kind": "words", "vocab_size": 512, "context_length": 8, "width": 16},
+        "unet": {
+            "in_channels": 96,
+            "out_channels": 48,
+            "model_channels": 16,
+            "channel_mult": [1],
+            "num_res_blocks": 1,
+            "attention_resolutions": [1],
+            "num_head_channels": 8,
+            "context_dim": 16,
+            "addition_attention": False,
+            "norm_groups": 4,
+        },
+        "loss": {"intensity": "clip_max"},
+        "checkpoint": {"every": 2},
+        "eval": {"every": 2, "batches": 1, "buckets": 2},
+        "sample": {"every": 0, "count": 1, "steps": 2},
+    }
+
+    def merge(into, new):
+        return {**into, **{k: merge(into.get(k, {}), v) if isinstance(v, dict) else v for k, v in new.items()}}
+
+    return lambda **overrides: from_config_dict(merge(base, overrides))
