@@ -73,6 +73,7 @@ def read_source(source: str) -> tuple[list[Entry], list[Problem]]:
 
 
 def _csv_rows(source: str, text: str) -> Iterator[tuple[int, dict[str, str]]]:
+    good = 0
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
         columns = [c.strip().lower() for c in reader.fieldnames or []]
@@ -81,15 +82,16 @@ def _csv_rows(source: str, text: str) -> Iterator[tuple[int, dict[str, str]]]:
             raise UserError(
                 f"source {source!r}: no column {' and '.join(missing)}; the first line must name them, it is {','.join(columns)!r}"
             )
-        reader.fieldnames = columns
+        reader.fieldnames, good = columns, reader.line_num
         for row in reader:
             if None in row:
                 raise UserError(
                     f"source {source!r}, line {reader.line_num}: more cells than columns; put captions with commas in double quotes"
                 )
-            yield reader.line_num, row
+            good = reader.line_num
+            yield good, row
     except csv.Error as error:
-        raise UserError(f"source {source!r}, line {reader.line_num}: {error}") from error
+        raise UserError(f"source {source!r}, from line {good + 1} on: {error}; is a double quote left open?") from error
 
 
 def _jsonl_rows(source: str, text: str) -> Iterator[tuple[int, dict[str, str]]]:
