@@ -169,6 +169,8 @@ def _judge_one(frames: np.ndarray, clips: dict[str, Any], i: int, ceiling_mae: f
     row = {
         "still": float(still),
         "direction_ok": float(direction_ok),
+        "way_x": float(way[0]),
+        "way_y": float(way[1]),
         "speed_ratio": speed_ratio,
         "path_error": path_error,
         "presence": presence,
@@ -203,6 +205,7 @@ def judge(frames: np.ndarray, clips: dict[str, Any], ceiling_mae: float = 0.0) -
 
       direction_ok   1 when the named object ends within 45 degrees of the named direction and beyond 30 % of the true way;
                      of a still one, when it ends within 1/16 of the side
+      way_x, way_y   way of the named object from first to last frame, pixels (NaN when it is lost)
       speed_ratio    way along the true direction over the true way (NaN for still ones)
       path_error     mean distance to the true place over the frames, over the width
       presence       share of frames in which the named object is found; others_presence likewise for the bystanders
