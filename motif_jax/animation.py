@@ -55,7 +55,7 @@ class Animator:
         config = dataclasses.replace(config, sample=dataclasses.replace(config.sample, **changed))
         networks = Networks.of(config)
         frozen = weights.initial_weights(config, networks, trained=False).frozen
-        params = weights.fit(weights.load(directory)["unet"], networks.unet.shapes, str(directory))
+        params = weights.fit(weights.load(directory)["denoiser"], networks.denoiser.shapes, str(directory))
         return cls(config, networks, params, frozen, SOURCE_FPS / frame_stride if frame_stride else config.sample.fps)
 
     def __call__(self, images: list[UInt8[np.ndarray, "H W 3"]], prompts: list[str], seeds: list[int]) -> UInt8[np.ndarray, "B T H W 3"]:

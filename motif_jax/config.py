@@ -82,6 +82,16 @@ class UNetConfig:
 
 
 @dataclass(frozen=True)
+class DiTConfig:
+    """A small video diffusion transformer, the other backbone; its channels follow from autoencoder and condition."""
+
+    width: int = _f(384, "width of a token", low=8)
+    depth: int = _f(12, "blocks", low=1)
+    num_head_channels: int = _f(64, "width of one attention head", low=1)
+    patch: tuple[int, ...] = _f((1, 2, 2), "frames, rows and columns of latent cells per token")
+
+
+@dataclass(frozen=True)
 class AutoencoderConfig:
     """`kl` is the Stable Diffusion autoencoder; `pixel` moves pixel blocks to channels and loses nothing."""
 
@@ -210,7 +220,9 @@ class Config:
     log_every: int = _f(10, "steps between log lines", low=1)
     data: DataConfig = _f(DataConfig(), "clips")
     prepare: PrepareConfig = _f(PrepareConfig(), "the offline job")
-    unet: UNetConfig = _f(UNetConfig(), "denoising network")
+    backbone: str = _f("unet3d", "denoising network", choices=("unet3d", "dit"))
+    unet: UNetConfig = _f(UNetConfig(), "backbone unet3d")
+    dit: DiTConfig = _f(DiTConfig(), "backbone dit")
     autoencoder: AutoencoderConfig = _f(AutoencoderConfig(), "pixels <-> latents")
     text: TextConfig = _f(TextConfig(), "sentence -> tokens")
     condition: ConditionConfig = _f(ConditionConfig(), "image and text condition")
@@ -222,6 +234,11 @@ class Config:
     checkpoint: CheckpointConfig = _f(CheckpointConfig(), "checkpoints")
     eval: EvalConfig = _f(EvalConfig(), "validation")
     sample: SampleConfig = _f(SampleConfig(), "samples")
+
+    @property
+    def in_channels(self) -> int:
+        """Channels that the denoising network reads: noisy latent, image latent, and the mask of condition.image='first'."""
+        return 2 * self.autoencoder.z_channels + (self.condition.image == "first")
 
     @property
     def latent_height(self) -> int:
@@ -246,24 +263,29 @@ def _contradictions(c: Config) -> list[str]:
     else:
         levels = 2 ** (len(c.autoencoder.ch_mult) - 1)
         check(factor == levels, f"autoencoder.factor={factor}: ch_mult {c.autoencoder.ch_mult} gives {levels}")
-    unit = factor * 2 ** (len(c.unet.channel_mult) - 1)
-    for side in ("height", "width"):
+    u, dit = c.unet, c.dit
+    unet = c.backbone == "unet3d"
+    if unet:
+        check(u.out_channels == z, f"unet.out_channels={u.out_channels}: must equal autoencoder.z_channels={z}")
+        parts = f"noisy latent {z}, image latent {z}" + (", mask 1" if c.condition.image == "first" else "")
+        check(u.in_channels == c.in_channels, f"unet.in_channels={u.in_channels}: must be {c.in_channels} ({parts})")
+        check(u.context_dim == c.text.width, f"unet.context_dim={u.context_dim}: must equal text.width={c.text.width}")
+        check(len(u.channel_mult) > 0, "unet.channel_mult=(): must name at least one level")
+        for width in [m * u.model_channels for m in u.channel_mult]:
+            check(width % u.norm_groups == 0, f"unet.norm_groups={u.norm_groups}: must divide the level width {width}")
+            check(width % u.num_head_channels == 0, f"unet.num_head_channels={u.num_head_channels}: must divide the level width {width}")
+    else:
+        check(len(dit.patch) == 3 and min(dit.patch) > 0, f"dit.patch={dit.patch}: must be (frames, rows, columns)")
+        check(dit.width % dit.num_head_channels == 0, f"dit.num_head_channels={dit.num_head_channels}: must divide dit.width={dit.width}")
+    if bad:
+        return bad  # what follows divides by these
+    if not unet:
+        check(c.data.frames % dit.patch[0] == 0, f"data.frames={c.data.frames}: must be a multiple of dit.patch's {dit.patch[0]}")
+    for axis, side in enumerate(("height", "width")):
         n = getattr(c.data, side)
-        check(n % unit == 0, f"data.{side}={n}: must be a multiple of {unit} (autoencoder.factor times the U-Net's downsampling)")
+        unit = factor * (2 ** (len(u.channel_mult) - 1) if unet else dit.patch[1 + axis])
+        check(n % unit == 0, f"data.{side}={n}: must be a multiple of {unit} (autoencoder.factor times the backbone's downsampling)")
         check(n % c.prepare.flow_stride == 0, f"data.{side}={n}: must be a multiple of prepare.flow_stride={c.prepare.flow_stride}")
-    check(c.unet.out_channels == z, f"unet.out_channels={c.unet.out_channels}: must equal autoencoder.z_channels={z}")
-    want = 2 * z + (c.condition.image == "first")
-    check(
-        c.unet.in_channels == want,
-        f"unet.in_channels={c.unet.in_channels}: must be {want} (noisy latent {z}, image latent {z}"
-        + (", mask 1)" if c.condition.image == "first" else ")"),
-    )
-    check(c.unet.context_dim == c.text.width, f"unet.context_dim={c.unet.context_dim}: must equal text.width={c.text.width}")
-    check(len(c.unet.channel_mult) > 0, "unet.channel_mult=(): must name at least one level")
-    for m in c.unet.channel_mult:
-        width = m * c.unet.model_channels
-        check(width % c.unet.norm_groups == 0, f"unet.norm_groups={c.unet.norm_groups}: must divide the level width {width}")
-        check(width % c.unet.num_head_channels == 0, f"unet.num_head_channels={c.unet.num_head_channels}: must divide the level width {width}")
     check(
         c.prepare.frame_stride_min <= c.prepare.frame_stride_max,
         f"prepare.frame_stride_min={c.prepare.frame_stride_min}: must not exceed prepare.frame_stride_max={c.prepare.frame_stride_max}",

@@ -84,6 +84,7 @@ def _heatmaps(config: Config) -> str:
     """Frames, flow and heatmap of the first held-out clips, if the data is still there."""
     from motif_jax.data import pipeline
     from motif_jax.motion import pictures
+    from motif_jax.motion.heatmap import heatmap
 
     try:
         examples = pipeline.examples(config.data, 3)
@@ -91,15 +92,21 @@ def _heatmaps(config: Config) -> str:
         return f"<p>{html.escape(str(error))}</p>"
     parts = []
     for example in examples:
-        sheet = pictures.clip_sheet(
-            example.frames,
-            example.flow.astype(np.float32),
+        flow = example.flow.astype(np.float32)
+        heat = heatmap(
+            "flow",
+            flow=flow[None],
+            mask=None,
+            latents=None,
+            height=config.data.height,
+            width=config.data.width,
+            latent_hw=(config.latent_height, config.latent_width),
             reading=config.loss.intensity,
             sharpness=config.loss.sharpness,
             threshold=config.loss.threshold,
-            caption=example.caption,
-        )
-        parts.append(_picture(pictures.png_bytes(sheet), "image/png", f"frames, flow and heatmap: {example.caption}"))
+        )[0]
+        sheet = pictures.clip_sheet(example.frames, flow, np.asarray(heat), example.caption)
+        parts.append(_picture(_png(sheet), "image/png", f"frames, flow and heatmap: {example.caption}"))
     return "<p>Rows: frames, optical flow (colour is direction, saturation is speed), heatmap over the frames.</p>" + "".join(parts)
 
 
@@ -127,6 +134,14 @@ def _judged(workdir: pathlib.Path) -> str:
         for name, r in found["rates"].items()
     )
     return f"<h2>How often it does what it is told</h2><table><tr><th>measure<th>rate<th>95 %<th>clips{rows}</table>"
+
+
+def _png(picture: np.ndarray) -> bytes:
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, format="PNG")
+    return buffer.getvalue()
 
 
 def _picture(data: bytes, kind: str, description: str) -> str:

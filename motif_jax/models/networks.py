@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from motif_jax.config import Config
 from motif_jax.models.autoencoder import make_autoencoder, sample_latents
+from motif_jax.models.dit import VideoDiT
 from motif_jax.models.text import make_text_tower
 from motif_jax.models.unet3d import UNet3D
 
@@ -48,10 +49,10 @@ class Network:
 
 @dataclasses.dataclass(frozen=True)
 class Networks:
-    """The trained U-Net and the frozen autoencoder and text tower."""
+    """The trained denoising network and the frozen autoencoder and text tower."""
 
     config: Config
-    unet: Network
+    denoiser: Network
     autoencoder: Network
     text: Network
 
@@ -60,7 +61,7 @@ class Networks:
         dtype = jnp.dtype(config.dtype)
         return cls(
             config,
-            Network.of(lambda rngs: UNet3D(config.unet, rngs=rngs, dtype=dtype, remat=config.remat, attention=config.attention)),
+            Network.of(lambda rngs: make_denoiser(config, rngs, dtype)),
             Network.of(lambda rngs: make_autoencoder(config.autoencoder, rngs=rngs, dtype=dtype)),
             Network.of(lambda rngs: make_text_tower(config.text, rngs=rngs, dtype=dtype)),
         )
@@ -92,7 +93,15 @@ class Networks:
     def denoise(self, params: Params, x_BThwC, t_B, context_BLD, fps_B, image_BThwK, dropout_rng=None) -> Float[Array, "B T h w C"]:
         """The network's raw output for noisy latents `x` given text, frame rate and image condition (x-cat)."""
         x = jnp.concatenate([x_BThwC, image_BThwK], axis=-1)
-        return self.unet.bind(params)(x, t_B, context_BLD, fps_B, dropout_rng=dropout_rng).astype(jnp.float32)
+        return self.denoiser.bind(params)(x, t_B, context_BLD, fps_B, dropout_rng=dropout_rng).astype(jnp.float32)
+
+
+def make_denoiser(config: Config, rngs: nnx.Rngs, dtype: jnp.dtype) -> UNet3D | VideoDiT:
+    """The backbone `config.backbone` names."""
+    kwargs = {"rngs": rngs, "dtype": dtype, "remat": config.remat, "attention": config.attention}
+    if config.backbone == "dit":
+        return VideoDiT(config.dit, config.in_channels, config.autoencoder.z_channels, config.text.width, **kwargs)
+    return UNet3D(config.unet, **kwargs)
 
 
 def image_condition(z_BhwC: Float[Array, "B h w C"], frames: int, kind: str) -> Float[Array, "B T h w K"]:

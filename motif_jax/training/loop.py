@@ -115,8 +115,8 @@ def make_state(config: Config, networks: Networks, mesh: Mesh, optimizer) -> tup
     def create(params):
         return train_state.create(params, optimizer, config.ema.decay > 0)
 
-    abstract = jax.eval_shape(create, networks.unet.shapes)
-    shardings = shard_like_params(abstract, set(networks.unet.shapes), mesh)
+    abstract = jax.eval_shape(create, networks.denoiser.shapes)
+    shardings = shard_like_params(abstract, set(networks.denoiser.shapes), mesh)
     template = jax.tree.map(lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh), abstract, shardings)
     return template, jax.jit(create, out_shardings=shardings)
 
@@ -150,9 +150,9 @@ def train(config: Config, workdir: str | pathlib.Path) -> None:
     step = checkpoints.latest_step()
     weights = initial_weights(config, networks, trained=step is None)
     if step is None:
-        state = create(weights.unet)
+        state = create(weights.denoiser)
         step = restored = 0
-        print(f"starting: {sum(math.prod(s.shape) for s in networks.unet.shapes.values()):,} parameters, {len(dataset):,} clips, {workdir}")
+        print(f"starting: {sum(math.prod(s.shape) for s in networks.denoiser.shapes.values()):,} parameters, {len(dataset):,} clips, {workdir}")
     else:
         state, saved, _ = checkpoints.restore(step, template)
         differs = [k for k, v in position.items() if saved.get(k) != v]

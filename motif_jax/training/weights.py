@@ -15,14 +15,14 @@ WEIGHTS_STREAM = 2**31 - 2  # fold_in number of the initial weights: no training
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    unet: Params
+    denoiser: Params
     frozen: dict[str, Params]
 
 
 def initial_weights(config: Config, networks: Networks, trained: bool = True) -> Weights:
-    """Weights for step 0; with `trained=False` only the frozen networks' (the U-Net is restored by the caller).
+    """Weights for step 0; with `trained=False` only the frozen networks' (the denoiser is restored by the caller).
 
-    Without `init_from` the U-Net is drawn from the seed. Frozen networks that have parameters (the KL autoencoder, the
+    Without `init_from` the denoiser is drawn from the seed. Frozen networks that have parameters (the KL autoencoder, the
     OpenCLIP tower) cannot be drawn: they need `init_from`. Raises UserError.
     """
     key = jax.random.fold_in(jax.random.key(config.seed), WEIGHTS_STREAM)
@@ -33,18 +33,18 @@ def initial_weights(config: Config, networks: Networks, trained: bool = True) ->
                 f"the {' and '.join(need)} of this configuration are pretrained networks: set --config.init_from to an imported "
                 "checkpoint (docs/weights.md), or use autoencoder.kind='pixel' and text.kind='words'"
             )
-        return Weights(networks.unet.init(key) if trained else {}, networks.init_frozen(key))
+        return Weights(networks.denoiser.init(key) if trained else {}, networks.init_frozen(key))
     loaded = load(config.init_from)
     missing = [name for name in need if name not in loaded]
     if missing:
         raise UserError(f"init_from={config.init_from}: holds no weights of the {' and '.join(missing)}")
     frozen = {name: fit(loaded.get(name, {}), getattr(networks, name).shapes, f"{config.init_from} ({name})") for name in ("autoencoder", "text")}
-    unet = fit(loaded["unet"], networks.unet.shapes, f"{config.init_from} (unet)", inflate="input_blocks.0.0.kernel") if trained else {}
-    return Weights(unet, frozen)
+    denoiser = fit(loaded["denoiser"], networks.denoiser.shapes, f"{config.init_from} (denoiser)", inflate="input_blocks.0.0.kernel") if trained else {}
+    return Weights(denoiser, frozen)
 
 
 def load(directory: str | pathlib.Path) -> dict[str, Params]:
-    """{"unet": ..., maybe "autoencoder", "text"} from a work directory (its average if it keeps one)."""
+    """{"denoiser": ..., maybe "autoencoder", "text"} from a work directory (its average if it keeps one)."""
     directory = pathlib.Path(directory)
     if not (directory / "config.json").exists():
         raise UserError(f"{directory}: no config.json there; expected a work directory of motif_jax.main")
@@ -55,7 +55,7 @@ def load(directory: str | pathlib.Path) -> dict[str, Params]:
         raise UserError(f"{directory}: holds no checkpoint yet; train first")
     found = checkpoints.restore_weights(step, ("ema", "params") if config.ema.decay == 0 else ("ema",))
     checkpoints.close()
-    return {"unet": found.get("ema") or found["params"]}
+    return {"denoiser": found.get("ema") or found["params"]}
 
 
 def fit(params: Params, shapes: dict[str, jax.ShapeDtypeStruct], source: str, inflate: str = "") -> Params:

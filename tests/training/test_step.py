@@ -34,7 +34,7 @@ def make_batch(config, captions=CAPTIONS, seed=0):
 def random_params(networks, seed=0):
     """No weight is zero: freshly made networks put out exact zeros, through which no gradient passes."""
     rng = np.random.default_rng(seed)
-    return {k: jnp.asarray(rng.normal(0, 0.1, s.shape) + k.endswith("scale"), jnp.float32) for k, s in networks.unet.shapes.items()}
+    return {k: jnp.asarray(rng.normal(0, 0.1, s.shape) + k.endswith("scale"), jnp.float32) for k, s in networks.denoiser.shapes.items()}
 
 
 @pytest.fixture(scope="module")
@@ -115,14 +115,14 @@ def test_types_stay_float32(tiny, dtype):
     networks = Networks.of(config)
     empty = empty_sentence(config, make_tokenizer(config.text))
     optimizer = make_optimizer(config)
-    state = jax.eval_shape(lambda p: train_state.create(p, optimizer, True), networks.unet.shapes)
+    state = jax.eval_shape(lambda p: train_state.create(p, optimizer, True), networks.denoiser.shapes)
     after, metrics = jax.eval_shape(make_train_step(networks, optimizer, empty), state, FROZEN, make_batch(config))
     kinds = {str(x.dtype) for x in jax.tree.leaves((after, metrics))}
     assert kinds == {"float32", "int32"}
     assert jax.tree.structure(after) == jax.tree.structure(state)
     out = jax.eval_shape(
         lambda p: predict(networks, diffusion_schedule(config), p, FROZEN, make_batch(config), empty, jax.random.key(0)),
-        networks.unet.shapes,
+        networks.denoiser.shapes,
     )
     assert {str(x.dtype) for x in out[:3]} == {"float32"}
 
