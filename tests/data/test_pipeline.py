@@ -1,0 +1,175 @@
+"""Batches: every record as often as every other, the same for any number of hosts, workers and interruptions."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from motif_jax import preparation
+from motif_jax.config import Config, DataConfig, PrepareConfig, TextConfig, UserError
+from motif_jax.data import pipeline
+from motif_jax.data.tokens import make_tokenizer
+
+COUNT, VALIDATION = 41, 5  # 41 is prime: no batch size divides the epoch
+CONFIG = Config(
+    data=DataConfig(frames=4, height=16, width=24),
+    prepare=PrepareConfig(flow="exact", flow_stride=8, image_format="png", clips_per_shard=9, validation_share=0.12),
+)
+TOKENIZER = make_tokenizer(TextConfig(kind="words", vocab_size=999, context_length=8, width=8))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> DataConfig:
+    path = tmp_path_factory.mktemp("data")
+    preparation.prepare(CONFIG, f"synthetic:shapes:{COUNT + VALIDATION}", path, log=lambda line: None)
+    return dataclasses.replace(CONFIG.data, path=str(path))
+
+
+@pytest.fixture(scope="module")
+def dataset(data) -> pipeline.Dataset:
+    return pipeline.open_dataset(data)
+
+
+def batches(dataset, count, batch_size=4, seed=0, start=0, **hosts) -> list:
+    iterator = pipeline.make_iterator(dataset, batch_size, seed, start, TOKENIZER, **{"host_index": 0, "host_count": 1} | hosts)
+    try:
+        return [next(iterator) for _ in range(count)]
+    finally:
+        iterator.close()
+
+
+def names(dataset, found) -> np.ndarray:
+    """Which record each element of the batches is, [batches, elements]."""
+    known = {dataset[i].frames.tobytes(): i for i in range(len(dataset))}
+    return np.array([[known[frames.tobytes()] for frames in batch["frames"]] for batch in found])
+
+
+def assert_equal(a: list, b: list) -> None:
+    assert len(a) == len(b)
+    for x, y in zip(a, b, strict=True):
+        assert set(x) == set(y)
+        for key in x:
+            np.testing.assert_array_equal(x[key], y[key])
+
+
+def test_the_world_gave_what_the_tests_assume(dataset, data):
+    assert len(dataset) == COUNT and len(pipeline.open_dataset(data, "validation")) == VALIDATION
+
+
+def test_a_batch(dataset):
+    (batch,) = batches(dataset, 1)
+    shapes = {k: (v.dtype, v.shape) for k, v in batch.items()}
+    assert shapes == {
+        "frames": (np.uint8, (4, 4, 16, 24, 3)),
+        "tokens": (np.int32, (4, 8)),
+        "flow": (np.float16, (4, 4, 2, 3, 2)),
+        "fps": (np.float32, (4,)),
+        "motion_mask": (np.uint8, (4, 4, 2, 3)),
+    }
+    for i, name in enumerate(names(dataset, [batch])[0]):
+        example = dataset[int(name)]
+        np.testing.assert_array_equal(batch["tokens"][i], TOKENIZER([example.caption])[0])
+        np.testing.assert_array_equal(batch["flow"][i], example.flow)
+        np.testing.assert_array_equal(batch["motion_mask"][i], example.motion_mask)
+        assert batch["fps"][i] == example.fps
+
+
+def test_every_epoch_is_another_permutation(dataset):
+    order = names(dataset, batches(dataset, 41)).reshape(4, COUNT)  # 41 batches of 4: four epochs
+    assert all(sorted(epoch) == list(range(COUNT)) for epoch in order.tolist())
+    assert len({tuple(epoch) for epoch in order.tolist()}) == 4
+    assert not (names(dataset, batches(dataset, 10, seed=1)) == order.reshape(-1, 4)[:10]).all()
+
+
+def test_resuming_gives_the_same_batches(dataset):
+    straight = batches(dataset, 25)
+    for step in (1, 10, 24):  # the epoch ends in batch 10
+        assert_equal(batches(dataset, 25 - step, start=step), straight[step:])
+
+
+@pytest.mark.parametrize("hosts", [2, 4])
+def test_hosts_share_the_batches_of_one(dataset, hosts):
+    together = batches(dataset, 25)
+    parts = [batches(dataset, 25, host_index=h, host_count=hosts) for h in range(hosts)]
+    assert {len(p[0]["fps"]) for p in parts} == {4 // hosts}
+    merged = [{k: np.stack([p[s][k] for p in parts], 1).reshape(together[s][k].shape) for k in together[s]} for s in range(25)]
+    assert_equal(merged, together)
+    elements = np.concatenate([names(dataset, p[:10]).reshape(-1) for p in parts])  # less than one epoch
+    assert len(set(elements.tolist())) == 40
+
+
+def test_worker_processes_change_nothing(dataset, data):
+    workers = pipeline.open_dataset(dataclasses.replace(data, workers=1))
+    assert_equal(batches(workers, 6, start=9), batches(dataset, 6, start=9))
+
+
+def test_batch_must_divide_by_the_hosts(dataset):
+    with pytest.raises(UserError, match="batch_size=4: must be a multiple of the 3 hosts"):
+        batches(dataset, 1, host_index=0, host_count=3)
+
+
+def test_a_dataset_smaller_than_a_batch(dataset):
+    (batch,) = batches(dataset, 1, batch_size=100)
+    counts = np.bincount(names(dataset, [batch])[0], minlength=COUNT)
+    assert counts.sum() == 100 and counts.min() == 2 and counts.max() == 3
+
+
+# Validation and examples
+
+
+def test_validation_is_always_the_same(data):
+    held_out = pipeline.open_dataset(data, "validation")
+    first = pipeline.validation_batches(data, 2, 4, TOKENIZER, 0, 1)
+    assert len(first) == 2  # whole batches only
+    np.testing.assert_array_equal(names(held_out, first), [[0, 1], [2, 3]])
+    assert_equal(list(first), list(pipeline.validation_batches(data, 2, 2, TOKENIZER, 0, 1)))
+    parts = [pipeline.validation_batches(data, 2, 4, TOKENIZER, h, 2) for h in range(2)]
+    np.testing.assert_array_equal([names(held_out, p)[:, 0] for p in parts], [[0, 2], [1, 3]])
+
+
+def test_a_small_validation_split_fills_one_batch(data):
+    held_out = pipeline.open_dataset(data, "validation")
+    found = pipeline.validation_batches(data, 8, 4, TOKENIZER, 0, 1)
+    np.testing.assert_array_equal(names(held_out, found), [[0, 1, 2, 3, 4, 0, 1, 2]])
+
+
+def test_no_validation_split(tmp_path):
+    config = dataclasses.replace(CONFIG, prepare=dataclasses.replace(CONFIG.prepare, validation_share=0.0))
+    preparation.prepare(config, "synthetic:shapes:3", tmp_path, log=lambda line: None)
+    data = dataclasses.replace(config.data, path=str(tmp_path))
+    assert not pipeline.validation_batches(data, 2, 4, TOKENIZER, 0, 1)
+    assert [e.clip_id for e in pipeline.examples(data, 9)] == [f"shapes-{i:07d}" for i in range(3)]
+    with pytest.raises(UserError, match="no split 'validation'; it has train"):
+        pipeline.open_dataset(data, "validation")
+
+
+def test_examples_are_held_out(data):
+    found = pipeline.examples(data, 2)
+    held_out = pipeline.open_dataset(data, "validation")
+    assert [e.clip_id for e in found] == [held_out[0].clip_id, held_out[1].clip_id]
+    assert found[0].fps == 8.0 and found[0].frames.shape == (4, 16, 24, 3) and "the" in found[0].caption
+
+
+# Refusals
+
+
+def test_another_shape_is_refused(data):
+    with pytest.raises(UserError, match=r"clips of 4 frames of 16x24.*data\.height=32"):
+        pipeline.open_dataset(dataclasses.replace(data, height=32))
+
+
+def test_no_dataset(tmp_path):
+    for path in ("", str(tmp_path / "nowhere")):
+        with pytest.raises(UserError, match=r"motif_jax\.prepare"):
+            pipeline.open_dataset(DataConfig(path=path))
+
+
+def test_records_are_counted_when_opening(tmp_path):
+    """A file that was never closed reads as empty without an error; here the manifest is made to promise one more."""
+    preparation.prepare(CONFIG, "synthetic:shapes:5", tmp_path, log=lambda line: None)
+    dataset = json.loads((tmp_path / "dataset.json").read_text())
+    dataset["splits"]["train"][0]["records"] += 1
+    (tmp_path / "dataset.json").write_text(json.dumps(dataset))
+    with pytest.raises(UserError, match="records in split train"):
+        pipeline.open_dataset(dataclasses.replace(CONFIG.data, path=str(tmp_path)))
