@@ -3,6 +3,7 @@
 In: a .safetensors, .pth or .pt file, or a dict of numpy tensors under the reference's names. Out: a `RAFT`, and back.
 """
 
+import functools
 import pathlib
 import re
 from collections.abc import Mapping
@@ -48,9 +49,10 @@ def _torchvision(name: str) -> str:
     return matches[0]
 
 
-def _abstract(variant: str, precision: str = "highest") -> RAFT:
-    """A RAFT of shapes only."""
-    return nnx.eval_shape(lambda: RAFT(variant, rngs=nnx.Rngs(0), precision=precision))
+@functools.cache
+def _abstract(variant: str, precision: str = "highest") -> tuple[nnx.GraphDef, nnx.State]:
+    """Structure and shapes of a RAFT."""
+    return nnx.split(nnx.eval_shape(lambda: RAFT(variant, rngs=nnx.Rngs(0), precision=precision)))
 
 
 def names(variant: str, layout: str = "original") -> dict[str, tuple]:
@@ -61,7 +63,7 @@ def names(variant: str, layout: str = "original") -> dict[str, tuple]:
     if layout not in LAYOUTS:
         raise ValueError(f"RAFT layout {layout!r}: must be one of {', '.join(LAYOUTS)}")
     table = {}
-    for path, _ in nnx.to_flat_state(nnx.state(_abstract(variant))):
+    for path, _ in nnx.to_flat_state(_abstract(variant)[1]):
         name = ".".join(map(str, (*path[:-1], _LEAVES.get(path[-1], path[-1]))))
         table[_torchvision(name) if layout == "torchvision" else name] = path
     return table
@@ -98,7 +100,7 @@ def from_reference(tensors: Mapping[str, np.ndarray], variant: str | None = None
     if variant is not None and found != variant:
         raise ValueError(f"these are weights of RAFT {found}, but RAFT {variant} was asked for; choose raft_{found} or another file")
     left = {name.removeprefix(prefix): np.asarray(tensor) for name, tensor in tensors.items()}
-    graph, state = nnx.split(_abstract(found, precision))
+    graph, state = _abstract(found, precision)
     flat = dict(nnx.to_flat_state(state))
     bad, filled = [], {}
     for name, path in names(found, layout).items():
@@ -108,7 +110,7 @@ def from_reference(tensors: Mapping[str, np.ndarray], variant: str | None = None
         tensor, wanted = left.pop(name), flat[path]
         twin = left.pop(_duplicate(name), None) if layout == "original" and _duplicate(name) else None
         if twin is not None and not np.array_equal(twin, tensor):
-            bad.append(f"differs from its duplicate {_duplicate(name)}: {name}")
+            bad.append(f"contradicting: {name} differs from its duplicate {_duplicate(name)}")
         # PyTorch stores convolutions as (out, in, height, width).
         if tensor.ndim == 4:
             tensor = tensor.transpose(2, 3, 1, 0)

@@ -28,20 +28,24 @@ class RaftEstimator:
     else is in the run.
     """
 
-    def __init__(self, name: str, weights: str | pathlib.Path, iterations: int = 12, stride: int = CELL, pairs: int = 4):
-        """`stride` is the side of a stored cell in pixels (a multiple of 8), `pairs` the number of frame pairs refined together."""
+    def __init__(self, name: str, weights: str | pathlib.Path, iterations: int = 12, stride: int = CELL, pairs: int = 0):
+        """`stride` is the side of a stored cell in pixels (a multiple of 8).
+
+        `pairs` is the number of frame pairs refined together; 0 takes 1 on CPU, where larger blocks fall out of the cache, else 8.
+        """
         if name not in VARIANTS:
             raise ValueError(f"flow estimator {name!r}: must be one of {', '.join(VARIANTS)}")
         if not str(weights):
             raise ValueError(f"{name} needs weights: set prepare.flow_weights to a .safetensors or .pth file of RAFT {VARIANTS[name]}")
-        if iterations < 1 or pairs < 1:
-            raise ValueError(f"iterations={iterations}, pairs={pairs}: must both be at least 1")
+        if iterations < 1 or pairs < 0:
+            raise ValueError(f"iterations={iterations} must be at least 1 and pairs={pairs} at least 0")
         if stride < CELL or stride % CELL:
             raise ValueError(f"stride={stride}: RAFT's grid is {CELL} pixels, the stored cell must be a multiple of it")
-        self.name, self.iterations, self.stride, self.pairs = name, iterations, stride, pairs
-        self._weights = pathlib.Path(weights)
+        pairs = pairs or (1 if jax.default_backend() == "cpu" else 8)
+        self.name, self.iterations, self.stride = name, iterations, stride
         self._graph, self._state = nnx.split(load_raft(weights, VARIANTS[name]))
         self._flow = jax.jit(partial(_clip_flow, self._graph, iterations=iterations, stride=stride, pairs=pairs))
+        self._file, self._sha256 = pathlib.Path(weights).name, hashlib.sha256(pathlib.Path(weights).read_bytes()).hexdigest()
 
     def flow(self, frames_THW3: UInt8[np.ndarray, "T H W 3"]) -> Float[np.ndarray, "T h w 2"]:
         """(u, v) in clip pixels from each frame to the next; the last frame repeats the one before.
@@ -61,17 +65,16 @@ class RaftEstimator:
 
     def describe(self) -> dict[str, Any]:
         """What the flow depends on, for a dataset's metadata; the weights are named by file and SHA-256."""
-        digest = hashlib.sha256(self._weights.read_bytes()).hexdigest()
         return {
             "flow": self.name,
             "flow_iterations": self.iterations,
             "flow_stride": self.stride,
-            "flow_weights": self._weights.name,
-            "flow_weights_sha256": digest,
+            "flow_weights": self._file,
+            "flow_weights_sha256": self._sha256,
         }
 
 
-def make_flow_estimator(name: str, weights: str | pathlib.Path, iterations: int = 12, stride: int = CELL, pairs: int = 4) -> RaftEstimator:
+def make_flow_estimator(name: str, weights: str | pathlib.Path, iterations: int = 12, stride: int = CELL, pairs: int = 0) -> RaftEstimator:
     """The estimator `name` ("raft_small", "raft_large") with weights from a file; see `RaftEstimator`.
 
     Raises ValueError for an unknown name, weights that do not fit it or settings out of range, FileNotFoundError for a missing file.

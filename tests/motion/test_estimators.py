@@ -1,0 +1,140 @@
+"""Flow of clips: every frame meets the right partner, the stored grid is the network's, and bytes depend on the clip alone."""
+
+import importlib.util
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+
+from motif_jax.interop import raft as interop
+from motif_jax.motion.estimators import make_flow_estimator
+
+TESTDATA = pathlib.Path(__file__).parents[1] / "testdata"
+SPEC = importlib.util.spec_from_file_location("make_raft", TESTDATA / "make_raft.py")
+SPEC.loader.exec_module(make_raft := importlib.util.module_from_spec(SPEC))
+
+# Iterations of untrained weights amplify rounding, which differs between one pair at a time and several.
+ROUNDING = 2e-3
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """Files of formula weights, by variant."""
+    folder = tmp_path_factory.mktemp("raft")
+    names = json.loads((TESTDATA / "raft_names.json").read_text())
+    for variant in names:
+        interop.safetensors.numpy.save_file(make_raft.weights(names[variant]["torchvision"]), folder / f"{variant}.safetensors")
+    return {variant: folder / f"{variant}.safetensors" for variant in names}
+
+
+def clip(frames, height, width, seed=0):
+    """A textured picture under a window that moves a little further in every frame."""
+    texture = np.random.default_rng(seed).integers(0, 256, (40, 40, 3), dtype=np.uint8).repeat(6, 0).repeat(6, 1)
+    return np.stack([texture[t * t : t * t + height, 3 * t : 3 * t + width] for t in range(frames)])
+
+
+def network(file, frames, iterations):
+    """Full-resolution flow of every pair of neighbours, from the network itself."""
+    graph, state = nnx.split(interop.load_raft(file))
+    return np.asarray(jax.jit(lambda state, a, b: nnx.merge(graph, state)(a, b, iterations))(state, frames[:-1], frames[1:]))
+
+
+def upsampled(flow_hw2, height, width):
+    """Bilinear with aligned corners, one axis after the other."""
+    h, w, _ = flow_hw2.shape
+    wide = np.stack([[np.interp(np.linspace(0, w - 1, width), np.arange(w), line) for line in flow_hw2[..., c]] for c in range(2)])
+    tall = [[np.interp(np.linspace(0, h - 1, height), np.arange(h), line) for line in plane.T] for plane in wide]
+    return np.stack(tall, -1).transpose(1, 0, 2)
+
+
+def test_small_cells_upsample_to_the_networks_flow(weights):
+    """Odd sizes; five frames in blocks of three pairs, the last block filled up."""
+    frames = clip(5, 66, 71)
+    flow = make_flow_estimator("raft_small", weights["small"], iterations=3, pairs=3).flow(frames)
+    assert flow.shape == (5, 9, 9, 2) and flow.dtype == np.float32
+    np.testing.assert_array_equal(flow[4], flow[3])
+    for t, full in enumerate(network(weights["small"], frames, 3)):
+        np.testing.assert_allclose(upsampled(flow[t], 72, 72)[3:69, :71], full, atol=ROUNDING)
+    assert np.abs(np.diff(flow[:4], axis=0)).max() > 100 * ROUNDING  # pairs are told apart
+
+
+def test_large_cells_are_means_of_the_networks_flow(weights):
+    frames = clip(3, 64, 72)
+    flow = make_flow_estimator("raft_large", weights["large"], iterations=2).flow(frames)
+    for t, full in enumerate(network(weights["large"], frames, 2)):
+        np.testing.assert_allclose(flow[t], full.reshape(8, 8, 9, 8, 2).mean((1, 3)), atol=ROUNDING)
+
+
+def test_coarser_cells(weights):
+    frames = clip(3, 64, 96)
+    fine = make_flow_estimator("raft_small", weights["small"], 2).flow(frames)
+    coarse = make_flow_estimator("raft_small", weights["small"], 2, stride=16).flow(frames)
+    assert coarse.shape == (3, 4, 6, 2)
+    np.testing.assert_allclose(coarse, fine.reshape(3, 4, 2, 6, 2, 2).mean((2, 4)), atol=ROUNDING)
+
+
+def test_bytes_depend_on_the_clip_alone(weights, tmp_path):
+    """Not on the clips before it, nor on the process."""
+    first, second = clip(4, 64, 64), clip(4, 64, 64, seed=1)
+    estimator = make_flow_estimator("raft_small", weights["small"], 3)
+    flow = estimator.flow(first)
+    assert not np.array_equal(estimator.flow(second), flow)
+    estimator.flow(clip(3, 72, 64))
+    assert estimator.flow(first).tobytes() == flow.tobytes()
+    np.save(tmp_path / "clip.npy", first)
+    code = (
+        "import sys, numpy as np\n"
+        "from motif_jax.motion.estimators import make_flow_estimator\n"
+        "flow = make_flow_estimator('raft_small', sys.argv[1], 3).flow(np.load(sys.argv[2]))\n"
+        "open(sys.argv[3], 'wb').write(flow.tobytes())\n"
+    )
+    root = pathlib.Path(__file__).parents[2]
+    arguments = [str(weights["small"]), str(tmp_path / "clip.npy"), str(tmp_path / "flow")]
+    subprocess.run([sys.executable, "-c", code, *arguments], cwd=root, check=True)
+    assert (tmp_path / "flow").read_bytes() == flow.tobytes()
+
+
+def test_description_names_the_weights(weights):
+    described = make_flow_estimator("raft_small", weights["small"], 5).describe()
+    assert json.loads(json.dumps(described)) == described
+    assert described["flow"] == "raft_small" and described["flow_iterations"] == 5 and described["flow_weights"] == "small.safetensors"
+    digest = subprocess.run(["sha256sum", weights["small"]], capture_output=True, text=True, check=True).stdout.split()[0]
+    assert described["flow_weights_sha256"] == digest
+
+
+def test_bad_arguments_say_what_to_do(weights, tmp_path):
+    for call, error, message in [
+        (("raft_medium", "x.pth"), ValueError, "must be one of raft_small, raft_large"),
+        (("raft_small", ""), ValueError, "set prepare.flow_weights"),
+        (("raft_small", tmp_path / "none.pth"), FileNotFoundError, "no RAFT weights at"),
+        (("raft_large", weights["small"]), ValueError, "choose raft_small or another file"),
+        (("raft_small", weights["small"], 0), ValueError, "iterations=0 must be at least 1"),
+        (("raft_small", weights["small"], 12, 12), ValueError, "must be a multiple"),
+    ]:
+        with pytest.raises(error, match=message):
+            make_flow_estimator(*call)
+    estimator = make_flow_estimator("raft_small", weights["small"], 1, stride=16)
+    for frames, message in [
+        (np.zeros((1, 64, 64, 3), np.uint8), r"at least two frames as uint8 \[T, H, W, 3\], got uint8 \[1, 64, 64, 3\]"),
+        (np.zeros((2, 64, 64, 3), np.float32), "got float32"),
+        (np.zeros((2, 64, 72, 3), np.uint8), "64 x 72 pixels do not divide into cells of 16 pixels"),
+        (np.zeros((2, 48, 64, 3), np.uint8), "at least 64 x 64 pixels, got 48 x 64"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            estimator.flow(frames)
+
+
+@pytest.mark.shared
+def test_real_weights_on_real_frames(shared):
+    """The stored cells, upsampled by numpy, are the flow of the authors' code."""
+    estimator = make_flow_estimator("raft_small", shared / "raft/raft_small_things.safetensors")
+    frames = np.stack([np.asarray(Image.open(shared / "raft/pairs" / f"dog_{i}.png")) for i in (1, 2)])
+    expected = np.load(shared / "raft/flow_small_dog.npz")["flow_12"]
+    error = np.abs(upsampled(estimator.flow(frames)[0], *expected.shape[:2]) - expected)
+    assert error.mean() <= 1e-4 and error.max() <= 1e-3, f"mean {error.mean():.2e}, max {error.max():.2e} px"
