@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from motif_jax.config import Config, UserError
-from motif_jax.data import pipeline, shards
+from motif_jax.data import captions, pipeline, shards
 from motif_jax.data.shards import Shard, Skipped
 from motif_jax.data.sources import FlowEstimator, Source, SpriteClips, VideoClips, identity
 
@@ -97,9 +97,10 @@ def open_source(config: Config, source: str, estimator: FlowEstimator | None = N
     """The clips that `source` (see `prepare`) gives under `config`. Raises UserError when it gives none."""
     if source.startswith("synthetic:"):
         return SpriteClips(config, source, estimator or (None if config.prepare.flow == "exact" else _make_estimator(config)))
+    listed = captions.read_source(source)
     if config.prepare.flow == "exact" and estimator is None:
         raise UserError("prepare.flow='exact': only a synthetic:NAME source knows its exact flow; use raft_small or raft_large for videos")
-    return VideoClips(config, source, estimator or _make_estimator(config))
+    return VideoClips(config, listed, estimator or _make_estimator(config))
 
 
 def _make_estimator(config: Config) -> FlowEstimator:

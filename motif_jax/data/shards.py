@@ -12,7 +12,7 @@ import re
 import socket
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,16 +102,16 @@ def write_shard(directory: pathlib.Path, shard: Shard, plan: str, fingerprint: s
     temporary = _temporary(path)
     skipped, count = [], 0
     try:
-        writer = ArrayRecordWriter(str(temporary), _WRITER_OPTIONS)
+        writer = _disk(ArrayRecordWriter, str(temporary), _WRITER_OPTIONS)
         try:
             for outcome in outcomes:
                 if isinstance(outcome, Skipped):
                     skipped.append(vars(outcome))
                 else:
-                    writer.write(outcome)
+                    _disk(writer.write, outcome)
                     count += 1
         finally:
-            writer.close()
+            _disk(writer.close)
         manifest = {
             "shard": shard.name,
             "plan": plan,
@@ -284,6 +284,14 @@ def _sync(path: pathlib.Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _disk(call: Callable[..., Any], *arguments: Any) -> Any:
+    """ArrayRecord reports a full or missing disk as RuntimeError, which could also be a fault of the records' maker."""
+    try:
+        return call(*arguments)
+    except RuntimeError as error:
+        raise OSError(f"writing a shard failed: {error}") from error
 
 
 def _damage(path: pathlib.Path, size: int, sha256: str | None = None) -> str:

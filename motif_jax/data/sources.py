@@ -19,8 +19,8 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from motif_jax.config import Config, UserError
-from motif_jax.data import captions, records, sprites, videos
-from motif_jax.data.captions import Problem
+from motif_jax.data import records, sprites, videos
+from motif_jax.data.captions import Entry, Problem
 from motif_jax.data.shards import Skipped
 
 DEFAULT_SYNTHETIC_CLIPS = 1000
@@ -60,15 +60,15 @@ class Source(Protocol):
 
 
 class VideoClips:
-    """Clips cut from the videos of a captions file or a folder (`captions.read_source`)."""
+    """Clips cut from the videos of a captions file or a folder; `listed` is what `captions.read_source` made of it."""
 
-    def __init__(self, config: Config, source: str, estimator: FlowEstimator) -> None:
-        entries, self.problems = captions.read_source(source)
+    def __init__(self, config: Config, listed: tuple[list[Entry], list[Problem]], estimator: FlowEstimator) -> None:
+        entries, self.problems = listed
         self._data, self._prepare, self._seed = config.data, config.prepare, config.seed
         masks = any(e.mask for e in entries)
         if masks:
             reason = "other lines name one, and a dataset has masks for all clips or for none"
-            self.problems += [Problem(e.video, "no mask", reason) for e in entries if not e.mask]
+            self.problems = self.problems + [Problem(e.video, "no mask", reason) for e in entries if not e.mask]
             entries = [e for e in entries if e.mask]
         numbers = range(config.prepare.clips_per_video)
         items = [Item(_clip_id(e, k), e.video, e.caption, k, e.path, e.mask) for e in entries for k in numbers]
@@ -197,7 +197,7 @@ def _settings(config: Config, source: str, estimator: FlowEstimator | None) -> d
     return settings | {f"estimator.{k}": v for k, v in described.items() if k != "flow_weights"}
 
 
-def _clip_id(entry: captions.Entry, number: int) -> str:
+def _clip_id(entry: Entry, number: int) -> str:
     stem = re.sub(r"[^A-Za-z0-9_]+", "_", posixpath.splitext(posixpath.basename(entry.video))[0])[:40]
     key = hashlib.sha256(f"{entry.video}\n{entry.caption}".encode()).hexdigest()
     return f"{stem}-{key[:12]}-{number}"

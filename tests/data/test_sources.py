@@ -7,6 +7,7 @@ import pytest
 
 from motif_jax.config import Config, DataConfig, PrepareConfig, UserError
 from motif_jax.data import records, sources, sprites
+from motif_jax.data.captions import read_source
 from motif_jax.data.shards import Skipped
 from motif_jax.data.videos import save_video
 
@@ -39,7 +40,7 @@ def decoded(source, split="train"):
 
 def listed(tmp_path, *lines):
     (tmp_path / "list.csv").write_text("\n".join(["video,caption,mask" if lines[0].count(",") == 2 else "video,caption", *lines]) + "\n")
-    return str(tmp_path / "list.csv")
+    return read_source(str(tmp_path / "list.csv"))
 
 
 def test_a_record_of_a_video(tmp_path):

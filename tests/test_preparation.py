@@ -1,0 +1,367 @@
+"""The offline job from the outside: killed, shared among tasks, fed with bad input, damaged afterwards; TFDS reads what it wrote."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from motif_jax import preparation
+from motif_jax.config import Config, DataConfig, PrepareConfig, UserError
+from motif_jax.data import pipeline, shards
+from motif_jax.data.videos import save_video
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+CONFIG = Config(
+    data=DataConfig(frames=4, height=32, width=32),
+    prepare=PrepareConfig(flow="exact", flow_stride=8, image_format="png", clips_per_shard=8, validation_share=0.2),
+)
+CONFIG_FILE = """
+from ml_collections import ConfigDict
+from motif_jax.config import Config, to_dict
+
+def get_config(clips_per_shard="20"):
+    c = ConfigDict(to_dict(Config()))
+    c.data.update(frames=4, height=32, width=32)
+    c.prepare.update(flow="exact", flow_stride=8, image_format="png", clips_per_shard=int(clips_per_shard))
+    c.unet.channel_mult = (1,)
+    return c.lock()
+"""
+
+
+class Still:
+    """A flow estimator that sees no motion."""
+
+    def flow(self, frames):
+        return np.zeros((len(frames), frames.shape[1] // 8, frames.shape[2] // 8, 2), np.float32)
+
+    def describe(self):
+        return {"flow": "still"}
+
+
+def prepare(source, output, config=CONFIG, **options):
+    lines: list[str] = []
+    try:
+        return preparation.prepare(config, str(source), output, log=lines.append, **options), lines
+    except UserError as error:
+        return str(error), lines
+
+
+def files(directory: pathlib.Path) -> dict[str, bytes]:
+    return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
+
+
+def with_prepare(**changes) -> Config:
+    return dataclasses.replace(CONFIG, prepare=dataclasses.replace(CONFIG.prepare, **changes))
+
+
+def command(config: pathlib.Path, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", "motif_jax.prepare", f"--config={config}", *arguments]
+
+
+@pytest.fixture
+def config_file(tmp_path) -> pathlib.Path:
+    path = tmp_path / "config.py"
+    path.write_text(CONFIG_FILE)
+    return path
+
+
+@pytest.fixture
+def clips(tmp_path) -> pathlib.Path:
+    """Eight videos and a list of them."""
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    lines = ["video,caption"]
+    for i in range(8):
+        save_video(folder / f"{i}.mp4", np.random.default_rng(i).integers(0, 256, (12, 32, 32, 3), np.uint8), 10)
+        lines.append(f"{i}.mp4,video number {i}")
+    (folder / "list.csv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+# Interruption and sharing
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_killed_and_run_again_gives_the_same_bytes(tmp_path, config_file, how):
+    source = "synthetic:shapes:400"
+    assert subprocess.run(command(config_file, f"--source={source}", f"--output={tmp_path / 'a'}"), cwd=ROOT).returncode == 0
+    undisturbed = files(tmp_path / "a")
+    output = tmp_path / "b"
+    kills = 0
+    # Each time with another number of shards done, each time as soon as a shard is half written.
+    while kills < 3:
+        process = subprocess.Popen(command(config_file, f"--source={source}", f"--output={output}"), cwd=ROOT, stderr=subprocess.PIPE)
+        before = len(list(output.glob("manifests/*.json")))
+        while process.poll() is None:
+            half_written = any("array_record" in p.name and p.suffix != ".json" for p in output.glob(".tmp-*"))
+            if half_written and len(list(output.glob("manifests/*.json"))) >= before + 3:
+                process.send_signal(how)
+                break
+            time.sleep(0.002)
+        stderr = process.communicate()[1].decode()
+        assert process.returncode == (-signal.SIGKILL if how == signal.SIGKILL else 1), stderr
+        assert how == signal.SIGKILL or "the same command continues" in stderr
+        assert not (output / "dataset.json").exists()
+        kills += 1
+    done = subprocess.run(command(config_file, f"--source={source}", f"--output={output}"), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and " kept in " in done.stdout and " 0 kept in " not in done.stdout
+    assert files(output) == undisturbed  # and no temporary files are left
+
+
+def test_three_tasks_equal_one(tmp_path, clips):
+    for source, config, options in (
+        ("synthetic:quickstart:70", CONFIG, {}),
+        (clips / "list.csv", with_prepare(clips_per_video=5), {"estimator": Still()}),
+    ):
+        name = pathlib.Path(str(source).replace(":", "_")).stem
+        one, three = tmp_path / f"{name}-1", tmp_path / f"{name}-3"
+        prepare(source, one, config, **options)
+        results = [prepare(source, three, config, task_index=i, task_count=3, **options) for i in (2, 0, 1)]
+        assert [summary.missing > 0 for summary, _ in results] == [True, True, False]
+        assert any("belong to other tasks" in line for line in results[0][1])
+        assert files(one) == files(three) and "dataset.json" in files(one)
+
+
+def test_running_again_writes_nothing(tmp_path, clips):
+    first, _ = prepare(clips / "list.csv", tmp_path / "a", estimator=Still())
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "a").glob("motif-*")}
+    again, _ = prepare(clips / "list.csv", tmp_path / "a", estimator=Still())
+    assert first.written == again.kept == len(before) and again.written == 0
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "a").glob("motif-*")} == before
+
+
+# Damage
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "delete", "manifest"])
+def test_damage_is_named_and_only_that_shard_written_again(tmp_path, damage):
+    prepare("synthetic:shapes:60", tmp_path)
+    whole = files(tmp_path)
+    path = tmp_path / sorted(name for name in whole if name.startswith("motif-train"))[2]
+    data = bytearray(path.read_bytes())
+    if damage == "flip":
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    elif damage == "truncate":
+        path.write_bytes(data[: len(data) // 2])
+    elif damage == "delete":
+        path.unlink()
+    else:
+        (tmp_path / "manifests" / f"{path.name}.json").unlink()
+    untouched = {p: p.stat().st_mtime_ns for p in tmp_path.glob("motif-*") if p != path}
+    summary, lines = prepare("synthetic:shapes:60", tmp_path)
+    assert summary.written == 1 and summary.kept == len(untouched)
+    assert damage in ("delete", "manifest") or any(path.name in line and "written again" in line for line in lines)
+    assert {p: p.stat().st_mtime_ns for p in untouched} == untouched
+    assert files(tmp_path) == whole
+
+
+# Bad input
+
+
+def test_bad_videos_are_skipped_counted_and_named(tmp_path, clips):
+    whole = (clips / "3.mp4").read_bytes()
+    (clips / "3.mp4").write_bytes(whole[: len(whole) // 2])
+    (clips / "4.mp4").unlink()
+    save_video(clips / "5.mp4", np.zeros((1, 32, 32, 3), np.uint8), 10)
+    with (clips / "list.csv").open("a") as file:
+        file.write("6.mp4,\n")
+    summary, lines = prepare(clips / "list.csv", tmp_path / "out", with_prepare(validation_share=0.0), estimator=Still())
+    assert summary.clips == {"train": 5}
+    assert summary.skipped == {"truncated": 1, "missing file": 1, "too short": 1, "empty caption": 1}
+    said = "\n".join(lines)
+    for name, reason in (("3.mp4", "truncated"), ("4.mp4", "missing file"), ("5.mp4", "1 frame, a clip of 4"), ("6.mp4", "empty caption")):
+        assert any(name in line and reason in line for line in lines), (name, said)
+    assert "4 skipped (empty caption: 1, missing file: 1, too short: 1, truncated: 1)" in lines[-1]
+
+
+def test_a_file_that_arrives_later_is_taken_in(tmp_path, clips):
+    late = (clips / "2.mp4").read_bytes()
+    (clips / "2.mp4").unlink()
+    config = with_prepare(validation_share=0.0, clips_per_shard=2)
+    assert prepare(clips / "list.csv", tmp_path / "out", config, estimator=Still())[0].clips == {"train": 7}
+    first = shards.read_manifest(tmp_path / "out").fingerprint
+    (clips / "2.mp4").write_bytes(late)
+    summary, _ = prepare(clips / "list.csv", tmp_path / "out", config, estimator=Still())
+    assert summary.clips == {"train": 8} and (summary.written, summary.kept) == (1, 3)
+    assert shards.read_manifest(tmp_path / "out").fingerprint != first
+
+
+def test_a_job_that_fails_keeps_what_is_done(tmp_path, clips):
+    """An estimator that cannot do these clips stops the job with one line; finished shards are kept."""
+
+    class Tired(Still):
+        calls = 0
+
+        def flow(self, frames):
+            self.calls += 1
+            if self.calls > 5:
+                raise ValueError("out of breath")
+            return super().flow(frames)
+
+    config = with_prepare(validation_share=0.0, clips_per_shard=2)
+    message, _ = prepare(clips / "list.csv", tmp_path / "out", config, estimator=Tired())
+    assert "out of breath" in message
+    summary, _ = prepare(clips / "list.csv", tmp_path / "out", config, estimator=Still())
+    assert (summary.written, summary.kept) == (2, 2)
+
+
+def test_nothing_usable(tmp_path, clips):
+    (clips / "none.csv").write_text("video,caption\nx.mp4,a\ny.mp4,b\n")
+    message, _ = prepare(clips / "none.csv", tmp_path / "a", estimator=Still())
+    assert "no usable training clip (missing file: 2); the first: x.mp4" in message
+    (clips / "none.csv").write_text("video,caption\nx.mp4,\n")
+    message, lines = prepare(clips / "none.csv", tmp_path / "b", estimator=Still())
+    assert "no usable clip: empty caption: 1" in message and "x.mp4" in lines[0]
+    assert not (tmp_path / "b").exists()
+
+
+def test_exact_flow_of_videos_and_weights_that_are_not_there(tmp_path, clips):
+    message, _ = prepare(clips / "list.csv", tmp_path / "out")
+    assert "prepare.flow='exact': only a synthetic" in message
+    message, _ = prepare(clips / "list.csv", tmp_path / "out", with_prepare(flow="raft_small"))
+    assert "prepare.flow_weights" in message
+    message, _ = prepare(clips / "list.csv", tmp_path / "out", with_prepare(flow="raft_small", flow_weights=str(tmp_path / "no.pth")))
+    assert "no.pth" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_dataset_is_not_overwritten(tmp_path, clips):
+    output = tmp_path / "out"
+    prepare("synthetic:shapes:10", output)
+    before = files(output)
+    for source, config, options, message in (
+        ("synthetic:shapes:10", dataclasses.replace(CONFIG, seed=1), {}, "seed was 0 and is now 1"),
+        ("synthetic:shapes:10", with_prepare(flow_stride=16), {}, "prepare.flow_stride was 8 and is now 16"),
+        ("synthetic:shapes:12", CONFIG, {}, "another list"),
+        ("synthetic:quickstart:10", CONFIG, {}, "source was 'synthetic:shapes' and is now 'synthetic:quickstart'"),
+        (clips / "list.csv", CONFIG, {"estimator": Still()}, "estimator.flow was None and is now 'still'"),
+    ):
+        said, _ = prepare(source, output, config, **options)
+        assert message in said and "Use another --output" in said and str(output) in said
+    assert files(output) == before
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "features.json").write_text("{}")
+    assert "not from motif_jax.prepare" in prepare("synthetic:shapes:10", tmp_path / "foreign")[0]
+
+
+def test_output_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    message, _ = prepare("synthetic:shapes:10", tmp_path / "file" / "out")
+    assert f"cannot write to --output={tmp_path / 'file' / 'out'}" in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--source=synthetic:shapes:9", "--output=OUT", "--task_index=2", "--task_count=2"], "task_index=2: must be in [0, task_count=2)"),
+        (["--source=synthetic:nowhere", "--output=OUT"], "no synthetic world 'nowhere'"),
+        (["--source=nowhere.csv", "--output=OUT"], "nowhere.csv"),
+        (["--source=synthetic:shapes:9", "--output=OUT", "--config.data.height=33"], "data.height=33"),
+        (["--source=synthetic:shapes:9", "--output=/proc/out"], "cannot write to --output=/proc/out"),
+        (["--source=synthetic:shapes:9"], "--output"),
+    ],
+)
+def test_the_command_fails_with_one_line(tmp_path, config_file, arguments, message):
+    arguments = [a.replace("OUT", str(tmp_path / "out")) for a in arguments]
+    done = subprocess.run(command(config_file, *arguments), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode != 0 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def test_a_full_disk_is_one_line_and_keeps_what_is_done(tmp_path, config_file):
+    """The size that a process may write stands in for the disk."""
+    arguments = command(config_file, "--source=synthetic:shapes:200", f"--output={tmp_path / 'out'}")[2:]
+    limited = (
+        f"import resource, runpy, sys; sys.argv = {arguments!r}; resource.setrlimit(resource.RLIMIT_FSIZE, (2**17, 2**17));"
+        "runpy.run_module('motif_jax.prepare', run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", limited], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode != 0 and "Traceback" not in done.stderr, done.stderr
+    assert "the same command continues" in done.stderr
+    assert not list((tmp_path / "out").glob("*.array_record-*"))
+
+
+# What was written
+
+
+def test_tfds_reads_it_without_our_code_and_without_tensorflow(tmp_path):
+    prepare("synthetic:shapes:60", tmp_path)
+    data = dataclasses.replace(CONFIG.data, path=str(tmp_path))
+    for split in ("train", "validation"):
+        ours = pipeline.open_dataset(data, split)
+        np.savez(
+            tmp_path / f"{split}.npz",
+            **{
+                k: np.stack([getattr(ours[i], k) for i in range(len(ours))])
+                for k in ("frames", "flow", "motion_mask", "caption", "clip_id")
+            },
+        )
+    code = f"""
+import sys
+import numpy as np
+import tensorflow_datasets as tfds
+for split in ("train", "validation"):
+    ours, theirs = np.load({str(tmp_path)!r} + f"/{{split}}.npz"), tfds.builder_from_directory({str(tmp_path)!r}).as_data_source(split)
+    assert len(theirs) == len(ours["caption"]) > 0
+    for i, clip in enumerate(theirs):
+        assert clip["caption"].decode() == ours["caption"][i] and clip["clip_id"].decode() == ours["clip_id"][i]
+        assert (np.stack(clip["frames"]) == ours["frames"][i]).all()
+        assert (clip["flow"] == ours["flow"][i]).all() and clip["flow"].dtype == np.float16
+        assert (clip["motion_mask"] == ours["motion_mask"][i]).all()
+        assert clip["fps"] == 8.0 and clip["frame_stride"] == 1
+assert "tensorflow" not in sys.modules and not any(m.startswith("motif") for m in sys.modules)
+print("equal")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd="/", capture_output=True, text=True)
+    assert done.stdout == "equal\n", done.stderr
+
+
+def test_a_folder_equals_its_list(tmp_path, clips):
+    prepare(clips / "list.csv", tmp_path / "a", estimator=Still())
+    (clips / "list.csv").unlink()
+    for i in range(8):
+        (clips / f"{i}.txt").write_text(f"video number {i}\n")
+    prepare(clips, tmp_path / "b", estimator=Still())
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+
+
+def test_jpeg_and_dataset_description(tmp_path, clips):
+    prepare(clips / "list.csv", tmp_path / "out", with_prepare(image_format="jpeg"), estimator=Still())
+    dataset = json.loads((tmp_path / "out" / "dataset.json").read_text())
+    assert dataset["settings"]["estimator.flow"] == "still" and dataset["settings"]["seed"] == 0
+    clip = pipeline.open_dataset(dataclasses.replace(CONFIG.data, path=str(tmp_path / "out")))[0]
+    assert clip.frames.shape == (4, 32, 32, 3) and clip.caption.startswith("video number")
+
+
+def test_previews(tmp_path):
+    from PIL import Image
+
+    summary, lines = prepare("synthetic:quickstart:9", tmp_path, preview=2)
+    assert sum(summary.clips.values()) == 9
+    pictures = sorted((tmp_path / "preview").glob("*.png"))
+    assert len(pictures) == 2 and all(Image.open(p).width > 100 for p in pictures)
+    assert sum("% of the clip moves" in line for line in lines) == 2
+
+
+def test_a_validation_split_made_of_chance_alone(tmp_path, clips):
+    """Few videos: training keeps at least one, and the pipeline copes with whatever is held out."""
+    for share in (0.0, 0.5):
+        output = tmp_path / str(share)
+        summary, _ = prepare(clips / "list.csv", output, with_prepare(validation_share=share), estimator=Still())
+        assert summary.clips["train"] >= 1 and sum(summary.clips.values()) == 8
+        data = dataclasses.replace(CONFIG.data, path=str(output))
+        held_out = pipeline.validation_batches(data, 4, 4, lambda captions: np.zeros((len(captions), 2), np.int32), 0, 1)
+        assert bool(held_out) == (summary.clips.get("validation", 0) > 0) == (share > 0)
+
+
+def test_environment_is_left_alone(tmp_path):
+    before = dict(os.environ)
+    prepare("synthetic:shapes:3", tmp_path)
+    assert dict(os.environ) == before
