@@ -20,6 +20,12 @@ from motif_jax.data.sources import FlowEstimator, Source, SpriteClips, VideoClip
 
 _SECONDS_BETWEEN_LINES = 5.0
 
+Log = Callable[[str], None]
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
 
 @dataclass(frozen=True)
 class Summary:
@@ -40,57 +46,106 @@ def prepare(
     task_count: int = 1,
     preview: int = 0,
     estimator: FlowEstimator | None = None,
-    log: Callable[[str], None] = lambda line: print(line, flush=True),
+    log: Log = _say,
+    beam_options: Sequence[str] | None = None,
 ) -> Summary:
     """Writes the shards task_index, task_index + task_count, ... of the dataset, and its metadata if these were the last.
 
     `estimator` replaces the one that `config.prepare.flow` names. Shards that are there and whole are kept, others written again.
+    `beam_options` hands the shards to Apache Beam instead of working through them here.
     Raises UserError, naming what is wrong and the remedy, when the source or the output cannot be used or no clip is left.
     """
     if not 0 <= task_index < task_count:
         raise UserError(f"task_index={task_index}: must be in [0, task_count={task_count})")
     began = time.monotonic()
-    clips = open_source(config, source, estimator)
-    plan = shards.plan_shards(clips.items, config.prepare.clips_per_shard)
-    for problem in clips.problems:
-        log(f"skipped {problem.video}: {problem.kind}: {problem.reason}")
-    if not plan:
-        counts = collections.Counter(p.kind for p in clips.problems)
-        raise UserError(f"source {source!r} has no usable clip: {', '.join(f'{kind}: {n}' for kind, n in sorted(counts.items()))}")
-    directory = pathlib.Path(output)
-    plan_id = _claim(directory, clips, plan)
-    shards.sweep(directory)
+    job = Job(config, source, output, estimator, log)
+    shards.sweep(job.directory)
+    mine = range(task_index, len(job.plan), task_count)
+    clips = sum(len(job.plan[i].items) for i in mine)
+    share = f", task {task_index} of {task_count}" if task_count > 1 else ""
+    log(f"{clips} clips in {len(mine)} shards to {job.directory}{share}")
+    if beam_options is None:
+        progress = _Progress(clips, log)
+        written = sum(job.run(i, progress) for i in mine)
+        progress.line()
+    else:
+        written = _run_on_beam(config, source, output, mine, beam_options)
 
-    mine = plan[task_index::task_count]
-    progress = _Progress(sum(len(s.items) for s in mine), log)
-    written = 0
-    for shard in mine:
-        fingerprint = shards.digest([plan_id, [identity(item) for item in shard.items]])
-        wrong = shards.check_shard(directory, shard, fingerprint)
-        if not wrong:
-            progress.kept(len(shard.items))
-            continue
-        if wrong != "missing":
-            log(f"{shard.name} is {wrong}: written again")
-        (directory / "dataset.json").unlink(missing_ok=True)  # it vouches for every shard
-        shards.write_shard(directory, shard, plan_id, fingerprint, progress.watch(clips.outcomes(shard.items)))
-        written += 1
-    progress.line()
-
-    missing = shards.finish(directory, plan, plan_id, clips.layout, clips.settings)
-    skipped = collections.Counter(p.kind for p in clips.problems)
-    manifests = [shards.shard_manifest(directory, s.name) for s in plan]
-    skipped.update(s["kind"] for m in manifests if m for s in m["skipped"])
-    count = collections.Counter({s.split: 0 for s in plan})
-    for shard, manifest in zip(plan, manifests, strict=True):
-        count[shard.split] += manifest["records"] if manifest else 0
-    summary = Summary(dict(count), written, len(mine) - written, missing, dict(skipped))
-    log(_summary_line(summary, directory, time.monotonic() - began))
+    missing = shards.finish(job.directory, job.plan, job.plan_id, job.source.layout, job.source.settings)
+    summary = job.summary(written, len(mine) - written, missing)
+    log(_summary_line(summary, job.directory, time.monotonic() - began))
     if missing:
-        log(f"{missing} of {len(plan)} shards belong to other tasks and are not there yet; the last task to end completes the dataset")
+        log(f"{missing} of {len(job.plan)} shards belong to other tasks and are not there yet; the last task to end completes the dataset")
     elif preview:
-        _write_previews(config, directory, preview, log)
+        _write_previews(config, job.directory, preview, log)
     return summary
+
+
+class Job:
+    """A source, its division into shards and the directory they go to: the same for every task and every run."""
+
+    def __init__(self, config: Config, source: str, output: str | os.PathLike, estimator: FlowEstimator | None = None, log: Log = _say):
+        self.source = open_source(config, source, estimator)
+        self.plan = shards.plan_shards(self.source.items, config.prepare.clips_per_shard)
+        self.directory, self._log = pathlib.Path(output), log
+        for problem in self.source.problems:
+            log(f"skipped {problem.video}: {problem.kind}: {problem.reason}")
+        if not self.plan:
+            counts = collections.Counter(p.kind for p in self.source.problems)
+            raise UserError(f"source {source!r} has no usable clip: {', '.join(f'{kind}: {n}' for kind, n in sorted(counts.items()))}")
+        self.plan_id = _claim(self.directory, self.source, self.plan)
+
+    def run(self, index: int, progress: "_Progress | None" = None) -> bool:
+        """Writes shard `index` unless it is there and whole; whether it did."""
+        shard = self.plan[index]
+        fingerprint = shards.digest([self.plan_id, [identity(item) for item in shard.items]])
+        wrong = shards.check_shard(self.directory, shard, fingerprint)
+        if not wrong:
+            if progress:
+                progress.kept(len(shard.items))
+            return False
+        if wrong != "missing":
+            self._log(f"{shard.name} is {wrong}: written again")
+        (self.directory / "dataset.json").unlink(missing_ok=True)  # it vouches for every shard
+        outcomes = self.source.outcomes(shard.items)
+        shards.write_shard(self.directory, shard, self.plan_id, fingerprint, progress.watch(outcomes) if progress else outcomes)
+        return True
+
+    def summary(self, written: int, kept: int, missing: int) -> Summary:
+        """What there is now, by the manifests of all tasks."""
+        skipped = collections.Counter(p.kind for p in self.source.problems)
+        count = collections.Counter({s.split: 0 for s in self.plan})
+        for shard in self.plan:
+            manifest = shards.shard_manifest(self.directory, shard.name)
+            if manifest:
+                count[shard.split] += manifest["records"]
+                skipped.update(s["kind"] for s in manifest["skipped"])
+        return Summary(dict(count), written, kept, missing, dict(skipped))
+
+
+def _run_on_beam(config: Config, source: str, output: str | os.PathLike, indices: Sequence[int], options: Sequence[str]) -> int:
+    """The shards as one Beam pipeline; each worker opens the source and the flow network once. Returns how many were written."""
+    try:
+        import apache_beam as beam
+        from apache_beam.options.pipeline_options import PipelineOptions
+    except ImportError as error:
+        raise UserError("--runner=beam needs Apache Beam: pip install 'motif_jax[beam]'; or share the work with --task_index") from error
+
+    class MakeShard(beam.DoFn):
+        def setup(self) -> None:
+            self._job = Job(config, source, output, log=lambda line: None)
+
+        def process(self, index: int) -> Iterator[int]:
+            if self._job.run(index):
+                beam.metrics.Metrics.counter("motif_jax", "shards_written").inc()
+            yield index
+
+    pipeline_run = beam.Pipeline(options=PipelineOptions(list(options)))
+    pipeline_run | beam.Create(list(indices)) | beam.Reshuffle() | beam.ParDo(MakeShard())
+    result = pipeline_run.run()
+    result.wait_until_finish()
+    counters = result.metrics().query(beam.metrics.MetricsFilter().with_name("shards_written"))["counters"]
+    return sum(c.committed or c.attempted or 0 for c in counters)
 
 
 def open_source(config: Config, source: str, estimator: FlowEstimator | None = None) -> Source:
@@ -147,7 +202,7 @@ def _claim(directory: pathlib.Path, clips: Source, plan: Sequence[Shard]) -> str
     return wanted["fingerprint"]
 
 
-def _write_previews(config: Config, directory: pathlib.Path, count: int, log: Callable[[str], None]) -> None:
+def _write_previews(config: Config, directory: pathlib.Path, count: int, log: Log) -> None:
     """preview/<clip_id>.png for the first `count` training clips: frames, flow, and the heatmap the configured loss would use."""
     import numpy as np
 
@@ -171,13 +226,14 @@ def _write_previews(config: Config, directory: pathlib.Path, count: int, log: Ca
 class _Progress:
     """A line every few seconds: clips done, speed, time left."""
 
-    def __init__(self, total: int, log: Callable[[str], None]) -> None:
+    def __init__(self, total: int, log: Log) -> None:
         self._total, self._log = total, log
         self._kept = self._made = self._skipped = 0
         self._began = self._last = time.monotonic()
 
     def kept(self, clips: int) -> None:
         self._kept += clips
+        self._line_if_due()
 
     def watch(self, outcomes: Iterable[bytes | Skipped]) -> Iterator[bytes | Skipped]:
         for outcome in outcomes:
@@ -185,16 +241,21 @@ class _Progress:
             if isinstance(outcome, Skipped):
                 self._skipped += 1
                 self._log(f"skipped {outcome.video}: {outcome.reason}")
-            if time.monotonic() - self._last >= _SECONDS_BETWEEN_LINES:
-                self.line()
+            self._line_if_due()
             yield outcome
+
+    def _line_if_due(self) -> None:
+        if time.monotonic() - self._last >= _SECONDS_BETWEEN_LINES:
+            self.line()
 
     def line(self) -> None:
         self._last = time.monotonic()
         done = self._kept + self._made
         rate = self._made / max(self._last - self._began, 1e-9)
         left = f", {(self._total - done) / rate / 60:.1f} min left" if rate and done < self._total else ""
-        self._log(f"{done} of {self._total} clips ({100 * done // self._total} %), {self._skipped} skipped, {rate:.1f} clips/s{left}")
+        self._log(
+            f"{done} of {self._total} clips ({100 * done // max(self._total, 1)} %), {self._skipped} skipped, {rate:.1f} clips/s{left}"
+        )
 
 
 def _summary_line(summary: Summary, directory: pathlib.Path, seconds: float) -> str:

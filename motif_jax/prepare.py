@@ -5,10 +5,11 @@ videos with same-named .txt captions, or `synthetic:NAME[:count]`, the built-in 
 continues. Many machines share the work with --task_index=I --task_count=N. --preview=N draws N clips with their flow.
 """
 
+import shlex
 import signal
 import sys
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "configs/X.py[:args]", lock_config=True)
@@ -16,7 +17,8 @@ SOURCE = flags.DEFINE_string("source", None, "captions file, folder of videos, o
 OUTPUT = flags.DEFINE_string("output", None, "dataset directory; data.path of a training run")
 TASK_INDEX = flags.DEFINE_integer("task_index", 0, "which share of the shards this call makes", lower_bound=0)
 TASK_COUNT = flags.DEFINE_integer("task_count", 1, "number of shares", lower_bound=1)
-RUNNER = flags.DEFINE_enum("runner", "local", ["local"], "where the work is done")
+RUNNER = flags.DEFINE_enum("runner", "local", ["local", "beam"], "work through the shards here, or hand them to Apache Beam")
+BEAM = flags.DEFINE_string("beam_options", "", "options of the Beam pipeline, such as '--runner=FlinkRunner --parallelism=8'")
 PREVIEW = flags.DEFINE_integer("preview", 0, "draw this many clips under DIR/preview", lower_bound=0)
 flags.mark_flags_as_required(["config", "source", "output"])
 
@@ -24,14 +26,20 @@ flags.mark_flags_as_required(["config", "source", "output"])
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # Orbax and JAX tell every detail
     from motif_jax.config import UserError, from_config_dict
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("motif_jax.prepare: stopped; the same command continues"))
+    for stop in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(stop, lambda *_: sys.exit("motif_jax.prepare: stopped; the same command continues"))
     try:
         config = from_config_dict(CONFIG.value)
         from motif_jax import preparation
 
-        preparation.prepare(config, SOURCE.value, OUTPUT.value, TASK_INDEX.value, TASK_COUNT.value, PREVIEW.value)
+        beam_options = shlex.split(BEAM.value) if RUNNER.value == "beam" else None
+        preparation.prepare(
+            config, SOURCE.value, OUTPUT.value, TASK_INDEX.value, TASK_COUNT.value, PREVIEW.value, beam_options=beam_options
+        )
     except UserError as error:
         sys.exit(f"motif_jax.prepare: {error}")
     except OSError as error:  # a full disk, a share that went away
