@@ -24,7 +24,7 @@ def write(workdir: str | pathlib.Path) -> pathlib.Path:
     config = from_json((workdir / "config.json").read_text())
     lines = read_lines(workdir / "metrics.jsonl")
     body = [f"<h1>{html.escape(config.name)}</h1>", _summary(config, lines), "<h2>Training</h2>", _curves(lines)]
-    body += ["<h2>What the loss looks at</h2>", _heatmaps(config), "<h2>Held-out clips</h2>", _samples(workdir), _judged(workdir)]
+    body += ["<h2>What the loss looks at</h2>", _heatmaps(config), "<h2>Samples</h2>", _samples(workdir), _judged(workdir)]
     page = f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(config.name)}</title><style>{STYLE}</style>"
     path = workdir / "report.html"
     temporary = path.with_suffix(".tmp")
@@ -115,12 +115,16 @@ def _samples(workdir: pathlib.Path) -> str:
     if not steps:
         return "<p>No samples were made (sample.every=0).</p>"
     step, directory = steps[-1]
-    captions = json.loads((directory / "captions.json").read_text())
-    parts = [f"<p>Left: the real clip. Right: made from its first frame and the sentence, after {step:,} steps.</p><div class=clip>"]
-    for index, caption in enumerate(captions):
+    return f"<p>Left: a real clip that was not trained on. Right: made from its first frame and the sentence, after {step:,} steps.</p>" + _clips(directory)
+
+
+def _clips(directory: pathlib.Path) -> str:
+    """The GIFs of a comparison (see `training.samples.save_comparison`) with their captions."""
+    parts = []
+    for index, caption in enumerate(json.loads((directory / "captions.json").read_text())):
         data = (directory / f"{index:02d}.gif").read_bytes()
         parts.append(f"<figure>{_picture(data, 'image/gif', caption)}<figcaption>{html.escape(caption)}</figcaption></figure>")
-    return "".join(parts) + "</div>"
+    return f"<div class=clip>{''.join(parts)}</div>"
 
 
 def _judged(workdir: pathlib.Path) -> str:
@@ -129,11 +133,24 @@ def _judged(workdir: pathlib.Path) -> str:
     if not path.exists():
         return ""
     found = json.loads(path.read_text())
-    rows = "".join(
-        f"<tr><td>{html.escape(name)}<td>{100 * r['rate']:.0f} %<td>[{100 * r['low']:.0f}, {100 * r['high']:.0f}]<td>{r['n']}"
-        for name, r in found["rates"].items()
-    )
-    return f"<h2>How often it does what it is told</h2><table><tr><th>measure<th>rate<th>95 %<th>clips{rows}</table>"
+    rows = []
+    for split, label in (("validation", "new clips"), ("heldout", "combinations never seen in training")):
+        for kind, name, measure in (
+            ("moving", "direction_ok", "the named object moves the way the sentence says"),
+            ("moving", "wrong_object", "another object moves instead"),
+            ("still", "direction_ok", "it stays still when told to"),
+            ("moving", "success", "all measures at once"),
+        ):
+            r = found["splits"][split]["model"][kind]["rates"][name]
+            if r["rate"] is not None:
+                rows.append(
+                    f"<tr><td>{label}<td>{measure}<td>{100 * r['rate']:.0f} %<td>{100 * r['low']:.0f} to {100 * r['high']:.0f}<td>{r['count']}"
+                )
+    head = "<tr><th>clips<th>measure<th>rate<th>95 % interval<th>n"
+    page = f"<h2>How often it does what it is told</h2><table>{head}{''.join(rows)}</table>"
+    if (workdir / "synthetic").is_dir():
+        page += "<p>Sentences with combinations never seen in training; left the truth, right the sample:</p>" + _clips(workdir / "synthetic")
+    return page
 
 
 def _png(picture: np.ndarray) -> bytes:

@@ -7,7 +7,7 @@ or a whole list: --requests=FILE.jsonl (keys image, prompt, id) --output=DIR. Op
 
 import sys
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "configuration of --checkpoint", lock_config=True)
@@ -29,6 +29,8 @@ flags.mark_flag_as_required("output")
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # Orbax and JAX tell every detail
     if (WORKDIR.value is None) == (CHECKPOINT.value is None):
         raise app.UsageError("give either --workdir, or --checkpoint with --config")
     if CHECKPOINT.value and CONFIG.value is None:

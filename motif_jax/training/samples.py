@@ -9,6 +9,7 @@ import pathlib
 from collections.abc import Callable
 
 import numpy as np
+from jaxtyping import UInt8
 
 from motif_jax.config import Config
 from motif_jax.data import pipeline
@@ -18,6 +19,21 @@ from motif_jax.models.networks import Networks, Params
 from motif_jax.motion import pictures
 from motif_jax.motion.dis import mean_flow
 from motif_jax.training.metrics import MetricWriter
+
+
+def save_comparison(
+    directory: pathlib.Path, truth: UInt8[np.ndarray, "B T H W 3"], made: UInt8[np.ndarray, "B T H W 3"], captions: list[str], fps: float
+) -> UInt8[np.ndarray, "h w 3"]:
+    """Writes NN.gif (truth left, made right), captions.json and sheet.png, and returns the sheet."""
+    directory.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for index, (real, clip, caption) in enumerate(zip(truth, made, captions, strict=True)):
+        save_video(directory / f"{index:02d}.gif", np.concatenate([real, clip], axis=2), fps)
+        rows += [pictures.strip(real, f"{caption} (truth)"), pictures.strip(clip, "sample")]
+    sheet = pictures.stack(rows)
+    pictures.save_png(directory / "sheet.png", sheet)
+    (directory / "captions.json").write_text(json.dumps(captions, indent=1))
+    return sheet
 
 
 class SampleSheets:
@@ -38,15 +54,8 @@ class SampleSheets:
         clips = np.asarray(self._generate(params, frozen, self._truth[:, 0], self._tokens, fps, np.arange(len(fps), dtype=np.int32)))
         if self._writer is None:
             return
-        directory = self._workdir / "samples" / str(step)
-        directory.mkdir(parents=True, exist_ok=True)
-        rows = []
-        for index, (example, clip) in enumerate(zip(self._examples, clips, strict=True)):
-            save_video(directory / f"{index:02d}.gif", np.concatenate([example.frames, clip], axis=2), self._config.sample.fps)
-            rows += [pictures.strip(example.frames, f"{example.caption} (truth)"), pictures.strip(clip, "sample")]
-        sheet = pictures.stack(rows)
-        pictures.save_png(directory / "sheet.png", sheet)
-        (directory / "captions.json").write_text(json.dumps([e.caption for e in self._examples], indent=1))
+        captions = [e.caption for e in self._examples]
+        sheet = save_comparison(self._workdir / "samples" / str(step), self._truth, clips, captions, self._config.sample.fps)
         self._writer.write_image(step, "samples", sheet)
         motion = {
             "sample/mean_flow": float(np.mean([mean_flow(c) for c in clips])),
