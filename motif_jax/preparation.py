@@ -208,19 +208,27 @@ def _write_previews(config: Config, directory: pathlib.Path, count: int, log: Lo
 
     from motif_jax.motion import heatmap, pictures
 
-    loss, layout = config.loss, shards.read_manifest(directory).layout
-    dataset = pipeline.Dataset(shards.read_manifest(directory), "train")
+    manifest, loss = shards.read_manifest(directory), config.loss
+    dataset = pipeline.Dataset(manifest, "train")
     (directory / "preview").mkdir(exist_ok=True)
+
+    def heat(clip: pipeline.Example, reading: str) -> np.ndarray:
+        x = heatmap.intensity(clip.flow[None], manifest.layout.height, manifest.layout.width, reading)
+        return np.asarray(heatmap.sigma(x, loss.sharpness, loss.threshold))[0]
+
     shares = []
     for i in range(min(count, len(dataset))):
         clip = dataset[i]
-        x = heatmap.intensity(clip.flow[None], layout.height, layout.width, loss.intensity)
-        heat = np.asarray(heatmap.sigma(x, loss.sharpness, loss.threshold))[0]
-        shares.append(pictures.moving_share(heat))
+        heats = {reading: heat(clip, reading) for reading in heatmap.READINGS}
+        shares.append({reading: pictures.moving_share(h) for reading, h in heats.items()})
         path = directory / "preview" / f"{clip.clip_id}.png"
-        pictures.save_png(path, pictures.clip_sheet(clip.frames, clip.flow, heat, clip.caption))
-        log(f"{path}: {100 * shares[-1]:.1f} % of the clip moves: {clip.caption}")
-    log(f"{100 * sum(shares) / len(shares):.1f} % of {len(shares)} clips moves (flow intensity by {loss.intensity} over {loss.threshold})")
+        pictures.save_png(path, pictures.clip_sheet(clip.frames, clip.flow, heats[loss.intensity], clip.caption))
+        log(f"{path}: {100 * shares[-1][loss.intensity]:.1f} % moves: {clip.caption}")
+    mean = {reading: 100 * sum(s[reading] for s in shares) / len(shares) for reading in heatmap.READINGS}
+    log(
+        f"share of moving pixels in {len(shares)} clips: {mean[loss.intensity]:.1f} % (flow over {loss.threshold:g} by loss.intensity="
+        f"{loss.intensity!r}); by the others: {', '.join(f'{r} {m:.1f} %' for r, m in mean.items() if r != loss.intensity)}"
+    )
 
 
 class _Progress:

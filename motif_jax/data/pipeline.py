@@ -193,7 +193,7 @@ class _Batches(Sequence):
 
 
 def _hosts(batch_size: int, index: int | None, count: int | None) -> tuple[int, int]:
-    if count is None:
+    if index is None or count is None:
         import jax
 
         index, count = jax.process_index(), jax.process_count()
