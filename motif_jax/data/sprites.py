@@ -24,6 +24,8 @@ COLOURS = {
 DIRECTIONS = ("left", "right", "up", "down", "still")
 UNIT = np.array([(-1, 0), (1, 0), (0, -1), (0, 1), (0, 0)], np.float32)  # (x, y) of each direction; rows grow downwards
 STILL = DIRECTIONS.index("still")
+# What training never shows: a circle moving left, anything red moving right ... Every word loses one direction at most.
+HELD_OUT = {"left": "circle", "right": "red", "up": "square", "down": "blue", "still": "triangle"}
 SPLITS = ("train", "validation", "heldout")
 FPS = 8.0
 
@@ -79,13 +81,13 @@ def _pick(u_N: np.ndarray, valid_NM: np.ndarray) -> np.ndarray:
     return np.argmax(count > rank[:, None], axis=1)
 
 
-def held_out(world: World) -> tuple[np.ndarray, np.ndarray]:
-    """For every direction the shape and the colour that training never shows moving that way: two int arrays [5].
-
-    Each shape and colour is held out for some directions only, so that every word occurs in training.
-    """
-    direction = np.arange(len(DIRECTIONS))
-    return direction % len(SHAPES), (direction + 1) % len(world.colours)
+def held_out(world: World) -> np.ndarray:
+    """Which combinations training never shows: bool [directions, shapes, colours], True where HELD_OUT's word is in."""
+    out = np.zeros((len(DIRECTIONS), len(SHAPES), len(world.colours)), bool)
+    for direction, word in HELD_OUT.items():
+        d = DIRECTIONS.index(direction)
+        out[d] = (np.array(SHAPES) == word)[:, None] | (np.array(world.colours) == word)
+    return out
 
 
 def _draw(world: World, key: np.ndarray, split: str) -> dict[str, np.ndarray]:
@@ -95,8 +97,7 @@ def _draw(world: World, key: np.ndarray, split: str) -> dict[str, np.ndarray]:
     direction = np.where(u[:, 0] < world.still_share, STILL, np.floor(u[:, 1] * STILL).astype(int))
 
     pairs = np.stack(np.meshgrid(np.arange(len(SHAPES)), np.arange(len(world.colours)), indexing="ij"), -1).reshape(-1, 2)
-    no_shape, no_colour = held_out(world)
-    unseen = (pairs[:, 0] == no_shape[direction, None]) | (pairs[:, 1] == no_colour[direction, None])
+    unseen = held_out(world)[direction].reshape(n, -1)
     named = pairs[_pick(_uniform(key, "named", 1)[:, 0], unseen if split == "heldout" else ~unseen)]
 
     # Bystanders: any shape, no colour twice, so that the sentence names one object.
@@ -202,8 +203,8 @@ def caption(colour: str, shape: str, direction: str) -> str:
 def make_clips(world: str, seed: int, indices: Sequence[int], frames: int, height: int, width: int, split: str = "train") -> dict[str, Any]:
     """The clips `indices` of a world, and the truth about them. Object 0 is the one the sentence names; no other moves.
 
-    `train` and `validation` are different clips of the same combinations of words; in `heldout` the named shape or its
-    colour moves in the one direction in which training never shows it (`held_out`).
+    `train` and `validation` are different clips of the same combinations of words; `heldout` has only combinations that
+    training never shows (`HELD_OUT`).
 
     Returns a dict of
       frames uint8 [N,T,H,W,3]; captions list of N str; fps float
