@@ -304,7 +304,16 @@ def _contradictions(c: Config) -> list[str]:
     )
     check(
         not (c.diffusion.zero_terminal_snr and c.diffusion.prediction == "eps"),
-        "diffusion.zero_terminal_snr=True: impossible with prediction='eps' (x_0 is undefined at the last step); use 'v' or 'x0', or turn it off",
+        "diffusion.zero_terminal_snr=True: impossible with prediction='eps' (x_0 is undefined at the last step); "
+        "use 'v' or 'x0', or turn it off",
+    )
+    check(
+        c.diffusion.base_scale == 1.0 or c.diffusion.prediction != "flow",
+        f"diffusion.base_scale={c.diffusion.base_scale}: flow matching has no dynamic rescale; set 1.0",
+    )
+    check(
+        0.0 < c.diffusion.beta_start and c.diffusion.beta_end < 1.0,
+        f"diffusion.beta_start={c.diffusion.beta_start}, beta_end={c.diffusion.beta_end}: must lie between 0 and 1",
     )
     same_family = ("flow",) if c.diffusion.prediction == "flow" else ("v", "eps", "x0")
     check(
@@ -316,7 +325,10 @@ def _contradictions(c: Config) -> list[str]:
         "mesh: at most one axis may be -1",
     )
     check(0 not in (c.mesh.data, c.mesh.fsdp, c.mesh.context, c.mesh.tensor), "mesh: an axis of 0 devices is impossible; use 1")
-    check(c.sample.steps <= c.diffusion.num_timesteps, f"sample.steps={c.sample.steps}: at most diffusion.num_timesteps={c.diffusion.num_timesteps}")
+    check(
+        c.sample.steps <= c.diffusion.num_timesteps,
+        f"sample.steps={c.sample.steps}: at most diffusion.num_timesteps={c.diffusion.num_timesteps}",
+    )
     return bad
 
 
@@ -341,7 +353,9 @@ def _build(cls: type, given: Mapping[str, Any], prefix: str, errors: list[str]) 
     for key in given:
         if key not in fields:
             close = difflib.get_close_matches(key, fields, n=1)
-            errors.append(f"{prefix}{key}: no such field" + (f"; did you mean {prefix}{close[0]}?" if close else f"; known: {', '.join(fields)}"))
+            errors.append(
+                f"{prefix}{key}: no such field" + (f"; did you mean {prefix}{close[0]}?" if close else f"; known: {', '.join(fields)}")
+            )
     values = {}
     for name, f in fields.items():
         path = prefix + name

@@ -13,7 +13,8 @@ from motif_jax.training.metrics import read_lines
 
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
 img{max-width:100%;height:auto}figure{display:inline-block;margin:.5rem;vertical-align:top}figcaption{font-size:.85rem;max-width:20rem}
-.clip img{width:20rem;image-rendering:pixelated}table{border-collapse:collapse}td,th{padding:.2rem .8rem;border-bottom:1px solid #ccc;text-align:left}"""
+.clip img{width:20rem;image-rendering:pixelated}table{border-collapse:collapse}
+td,th{padding:.2rem .8rem;border-bottom:1px solid #ccc;text-align:left}"""
 
 
 def write(workdir: str | pathlib.Path) -> pathlib.Path:
@@ -115,7 +116,10 @@ def _samples(workdir: pathlib.Path) -> str:
     if not steps:
         return "<p>No samples were made (sample.every=0).</p>"
     step, directory = steps[-1]
-    return f"<p>Left: a real clip that was not trained on. Right: made from its first frame and the sentence, after {step:,} steps.</p>" + _clips(directory)
+    return (
+        f"<p>Left: a real clip that was not trained on. Right: made from its first frame and the sentence, after {step:,} steps.</p>"
+        + _clips(directory)
+    )
 
 
 def _clips(directory: pathlib.Path) -> str:
@@ -143,13 +147,14 @@ def _judged(workdir: pathlib.Path) -> str:
         ):
             r = found["splits"][split]["model"][kind]["rates"][name]
             if r["rate"] is not None:
-                rows.append(
-                    f"<tr><td>{label}<td>{measure}<td>{100 * r['rate']:.0f} %<td>{100 * r['low']:.0f} to {100 * r['high']:.0f}<td>{r['count']}"
-                )
+                interval = f"{100 * r['low']:.0f} to {100 * r['high']:.0f}"
+                rows.append(f"<tr><td>{label}<td>{measure}<td>{100 * r['rate']:.0f} %<td>{interval}<td>{r['count']}")
     head = "<tr><th>clips<th>measure<th>rate<th>95 % interval<th>n"
     page = f"<h2>How often it does what it is told</h2><table>{head}{''.join(rows)}</table>"
     if (workdir / "synthetic").is_dir():
-        page += "<p>Sentences with combinations never seen in training; left the truth, right the sample:</p>" + _clips(workdir / "synthetic")
+        page += "<p>Sentences with combinations never seen in training; left the truth, right the sample:</p>" + _clips(
+            workdir / "synthetic"
+        )
     return page
 
 

@@ -20,7 +20,9 @@ OUTPUT = flags.DEFINE_string("output", None, "FILE.mp4 or FILE.gif; with --reque
 SEED = flags.DEFINE_integer("seed", 0, "noise seed", lower_bound=0)
 STEPS = flags.DEFINE_integer("steps", None, "denoising steps (default: the configuration's)", lower_bound=1)
 GUIDANCE = flags.DEFINE_float("guidance", None, "classifier-free guidance scale (default: the configuration's)", lower_bound=0.0)
-FRAME_STRIDE = flags.DEFINE_integer("frame_stride", None, "source frames between two frames, at 24 fps (default: 24 / sample.fps)", lower_bound=1)
+FRAME_STRIDE = flags.DEFINE_integer(
+    "frame_stride", None, "source frames between two frames, at 24 fps (default: 24 / sample.fps)", lower_bound=1
+)
 BATCH = flags.DEFINE_integer("batch_size", 4, "clips generated together", lower_bound=1)
 FORMAT = flags.DEFINE_enum("format", "mp4", ["mp4", "gif"], "file type with --requests")
 flags.mark_flag_as_required("output")

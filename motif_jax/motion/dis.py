@@ -1,5 +1,7 @@
 """OpenCV's DIS optical flow (Kroeger et al., arXiv 1603.03590): needs neither weights nor an accelerator."""
 
+import itertools
+
 import numpy as np
 from jaxtyping import Float, UInt8
 
@@ -15,7 +17,7 @@ def flow(frames_THW3: UInt8[np.ndarray, "T H W 3"]) -> Float[np.ndarray, "T-1 H 
     grey = [cv2.cvtColor(np.ascontiguousarray(f), cv2.COLOR_RGB2GRAY) for f in frames_THW3]
     if enlarge > 1:
         grey = [cv2.resize(g, (width * enlarge, height * enlarge), interpolation=cv2.INTER_LINEAR) for g in grey]
-    flows = [estimator.calc(a, b, None) for a, b in zip(grey[:-1], grey[1:], strict=True)]
+    flows = [estimator.calc(a, b, None) for a, b in itertools.pairwise(grey)]
     if enlarge > 1:
         flows = [cv2.resize(f, (width, height), interpolation=cv2.INTER_AREA) / enlarge for f in flows]
     return np.stack(flows).astype(np.float32)

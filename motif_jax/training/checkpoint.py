@@ -19,7 +19,7 @@ class CheckpointError(UserError):
 class Checkpoints:
     """The directory `<workdir>/checkpoints`: asynchronous saves, newest `keep` kept (and every `keep_every`-th)."""
 
-    def __init__(self, workdir: str | pathlib.Path, config: CheckpointConfig | None = None) -> None:
+    def __init__(self, workdir: str | pathlib.Path, config: CheckpointConfig | None = None, read_only: bool = False) -> None:
         import orbax.checkpoint as ocp
         from orbax.checkpoint import checkpoint_managers as policy
 
@@ -33,7 +33,9 @@ class Checkpoints:
             self.directory,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policy.AnyPreservationPolicy(keep),
-                cleanup_tmp_directories=True,  # what a killed process left half written
+                cleanup_tmp_directories=not read_only,  # what a killed process left half written
+                read_only=read_only,
+                create=not read_only,
                 enable_async_checkpointing=True,
             ),
         )
@@ -82,8 +84,6 @@ class Checkpoints:
         except Exception as error:
             raise CheckpointError(f"checkpoint {self.directory / str(step)} cannot be read: {error}") from error
 
-    def wait(self) -> None:
-        self._manager.wait_until_finished()
-
     def close(self) -> None:
+        """Waits for a save that is under way."""
         self._manager.close()

@@ -14,25 +14,41 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import motif_jax
+from motif_jax import report
 from motif_jax.config import Config, UserError, from_json, to_json
 from motif_jax.data import pipeline
 from motif_jax.data.tokens import make_tokenizer
 from motif_jax.dist.mesh import global_batch, make_mesh, shard_like_params
 from motif_jax.dist.preemption import StopSignal
-from motif_jax.models.networks import Networks
-from motif_jax.training import samples, state as train_state
+from motif_jax.models.networks import Networks, Params
+from motif_jax.training import state as train_state
 from motif_jax.training.checkpoint import CheckpointError, Checkpoints
 from motif_jax.training.evaluation import validate
 from motif_jax.training.metrics import MetricWriter
 from motif_jax.training.optimizer import make_optimizer
+from motif_jax.training.samples import SampleSheets
 from motif_jax.training.step import empty_sentence, make_eval_step, make_train_step
 from motif_jax.training.weights import initial_weights
 
 # A run may be continued with other values of these; everything else decides what the parameters become.
-FREE_TO_CHANGE = ("steps", "log_every", "checkpoint", "eval", "sample", "mesh", "remat", "attention", "init_from", "data", "prepare", "name")
+FREE_TO_CHANGE = (
+    "steps",
+    "log_every",
+    "checkpoint",
+    "eval",
+    "sample",
+    "mesh",
+    "remat",
+    "attention",
+    "init_from",
+    "data",
+    "prepare",
+    "name",
+)
 
 
 def run_fingerprint(config: Config) -> str:
@@ -98,8 +114,8 @@ class Log:
             self._writer.write(step, means)
             left = (self._config.steps - step) * per_step
             print(
-                f"step {step}/{self._config.steps}  loss {means['loss']:.4f}  {per_step:.3f} s/step  {means['clips_per_second']:.1f} clips/s"
-                f"  input wait {100 * means['input_wait']:.1f} %  {left / 60:.1f} min left",
+                f"step {step}/{self._config.steps}  loss {means['loss']:.4f}  {per_step:.3f} s/step  "
+                f"{means['clips_per_second']:.1f} clips/s  input wait {100 * means['input_wait']:.1f} %  {left / 60:.1f} min left",
                 flush=True,
             )
         self.restart()
@@ -109,10 +125,10 @@ class Log:
         self._window, self._wait, self._start = [], 0.0, time.perf_counter()
 
 
-def make_state(config: Config, networks: Networks, mesh: Mesh, optimizer) -> tuple[train_state.TrainState, dict]:
-    """(abstract state with shardings, function that makes the real one)."""
+def make_state(config: Config, networks: Networks, mesh: Mesh, optimizer: optax.GradientTransformation):
+    """(the state's shapes with their shardings, a jitted function from parameters to the state of step 0)."""
 
-    def create(params):
+    def create(params: Params) -> train_state.TrainState:
         return train_state.create(params, optimizer, config.ema.decay > 0)
 
     abstract = jax.eval_shape(create, networks.denoiser.shapes)
@@ -121,15 +137,24 @@ def make_state(config: Config, networks: Networks, mesh: Mesh, optimizer) -> tup
     return template, jax.jit(create, out_shardings=shardings)
 
 
+def check_position(saved: dict, expected: dict, directory: pathlib.Path) -> None:
+    """Refuses a checkpoint whose place in the data order means other clips now."""
+    differs = [f"{k}: {saved.get(k)} then, {v} now" for k, v in expected.items() if saved.get(k) != v]
+    if differs:
+        raise CheckpointError(f"checkpoint {directory} was made with other data ({', '.join(differs)}); use the same, or another --workdir")
+
+
 def train(config: Config, workdir: str | pathlib.Path) -> None:
     """Trains until `config.steps`, continuing what `workdir` holds. Raises UserError with the remedy on bad input."""
     workdir = pathlib.Path(workdir)
     first_process = jax.process_index() == 0
     dataset = pipeline.open_dataset(config.data, "train")
     mesh = make_mesh(config.mesh)
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
-    if config.batch_size % (parts * config.grad_accumulation):
-        raise UserError(f"batch_size={config.batch_size}: must be a multiple of {parts * config.grad_accumulation} (devices of data and fsdp x grad_accumulation)")
+    unit = mesh.shape["data"] * mesh.shape["fsdp"] * config.grad_accumulation
+    if config.batch_size % unit:
+        raise UserError(
+            f"batch_size={config.batch_size}: must be a multiple of {unit}, the devices of data and fsdp times grad_accumulation"
+        )
     prepare_workdir(config, workdir)
 
     tokenizer = make_tokenizer(config.text)
@@ -138,65 +163,58 @@ def train(config: Config, workdir: str | pathlib.Path) -> None:
     optimizer = make_optimizer(config)
     template, create = make_state(config, networks, mesh, optimizer)
     replicated = NamedSharding(mesh, PartitionSpec())
-    state_shardings = jax.tree.map(lambda s: s.sharding, template)
-    train_step = jax.jit(
-        make_train_step(networks, optimizer, empty_L), donate_argnums=0, out_shardings=(state_shardings, replicated)
-    )
+    shardings = jax.tree.map(lambda s: s.sharding, template)
+    train_step = jax.jit(make_train_step(networks, optimizer, empty_L), donate_argnums=0, out_shardings=(shardings, replicated))
     eval_step = jax.jit(make_eval_step(networks, empty_L), out_shardings=replicated)
 
     position = {"global_batch": config.batch_size, "seed": config.seed, "dataset": dataset.fingerprint}
     meta = {"version": motif_jax.__version__, "run": run_fingerprint(config)}
     checkpoints = Checkpoints(workdir, config.checkpoint)
-    step = checkpoints.latest_step()
-    weights = initial_weights(config, networks, trained=step is None)
-    if step is None:
-        state = create(weights.denoiser)
-        step = restored = 0
-        print(f"starting: {sum(math.prod(s.shape) for s in networks.denoiser.shapes.values()):,} parameters, {len(dataset):,} clips, {workdir}")
+    restored = checkpoints.latest_step()
+    weights = initial_weights(config, networks, trained=restored is None)
+    if restored is None:
+        state, step = create(weights.denoiser), 0
+        size = sum(math.prod(s.shape) for s in networks.denoiser.shapes.values())
+        print(f"starting: {size:,} parameters, {len(dataset):,} clips, {workdir}", flush=True)
     else:
-        state, saved, _ = checkpoints.restore(step, template)
-        differs = [k for k, v in position.items() if saved.get(k) != v]
-        if differs or saved.get("step") != step:
-            raise CheckpointError(
-                f"checkpoint {checkpoints.directory / str(step)} was made with other data "
-                f"({', '.join(f'{k}: {saved.get(k)} then, {position[k]} now' for k in differs) or 'step'}); use the same, or another --workdir"
-            )
-        restored = step
-        print(f"continuing at step {step} of {config.steps}, {workdir}")
+        state, saved, _ = checkpoints.restore(restored, template)
+        check_position(saved, {"step": restored, **position}, checkpoints.directory / str(restored))
+        step = restored
+        print(f"continuing at step {step} of {config.steps}, {workdir}", flush=True)
     frozen = jax.device_put(weights.frozen, replicated)
     del weights
-    if step >= config.steps:
-        print(f"nothing to do: {step} of {config.steps} steps are done")
-        checkpoints.close()
-        return
 
     writer = MetricWriter(workdir, step) if first_process else None
     log = Log(writer, config)
-    validation = pipeline.validation_batches(config.data, config.batch_size, config.eval.batches, tokenizer) if config.eval.every else []
-    sheets = samples.SampleSheets(config, networks, tokenizer, empty_L, workdir, writer)
+    validation = pipeline.validation_batches(config.data, config.batch_size, config.eval.batches, tokenizer) if config.eval.every else ()
+    sheets = SampleSheets(config, networks, tokenizer, empty_L, workdir, writer)
     batches = pipeline.make_iterator(dataset, config.batch_size, config.seed, step, tokenizer)
 
     def due(every: int) -> bool:
-        return every > 0 and (step == config.steps or (step % every == 0))
+        return every > 0 and (step == config.steps or step % every == 0)
+
+    def visit(save: bool) -> None:
+        """What happens between two updates: evaluate, sample, save."""
+        if due(config.eval.every) and validation:
+            scalars = validate(eval_step, state.best, frozen, validation, config, mesh)
+            if writer:
+                writer.write(step, scalars)
+            shown = "  ".join(f"{k} {v:.4f}" for k, v in scalars.items() if "_t" not in k)
+            print(f"step {step}/{config.steps}  {shown}", flush=True)
+        if due(config.sample.every):
+            sheets.write(step, state.best, frozen)
+        if save:
+            checkpoints.save(step, state, {"step": step, **position}, meta)
 
     with StopSignal() as stop:
-        pending = None
+        before = None
         try:
             while True:
-                save = due(config.checkpoint.every) or stop.requested
-                fresh = step != restored or step == 0  # a restored step was evaluated and saved before
-                if fresh and (due(config.eval.every) or due(config.sample.every) or save):
+                save = step > 0 and (due(config.checkpoint.every) or stop.requested)
+                # A restored step was visited before it was saved.
+                if step != restored and (save or due(config.eval.every) or due(config.sample.every)):
                     log.flush(step)
-                    if due(config.eval.every) and validation:
-                        scalars = validate(eval_step, state.best, frozen, validation, config, mesh)
-                        if writer:
-                            writer.write(step, scalars)
-                        shown = "  ".join(f"{k} {v:.4f}" for k, v in scalars.items() if "_t" not in k)
-                        print(f"step {step}/{config.steps}  {shown}", flush=True)
-                    if due(config.sample.every):
-                        sheets.write(step, state.best, frozen)
-                    if save and step > restored:
-                        checkpoints.save(step, state, {"step": step, **position}, meta)
+                    visit(save)
                     log.restart()
                 if stop.requested or step >= config.steps:
                     break
@@ -206,23 +224,18 @@ def train(config: Config, workdir: str | pathlib.Path) -> None:
                 state, metrics = train_step(state, frozen, global_batch(batch, mesh))
                 step += 1
                 log.add(metrics, wait)
-                # One step runs ahead of the host; its metrics are fetched only when a window ends.
-                jax.block_until_ready(pending)
-                pending = metrics
+                jax.block_until_ready(before)  # the host runs one step ahead, no more
+                before = metrics
                 if step % config.log_every == 0:
                     log.flush(step)
         finally:
             batches.close()
-            checkpoints.wait()
+            checkpoints.close()
             if writer:
                 writer.close()
-    checkpoints.close()
-    if stop.requested and step < config.steps:
-        print(f"stopped by a signal at step {step}; saved; the same command continues")
-        return
-    if first_process:
-        from motif_jax import report
-
-        report.write(workdir)
+    if step < config.steps:
+        print(f"stopped by a signal at step {step}; it is saved, the same command continues")
+    elif first_process:
+        page = report.write(workdir)
         (workdir / "DONE").write_text(f"{step}\n")
-        print(f"done: {step} steps; {workdir / 'report.html'}")
+        print(f"done: {step} steps; {page}")

@@ -38,7 +38,13 @@ def save_comparison(
 
 class SampleSheets:
     def __init__(
-        self, config: Config, networks: Networks, tokenizer: Callable, empty_L: np.ndarray, workdir: pathlib.Path, writer: MetricWriter | None
+        self,
+        config: Config,
+        networks: Networks,
+        tokenizer: Callable,
+        empty_L: np.ndarray,
+        workdir: pathlib.Path,
+        writer: MetricWriter | None,
     ) -> None:
         self._config, self._workdir, self._writer = config, workdir, writer
         self._examples = pipeline.examples(config.data, config.sample.count) if config.sample.every else []
@@ -62,4 +68,7 @@ class SampleSheets:
             "sample/mean_flow_data": float(np.mean([mean_flow(c) for c in self._truth])),
         }
         self._writer.write(step, motion)
-        print(f"step {step}  mean flow of samples {motion['sample/mean_flow']:.3f} px, of the data {motion['sample/mean_flow_data']:.3f} px", flush=True)
+        print(
+            f"step {step}  mean flow of samples {motion['sample/mean_flow']:.3f} px, of the data {motion['sample/mean_flow_data']:.3f} px",
+            flush=True,
+        )

@@ -38,8 +38,14 @@ def initial_weights(config: Config, networks: Networks, trained: bool = True) ->
     missing = [name for name in need if name not in loaded]
     if missing:
         raise UserError(f"init_from={config.init_from}: holds no weights of the {' and '.join(missing)}")
-    frozen = {name: fit(loaded.get(name, {}), getattr(networks, name).shapes, f"{config.init_from} ({name})") for name in ("autoencoder", "text")}
-    denoiser = fit(loaded["denoiser"], networks.denoiser.shapes, f"{config.init_from} (denoiser)", inflate="input_blocks.0.0.kernel") if trained else {}
+    frozen = {
+        name: fit(loaded.get(name, {}), getattr(networks, name).shapes, f"{config.init_from} ({name})") for name in ("autoencoder", "text")
+    }
+    denoiser = (
+        fit(loaded["denoiser"], networks.denoiser.shapes, f"{config.init_from} (denoiser)", inflate="input_blocks.0.0.kernel")
+        if trained
+        else {}
+    )
     return Weights(denoiser, frozen)
 
 

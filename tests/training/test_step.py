@@ -88,7 +88,7 @@ def test_image_condition_first_marks_the_frame():
 
 
 def test_dropped_text_is_the_empty_sentence(setup):
-    config, networks, params, empty = setup
+    config, _, params, empty = setup
     schedule = diffusion_schedule(config)
     always = dataclasses.replace(config, condition=dataclasses.replace(config.condition, text_drop=1.0))
     batch, key = make_batch(config), jax.random.key(3)
