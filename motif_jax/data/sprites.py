@@ -30,7 +30,7 @@ SPLITS = ("train", "validation", "heldout")
 FPS = 8.0
 
 MOVING_SHARE = 0.03  # area of one shape over the area of the frame
-_GAP = 0.03  # free space around every shape, over the shorter side
+_GAP = 0.04  # free space around every shape, over the shorter side
 # Half width and half height over the radius R of the circle of the same area; a triangle is centred by its box.
 _EXTENT = {"circle": 1.0, "square": np.sqrt(np.pi) / 2, "triangle": np.sqrt(np.pi / 2)}
 _LATTICE = 33  # places tried per axis for a bystander; both ends are included, so a free border strip is always found
