@@ -57,6 +57,8 @@ def prepare(
     """
     if not 0 <= task_index < task_count:
         raise UserError(f"task_index={task_index}: must be in [0, task_count={task_count})")
+    if not source or not str(output):
+        raise UserError("--source and --output must not be empty")
     began = time.monotonic()
     job = Job(config, source, output, estimator, log)
     shards.sweep(job.directory)

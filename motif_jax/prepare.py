@@ -34,9 +34,12 @@ def main(argv: list[str]) -> None:
         signal.signal(stop, lambda *_: sys.exit("motif_jax.prepare: stopped; the same command continues"))
     try:
         config = from_config_dict(CONFIG.value)
-        from motif_jax import preparation
+    except (UserError, OSError) as error:
+        sys.exit(f"motif_jax.prepare: {error}")
+    beam_options = shlex.split(BEAM.value) if RUNNER.value == "beam" else None
+    from motif_jax import preparation
 
-        beam_options = shlex.split(BEAM.value) if RUNNER.value == "beam" else None
+    try:
         preparation.prepare(
             config, SOURCE.value, OUTPUT.value, TASK_INDEX.value, TASK_COUNT.value, PREVIEW.value, beam_options=beam_options
         )

@@ -267,6 +267,8 @@ def test_output_that_cannot_be_written(tmp_path):
         (["--source=synthetic:shapes:9", "--output=OUT", "--config.data.height=33"], "data.height=33"),
         (["--source=synthetic:shapes:9", "--output=/proc/out"], "cannot write to --output=/proc/out"),
         (["--source=synthetic:shapes:9"], "--output"),
+        (["--source=synthetic:shapes:9", "--output="], "--source and --output must not be empty"),
+        (["--config=nowhere.py", "--source=synthetic:shapes:9", "--output=OUT"], "nowhere.py"),
     ],
 )
 def test_the_command_fails_with_one_line(tmp_path, config_file, arguments, message):
@@ -370,3 +372,29 @@ def test_a_validation_split_made_of_chance_alone(tmp_path, clips):
         data = dataclasses.replace(CONFIG.data, path=str(output))
         held_out = pipeline.validation_batches(data, 4, 4, lambda captions: np.zeros((len(captions), 2), np.int32), 0, 1)
         assert bool(held_out) == (summary.clips.get("validation", 0) > 0) == (share > 0)
+
+
+@pytest.mark.slow
+def test_real_clips_with_raft(tmp_path, shared):
+    """The real estimator, made afresh by every task: the same bytes."""
+    (tmp_path / "list.csv").write_text(
+        "video,caption\n" + "".join(f"{shared / 'clips' / name},{name}\n" for name in ("intel_car.mp4", "intel_bottle.mp4", "tc_nasa.mp4"))
+    )
+    config = with_prepare(
+        flow="raft_small",
+        flow_weights=str(shared / "raft" / "raft_small_things.safetensors"),
+        flow_iterations=2,
+        clips_per_shard=1,
+        validation_share=0.0,
+        clips_per_video=2,
+    )
+    config = dataclasses.replace(config, data=DataConfig(frames=3, height=64, width=96))
+    assert prepare(tmp_path / "list.csv", tmp_path / "a", config)[0].clips == {"train": 6}
+    for i in range(2):
+        prepare(tmp_path / "list.csv", tmp_path / "b", config, task_index=i, task_count=2)
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+    clips = pipeline.open_dataset(dataclasses.replace(config.data, path=str(tmp_path / "a")))
+    assert {clips[i].flow.shape for i in range(6)} == {(3, 8, 12, 2)}
+    assert all((clips[i].flow[-1] == clips[i].flow[-2]).all() for i in range(6))
+    settings = json.loads((tmp_path / "a" / "dataset.json").read_text())["settings"]
+    assert len(settings["estimator.flow_weights_sha256"]) == 64
