@@ -3,12 +3,18 @@
 Module and attribute names are those of the reference checkpoint (VideoCrafter2), so that a weight has one path everywhere.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from motif_jax.models.layers import Conv, Dense, Dropout, GroupNorm, Initializer, LayerNorm, apply, platform
+from motif_jax.models.layers import Conv, Dense, Dropout, GroupNorm, Initializer, LayerNorm, apply, gelu, platform
+
+IMAGE_TOKENS = 16  # per frame, from DynamiCrafter's resampler
+BLOCKWISE_FROM = 2**22  # query-key pairs of one head: 2560 pixels (a 320x512 frame) are beyond it, 1280 are not
+QUERY_BLOCK = 512
 
 
 def attention(
@@ -22,15 +28,28 @@ def attention(
 
     implementation: "reference" is written out here; "xla" and "cudnn" are those of `jax.nn.dot_product_attention`;
     "auto" takes cudnn on GPU for half precision and head widths it supports, xla on TPU, reference on CPU.
+    Where L * S is large, "reference" and "xla" take the queries in blocks and recompute each block's weights in the backward
+    pass, so that memory does not grow with L * S. Raises ValueError for a name it does not know.
     """
     if implementation == "auto":
         implementation = _choose(q_NLHK)
-    if implementation in ("xla", "cudnn"):
-        return jax.nn.dot_product_attention(q_NLHK, k_NSHK, v_NSHK, is_causal=causal, implementation=implementation)
-    if implementation != "reference":
+    if implementation == "cudnn":
+        return jax.nn.dot_product_attention(q_NLHK, k_NSHK, v_NSHK, is_causal=causal, implementation="cudnn")
+    if implementation not in ("reference", "xla"):
         raise ValueError(f"attention={implementation!r}: must be one of 'auto', 'reference', 'xla', 'cudnn'")
+    attend = _reference if implementation == "reference" else functools.partial(jax.nn.dot_product_attention, implementation="xla")
+    N, L, H, K = q_NLHK.shape
+    if causal or L * k_NSHK.shape[1] <= BLOCKWISE_FROM:
+        return attend(q_NLHK, k_NSHK, v_NSHK, is_causal=causal)
+    block = max(size for size in range(1, QUERY_BLOCK + 1) if L % size == 0)
+    q_MNlHK = jnp.moveaxis(q_NLHK.reshape(N, L // block, block, H, K), 1, 0)
+    out_MNlHK = jax.lax.map(jax.checkpoint(lambda q: attend(q, k_NSHK, v_NSHK)), q_MNlHK)
+    return jnp.moveaxis(out_MNlHK, 0, 1).reshape(q_NLHK.shape)
+
+
+def _reference(q_NLHK: Array, k_NSHK: Array, v_NSHK: Array, is_causal: bool = False) -> Array:
     logits_NHLS = jnp.einsum("NLHK,NSHK->NHLS", q_NLHK, k_NSHK, preferred_element_type=jnp.float32) * q_NLHK.shape[-1] ** -0.5
-    if causal:
+    if is_causal:
         length, size = logits_NHLS.shape[-2:]
         logits_NHLS = jnp.where(jnp.arange(length)[:, None] >= jnp.arange(size), logits_NHLS, -jnp.inf)
     weights_NHLS = jax.nn.softmax(logits_NHLS, axis=-1).astype(v_NSHK.dtype)
@@ -47,23 +66,51 @@ def _choose(q_NLHK: Array) -> str:
 
 
 class Attention(nnx.Module):
-    """Multi-head attention from x to `context` (to x itself without one); heads are the major part of the inner axis."""
+    """Multi-head attention from x to `context` (to x itself without one); heads are the major part of the inner axis.
 
-    def __init__(self, width: int, context_width: int, heads: int, head_width: int, *, init: Initializer, dtype, implementation: str):
+    With `image`, a second set of keys and values reads image tokens, [M, I, D] with M a multiple of N: each of the M / N equal
+    parts of L attends to its own tokens, and the result is added (DynamiCrafter's `to_k_ip`, `to_v_ip`).
+    """
+
+    def __init__(
+        self,
+        width: int,
+        context_width: int,
+        heads: int,
+        head_width: int,
+        *,
+        init: Initializer,
+        dtype,
+        implementation: str,
+        image: bool = False,
+    ):
         inner = heads * head_width
         self.to_q = Dense(width, inner, bias=False, init=init, dtype=dtype)
         self.to_k = Dense(context_width, inner, bias=False, init=init, dtype=dtype)
         self.to_v = Dense(context_width, inner, bias=False, init=init, dtype=dtype)
+        if image:
+            self.to_k_ip = Dense(context_width, inner, bias=False, init=init, dtype=dtype)
+            self.to_v_ip = Dense(context_width, inner, bias=False, init=init, dtype=dtype)
         self.to_out = nnx.List([Dense(inner, width, init=init, dtype=dtype)])
         self.heads, self.implementation = heads, implementation
 
-    def __call__(self, x_NLC: Float[Array, "N L C"], context_NSD: Float[Array, "N S D"] | None = None) -> Float[Array, "N L C"]:
+    def __call__(
+        self,
+        x_NLC: Float[Array, "N L C"],
+        context_NSD: Float[Array, "N S D"] | None = None,
+        image_MID: Float[Array, "M I D"] | None = None,
+    ) -> Float[Array, "N L C"]:
         context_NSD = x_NLC if context_NSD is None else context_NSD
 
         def split(a):
             return a.reshape(*a.shape[:-1], self.heads, -1)
 
-        out = attention(split(self.to_q(x_NLC)), split(self.to_k(context_NSD)), split(self.to_v(context_NSD)), self.implementation)
+        q = split(self.to_q(x_NLC))
+        out = attention(q, split(self.to_k(context_NSD)), split(self.to_v(context_NSD)), self.implementation)
+        if image_MID is not None:
+            parts = q.reshape(image_MID.shape[0], -1, *q.shape[2:])
+            image = attention(parts, split(self.to_k_ip(image_MID)), split(self.to_v_ip(image_MID)), self.implementation)
+            out = out + image.reshape(out.shape)
         return self.to_out[0](out.reshape(*out.shape[:-2], -1))
 
 
@@ -74,8 +121,12 @@ class Geglu(nnx.Module):
         self.proj = Dense(width, 2 * inner, init=init, dtype=dtype)
 
     def __call__(self, x: Float[Array, "*n C"]) -> Float[Array, "*n I"]:
-        value, gate = jnp.split(self.proj(x), 2, axis=-1)
-        return value * jax.nn.gelu(gate, approximate=False)
+        # Two products, not one that is split: the backward pass need not join the halves of a very wide activation.
+        kernel, bias = self.proj.kernel[...].astype(self.proj.dtype), self.proj.bias[...].astype(self.proj.dtype)
+        inner, flat = kernel.shape[-1] // 2, x.reshape(-1, x.shape[-1])
+        value = flat @ kernel[:, :inner] + bias[:inner]
+        gate = flat @ kernel[:, inner:] + bias[inner:]
+        return (value * gelu(gate)).reshape(*x.shape[:-1], inner)
 
 
 class FeedForward(nnx.Module):
@@ -90,41 +141,74 @@ class FeedForward(nnx.Module):
 
 
 class TransformerBlock(nnx.Module):
-    """Pre-norm: self-attention, attention to `context` (a second self-attention without one), feed-forward, each added to x."""
+    """The layers of one block; the transformers below call them pre-norm and add each to their input."""
 
-    def __init__(self, width: int, context_width: int, heads: int, head_width: int, *, init: Initializer, dtype, implementation: str):
+    def __init__(
+        self,
+        width: int,
+        context_width: int,
+        heads: int,
+        head_width: int,
+        *,
+        init: Initializer,
+        dtype,
+        implementation: str,
+        image: bool = False,
+    ):
         kwargs = {"init": init, "dtype": dtype}
         self.attn1 = Attention(width, width, heads, head_width, implementation=implementation, **kwargs)
         self.ff = FeedForward(width, **kwargs)
-        self.attn2 = Attention(width, context_width, heads, head_width, implementation=implementation, **kwargs)
+        self.attn2 = Attention(width, context_width, heads, head_width, implementation=implementation, image=image, **kwargs)
         self.norm1 = LayerNorm(width, dtype=dtype)
         self.norm2 = LayerNorm(width, dtype=dtype)
         self.norm3 = LayerNorm(width, dtype=dtype)
 
 
 class SpatialTransformer(nnx.Module):
-    """Attention among the pixels of each frame, then from the pixels to the text."""
+    """Attention among the pixels of each frame, then from the pixels to the text.
+
+    With `image`, the last IMAGE_TOKENS * T tokens of the context are image tokens, frame by frame; a frame sees its own.
+    """
 
     def __init__(
-        self, channels: int, head_width: int, depth: int, context_width: int, groups: int, *, init: Initializer, dtype, implementation: str
+        self,
+        channels: int,
+        head_width: int,
+        depth: int,
+        context_width: int,
+        groups: int,
+        *,
+        image: bool,
+        init: Initializer,
+        dtype,
+        implementation: str,
     ):
         kwargs = {"init": init, "dtype": dtype}
+        block = {**kwargs, "implementation": implementation, "image": image}
+        heads = channels // head_width
         self.norm = GroupNorm(channels, groups, 1e-6, dtype=dtype)
         self.proj_in = Dense(channels, channels, **kwargs)
-        heads = channels // head_width
-        self.transformer_blocks = nnx.List(
-            [TransformerBlock(channels, context_width, heads, head_width, implementation=implementation, **kwargs) for _ in range(depth)]
-        )
+        self.transformer_blocks = nnx.List([TransformerBlock(channels, context_width, heads, head_width, **block) for _ in range(depth)])
         self.proj_out = Dense(channels, channels, zero=True, **kwargs)
+        self.image = image
 
     def __call__(self, x_BThwC: Float[Array, "B T h w C"], context_BLD: Float[Array, "B L D"]) -> Float[Array, "B T h w C"]:
         B, T, h, w, C = x_BThwC.shape
+        image_NID = None
+        if self.image:
+            text = context_BLD.shape[1] - T * IMAGE_TOKENS
+            if text < 1:
+                raise ValueError(
+                    f"{context_BLD.shape[1]} context tokens: image cross attention needs text and {IMAGE_TOKENS} for each of {T} frames"
+                )
+            context_BLD, image_BID = context_BLD[:, :text], context_BLD[:, text:]
+            image_NID = image_BID.reshape(B * T, IMAGE_TOKENS, -1)
         y_NLC = self.proj_in(self.norm(x_BThwC.reshape(B * T, h, w, C)).reshape(B * T, h * w, C))
         for block in self.transformer_blocks:
             y_NLC = y_NLC + block.attn1(block.norm1(y_NLC))
             # All frames of a clip share its text: one set of keys and values per clip, not per frame.
             q_BLC = block.norm2(y_NLC).reshape(B, T * h * w, C)
-            y_NLC = y_NLC + block.attn2(q_BLC, context_BLD).reshape(y_NLC.shape)
+            y_NLC = y_NLC + block.attn2(q_BLC, context_BLD, image_NID).reshape(y_NLC.shape)
             y_NLC = y_NLC + block.ff(block.norm3(y_NLC))
         return self.proj_out(y_NLC).reshape(x_BThwC.shape) + x_BThwC
 

@@ -7,7 +7,6 @@ ViT-H/14 as VideoCrafter2 uses it; attribute names are those of the reference ch
 import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -15,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from motif_jax.config import TextConfig
 from motif_jax.models.attention import attention
-from motif_jax.models.layers import Dense, Initializer, LayerNorm, platform, sinusoids
+from motif_jax.models.layers import Dense, Initializer, LayerNorm, gelu, platform, sinusoids
 
 WORDS_SEED = 20250
 
@@ -64,7 +63,7 @@ class Mlp(nnx.Module):
         self.c_proj = Dense(4 * width, width, init=init, dtype=dtype)
 
     def __call__(self, x: Float[Array, "*n C"]) -> Float[Array, "*n C"]:
-        return self.c_proj(jax.nn.gelu(self.c_fc(x), approximate=False))
+        return self.c_proj(gelu(self.c_fc(x)))
 
 
 class TextBlock(nnx.Module):

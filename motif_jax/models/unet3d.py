@@ -118,22 +118,26 @@ class UNet3D(nnx.Module):
         kwargs = {"init": Initializer(rngs), "dtype": dtype}
         streams = itertools.count()  # one dropout stream per dropout layer
         base, emb_width = config.model_channels, 4 * config.model_channels
-        self.time_embed = nnx.List([Dense(base, emb_width, **kwargs), Silu(), Dense(emb_width, emb_width, **kwargs)])
+
+        def embedding() -> nnx.List:
+            # A few numbers per clip: float32 costs nothing here.
+            options = {**kwargs, "dtype": jnp.float32}
+            return nnx.List([Dense(base, emb_width, **options), Silu(), Dense(emb_width, emb_width, **options)])
+
+        self.time_embed = embedding()
         if config.fps_cond:
-            self.fps_embedding = nnx.List([Dense(base, emb_width, **kwargs), Silu(), Dense(emb_width, emb_width, **kwargs)])
+            self.fps_embedding = embedding()
 
         def res_block(channels_in: int, channels: int) -> ResBlock:
             return ResBlock(channels_in, channels, emb_width, config, streams, **kwargs)
 
         def transformers(channels: int) -> list[nnx.Module]:
-            shape = (config.transformer_depth,)
+            head, depth, groups = config.num_head_channels, config.transformer_depth, config.norm_groups
             options = {**kwargs, "implementation": attention}
-            head = config.num_head_channels
-            found: list[nnx.Module] = [SpatialTransformer(channels, head, *shape, config.context_dim, config.norm_groups, **options)]
+            image = config.image_cross_attention
+            found: list[nnx.Module] = [SpatialTransformer(channels, head, depth, config.context_dim, groups, image=image, **options)]
             if config.temporal_attention:
-                found.append(
-                    TemporalTransformer(channels, channels // head, head, *shape, config.norm_groups, conv_projections=False, **options)
-                )
+                found.append(TemporalTransformer(channels, channels // head, head, depth, groups, conv_projections=False, **options))
             return found
 
         if config.addition_attention:
@@ -195,7 +199,8 @@ class UNet3D(nnx.Module):
     ) -> Float[Array, "B T h w C2"]:
         """The network's prediction in float32.
 
-        x_BThwC: noisy latent, then condition channels. t_B: timestep in [0, N). context_BLD: text tokens.
+        x_BThwC: noisy latent, then condition channels. t_B: timestep in [0, N). context_BLD: text tokens,
+        followed by 16 image tokens per frame with image_cross_attention.
         fps_B: frames per second of the clip, 16 when None (the reference's default). dropout_rng: None turns dropout off.
         Raises ValueError when channels or grid do not fit the configuration.
         """
