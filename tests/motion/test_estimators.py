@@ -56,7 +56,7 @@ def upsampled(flow_hw2, height, width):
 def test_small_cells_upsample_to_the_networks_flow(weights):
     """Odd sizes; five frames in blocks of three pairs, the last block filled up."""
     frames = clip(5, 66, 71)
-    flow = make_flow_estimator("raft_small", weights["small"], iterations=3, pairs=3).flow(frames)
+    flow = make_flow_estimator("raft_small", weights["small"], iterations=3, pairs=3, enlarge_below=0).flow(frames)
     assert flow.shape == (5, 9, 9, 2) and flow.dtype == np.float32
     np.testing.assert_array_equal(flow[4], flow[3])
     for t, full in enumerate(network(weights["small"], frames, 3)):
@@ -66,15 +66,15 @@ def test_small_cells_upsample_to_the_networks_flow(weights):
 
 def test_large_cells_are_means_of_the_networks_flow(weights):
     frames = clip(3, 64, 72)
-    flow = make_flow_estimator("raft_large", weights["large"], iterations=2).flow(frames)
+    flow = make_flow_estimator("raft_large", weights["large"], iterations=2, enlarge_below=0).flow(frames)
     for t, full in enumerate(network(weights["large"], frames, 2)):
         np.testing.assert_allclose(flow[t], full.reshape(8, 8, 9, 8, 2).mean((1, 3)), atol=ROUNDING)
 
 
 def test_coarser_cells(weights):
     frames = clip(3, 64, 96)
-    fine = make_flow_estimator("raft_small", weights["small"], 2).flow(frames)
-    coarse = make_flow_estimator("raft_small", weights["small"], 2, stride=16).flow(frames)
+    fine = make_flow_estimator("raft_small", weights["small"], 2, enlarge_below=0).flow(frames)
+    coarse = make_flow_estimator("raft_small", weights["small"], 2, stride=16, enlarge_below=0).flow(frames)
     assert coarse.shape == (3, 4, 6, 2)
     np.testing.assert_allclose(coarse, fine.reshape(3, 4, 2, 6, 2, 2).mean((2, 4)), atol=ROUNDING)
 
@@ -82,7 +82,7 @@ def test_coarser_cells(weights):
 def test_bytes_depend_on_the_clip_alone(weights, tmp_path):
     """Not on the clips before it, nor on the process."""
     first, second = clip(4, 64, 64), clip(4, 64, 64, seed=1)
-    estimator = make_flow_estimator("raft_small", weights["small"], 3)
+    estimator = make_flow_estimator("raft_small", weights["small"], 3, enlarge_below=0)
     flow = estimator.flow(first)
     assert not np.array_equal(estimator.flow(second), flow)
     estimator.flow(clip(3, 72, 64))
@@ -91,7 +91,7 @@ def test_bytes_depend_on_the_clip_alone(weights, tmp_path):
     code = (
         "import sys, numpy as np\n"
         "from motif_jax.motion.estimators import make_flow_estimator\n"
-        "flow = make_flow_estimator('raft_small', sys.argv[1], 3).flow(np.load(sys.argv[2]))\n"
+        "flow = make_flow_estimator('raft_small', sys.argv[1], 3, enlarge_below=0).flow(np.load(sys.argv[2]))\n"
         "open(sys.argv[3], 'wb').write(flow.tobytes())\n"
     )
     root = pathlib.Path(__file__).parents[2]
@@ -119,7 +119,7 @@ def test_bad_arguments_say_what_to_do(weights, tmp_path):
     ]:
         with pytest.raises(error, match=message):
             make_flow_estimator(*call)
-    estimator = make_flow_estimator("raft_small", weights["small"], 1, stride=16)
+    estimator = make_flow_estimator("raft_small", weights["small"], 1, stride=16, enlarge_below=0)
     for frames, message in [
         (np.zeros((1, 64, 64, 3), np.uint8), r"at least two frames as uint8 \[T, H, W, 3\], got uint8 \[1, 64, 64, 3\]"),
         (np.zeros((2, 64, 64, 3), np.float32), "got float32"),
@@ -138,3 +138,24 @@ def test_real_weights_on_real_frames(shared):
     expected = np.load(shared / "raft/flow_small_dog.npz")["flow_12"]
     error = np.abs(upsampled(estimator.flow(frames)[0], *expected.shape[:2]) - expected)
     assert error.mean() <= 1e-4 and error.max() <= 1e-3, f"mean {error.mean():.2e}, max {error.max():.2e} px"
+
+
+@pytest.mark.shared
+def test_small_clips_are_enlarged_for_the_network(shared):
+    """Two real frames at 64 x 64 give the flow of the same frames at 512 x 512, which the network sees without help."""
+    weights = shared / "raft/raft_small_things.safetensors"
+    pictures = [Image.open(shared / "raft/pairs" / f"juggle_s4_{i}.png") for i in (1, 2)]
+
+    def at(side):
+        return np.stack([np.asarray(p.crop((0, 0, 317, 317)).resize((side, side), Image.Resampling.BICUBIC)) for p in pictures])
+
+    truth = make_flow_estimator("raft_small", weights, stride=64).flow(at(512))[0] / 8
+    moving = np.linalg.norm(truth, axis=-1).mean()
+    enlarged = make_flow_estimator("raft_small", weights).flow(at(64))[0]
+    plain = make_flow_estimator("raft_small", weights, enlarge_below=0).flow(at(64))[0]
+
+    def error(flow):
+        return np.linalg.norm(flow - truth, axis=-1).mean() / moving
+
+    # Half the motion is what is left of fine detail at 64 pixels; without enlargement the error exceeds the motion itself.
+    assert error(enlarged) < 0.5 < 1 < error(plain), (error(enlarged), error(plain))
