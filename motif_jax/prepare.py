@@ -9,8 +9,11 @@ import shlex
 import signal
 import sys
 
-from absl import app, flags, logging
+from absl import flags
 from ml_collections import config_flags
+
+from motif_jax import commands
+from motif_jax.config import UserError, from_config_dict
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "configs/X.py[:args]", lock_config=True)
 SOURCE = flags.DEFINE_string("source", None, "captions file, folder of videos, or synthetic:NAME[:count]")
@@ -24,18 +27,10 @@ flags.mark_flags_as_required(["config", "source", "output"])
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}")
-    if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)  # Orbax and JAX tell every detail
-    from motif_jax.config import UserError, from_config_dict
-
+    commands.no_more(argv)
     for stop in (signal.SIGTERM, signal.SIGINT):
         signal.signal(stop, lambda *_: sys.exit("motif_jax.prepare: stopped; the same command continues"))
-    try:
-        config = from_config_dict(CONFIG.value)
-    except (UserError, OSError) as error:
-        sys.exit(f"motif_jax.prepare: {error}")
+    config = from_config_dict(CONFIG.value)
     beam_options = shlex.split(BEAM.value) if RUNNER.value == "beam" else None
     from motif_jax import preparation
 
@@ -43,11 +38,9 @@ def main(argv: list[str]) -> None:
         preparation.prepare(
             config, SOURCE.value, OUTPUT.value, TASK_INDEX.value, TASK_COUNT.value, PREVIEW.value, beam_options=beam_options
         )
-    except UserError as error:
-        sys.exit(f"motif_jax.prepare: {error}")
     except OSError as error:  # a full disk, a share that went away
-        sys.exit(f"motif_jax.prepare: {error}; what is done is kept, the same command continues")
+        raise UserError(f"{error}; what is done is kept, the same command continues") from error
 
 
 if __name__ == "__main__":
-    app.run(main)
+    commands.run("motif_jax.prepare", main)

@@ -5,10 +5,11 @@ or a whole list: --requests=FILE.jsonl (keys image, prompt, id) --output=DIR. Op
 --checkpoint=DIR --config=configs/X.py samples from an imported or foreign checkpoint.
 """
 
-import sys
-
-from absl import app, flags, logging
+from absl import flags
 from ml_collections import config_flags
+
+from motif_jax import commands
+from motif_jax.config import UserError, from_config_dict
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "configuration of --checkpoint", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "work directory of a run")
@@ -29,32 +30,24 @@ flags.mark_flag_as_required("output")
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}")
-    if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)  # Orbax and JAX tell every detail
+    commands.no_more(argv)
     if (WORKDIR.value is None) == (CHECKPOINT.value is None):
-        raise app.UsageError("give either --workdir, or --checkpoint with --config")
+        raise UserError("give either --workdir, or --checkpoint with --config")
     if CHECKPOINT.value and CONFIG.value is None:
-        raise app.UsageError("--checkpoint needs --config")
+        raise UserError("--checkpoint needs --config")
     if (REQUESTS.value is None) == (IMAGE.value is None or PROMPT.value is None):
-        raise app.UsageError("give either --image and --prompt, or --requests")
-    from motif_jax.config import UserError, from_config_dict
+        raise UserError("give either --image and --prompt, or --requests")
+    config = from_config_dict(CONFIG.value) if CONFIG.value else None
+    from motif_jax import animation
 
-    try:
-        from motif_jax import animation
-
-        config = from_config_dict(CONFIG.value) if CONFIG.value else None
-        animator = animation.Animator.load(
-            WORKDIR.value or CHECKPOINT.value, config, steps=STEPS.value, guidance=GUIDANCE.value, frame_stride=FRAME_STRIDE.value
-        )
-        if REQUESTS.value:
-            animation.animate_list(animator, REQUESTS.value, OUTPUT.value, SEED.value, BATCH.value, FORMAT.value)
-        else:
-            animation.animate_one(animator, IMAGE.value, PROMPT.value, OUTPUT.value, SEED.value)
-    except UserError as error:
-        sys.exit(f"motif_jax.sample: {error}")
+    animator = animation.Animator.load(
+        WORKDIR.value or CHECKPOINT.value, config, steps=STEPS.value, guidance=GUIDANCE.value, frame_stride=FRAME_STRIDE.value
+    )
+    if REQUESTS.value:
+        animation.animate_list(animator, REQUESTS.value, OUTPUT.value, SEED.value, BATCH.value, FORMAT.value)
+    else:
+        animation.animate_one(animator, IMAGE.value, PROMPT.value, OUTPUT.value, SEED.value)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    commands.run("motif_jax.sample", main)

@@ -6,9 +6,11 @@ synthetic --workdir=RUN [--world=NAME --count=N]
 """
 
 import pathlib
-import sys
 
-from absl import app, flags, logging
+from absl import flags
+
+from motif_jax import commands
+from motif_jax.config import UserError
 
 WORKDIR = flags.DEFINE_string("workdir", None, "work directory of a run")
 WORLD = flags.DEFINE_string("world", "quickstart", "synthetic: name of the world")
@@ -18,24 +20,16 @@ COMMANDS = ("synthetic",)
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) != 2 or argv[1] not in COMMANDS:
-        raise app.UsageError(f"give one command: {', '.join(COMMANDS)}")
+    if len(argv) != 1 or argv[0] not in COMMANDS:
+        raise UserError(f"give one command: {', '.join(COMMANDS)}; --help explains them")
     if WORKDIR.value is None:
-        raise app.UsageError("--workdir is missing")
-    if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)
-    from motif_jax.config import UserError
-
-    try:
-        run_synthetic(pathlib.Path(WORKDIR.value), WORLD.value, SEED.value, COUNT.value)
-    except UserError as error:
-        sys.exit(f"motif_jax.bench: {error}")
+        raise UserError("--workdir is missing")
+    run_synthetic(pathlib.Path(WORKDIR.value), WORLD.value, SEED.value, COUNT.value)
 
 
 def run_synthetic(workdir: pathlib.Path, world: str, seed: int, count: int) -> None:
     from motif_jax import animation, report
     from motif_jax.bench import synthetic
-    from motif_jax.config import UserError
     from motif_jax.data import sprites
     from motif_jax.training.samples import save_comparison
 
@@ -62,4 +56,4 @@ def run_synthetic(workdir: pathlib.Path, world: str, seed: int, count: int) -> N
 
 
 if __name__ == "__main__":
-    app.run(main)
+    commands.run("motif_jax.bench", main)

@@ -144,6 +144,15 @@ def check_position(saved: dict, expected: dict, directory: pathlib.Path) -> None
         raise CheckpointError(f"checkpoint {directory} was made with other data ({', '.join(differs)}); use the same, or another --workdir")
 
 
+def finish(workdir: pathlib.Path, step: int) -> None:
+    """Writes the report and the mark DONE, unless an earlier call did."""
+    done = workdir / "DONE"
+    if jax.process_index() == 0 and not (done.exists() and done.read_text() == f"{step}\n"):
+        page = report.write(workdir)
+        done.write_text(f"{step}\n")
+        print(f"done: {step} steps; {page}", flush=True)
+
+
 def train(config: Config, workdir: str | pathlib.Path) -> None:
     """Trains until `config.steps`, continuing what `workdir` holds. Raises UserError with the remedy on bad input."""
     workdir = pathlib.Path(workdir)
@@ -157,6 +166,14 @@ def train(config: Config, workdir: str | pathlib.Path) -> None:
         )
     prepare_workdir(config, workdir)
 
+    checkpoints = Checkpoints(workdir, config.checkpoint)
+    restored = checkpoints.latest_step()
+    if restored is not None and restored >= config.steps:
+        print(f"nothing to train: {restored} of {config.steps} steps are done", flush=True)
+        checkpoints.close()
+        finish(workdir, restored)
+        return
+
     tokenizer = make_tokenizer(config.text)
     empty_L = empty_sentence(config, tokenizer)
     networks = Networks.of(config)
@@ -169,8 +186,6 @@ def train(config: Config, workdir: str | pathlib.Path) -> None:
 
     position = {"global_batch": config.batch_size, "seed": config.seed, "dataset": dataset.fingerprint}
     meta = {"version": motif_jax.__version__, "run": run_fingerprint(config)}
-    checkpoints = Checkpoints(workdir, config.checkpoint)
-    restored = checkpoints.latest_step()
     weights = initial_weights(config, networks, trained=restored is None)
     if restored is None:
         state, step = create(weights.denoiser), 0
@@ -235,7 +250,5 @@ def train(config: Config, workdir: str | pathlib.Path) -> None:
                 writer.close()
     if step < config.steps:
         print(f"stopped by a signal at step {step}; it is saved, the same command continues")
-    elif first_process:
-        page = report.write(workdir)
-        (workdir / "DONE").write_text(f"{step}\n")
-        print(f"done: {step} steps; {page}")
+    else:
+        finish(workdir, step)

@@ -1,0 +1,35 @@
+"""How every entry point runs: one clear line instead of a traceback for whatever the user can mend."""
+
+import sys
+from collections.abc import Callable
+
+from absl import app, flags, logging
+
+from motif_jax.config import UserError
+
+
+def run(name: str, main: Callable[[list[str]], None]) -> None:
+    """Parses the flags and calls `main` with what is left; exits with 1 and "name: reason" on a mistake of the user's."""
+
+    def parse(arguments: list[str]) -> list[str]:
+        try:
+            return app.parse_flags_with_usage(arguments)
+        except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:  # from a configuration file or an override of it
+            reason = str(error.args[0] if error.args else error).strip("'\"").replace("\\n", " ")
+            sys.exit(f"{name}: --config: {' '.join(reason.split())}")
+
+    def guarded(arguments: list[str]) -> None:
+        if not flags.FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.WARNING)  # Orbax and JAX tell every detail
+        try:
+            main(arguments[1:])
+        except UserError as error:
+            sys.exit(f"{name}: {error}")
+
+    app.run(guarded, flags_parser=parse)
+
+
+def no_more(arguments: list[str]) -> None:
+    """Refuses arguments that belong to no flag."""
+    if arguments:
+        raise UserError(f"unexpected argument {arguments[0]!r}; flags are written --name=value")

@@ -1,0 +1,240 @@
+"""The commands, as a user calls them: prepare, train, stop in every way, continue, sample, judge; and what bad input gets.
+
+The shipped quickstart configuration is shrunk by flags. A compile cache shared by the runs keeps this in seconds.
+"""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+CONFIG = "--config=configs/quickstart.py"
+SMALL = [
+    "--config.backbone=dit",
+    "--config.dit.width=32",
+    "--config.dit.depth=1",
+    "--config.dit.num_head_channels=16",
+    "--config.dit.patch=(8, 1, 1)",
+    "--config.autoencoder.factor=8",
+    "--config.autoencoder.z_channels=192",
+    "--config.prepare.flow_stride=8",
+    "--config.prepare.validation_share=0.2",
+    "--config.data.height=16",
+    "--config.data.width=16",
+    "--config.diffusion.loss_space=x0",
+    "--config.batch_size=4",
+    "--config.steps=300",
+    "--config.log_every=10",
+    "--config.checkpoint.every=40",
+    "--config.eval.every=100",
+    "--config.eval.batches=1",
+    "--config.sample.every=150",
+    "--config.sample.count=1",
+    "--config.sample.steps=2",
+]
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    cache = tmp_path_factory.mktemp("compiled")
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
+    }
+
+
+def start(environment, *arguments):
+    return subprocess.Popen(
+        [sys.executable, "-m", *map(str, arguments)], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def run(environment, *arguments, expect=0):
+    process = start(environment, *arguments)
+    text, _ = process.communicate(timeout=300)
+    assert process.returncode == expect, text
+    return text
+
+
+@pytest.fixture(scope="module")
+def data(environment, tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "sprites"
+    run(environment, "motif_jax.prepare", CONFIG, *SMALL, "--source=synthetic:quickstart:64", f"--output={path}")
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(environment, data, tmp_path_factory):
+    """An undisturbed run."""
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    text = run(environment, "motif_jax.main", CONFIG, *SMALL, f"--workdir={workdir}", f"--config.data.path={data}")
+    assert "done: 300 steps" in text
+    return workdir
+
+
+def final_state(workdir):
+    """Every array of the last checkpoint, by path."""
+    import jax
+    import orbax.checkpoint as ocp
+
+    tree = ocp.PyTreeCheckpointer().restore(workdir / "checkpoints" / "300" / "state")
+    return {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def lines(workdir, *names):
+    found = [json.loads(text) for text in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], *(line[n] for n in names)) for line in found if names[0] in line]
+
+
+def test_a_run_leaves_what_the_readme_says(trained):
+    assert {p.name for p in trained.iterdir()} >= {"config.json", "metrics.jsonl", "checkpoints", "samples", "report.html", "DONE"}
+    assert (trained / "samples" / "300" / "sheet.png").stat().st_size > 1000
+    assert [step for step, _ in lines(trained, "eval/ratio")] == [0, 100, 200, 300]
+    assert [step for step, *_ in lines(trained, "sample/mean_flow", "sample/mean_flow_data")] == [0, 150, 300]
+    assert any(p.name.startswith("events.out.tfevents") for p in trained.iterdir())
+    page = (trained / "report.html").read_text()
+    assert page.count("data:image/png") >= 3 and page.count("data:image/gif") == 1
+
+
+def test_training_lowers_the_loss(trained):
+    losses = [loss for _, loss in lines(trained, "eval/loss")]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_a_finished_run_exits_at_once(environment, data, trained):
+    before = (trained / "metrics.jsonl").read_bytes()
+    text = run(environment, "motif_jax.main", CONFIG, *SMALL, f"--workdir={trained}", f"--config.data.path={data}")
+    assert "300 of 300 steps are done" in text
+    assert (trained / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["kill-9", "sigterm"])
+def test_a_disturbed_run_ends_in_the_same_bits(environment, data, trained, tmp_path, number):
+    """Stopped twice, at whatever moment the signal finds it; parameters, average, moments and metrics equal the undisturbed run's."""
+    command = ("motif_jax.main", CONFIG, *SMALL, f"--workdir={tmp_path}", f"--config.data.path={data}")
+    for after in (50, 130):
+        process = start(environment, *command)
+        end = time.monotonic() + 240
+        while not any(step >= after for step, _ in (lines(tmp_path, "loss") if (tmp_path / "metrics.jsonl").exists() else [])):
+            assert process.poll() is None and time.monotonic() < end, process.communicate()[0]
+            time.sleep(0.01)
+        process.send_signal(number)
+        text, _ = process.communicate(timeout=120)
+        if number == signal.SIGTERM:
+            assert process.returncode == 0 and "the same command continues" in text, text
+        else:
+            assert process.returncode == -signal.SIGKILL
+        assert not (tmp_path / "DONE").exists()
+    text = run(environment, *command)
+    assert "continuing at step" in text and "done: 300 steps" in text
+    expected, found = final_state(trained), final_state(tmp_path)
+    assert expected.keys() == found.keys() and len(expected) > 20
+    for name, value in expected.items():
+        np.testing.assert_array_equal(found[name], value, err_msg=name)
+    if number == signal.SIGKILL:  # a stop by SIGTERM saves, and so ends a window of the averaged losses early
+        assert lines(tmp_path, "loss", "grad_norm") == lines(trained, "loss", "grad_norm")
+    assert lines(tmp_path, "eval/loss", "eval/ratio") == lines(trained, "eval/loss", "eval/ratio")
+
+
+def test_sampling(environment, trained, tmp_path):
+    from PIL import Image
+
+    from motif_jax.data.videos import read_clip
+
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)).save(tmp_path / "a.png")
+    for suffix in ("mp4", "gif"):
+        output = tmp_path / f"out.{suffix}"
+        run(
+            environment,
+            "motif_jax.sample",
+            f"--workdir={trained}",
+            f"--image={tmp_path / 'a.png'}",
+            "--prompt=the red circle moves left",
+            f"--output={output}",
+        )
+        assert read_clip(output, 8, 16, 16, lambda n: (0, 1)).frames.shape == (8, 16, 16, 3)
+    requests = [{"image": "a.png", "prompt": f"the {c} circle moves up", "id": c} for c in ("red", "green", "blue")]
+    (tmp_path / "list.jsonl").write_text("".join(json.dumps(r) + "\n" for r in requests))
+    command = (
+        "motif_jax.sample",
+        f"--workdir={trained}",
+        f"--requests={tmp_path / 'list.jsonl'}",
+        f"--output={tmp_path / 'all'}",
+        "--format=gif",
+    )
+    run(environment, *command, "--batch_size=2")
+    first = {p.name: p.read_bytes() for p in (tmp_path / "all").iterdir()}
+    assert sorted(first) == ["blue.gif", "green.gif", "red.gif"]
+    # Another batch size, and files of an earlier run in place: a clip depends on (seed, id), what is there is kept.
+    (tmp_path / "all" / "green.gif").unlink()
+    assert "3 requests, 2 done before" in run(environment, *command, "--batch_size=2")
+    assert (tmp_path / "all" / "green.gif").read_bytes() == first["green.gif"]
+
+
+def test_synthetic_benchmark(environment, trained):
+    text = run(environment, "motif_jax.bench", "synthetic", f"--workdir={trained}", "--count=4")
+    assert "| heldout | static |" in text and "| heldout | ceiling |" in text
+    found = json.loads((trained / "synthetic.json").read_text())["splits"]["heldout"]
+    assert found["ceiling"]["moving"]["rates"]["direction_ok"]["rate"] == 1.0
+    assert found["static"]["moving"]["rates"]["direction_ok"]["rate"] == 0.0
+    assert "How often it does what it is told" in (trained / "report.html").read_text()
+
+
+BAD_CALLS = {
+    "unknown field": (["motif_jax.main", CONFIG, "--workdir={tmp}/w", "--config.stepz=3"], "stepz"),
+    "no data": (["motif_jax.main", CONFIG, "--workdir={tmp}/w", "--config.data.path={tmp}/none"], "none"),
+    "wrong value": (["motif_jax.main", CONFIG, "--workdir={tmp}/w", "--config.loss.heatmap=flo"], "loss.heatmap='flo': must be one of"),
+    "wrong shape": (
+        ["motif_jax.main", CONFIG, *SMALL, "--config.data.frames=16", "--workdir={tmp}/w", "--config.data.path={data}"],
+        "frames",
+    ),
+    "unwritable": (
+        ["motif_jax.main", CONFIG, *SMALL, "--workdir=/dev/null/w", "--config.data.path={data}"],
+        "cannot write to the work directory",
+    ),
+    "no run": (["motif_jax.sample", "--workdir={tmp}", "--image=x.png", "--prompt=x", "--output={tmp}/x.mp4"], "no config.json"),
+    "no image": (
+        ["motif_jax.sample", "--workdir={run}", "--image={tmp}/x.png", "--prompt=x", "--output={tmp}/x.mp4"],
+        "x.png: missing file",
+    ),
+    "no video type": (
+        ["motif_jax.sample", "--workdir={run}", "--image=x", "--prompt=x", "--output={tmp}/x.avi"],
+        "must end in .mp4 or .gif",
+    ),
+    "bad list": (["motif_jax.sample", "--workdir={run}", "--requests={tmp}/none.jsonl", "--output={tmp}/o"], "cannot be read"),
+    "unknown world": (["motif_jax.bench", "synthetic", "--workdir={run}", "--world=mars"], "no such world"),
+    "other settings": (
+        ["motif_jax.main", CONFIG, *SMALL, "--workdir={run}", "--config.data.path={data}", "--config.learning_rate=1e-5"],
+        "learning_rate differ",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CALLS)
+def test_bad_input_gets_one_clear_line(environment, data, trained, tmp_path, name):
+    arguments, message = BAD_CALLS[name]
+    process = start(environment, *(a.format(tmp=tmp_path, data=data, run=trained) for a in arguments))
+    text, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert message in text and "Traceback" not in text, text
+
+
+def test_damaged_checkpoint_is_named(environment, data, trained, tmp_path):
+    import shutil
+
+    copy = tmp_path / "run"
+    shutil.copytree(trained, copy)
+    for path in (copy / "checkpoints" / "300" / "state").rglob("*"):
+        if path.is_file() and path.stat().st_size > 10_000:
+            path.write_bytes(path.read_bytes()[:1000])
+    text = run(environment, "motif_jax.main", CONFIG, *SMALL, f"--workdir={copy}", f"--config.data.path={data}", expect=1)
+    assert str(copy / "checkpoints" / "300") in text and "Move that directory away" in text and "Traceback" not in text
