@@ -52,7 +52,7 @@ WORLDS = {
     # Hard to copy: the plain loss is busy with the background, which makes the effect of the motion focal loss visible.
     "shapes": World(colours=tuple(COLOURS), objects=(1, 3), smoothness=0.0, contrast=28.0),
     # Easy to learn in minutes on a laptop.
-    "quickstart": World(colours=("red", "green", "blue", "yellow"), objects=(2, 2), smoothness=1.0, contrast=22.0),
+    "quickstart": World(colours=tuple(COLOURS), objects=(2, 2), smoothness=1.0, contrast=22.0),
 }
 
 
@@ -100,15 +100,15 @@ def _draw(world: World, key: np.ndarray, split: str) -> dict[str, np.ndarray]:
     unseen = held_out(world)[direction].reshape(n, -1)
     named = pairs[_pick(_uniform(key, "named", 1)[:, 0], unseen if split == "heldout" else ~unseen)]
 
-    # Bystanders: any shape, no colour twice, so that the sentence names one object.
+    # Bystanders: no colour twice, so that the sentence names one object, and never the word held out for the direction:
+    # a red shape that stays put in every clip of "moves right" would teach that red ones do not move right.
     shape, colour = np.zeros((n, most), int), np.zeros((n, most), int)
-    shape[:, 0], colour[:, 0] = named[:, 0], named[:, 1]
-    free = np.ones((n, len(world.colours)), bool)
-    u = _uniform(key, "bystanders", most, 2)
+    shape[:, 0], colour[:, 0] = named.T
+    u = _uniform(key, "bystanders", most)
+    free = ~unseen
     for k in range(1, most):
-        free[np.arange(n), colour[:, k - 1]] = False
-        shape[:, k] = np.floor(u[:, k, 0] * len(SHAPES))
-        colour[:, k] = _pick(u[:, k, 1], free)
+        free = free & (pairs[:, 1] != colour[:, k - 1, None])
+        shape[:, k], colour[:, k] = pairs[_pick(u[:, k], free)].T
     count = world.objects[0] + np.floor(_uniform(key, "count", 1)[:, 0] * (most - world.objects[0] + 1)).astype(int)
     return {"direction": direction, "shape": shape, "colour": colour, "present": np.arange(most) < count[:, None]}
 

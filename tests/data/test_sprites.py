@@ -102,6 +102,8 @@ def test_held_out_pairs_are_unseen_in_training_and_every_word_is_seen(world):
         unseen = np.array([any(d in s and w in s for d, w in never) for s in c["captions"]])
         np.testing.assert_array_equal(unseen, sprites.held_out(WORLDS[world])[direction, shape, colour])
         assert unseen.all() if split == "heldout" else not unseen.any()
+        # Bystanders with the held-out word would teach that it never goes with the direction.
+        assert not sprites.held_out(WORLDS[world])[direction[:, None], c["shape"][:, 1:], c["colour"][:, 1:]].any()
         words = {w for s in c["captions"] for w in s.split()}
         assert words == {"the", "moves", "stays", *DIRECTIONS, *SHAPES, *WORLDS[world].colours}
         assert share_of_still(direction) == pytest.approx(0.1, abs=0.02)
