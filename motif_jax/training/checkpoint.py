@@ -16,6 +16,14 @@ class CheckpointError(UserError):
     """A checkpoint that cannot be read or does not belong to this run."""
 
 
+def latest_step(workdir: str | pathlib.Path) -> int | None:
+    """The newest complete checkpoint of a work directory, if there is one; changes nothing on disk."""
+    import orbax.checkpoint as ocp
+
+    directory = pathlib.Path(workdir).absolute() / "checkpoints"
+    return max(ocp.utils.checkpoint_steps(directory), default=None) if directory.is_dir() else None
+
+
 class Checkpoints:
     """The directory `<workdir>/checkpoints`: asynchronous saves, newest `keep` kept (and every `keep_every`-th)."""
 
@@ -39,9 +47,6 @@ class Checkpoints:
                 enable_async_checkpointing=True,
             ),
         )
-
-    def latest_step(self) -> int | None:
-        return self._manager.latest_step()
 
     def save(self, step: int, state: Any, data: dict, meta: dict) -> None:
         """Starts a save; returns once the arrays are copied. A step that is already saved is left alone."""

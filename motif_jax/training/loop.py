@@ -26,7 +26,7 @@ from motif_jax.dist.mesh import global_batch, make_mesh, shard_like_params
 from motif_jax.dist.preemption import StopSignal
 from motif_jax.models.networks import Networks, Params
 from motif_jax.training import state as train_state
-from motif_jax.training.checkpoint import CheckpointError, Checkpoints
+from motif_jax.training.checkpoint import CheckpointError, Checkpoints, latest_step
 from motif_jax.training.evaluation import validate
 from motif_jax.training.metrics import MetricWriter
 from motif_jax.training.optimizer import make_optimizer
@@ -166,11 +166,9 @@ def train(config: Config, workdir: str | pathlib.Path) -> None:
         )
     prepare_workdir(config, workdir)
 
-    checkpoints = Checkpoints(workdir, config.checkpoint)
-    restored = checkpoints.latest_step()
+    restored = latest_step(workdir)
     if restored is not None and restored >= config.steps:
         print(f"nothing to train: {restored} of {config.steps} steps are done", flush=True)
-        checkpoints.close()
         finish(workdir, restored)
         return
 
@@ -186,6 +184,7 @@ def train(config: Config, workdir: str | pathlib.Path) -> None:
 
     position = {"global_batch": config.batch_size, "seed": config.seed, "dataset": dataset.fingerprint}
     meta = {"version": motif_jax.__version__, "run": run_fingerprint(config)}
+    checkpoints = Checkpoints(workdir, config.checkpoint)
     weights = initial_weights(config, networks, trained=restored is None)
     if restored is None:
         state, step = create(weights.denoiser), 0

@@ -8,7 +8,7 @@ import numpy as np
 
 from motif_jax.config import Config, UserError, from_json
 from motif_jax.models.networks import Networks, Params
-from motif_jax.training.checkpoint import Checkpoints
+from motif_jax.training.checkpoint import Checkpoints, latest_step
 
 WEIGHTS_STREAM = 2**31 - 2  # fold_in number of the initial weights: no training step reaches it
 
@@ -55,10 +55,10 @@ def load(directory: str | pathlib.Path) -> dict[str, Params]:
     if not (directory / "config.json").exists():
         raise UserError(f"{directory}: no config.json there; expected a work directory of motif_jax.main")
     config = from_json((directory / "config.json").read_text())
-    checkpoints = Checkpoints(directory, read_only=True)
-    step = checkpoints.latest_step()
+    step = latest_step(directory)
     if step is None:
         raise UserError(f"{directory}: holds no checkpoint yet; train first")
+    checkpoints = Checkpoints(directory, read_only=True)
     found = checkpoints.restore_weights(step, ("ema", "params") if config.ema.decay == 0 else ("ema",))
     checkpoints.close()
     return {"denoiser": found.get("ema") or found["params"]}
