@@ -3,19 +3,17 @@
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from motif_jax.interop import names
 
 PREFIX = "first_stage_model."
 IGNORED = (r"loss\..*",)  # the training loss's own networks, present in some files
 
 
-def to_jax(tensors: Mapping[str, np.ndarray], template: Any) -> Any:
+def to_jax(tensors: Mapping[str, Any], template: Any, *, lazy: bool = False) -> Any:
     """`template` filled from tensors named as in the checkpoint without `PREFIX`; see `names.to_jax`."""
-    return names.to_jax(tensors, template, what="autoencoder", ignored=IGNORED)
+    return names.to_jax(tensors, template, what="autoencoder", ignored=IGNORED, lazy=lazy)
 
 
-def to_torch(params: Any) -> dict[str, np.ndarray]:
+def to_torch(params: Any, *, lazy: bool = False) -> dict[str, Any]:
     """Checkpoint names without `PREFIX` -> arrays."""
-    return names.to_torch(params)
+    return names.to_torch(params, lazy=lazy)

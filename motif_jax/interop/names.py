@@ -6,10 +6,13 @@ may be any pytree whose key path spells the dotted name: a flat dict, a nested d
 
 import re
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
+
+from motif_jax.interop.files import Lazy
 
 # Last part of our path -> last part of the PyTorch name; everything else keeps its name.
 LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "in_proj_kernel": "in_proj_weight"}
@@ -36,28 +39,27 @@ def dotted(key_path: tuple) -> str:
     return ".".join(parts)
 
 
-def to_jax(tensors: Mapping[str, np.ndarray], template: Any, *, what: str = "network", ignored: Iterable[str] = ()) -> Any:
+def to_jax(tensors: Mapping[str, Any], template: Any, *, what: str = "network", ignored: Iterable[str] = (), lazy: bool = False) -> Any:
     """The tree `template` filled from `tensors` (PyTorch names, no prefix), as float32 NumPy arrays in our layout.
 
-    template: a pytree whose leaves have a shape. ignored: regular expressions of tensor names that may be left over.
+    tensors: arrays, or `files.Lazy`. template: a pytree whose leaves have a shape. ignored: regular expressions of tensor
+    names that may be left over. lazy: leaves are `files.Lazy`, read and converted when asked for.
     Raises ValueError listing every tensor that is missing, left over or of another shape.
     """
     missing, misshapen, used = [], [], set()
 
-    def fill(key_path, leaf) -> np.ndarray | None:
+    def fill(key_path, leaf) -> Lazy | None:
         path = dotted(key_path)
         name, shape = torch_name(path), torch_shape(path, leaf.shape)
         used.add(name)
         if name not in tensors:
             missing.append(f"{name} {list(shape)}")
             return None
-        tensor = np.asarray(tensors[name])
-        if tensor.shape != shape:
+        tensor = tensors[name]
+        if tuple(tensor.shape) != shape:
             misshapen.append(f"{name}: {list(tensor.shape)} in the file, {list(shape)} in the model")
             return None
-        if _is_kernel(path):
-            tensor = tensor.transpose(*range(2, tensor.ndim), 1, 0)
-        return np.asarray(tensor, np.float32, order="C")
+        return Lazy(tuple(leaf.shape), np.dtype(np.float32), partial(_our_layout, path, tensor))
 
     filled = jax.tree_util.tree_map_with_path(fill, template)
     extra = [name for name in tensors if name not in used and not any(re.fullmatch(pattern, name) for pattern in ignored)]
@@ -65,18 +67,31 @@ def to_jax(tensors: Mapping[str, np.ndarray], template: Any, *, what: str = "net
     if any(names for _, names in problems):
         lines = [f"  {len(names)} {kind}: " + "; ".join(names) for kind, names in problems if names]
         raise ValueError(f"these weights are not those of the configured {what}; check its configuration\n" + "\n".join(lines))
-    return filled
+    return filled if lazy else jax.tree.map(np.asarray, filled)
 
 
-def to_torch(params: Any) -> dict[str, np.ndarray]:
-    """The inverse of `to_jax`: {PyTorch name: contiguous array in PyTorch's layout}."""
+def _our_layout(path: str, tensor: Any) -> np.ndarray:
+    array = np.asarray(tensor)
+    if _is_kernel(path):
+        array = array.transpose(*range(2, array.ndim), 1, 0)
+    return np.asarray(array, np.float32, order="C")
+
+
+def to_torch(params: Any, *, lazy: bool = False) -> dict[str, Any]:
+    """The inverse of `to_jax`: {PyTorch name: contiguous array in PyTorch's layout}, or `files.Lazy` ones."""
     tensors = {}
     for key_path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        path, array = dotted(key_path), np.asarray(leaf)
-        if _is_kernel(path):
-            array = array.transpose(-1, -2, *range(array.ndim - 2))
-        tensors[torch_name(path)] = np.asarray(array, order="C")
-    return tensors
+        path = dotted(key_path)
+        shape = torch_shape(path, tuple(leaf.shape))
+        tensors[torch_name(path)] = Lazy(shape, np.dtype(leaf.dtype), partial(_torch_layout, path, leaf))
+    return tensors if lazy else jax.tree.map(np.asarray, tensors)
+
+
+def _torch_layout(path: str, leaf: Any) -> np.ndarray:
+    array = np.asarray(leaf)
+    if _is_kernel(path):
+        array = array.transpose(-1, -2, *range(array.ndim - 2))
+    return np.asarray(array, order="C")
 
 
 def select(tensors: Mapping[str, Any], prefix: str) -> dict[str, Any]:

@@ -3,22 +3,20 @@
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from motif_jax.interop import names
 
 PREFIX = "model.diffusion_model."
 
 
-def to_jax(tensors: Mapping[str, np.ndarray], template: Any) -> Any:
+def to_jax(tensors: Mapping[str, Any], template: Any, *, lazy: bool = False) -> Any:
     """`template` filled from tensors named as in the checkpoint without `PREFIX`; see `names.to_jax`.
 
     DynamiCrafter-256 calls the frame-rate MLP `framestride_embed`; both names are read, the common one is written.
     """
     renamed = {name.replace("framestride_embed.", "fps_embedding.", 1): tensor for name, tensor in tensors.items()}
-    return names.to_jax(renamed, template, what="U-Net")
+    return names.to_jax(renamed, template, what="U-Net", lazy=lazy)
 
 
-def to_torch(params: Any) -> dict[str, np.ndarray]:
+def to_torch(params: Any, *, lazy: bool = False) -> dict[str, Any]:
     """Checkpoint names without `PREFIX` -> arrays."""
-    return names.to_torch(params)
+    return names.to_torch(params, lazy=lazy)

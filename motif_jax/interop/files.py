@@ -1,0 +1,193 @@
+"""Files of named tensors: .safetensors, and PyTorch's .ckpt, .pth and .pt. Read lazily; written whole or not at all.
+
+Nothing stored in a file is executed, and PyTorch is imported only for its own files.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import pathlib
+import pickle
+import re
+import struct
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+
+from motif_jax.config import UserError
+
+PYTORCH = (".ckpt", ".pth", ".pt")
+_DEEPSPEED = "_forward_module."  # precedes every name of a DeepSpeed file
+
+_DTYPES = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": jnp.bfloat16,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
+_NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Lazy:
+    """An array that is read when NumPy asks for it, so that files larger than memory pass through one tensor at a time."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        array = self.read()
+        return array.astype(dtype) if dtype is not None and array.dtype != dtype else array
+
+
+def read_tensors(path: str | pathlib.Path) -> dict[str, Lazy]:
+    """The tensors of a file by name, in the file's types; bfloat16 as the NumPy type of ml_dtypes, or widened to float32.
+
+    PyTorch files may be DeepSpeed's ("module"), Lightning's ("state_dict") or a bare dict of tensors; DeepSpeed's name prefix is
+    taken off. Raises UserError for a file that is absent, damaged, of another kind, or whose reading would run code.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: there is no such file")
+    if path.suffix == ".safetensors":
+        tensors = _read_safetensors(path)
+    elif path.suffix in PYTORCH:
+        tensors = _read_pytorch(path)
+    else:
+        raise UserError(f"{path}: must be a .safetensors, .ckpt, .pth or .pt file")
+    if not tensors:
+        raise UserError(f"{path}: holds no tensors")
+    if all(name.startswith(_DEEPSPEED) for name in tensors):
+        tensors = {name.removeprefix(_DEEPSPEED): tensor for name, tensor in tensors.items()}
+    return tensors
+
+
+def _read_safetensors(path: pathlib.Path) -> dict[str, Lazy]:
+    try:
+        with safetensors.safe_open(path, framework="np"):  # checks the header against the length of the file
+            pass
+    except (safetensors.SafetensorError, OSError) as error:
+        raise UserError(f"{path}: is not a .safetensors file, or incomplete ({error}); fetch it again") from error
+    with open(path, "rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    if strange := sorted({entry["dtype"] for entry in header.values()} - _DTYPES.keys()):
+        raise UserError(f"{path}: holds tensors of type {', '.join(strange)}; must be floating point or integers")
+
+    def tensor(entry: dict[str, Any]) -> Lazy:
+        dtype, shape = np.dtype(_DTYPES[entry["dtype"]]), tuple(entry["shape"])
+        return Lazy(shape, dtype, partial(_read_part, path, 8 + length + entry["data_offsets"][0], shape, dtype))
+
+    return {name: tensor(entry) for name, entry in header.items()}
+
+
+def _read_part(path: pathlib.Path, offset: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    # A mapping of one tensor: its pages leave memory with the array, those of a mapping of the whole file would pile up.
+    if math.prod(shape) == 0:
+        return np.zeros(shape, dtype)
+    return np.asarray(np.memmap(path, dtype, "r", offset, shape))
+
+
+def _read_pytorch(path: pathlib.Path) -> dict[str, Lazy]:
+    try:
+        import torch
+    except ImportError as error:
+        raise UserError(f"{path} is a PyTorch file: install torch to read it, or convert it to .safetensors elsewhere") from error
+    zipped = zipfile.is_zipfile(path)
+    with open(path, "rb") as file:
+        if file.read(4) == b"PK\x03\x04" and not zipped:
+            raise UserError(f"{path}: is incomplete (the table of contents at its end is missing); fetch it again")
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
+        if asked := re.search(r"GLOBAL (\S+) was not an allowed", str(error)):
+            raise UserError(
+                f"{path}: refused, because reading it would run code: it asks for {asked[1]}. Only tensors in plain dicts are read; "
+                "save its state_dict alone, or as .safetensors, where you trust it"
+            ) from error
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"{path}: is not a PyTorch checkpoint of tensors, or damaged ({reason})") from error
+    for key in ("module", "state_dict"):
+        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
+            found = found[key]
+            break
+    if not isinstance(found, Mapping) or not all(isinstance(tensor, torch.Tensor) for tensor in found.values()):
+        kinds = {type(value).__name__ for value in found.values()} if isinstance(found, Mapping) else {type(found).__name__}
+        raise UserError(
+            f"{path}: holds no state dict: expected names and tensors, maybe below 'state_dict' or 'module', found {sorted(kinds)}"
+        )
+
+    def tensor(value: Any) -> Lazy:
+        wide = value.dtype == torch.bfloat16  # which NumPy does not know
+        dtype = np.dtype(np.float32 if wide else str(value.dtype).removeprefix("torch."))
+        return Lazy(tuple(value.shape), dtype, lambda: (value.float() if wide else value).detach().numpy())
+
+    return {str(name): tensor(value) for name, value in found.items()}
+
+
+@contextlib.contextmanager
+def replacing(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
+    """A temporary path in the same directory, renamed to `path` when the block succeeds and removed when it fails."""
+    path = pathlib.Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_safetensors(path: str | pathlib.Path, tensors: Mapping[str, Any]) -> str:
+    """Writes arrays (NumPy, JAX or `Lazy`), one in memory at a time; returns the SHA-256 of the file."""
+    header, offset = {}, 0
+    for name, tensor in sorted(tensors.items()):
+        size = math.prod(tensor.shape) * np.dtype(tensor.dtype).itemsize
+        header[name] = {"dtype": _NAMES[np.dtype(tensor.dtype)], "shape": list(tensor.shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    sha256 = hashlib.sha256()
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+
+        def write(data: Any) -> None:
+            file.write(data)
+            sha256.update(data)
+
+        write(struct.pack("<Q", len(text)) + text)
+        for _, tensor in sorted(tensors.items()):
+            write(np.ascontiguousarray(np.asarray(tensor)).reshape(-1).view(np.uint8).data)
+    return sha256.hexdigest()
+
+
+def write_pytorch(path: str | pathlib.Path, tensors: Mapping[str, Any]) -> None:
+    """Writes {"state_dict": tensors}, as the reference's checkpoints are; holds all of it in memory."""
+    try:
+        import torch
+    except ImportError as error:
+        raise UserError(f"{path} is a PyTorch file: install torch to write it, or choose .safetensors") from error
+    # Copies: PyTorch's tensors are writable, what they are made from need not be.
+    state = {name: torch.from_numpy(np.array(tensor, order="C")) for name, tensor in tensors.items()}
+    with replacing(path) as temporary:
+        torch.save({"state_dict": state}, temporary)
+
+
+def sha256(path: str | pathlib.Path) -> str:
+    """The SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
