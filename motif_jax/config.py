@@ -348,7 +348,8 @@ def _coerce(value: Any, kind: Any, name: str, errors: list[str]) -> Any:
     return None
 
 
-def _build(cls: type, given: Mapping[str, Any], prefix: str, errors: list[str]) -> Any:
+def build(cls: type, given: Mapping[str, Any], prefix: str, errors: list[str]) -> Any:
+    """The dataclass `cls` of a mapping; what is wrong with a field is appended to `errors` under `prefix`, and its default stands."""
     fields = {f.name: f for f in dataclasses.fields(cls)}
     for key in given:
         if key not in fields:
@@ -364,7 +365,7 @@ def _build(cls: type, given: Mapping[str, Any], prefix: str, errors: list[str]) 
         value = given[name]
         if dataclasses.is_dataclass(f.type):
             if isinstance(value, Mapping):
-                values[name] = _build(f.type, value, path + ".", errors)
+                values[name] = build(f.type, value, path + ".", errors)
             else:
                 errors.append(f"{path}={value!r}: must be a group of fields")
             continue
@@ -390,7 +391,7 @@ def from_config_dict(given: Mapping[str, Any]) -> Config:
     errors: list[str] = []
     if hasattr(given, "to_dict"):
         given = given.to_dict()
-    config = _build(Config, given, "", errors)
+    config = build(Config, given, "", errors)
     # Fields that were rejected hold their defaults here, which could contradict each other for no fault of the user.
     if not errors:
         errors = _contradictions(config)

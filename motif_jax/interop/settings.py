@@ -1,0 +1,234 @@
+"""The reference's YAML (`model.params.unet_config.params`, ...) <-> our dataclasses.
+
+VideoCrafter and DynamiCrafter write the same things under some different names; both are read, and a run is written in
+the dialect that can express it.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from motif_jax import config as configuration
+from motif_jax.config import AutoencoderConfig, Config, DiffusionConfig, TextConfig, UNetConfig, UserError
+
+# Defaults of the reference's U-Net where its YAML is silent, as far as they differ from ours.
+_UNET_DEFAULTS = {"temporal_conv": False, "temporal_attention": True, "addition_attention": False, "fps_cond": False}
+_UNET_NAMES = {
+    "fs_condition": "fps_cond",
+    "use_image_attention": "image_cross_attention",
+    "norm_groups": "norm_groups",  # ours: the reference always has 32
+    **{f.name: f.name for f in dataclasses.fields(UNetConfig) if f.name not in ("temporal_dropout", "norm_groups")},
+}
+# What the reference can do and this U-Net cannot: the only value read.
+_UNET_FIXED = {
+    "use_linear": True,
+    "temporal_selfatt_only": True,
+    "use_relative_position": False,
+    "use_causal_attention": False,
+    "use_scale_shift_norm": False,
+    "resblock_updown": False,
+    "conv_resample": True,
+    "tempspatial_aware": False,
+    "image_cross_attention_scale_learnable": False,
+    "dims": 2,
+    "num_heads": -1,
+    "temporal_transformer_depth": 1,
+}
+_UNET_IRRELEVANT = {"use_checkpoint", "temporal_length", "image_size", "use_fp16", "default_fs", "legacy", "kernel_size_t", "padding_t"}
+_TEXT_ARCH = "ViT-H-14"
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What a checkpoint's networks are and how they were trained."""
+
+    unet: UNetConfig
+    autoencoder: AutoencoderConfig
+    text: TextConfig
+    diffusion: DiffusionConfig
+
+    @classmethod
+    def of(cls, config: Config) -> "Settings":
+        return cls(config.unet, config.autoencoder, config.text, config.diffusion)
+
+
+def read_yaml(path: str | pathlib.Path) -> Settings:
+    """Raises UserError listing everything in the file that is missing, malformed or beyond these networks."""
+    try:
+        found = yaml.safe_load(pathlib.Path(path).read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from error
+    errors: list[str] = []
+
+    def group(parent: Any, *keys: str, need: bool = True) -> dict[str, Any]:
+        for i, key in enumerate(keys):
+            parent = parent.get(key) if isinstance(parent, Mapping) else None
+            if parent is None and need:
+                errors.append(f"there is no {'.'.join(keys[: i + 1])}")
+                return {}
+        return dict(parent) if isinstance(parent, Mapping) else {}
+
+    model = group(found, "model", "params")
+    if not model:
+        raise UserError(f"{path}: is not a YAML of the reference: {errors[0] if errors else 'model.params is empty'}")
+    unet = _unet(group(model, "unet_config", "params"), errors)
+    autoencoder = _autoencoder(model, errors)
+    text = _text(group(model, "cond_stage_config", "params", need=False), errors)
+    diffusion = _diffusion(model, errors)
+    if errors:
+        raise UserError(f"{path}: this YAML does not describe networks that are known here:\n  " + "\n  ".join(errors))
+    return Settings(unet, autoencoder, text, diffusion)
+
+
+def _build(cls: type, given: dict[str, Any], prefix: str, errors: list[str]) -> Any:
+    given = {k: v for k, v in given.items() if v is not None}
+    return configuration.build(cls, given, prefix, errors)
+
+
+def _number(params: Mapping[str, Any], key: str, default: float, errors: list[str]) -> float:
+    # YAML 1.1 takes "1e-4", without a dot, for text.
+    try:
+        return float(params.get(key, default))
+    except (TypeError, ValueError):
+        errors.append(f"{key}={params[key]!r}: must be a number")
+        return default
+
+
+def _unet(params: dict[str, Any], errors: list[str]) -> UNetConfig | None:
+    if not params:
+        return None
+    for key, value in _UNET_FIXED.items():
+        if params.get(key, value) not in (value, None):
+            errors.append(f"unet_config.params.{key}={params[key]!r}: only {value!r} is supported")
+    given = dict(_UNET_DEFAULTS)
+    for key, value in params.items():
+        if key in _UNET_NAMES:
+            given[_UNET_NAMES[key]] = value
+        elif key not in _UNET_FIXED and key not in _UNET_IRRELEVANT:
+            errors.append(f"unet_config.params.{key}: unknown here, so that the network may be another one")
+    need = ("in_channels", "out_channels", "model_channels", "channel_mult", "num_res_blocks", "attention_resolutions", "num_head_channels")
+    errors += [f"there is no model.params.unet_config.params.{key}" for key in need if key not in params]
+    return _build(UNetConfig, given, "unet_config.params.", errors)
+
+
+def _autoencoder(model: dict[str, Any], errors: list[str]) -> AutoencoderConfig | None:
+    stage = model.get("first_stage_config")
+    params = stage.get("params") if isinstance(stage, Mapping) else None
+    if not isinstance(params, Mapping):
+        errors.append("there is no model.params.first_stage_config.params")
+        return None
+    scale = _number(model, "scale_factor", 0.18215, errors)
+    if str(stage.get("target", "")).endswith("PixelAutoencoder"):  # ours
+        return _build(AutoencoderConfig, {"kind": "pixel", "scale_factor": scale, **params}, "first_stage_config.params.", errors)
+    dd = params.get("ddconfig")
+    if not isinstance(dd, Mapping):
+        errors.append("there is no model.params.first_stage_config.params.ddconfig")
+        return None
+    fixed = {"double_z": True, "in_channels": 3, "out_ch": 3, "attn_resolutions": []}
+    for key, value in fixed.items():
+        if dd.get(key, value) != value:
+            errors.append(f"ddconfig.{key}={dd[key]!r}: only {value!r} is supported")
+    if params.get("embed_dim", dd.get("z_channels")) != dd.get("z_channels"):
+        errors.append(
+            f"first_stage_config.params.embed_dim={params['embed_dim']!r}: only ddconfig.z_channels={dd.get('z_channels')!r} is supported"
+        )
+    known = {*fixed, "z_channels", "ch", "ch_mult", "num_res_blocks", "dropout", "resolution"}
+    errors += [f"ddconfig.{key}: unknown here" for key in dd if key not in known]
+    errors += [f"there is no ddconfig.{key}" for key in ("z_channels", "ch", "ch_mult", "num_res_blocks") if key not in dd]
+    given = {key: dd[key] for key in ("z_channels", "ch", "ch_mult", "num_res_blocks") if key in dd}
+    if isinstance(dd.get("ch_mult"), list):
+        given["factor"] = 2 ** max(len(dd["ch_mult"]) - 1, 0)
+    return _build(AutoencoderConfig, {**given, "scale_factor": scale}, "ddconfig.", errors)
+
+
+def _text(params: dict[str, Any], errors: list[str]) -> TextConfig | None:
+    """The reference builds ViT-H/14 whatever its YAML says; towers of another size are named by TextConfig's fields, or `text_cfg`."""
+    if params.get("layer", "penultimate") != "penultimate":
+        errors.append(f"cond_stage_config.params.layer={params['layer']!r}: only 'penultimate' is supported")
+    if params.get("arch", _TEXT_ARCH) != _TEXT_ARCH:
+        errors.append(f"cond_stage_config.params.arch={params['arch']!r}: only {_TEXT_ARCH!r} is supported")
+    sizes = params.get("text_cfg", params)
+    given = {key: sizes[key] for key in ("vocab_size", "context_length", "width", "layers", "heads") if key in sizes}
+    given |= {"kind": params["kind"]} if "kind" in params else {}
+    if "max_length" in params:
+        given.setdefault("context_length", params["max_length"])
+    return _build(TextConfig, given, "cond_stage_config.params.", errors)
+
+
+def _diffusion(model: dict[str, Any], errors: list[str]) -> DiffusionConfig | None:
+    if model.get("beta_schedule", "linear") != "linear":
+        errors.append(f"beta_schedule={model['beta_schedule']!r}: only 'linear' is supported")
+    scale = 1.0
+    if model.get("use_scale"):
+        scale = _number(model, "scale_b", 0.7, errors)
+    elif model.get("use_dynamic_rescale"):
+        scale = _number(model, "base_scale", 0.7, errors)
+    given = {
+        "prediction": model.get("parameterization", "eps"),
+        "num_timesteps": model.get("timesteps", 1000),
+        "beta_start": _number(model, "linear_start", 1e-4, errors),
+        "beta_end": _number(model, "linear_end", 2e-2, errors),
+        "zero_terminal_snr": model.get("rescale_betas_zero_snr", False),
+        "base_scale": scale,
+    }
+    return _build(DiffusionConfig, given, "model.params.", errors)
+
+
+def to_yaml(settings: Settings) -> str:
+    """The YAML of exported weights, in VideoCrafter's dialect for eps, in DynamiCrafter's for what only that can express."""
+    u, a, t, d = settings.unet, settings.autoencoder, settings.text, settings.diffusion
+    videocrafter = d.prediction == "eps"
+    unet = {f.name: getattr(u, f.name) for f in dataclasses.fields(u) if f.name not in ("temporal_dropout", "norm_groups", "fps_cond")}
+    unet = {k: list(v) if isinstance(v, tuple) else v for k, v in unet.items()}
+    unet["fps_cond" if videocrafter else "fs_condition"] = u.fps_cond
+    if not u.image_cross_attention:
+        del unet["image_cross_attention"]
+    unet |= {key: _UNET_FIXED[key] for key in ("use_linear", "temporal_selfatt_only", "use_relative_position", "use_causal_attention")}
+    unet |= {} if u.norm_groups == 32 else {"norm_groups": u.norm_groups}
+    params = {
+        "linear_start": d.beta_start,
+        "linear_end": d.beta_end,
+        "timesteps": d.num_timesteps,
+        "first_stage_key": "video",
+        "cond_stage_key": "caption",
+        "cond_stage_trainable": False,
+        "conditioning_key": "hybrid" if u.in_channels > u.out_channels else "crossattn",
+        "channels": u.out_channels,
+        "scale_by_std": False,
+        "scale_factor": a.scale_factor,
+        "use_ema": False,
+        "uncond_type": "empty_seq",
+    }
+    if videocrafter:
+        params |= {"use_scale": d.base_scale != 1.0, "scale_b": d.base_scale}
+    else:
+        params |= {"parameterization": d.prediction, "rescale_betas_zero_snr": d.zero_terminal_snr}
+        params |= {"use_dynamic_rescale": d.base_scale != 1.0, "base_scale": d.base_scale}
+    params["unet_config"] = {"target": "lvdm.modules.networks.openaimodel3d.UNetModel", "params": unet}
+    params["first_stage_config"] = _autoencoder_yaml(a)
+    params["cond_stage_config"] = _text_yaml(t)
+    head = "# Written with the weights beside it.\n"
+    if d.prediction not in ("eps", "v", "x0"):
+        head += f"# The reference has no parameterization {d.prediction!r}; its networks load the weights all the same.\n"
+    return head + yaml.safe_dump({"model": {"target": "lvdm.models.ddpm3d.LatentDiffusion", "params": params}}, sort_keys=False)
+
+
+def _autoencoder_yaml(a: AutoencoderConfig) -> dict[str, Any]:
+    if a.kind == "pixel":
+        return {"target": "motif_jax.models.autoencoder.PixelAutoencoder", "params": {"factor": a.factor, "z_channels": a.z_channels}}
+    dd = {"double_z": True, "z_channels": a.z_channels, "resolution": 512, "in_channels": 3, "out_ch": 3, "ch": a.ch}
+    dd |= {"ch_mult": list(a.ch_mult), "num_res_blocks": a.num_res_blocks, "attn_resolutions": [], "dropout": 0.0}
+    loss = {"target": "torch.nn.Identity"}
+    return {"target": "lvdm.models.autoencoder.AutoencoderKL", "params": {"embed_dim": a.z_channels, "ddconfig": dd, "lossconfig": loss}}
+
+
+def _text_yaml(t: TextConfig) -> dict[str, Any]:
+    sizes = {"vocab_size": t.vocab_size, "context_length": t.context_length, "width": t.width}
+    if t.kind == "words":
+        return {"target": "motif_jax.models.text.WordsTower", "params": {"kind": "words", **sizes}}
+    published = TextConfig(tokenizer=t.tokenizer) == t
+    params = {"freeze": True, "layer": "penultimate"} | ({} if published else {**sizes, "layers": t.layers, "heads": t.heads})
+    return {"target": "lvdm.modules.encoders.condition.FrozenOpenCLIPEmbedder", "params": params}
