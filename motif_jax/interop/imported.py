@@ -1,0 +1,127 @@
+"""The directory of an import: one .safetensors file per network in our names and layout, and imported.json.
+
+`denoiser`, `autoencoder` and `text` hold float32 weights by dotted path and serve as `init_from`; `raft.safetensors` keeps the
+authors' names and serves as `prepare.flow_weights`. Several imports may share a directory as long as each brings other networks.
+"""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from motif_jax.config import AutoencoderConfig, DiffusionConfig, TextConfig, UNetConfig, UserError, build
+from motif_jax.interop import files, raft
+from motif_jax.interop.reference import Weights, read_checkpoint
+from motif_jax.interop.settings import Settings
+
+CONTENTS = "imported.json"
+KINDS = ("videocrafter", "dynamicrafter", "openclip", "autoencoder", "raft")
+_ONE = {"openclip": "text", "autoencoder": "autoencoder"}  # kinds that bring one network, maybe out of a whole checkpoint
+_CONFIGS = {"denoiser": UNetConfig, "autoencoder": AutoencoderConfig, "text": TextConfig}
+_GROUPS = {"denoiser": "unet", "autoencoder": "autoencoder", "text": "text"}  # their names in `Config`
+
+
+def import_checkpoint(
+    kind: str, source: str | pathlib.Path, output: str | pathlib.Path, yaml: str | pathlib.Path | None = None
+) -> dict[str, tuple[int, int]]:
+    """Writes the networks of `source` to the directory `output`; returns {network: (tensors, parameters)}.
+
+    Everything is checked before the first byte is written, and a failure leaves nothing behind. Raises UserError.
+    """
+    source, output = pathlib.Path(source), pathlib.Path(output)
+    if kind not in KINDS:
+        raise UserError(f"--kind={kind}: must be one of {', '.join(KINDS)}")
+    networks, config = _raft(source) if kind == "raft" else _networks(kind, source, yaml)
+    contents = _contents(output) if (output / CONTENTS).exists() else {"networks": {}}
+    _check_output(output, contents["networks"], networks)
+    about = {"kind": kind, "source": source.name, "source_sha256": files.sha256(source)}
+    made = [] if output.exists() else [output]
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        for name, tensors in networks.items():
+            path = output / f"{name}.safetensors"
+            made.insert(0, path)
+            contents["networks"][name] = {**about, "sha256": files.write_safetensors(path, tensors), "config": config.get(name, {})}
+        if "denoiser" in networks:
+            contents["diffusion"] = config["diffusion"]
+        with files.replacing(output / CONTENTS) as temporary:
+            temporary.write_text(json.dumps(contents, indent=2, sort_keys=True) + "\n")
+    except BaseException as error:
+        for path in made:
+            path.rmdir() if path == output else path.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise UserError(f"{output}: cannot be written: {error}") from error
+        raise
+    return {name: (len(t), sum(int(np.prod(x.shape)) for x in t.values())) for name, t in networks.items()}
+
+
+def _networks(kind: str, source: pathlib.Path, yaml: str | pathlib.Path | None) -> tuple[Weights, dict[str, Any]]:
+    settings, weights = read_checkpoint(source, yaml)
+    if kind in _ONE:
+        if _ONE[kind] not in weights:
+            raise UserError(f"{source}: holds no {kind} network, but {', '.join(weights)}; check --kind={kind}")
+        weights = {_ONE[kind]: weights[_ONE[kind]]}
+    elif "denoiser" not in weights:
+        raise UserError(f"{source}: holds no U-Net, but {', '.join(weights)}; check --kind={kind}")
+    elif settings.unet.image_cross_attention != (kind == "dynamicrafter"):
+        other = "dynamicrafter" if kind == "videocrafter" else "videocrafter"
+        has = "has" if settings.unet.image_cross_attention else "has no"
+        raise UserError(f"{source}: its U-Net {has} image cross attention; import it with --kind={other}")
+    config = {name: dataclasses.asdict(getattr(settings, group)) for name, group in _GROUPS.items()}
+    if config["text"]["heads"] == 0:
+        del config["text"]["heads"]  # nothing says how many
+    return weights, config | {"diffusion": dataclasses.asdict(settings.diffusion)}
+
+
+def _raft(source: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    tensors = files.read_tensors(source)
+    try:
+        model = raft.from_reference({name: np.asarray(tensor) for name, tensor in tensors.items()})
+    except ValueError as error:
+        raise UserError(f"{source}: {error}") from error
+    return {"raft": raft.to_reference(model)}, {"raft": {"variant": model.variant}}
+
+
+def _check_output(output: pathlib.Path, present: dict[str, Any], new: dict[str, Any]) -> None:
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output={output}: is a file; name a directory")
+    if both := sorted(present.keys() & new.keys()):
+        raise UserError(f"--output={output}: already holds {', '.join(both)} of another import; name another directory")
+    if not present and output.exists() and any(output.iterdir()):
+        raise UserError(f"--output={output}: is not empty and no import; name another directory")
+
+
+def _contents(directory: pathlib.Path) -> dict[str, Any]:
+    path = directory / CONTENTS
+    try:
+        found = json.loads(path.read_text())
+        if isinstance(found.get("networks"), dict):
+            return found
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); import again") from error
+    raise UserError(f"{path}: is no table of contents of an import; import again")
+
+
+def is_imported(directory: str | pathlib.Path) -> bool:
+    return (pathlib.Path(directory) / CONTENTS).exists()
+
+
+def read_imported(directory: str | pathlib.Path) -> Weights:
+    """{network: {dotted path: array, not yet read}} of the networks in a directory. Raises UserError."""
+    directory = pathlib.Path(directory)
+    names = [name for name in _CONFIGS if name in _contents(directory)["networks"]]
+    return {name: files.read_tensors(directory / f"{name}.safetensors") for name in names}
+
+
+def imported_settings(directory: str | pathlib.Path) -> Settings:
+    """What the networks of a directory are; defaults for those that it does not hold."""
+    contents = _contents(pathlib.Path(directory))
+    errors: list[str] = []
+    given = {name: contents["networks"].get(name, {}).get("config", {}) for name in _CONFIGS}
+    found = [build(cls, given[name], f"{name}.", errors) for name, cls in _CONFIGS.items()]
+    diffusion = build(DiffusionConfig, contents.get("diffusion", {}), "diffusion.", errors)
+    if errors:
+        raise UserError(f"{directory}/{CONTENTS}: " + "; ".join(errors))
+    return Settings(*found, diffusion)
