@@ -24,7 +24,7 @@ def attention(
     implementation: str = "auto",
     causal: bool = False,
 ) -> Float[Array, "N L H K"]:
-    """softmax(q k^T / sqrt(K)) v per head, softmax in float32.
+    """softmax(q k^T / sqrt(K)) v per head, softmax in float32; `causal` hides the keys after a query.
 
     implementation: "reference" is written out here; "xla" and "cudnn" are those of `jax.nn.dot_product_attention`;
     "auto" takes cudnn on GPU for half precision and head widths it supports, xla on TPU, reference on CPU.
@@ -39,9 +39,9 @@ def attention(
         raise ValueError(f"attention={implementation!r}: must be one of 'auto', 'reference', 'xla', 'cudnn'")
     attend = _reference if implementation == "reference" else functools.partial(jax.nn.dot_product_attention, implementation="xla")
     N, L, H, K = q_NLHK.shape
-    if causal or L * k_NSHK.shape[1] <= BLOCKWISE_FROM:
-        return attend(q_NLHK, k_NSHK, v_NSHK, is_causal=causal)
     block = max(size for size in range(1, QUERY_BLOCK + 1) if L % size == 0)
+    if causal or L * k_NSHK.shape[1] <= BLOCKWISE_FROM or block < QUERY_BLOCK // 8:
+        return attend(q_NLHK, k_NSHK, v_NSHK, is_causal=causal)
     q_MNlHK = jnp.moveaxis(q_NLHK.reshape(N, L // block, block, H, K), 1, 0)
     out_MNlHK = jax.lax.map(jax.checkpoint(lambda q: attend(q, k_NSHK, v_NSHK)), q_MNlHK)
     return jnp.moveaxis(out_MNlHK, 0, 1).reshape(q_NLHK.shape)
