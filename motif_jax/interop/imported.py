@@ -124,4 +124,7 @@ def imported_settings(directory: str | pathlib.Path) -> Settings:
     diffusion = build(DiffusionConfig, contents.get("diffusion", {}), "diffusion.", errors)
     if errors:
         raise UserError(f"{directory}/{CONTENTS}: " + "; ".join(errors))
-    return Settings(*found, diffusion)
+    settings = Settings(*found, diffusion)
+    if given["text"] and "heads" not in given["text"]:
+        settings = dataclasses.replace(settings, text=dataclasses.replace(settings.text, heads=0))
+    return settings

@@ -46,13 +46,13 @@ class Reference:
     unet(x_BTHWC, t_B, context_BLD, fps_B) -> prediction [B,T,h,w,C], see `UNet3D`; of the kind settings.diffusion.prediction.
     autoencoder.encode(x_NHWC in [-1, 1]) -> moments [N,h,w,2C]; autoencoder.decode(z_NhwC) -> [N,H,W,3]. The U-Net's latents are
     settings.autoencoder.scale_factor times the autoencoder's.
-    text(tokens_BL) -> [B,L,D], the penultimate layer.
+    text(tokens_BL) -> [B,L,D], the penultimate layer; a ValueError for a tower whose number of heads nothing tells.
     A network that the file does not hold is None.
     """
 
     unet: UNet3D | None
     autoencoder: KlAutoencoder | PixelAutoencoder | None
-    text: OpenClipTower | WordsTower | None
+    text: OpenClipTower | WordsTower | Callable | None
     schedule: Schedule
     settings: Settings
 
@@ -72,13 +72,20 @@ def load_reference(checkpoint: str | pathlib.Path, yaml: str | pathlib.Path | No
     if settings.text.kind == "words":
         modules["text"] = make_text_tower(settings.text, None)
     if "text" in modules and settings.text.heads == 0:
-        raise UserError(
-            f"{checkpoint}: a text tower of width {settings.text.width} is none of OpenCLIP's; its number of attention heads is not in the "
-            "file: add `heads`, with width, layers, vocab_size and context_length, to cond_stage_config.params of the YAML"
-        )
+        modules["text"] = _headless(f"{checkpoint}", settings.text.width)
     d = settings.diffusion
     schedule = make_schedule(d.num_timesteps, d.beta_start, d.beta_end, d.zero_terminal_snr, d.base_scale)
     return Reference(modules.get("denoiser"), modules.get("autoencoder"), modules.get("text"), schedule, settings)
+
+
+def _headless(checkpoint: str, width: int) -> Callable:
+    def text(tokens_BL: Any) -> Any:
+        raise UserError(
+            f"{checkpoint}: a text tower of width {width} is none of OpenCLIP's; its number of attention heads is not in the file: "
+            "add `heads`, with width, layers, vocab_size and context_length, to cond_stage_config.params of the YAML"
+        )
+
+    return text
 
 
 def bind(make: Callable, weights: Mapping[str, Any]) -> Any:

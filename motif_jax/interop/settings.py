@@ -230,5 +230,7 @@ def _text_yaml(t: TextConfig) -> dict[str, Any]:
     if t.kind == "words":
         return {"target": "motif_jax.models.text.WordsTower", "params": {"kind": "words", **sizes}}
     published = TextConfig(tokenizer=t.tokenizer) == t
-    params = {"freeze": True, "layer": "penultimate"} | ({} if published else {**sizes, "layers": t.layers, "heads": t.heads})
+    params = {"freeze": True, "layer": "penultimate"} | (
+        {} if published else {**sizes, "layers": t.layers} | ({"heads": t.heads} if t.heads else {})
+    )
     return {"target": "lvdm.modules.encoders.condition.FrozenOpenCLIPEmbedder", "params": params}

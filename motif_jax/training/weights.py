@@ -7,6 +7,8 @@ import jax
 import numpy as np
 
 from motif_jax.config import Config, UserError, from_json
+from motif_jax.interop.files import Lazy
+from motif_jax.interop.imported import CONTENTS, is_imported, read_imported
 from motif_jax.models.networks import Networks, Params
 from motif_jax.training.checkpoint import Checkpoints, latest_step
 
@@ -34,7 +36,7 @@ def initial_weights(config: Config, networks: Networks, trained: bool = True) ->
                 "checkpoint (docs/weights.md), or use autoencoder.kind='pixel' and text.kind='words'"
             )
         return Weights(networks.denoiser.init(key) if trained else {}, networks.init_frozen(key))
-    loaded = load(config.init_from)
+    loaded = load(config.init_from) if trained else load_frozen(config.init_from)
     missing = [name for name in need if name not in loaded]
     if missing:
         raise UserError(f"init_from={config.init_from}: holds no weights of the {' and '.join(missing)}")
@@ -49,19 +51,48 @@ def initial_weights(config: Config, networks: Networks, trained: bool = True) ->
     return Weights(denoiser, frozen)
 
 
-def load(directory: str | pathlib.Path) -> dict[str, Params]:
-    """{"denoiser": ..., maybe "autoencoder", "text"} from a work directory (its average if it keeps one)."""
+def load(directory: str | pathlib.Path, kind: str = "best") -> dict[str, Params]:
+    """{"denoiser": ..., maybe "autoencoder", "text"} from a work directory or the directory of an import.
+
+    kind, of a work directory: its average ("ema"), its raw weights ("raw"), or "best", the average if it keeps one. Its frozen
+    networks are those of its own `init_from`. Raises UserError.
+    """
     directory = pathlib.Path(directory)
-    if not (directory / "config.json").exists():
-        raise UserError(f"{directory}: no config.json there; expected a work directory of motif_jax.main")
-    config = from_json((directory / "config.json").read_text())
+    if is_imported(directory):
+        if kind != "best":
+            raise UserError(f"{directory}: an import holds one set of weights, not {kind}")
+        return read_imported(directory)
+    config = read_config(directory)
+    averaged = config.ema.decay > 0
+    if kind == "ema" and not averaged:
+        raise UserError(f"{directory}: keeps no average (ema.decay is 0); use the raw weights")
+    name = "params" if kind == "raw" or not averaged else "ema"
     step = latest_step(directory)
     if step is None:
         raise UserError(f"{directory}: holds no checkpoint yet; train first")
     checkpoints = Checkpoints(directory, read_only=True)
-    found = checkpoints.restore_weights(step, ("ema", "params") if config.ema.decay == 0 else ("ema",))
-    checkpoints.close()
-    return {"denoiser": found.get("ema") or found["params"]}
+    try:
+        found = checkpoints.restore_weights(step, (name,))
+    finally:
+        checkpoints.close()
+    return {"denoiser": found[name], **load_frozen(config.init_from)}
+
+
+def load_frozen(directory: str | pathlib.Path) -> dict[str, Params]:
+    """The "autoencoder" and "text" of an `init_from`, through the work directories that started from one another."""
+    if not str(directory) or not pathlib.Path(directory).exists():
+        return {}
+    if is_imported(directory):
+        return {name: params for name, params in read_imported(directory).items() if name != "denoiser"}
+    return load_frozen(read_config(directory).init_from)
+
+
+def read_config(directory: str | pathlib.Path) -> Config:
+    """The configuration of a work directory. Raises UserError."""
+    path = pathlib.Path(directory) / "config.json"
+    if not path.exists():
+        raise UserError(f"{directory}: holds neither config.json (a work directory of motif_jax.main) nor {CONTENTS} (an import)")
+    return from_json(path.read_text())
 
 
 def fit(params: Params, shapes: dict[str, jax.ShapeDtypeStruct], source: str, inflate: str = "") -> Params:
@@ -79,4 +110,5 @@ def fit(params: Params, shapes: dict[str, jax.ShapeDtypeStruct], source: str, in
     bad += [f"{k} is {params[k].shape}, not {shapes[k].shape}" for k in shapes.keys() & params.keys() if params[k].shape != shapes[k].shape]
     if bad:
         raise UserError(f"{source}: weights do not fit the configuration:\n  " + "\n  ".join(sorted(bad)))
-    return {k: params[k] for k in shapes}
+    # What an import holds is read from its file here.
+    return {k: np.array(v) if isinstance(v := params[k], Lazy) else v for k in shapes}

@@ -1,0 +1,60 @@
+"""Weights from PyTorch and back:
+
+python -m motif_jax.convert import --kind=videocrafter|dynamicrafter|openclip|autoencoder|raft --input=FILE --output=DIR [--yaml=FILE]
+    reads a .ckpt, .pth or .safetensors file; DIR then serves as --config.init_from (raft: DIR/raft.safetensors as
+    --config.prepare.flow_weights). Without the reference's YAML the networks are read off the shapes of the tensors.
+python -m motif_jax.convert export --workdir=DIR --output=FILE.safetensors|.ckpt [--weights=ema|raw] [--frozen]
+    writes the U-Net (--frozen: also autoencoder and text tower) in the reference's names, and FILE.yaml. DIR may be an import.
+"""
+
+import signal
+import sys
+
+from absl import app, flags, logging
+
+KIND = flags.DEFINE_enum("kind", None, ["videocrafter", "dynamicrafter", "openclip", "autoencoder", "raft"], "import: what the file holds")
+INPUT = flags.DEFINE_string("input", None, "import: a .ckpt, .pth or .safetensors file")
+YAML = flags.DEFINE_string("yaml", None, "import: the reference's configuration of that file")
+WORKDIR = flags.DEFINE_string("workdir", None, "export: work directory of a run, or the directory of an import")
+WEIGHTS = flags.DEFINE_enum("weights", None, ["ema", "raw"], "export: averaged or raw weights (default: averaged if the run keeps them)")
+FROZEN = flags.DEFINE_boolean("frozen", False, "export: also write the autoencoder and the text tower")
+OUTPUT = flags.DEFINE_string("output", None, "import: a directory; export: FILE.safetensors or FILE.ckpt")
+
+FLAGS = {"import": {"kind", "input", "yaml", "output"}, "export": {"workdir", "weights", "frozen", "output"}}
+REQUIRED = {"import": ("kind", "input", "output"), "export": ("workdir", "output")}
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) != 2 or argv[1] not in FLAGS:
+        raise app.UsageError("expected `import` or `export`" + (f", not {' '.join(argv[1:])!r}" if argv[1:] else ""))
+    command = argv[1]
+    given = flags.FLAGS
+    if absent := [name for name in REQUIRED[command] if not given[name].value]:
+        raise app.UsageError(f"{command} needs " + ", ".join(f"--{name}" for name in absent))
+    if foreign := sorted(name for name in set().union(*FLAGS.values()) - FLAGS[command] if given[name].present):
+        raise app.UsageError(f"{command} does not take " + ", ".join(f"--{name}" for name in foreign))
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # Orbax and JAX tell every detail
+    for stop in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(stop, lambda *_: sys.exit(f"motif_jax.convert: stopped; {OUTPUT.value} was not written"))
+    from motif_jax.config import UserError
+
+    try:
+        if command == "import":
+            from motif_jax.interop.imported import import_checkpoint
+
+            for name, (tensors, parameters) in import_checkpoint(KIND.value, INPUT.value, OUTPUT.value, YAML.value).items():
+                print(f"{OUTPUT.value}/{name}.safetensors: {tensors} tensors, {parameters:,} parameters")
+        else:
+            from motif_jax.training.export import export
+
+            yaml, tensors, remarks = export(WORKDIR.value, OUTPUT.value, WEIGHTS.value or "best", FROZEN.value)
+            print(f"{OUTPUT.value}: {tensors} tensors; {yaml}")
+            for remark in remarks:
+                print(f"note: {remark}")
+    except UserError as error:
+        sys.exit(f"motif_jax.convert: {error}")
+
+
+if __name__ == "__main__":
+    app.run(main)
