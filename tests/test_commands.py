@@ -31,6 +31,7 @@ SMALL = [
     "--config.diffusion.loss_space=x0",
     "--config.batch_size=4",
     "--config.steps=300",
+    "--config.learning_rate=2e-4",
     "--config.log_every=10",
     "--config.checkpoint.every=40",
     "--config.eval.every=100",
