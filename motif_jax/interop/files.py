@@ -116,12 +116,12 @@ def _read_pytorch(path: pathlib.Path) -> dict[str, Lazy]:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
-        if asked := re.search(r"GLOBAL (\S+) was not an allowed", str(error)):
+        if asked := re.search(r"(?:GLOBAL|function) (\S+)", str(error)):
             raise UserError(
                 f"{path}: refused, because reading it would run code: it asks for {asked[1]}. Only tensors in plain dicts are read; "
                 "save its state_dict alone, or as .safetensors, where you trust it"
             ) from error
-        reason = str(error).strip().partition("\n")[0]
+        reason = (re.search(r"WeightsUnpickler error: (.+)", str(error)) or re.search("(.*)", str(error).strip()))[1]
         raise UserError(f"{path}: is not a PyTorch checkpoint of tensors, or damaged ({reason})") from error
     for key in ("module", "state_dict"):
         if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):

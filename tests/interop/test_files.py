@@ -1,0 +1,178 @@
+"""Weight files: what one library writes the other reads, and what a damaged or dangerous file says."""
+
+import os
+import pathlib
+import struct
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from motif_jax.config import UserError
+from motif_jax.interop import files
+
+RNG = np.random.default_rng(0)
+TENSORS = {
+    "b.weight": RNG.normal(size=(3, 2, 5)).astype(np.float32),
+    "a.half": RNG.normal(size=7).astype(np.float16),
+    "a.double": RNG.normal(size=(2, 2)),
+    "scalar": np.asarray(3.5, np.float32),
+    "empty": np.zeros((0, 4), np.float32),
+    "count": np.arange(3, dtype=np.int64),
+    "brain": RNG.normal(size=(2, 3)).astype(jnp.bfloat16),
+}
+
+
+def same(found, expected):
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        array = np.asarray(found[name])
+        assert (array.dtype, array.shape, array.tobytes()) == (tensor.dtype, tensor.shape, tensor.tobytes()), name
+        assert (found[name].dtype, tuple(found[name].shape)) == (tensor.dtype, tensor.shape), name
+
+
+def test_the_library_reads_what_we_write(tmp_path):
+    digest = files.write_safetensors(tmp_path / "x.safetensors", TENSORS)
+    same(safetensors.numpy.load_file(tmp_path / "x.safetensors"), TENSORS)
+    assert digest == files.sha256(tmp_path / "x.safetensors")
+    assert os.listdir(tmp_path) == ["x.safetensors"]
+
+
+def test_we_read_what_the_library_writes(tmp_path):
+    safetensors.numpy.save_file(TENSORS, tmp_path / "x.safetensors", metadata={"format": "pt"})
+    same(files.read_tensors(tmp_path / "x.safetensors"), TENSORS)
+
+
+def test_a_tensor_is_read_when_it_is_asked_for(tmp_path):
+    files.write_safetensors(tmp_path / "x.safetensors", {"a": np.zeros(8, np.float32)})
+    tensor = files.read_tensors(tmp_path / "x.safetensors")["a"]
+    files.write_safetensors(tmp_path / "x.safetensors", {"a": np.ones(8, np.float32)})
+    assert np.asarray(tensor).sum() == 8
+
+
+@pytest.mark.parametrize("length", [0, 5, 40, -1])
+def test_truncated_safetensors(tmp_path, length):
+    path = tmp_path / "x.safetensors"
+    files.write_safetensors(path, TENSORS)
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(UserError, match=r"x\.safetensors: is not a .safetensors file, or incomplete"):
+        files.read_tensors(path)
+
+
+def test_a_header_that_lies_about_sizes(tmp_path):
+    header = b'{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,8]}}'
+    (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
+    with pytest.raises(UserError, match="incomplete"):
+        files.read_tensors(tmp_path / "x.safetensors")
+
+
+def test_absent_other_and_empty_files(tmp_path):
+    with pytest.raises(UserError, match=r"none\.ckpt: there is no such file"):
+        files.read_tensors(tmp_path / "none.ckpt")
+    (tmp_path / "x.npz").write_bytes(b"")
+    with pytest.raises(UserError, match=r"must be a \.safetensors, \.ckpt, \.pth or \.pt file"):
+        files.read_tensors(tmp_path / "x.npz")
+    files.write_safetensors(tmp_path / "x.safetensors", {})
+    with pytest.raises(UserError, match="holds no tensors"):
+        files.read_tensors(tmp_path / "x.safetensors")
+
+
+def test_a_failed_write_leaves_the_old_file_alone(tmp_path):
+    path = tmp_path / "x.safetensors"
+    files.write_safetensors(path, {"a": np.ones(2, np.float32)})
+    before = path.read_bytes()
+
+    def fail():
+        raise OSError("no space left on device")
+
+    broken = files.Lazy((2,), np.dtype(np.float32), fail)
+    with pytest.raises(OSError, match="no space"):
+        files.write_safetensors(path, {"a": np.zeros(2, np.float32), "b": broken})
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["x.safetensors"]
+
+
+def test_deepspeed_names_lose_their_prefix(tmp_path):
+    files.write_safetensors(tmp_path / "x.safetensors", {"_forward_module." + name: tensor for name, tensor in TENSORS.items()})
+    same(files.read_tensors(tmp_path / "x.safetensors"), TENSORS)
+
+
+def test_without_pytorch(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    (tmp_path / "x.ckpt").write_bytes(b"PK")
+    with pytest.raises(UserError, match=r"install torch to read it, or convert it to \.safetensors elsewhere"):
+        files.read_tensors(tmp_path / "x.ckpt")
+    with pytest.raises(UserError, match=r"install torch to write it, or choose \.safetensors"):
+        files.write_pytorch(tmp_path / "y.ckpt", TENSORS)
+    assert os.listdir(tmp_path) == ["x.ckpt"]
+
+
+LAYOUTS = {
+    "bare": lambda state: state,
+    "lightning": lambda state: {"state_dict": state, "epoch": 3, "global_step": 10},
+    "deepspeed": lambda state: {"module": {"_forward_module." + name: tensor for name, tensor in state.items()}, "lr_scheduler": None},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("zipped", [True, False])
+def test_pytorch_layouts(tmp_path, layout, zipped):
+    torch = pytest.importorskip("torch")
+    tensors = {name: tensor for name, tensor in TENSORS.items() if name != "brain"}
+    state = {name: torch.from_numpy(tensor) for name, tensor in tensors.items()}
+    state["brain"] = torch.from_numpy(TENSORS["brain"].astype(np.float32)).bfloat16()
+    torch.save(LAYOUTS[layout](state), tmp_path / "x.pth", _use_new_zipfile_serialization=zipped)
+    same(files.read_tensors(tmp_path / "x.pth"), tensors | {"brain": TENSORS["brain"].astype(np.float32)})
+
+
+def test_what_we_write_pytorch_reads(tmp_path):
+    torch = pytest.importorskip("torch")
+    tensors = {name: tensor for name, tensor in TENSORS.items() if name != "brain"}
+    files.write_pytorch(tmp_path / "x.ckpt", tensors)
+    found = torch.load(tmp_path / "x.ckpt", weights_only=True)
+    assert found.keys() == {"state_dict"}
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(found["state_dict"][name].numpy(), tensor)
+
+
+class Harmful:
+    def __init__(self, call):
+        self.call = call
+
+    def __reduce__(self):
+        return self.call, ("executed",)
+
+
+@pytest.mark.parametrize(
+    ("call", "name"), [(os.mkdir, "(posix|nt).mkdir"), (pathlib.Path.mkdir, "pathlib.Path|getattr"), (eval, r"\S*eval")]
+)
+def test_a_file_that_would_run_code_is_refused(tmp_path, monkeypatch, call, name):
+    torch = pytest.importorskip("torch")
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": {"a": torch.zeros(2)}, "callback": Harmful(call)}, "x.ckpt")
+    with pytest.raises(UserError, match=rf"x\.ckpt: refused, because reading it would run code: it asks for ({name})"):
+        files.read_tensors("x.ckpt")
+    assert os.listdir() == ["x.ckpt"]
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.99])
+def test_truncated_pytorch_files(tmp_path, zipped, share):
+    torch = pytest.importorskip("torch")
+    path = tmp_path / "x.ckpt"
+    torch.save({"a": torch.zeros(1000)}, path, _use_new_zipfile_serialization=zipped)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(share * len(whole))])
+    with pytest.raises(UserError, match=r"x\.ckpt: is (incomplete|not a PyTorch checkpoint of tensors, or damaged)"):
+        files.read_tensors(path)
+
+
+def test_something_else_in_a_pytorch_file(tmp_path):
+    torch = pytest.importorskip("torch")
+    torch.save({"epoch": 3, "a": torch.zeros(2)}, tmp_path / "x.pth")
+    with pytest.raises(UserError, match=r"holds no state dict.*'int'"):
+        files.read_tensors(tmp_path / "x.pth")
+    torch.save([torch.zeros(2)], tmp_path / "x.pth")
+    with pytest.raises(UserError, match=r"holds no state dict.*'list'"):
+        files.read_tensors(tmp_path / "x.pth")
