@@ -14,26 +14,30 @@ def get_config() -> ConfigDict:
     config = ConfigDict(to_dict(Config()))
     config.name = "quickstart"
     config.dtype = "float32"
-    config.steps = 3000
+    config.steps = 1400
     config.batch_size = 16
     config.learning_rate = 1.5e-3
-    config.optimizer.update(warmup_steps=100, grad_clip=1.0)
+    config.optimizer.update(warmup_steps=100, grad_clip=1.0, schedule="cosine")
     config.ema.decay = 0.995
-    config.log_every = 50
+    config.log_every = 20
 
-    # 8 frames of 32x32; latents are 4x4 blocks of pixels; one token covers a block over the whole clip.
+    # 8 frames of 32x32; latents are blocks of 8x8 pixels with their colours as channels.
     config.data.update(frames=8, height=32, width=32)
-    config.prepare.update(flow="exact", flow_stride=4, image_format="png", clips_per_shard=1000)
-    config.autoencoder.update(kind="pixel", factor=4, z_channels=48, scale_factor=1.0)
+    config.prepare.update(flow="exact", flow_stride=8, image_format="png", clips_per_shard=1000)
+    config.autoencoder.update(kind="pixel", factor=8, z_channels=192, scale_factor=1.0)
     config.text.update(kind="words", vocab_size=4096, context_length=8, width=64)
-    config.backbone = "dit"
-    config.dit.update(width=128, depth=4, num_head_channels=32, patch=(8, 1, 1))
 
-    # The network puts out clean latents, the loss is on v. A shape's speed is the fastest thing in its clip.
-    config.diffusion.update(prediction="x0", loss_space="v")
+    # The paper's U-Net with one level; time passes through the temporal convolutions alone, and every clip has 8 frames a second.
+    config.unet.update(in_channels=384, out_channels=192, context_dim=64)
+    config.unet.update(model_channels=64, channel_mult=(1,), num_res_blocks=1, attention_resolutions=(1,), num_head_channels=16)
+    config.unet.update(norm_groups=8, temporal_attention=False, addition_attention=False, fps_cond=False, temporal_dropout=0.0)
+
+    # The network puts out clean latents, and so does the loss compare: a 64-channel network cannot pass on the noise of 192.
+    config.diffusion.prediction = "x0"
+    # A shape's speed is the fastest thing in its clip, 1.6 pixels a frame: far below 5 % of the diagonal.
     config.loss.update(heatmap="flow", intensity="clip_max", motion_weight=1.0)
 
-    config.checkpoint.every = 500
-    config.eval.update(every=500, batches=2, buckets=5)
-    config.sample.update(every=1500, count=4, steps=20, guidance=2.0)
+    config.checkpoint.every = 350
+    config.eval.update(every=350, batches=4, buckets=5)
+    config.sample.update(every=700, count=4, steps=12, guidance=2.0)
     return config.lock()

@@ -10,5 +10,5 @@ export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
 config=configs/quickstart.py
 python -m motif_jax.prepare --config="$config" --source=synthetic:quickstart:8000 --output="$run/data"
 python -m motif_jax.main --config="$config" --workdir="$run" --config.data.path="$run/data"
-python -m motif_jax.bench synthetic --workdir="$run"
+python -m motif_jax.bench synthetic --workdir="$run" --count=64
 echo "open $run/report.html"

@@ -44,7 +44,9 @@ class Block(nnx.Module):
         self.attn2 = Attention(width, context_width, heads, config.num_head_channels, implementation=implementation, **kwargs)
         self.mlp = Mlp(width, 4 * width, width, jax.nn.gelu, **kwargs)
 
-    def __call__(self, x_BNC: Float[Array, "B N C"], emb_BC: Float[Array, "B C"], context_BLD: Float[Array, "B L D"]) -> Float[Array, "B N C"]:
+    def __call__(
+        self, x_BNC: Float[Array, "B N C"], emb_BC: Float[Array, "B C"], context_BLD: Float[Array, "B L D"]
+    ) -> Float[Array, "B N C"]:
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(self.modulation(jax.nn.silu(emb_BC))[:, None], 6, axis=-1)
         x_BNC = x_BNC + gate1 * self.attn1(self.norm1(x_BNC) * (1 + scale1) + shift1)
         x_BNC = x_BNC + self.attn2(self.norm2(x_BNC), context_BLD)

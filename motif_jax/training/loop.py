@@ -84,6 +84,7 @@ class Log:
         self._writer, self._config = writer, config
         self._window: list[dict[str, Any]] = []
         self._wait = 0.0
+        self._untimed = 0
         self._start = time.perf_counter()
 
     def add(self, metrics: dict[str, Any], wait: float) -> None:
@@ -103,26 +104,29 @@ class Log:
                     f"{name} is {value} in steps {step - len(window) + 1} to {step}: training stops. The checkpoints before are good; "
                     "lower learning_rate, set optimizer.grad_clip, or check the data, then run the same command again"
                 )
-        per_step = elapsed / len(window)
-        means |= {
-            "seconds_per_step": per_step,
-            "clips_per_second": self._config.batch_size / per_step,
-            "input_wait": self._wait / elapsed,
-            "clips": step * self._config.batch_size,
-        }
+        means["clips"] = step * self._config.batch_size
+        status = f"step {step}/{self._config.steps}  loss {means['loss']:.4f}"
+        timed = len(window) - self._untimed
+        if timed:
+            per_step = elapsed / timed
+            speed = self._config.batch_size / per_step
+            means |= {"seconds_per_step": per_step, "clips_per_second": speed, "input_wait": self._wait / elapsed}
+            status += f"  {per_step:.3f} s/step  {speed:.1f} clips/s  input wait {100 * means['input_wait']:.1f} %"
+            status += f"  {(self._config.steps - step) * per_step / 60:.1f} min left"
         if self._writer:
             self._writer.write(step, means)
-            left = (self._config.steps - step) * per_step
-            print(
-                f"step {step}/{self._config.steps}  loss {means['loss']:.4f}  {per_step:.3f} s/step  "
-                f"{means['clips_per_second']:.1f} clips/s  input wait {100 * means['input_wait']:.1f} %  {left / 60:.1f} min left",
-                flush=True,
-            )
+            print(status, flush=True)
         self.restart()
 
     def restart(self) -> None:
         """Starts the next window now, so that time spent on evaluation or saving is not counted as training."""
-        self._window, self._wait, self._start = [], 0.0, time.perf_counter()
+        self._window, self._wait, self._untimed, self._start = [], 0.0, 0, time.perf_counter()
+
+    def compiled(self) -> None:
+        """Says how long the process' first step took and leaves it out of the speed of its window."""
+        seconds = time.perf_counter() - self._start
+        self._wait, self._untimed, self._start = 0.0, len(self._window), time.perf_counter()
+        print(f"first step after {seconds:.1f} s (compilation)", flush=True)
 
 
 def make_state(config: Config, networks: Networks, mesh: Mesh, optimizer: optax.GradientTransformation):
@@ -238,6 +242,9 @@ def train(config: Config, workdir: str | pathlib.Path) -> None:
                 state, metrics = train_step(state, frozen, global_batch(batch, mesh))
                 step += 1
                 log.add(metrics, wait)
+                if before is None:
+                    jax.block_until_ready(metrics)
+                    log.compiled()
                 jax.block_until_ready(before)  # the host runs one step ahead, no more
                 before = metrics
                 if step % config.log_every == 0:
