@@ -51,8 +51,7 @@ class Lazy:
     read: Callable[[], np.ndarray]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        array = self.read()
-        return array.astype(dtype) if dtype is not None and array.dtype != dtype else array
+        return np.array(self.read(), dtype, copy=copy)
 
 
 def read_tensors(path: str | pathlib.Path) -> dict[str, Lazy]:

@@ -52,6 +52,13 @@ def test_a_tensor_is_read_when_it_is_asked_for(tmp_path):
     assert np.asarray(tensor).sum() == 8
 
 
+def test_a_copy_is_a_copy(tmp_path):
+    files.write_safetensors(tmp_path / "x.safetensors", {"a": np.zeros(8, np.float32)})
+    copy = np.array(files.read_tensors(tmp_path / "x.safetensors")["a"])
+    copy += 1  # a mapping of the file is read-only
+    assert np.asarray(files.read_tensors(tmp_path / "x.safetensors")["a"]).sum() == 0
+
+
 @pytest.mark.parametrize("length", [0, 5, 40, -1])
 def test_truncated_safetensors(tmp_path, length):
     path = tmp_path / "x.safetensors"

@@ -1,0 +1,263 @@
+"""From a checkpoint to the directory of an import and back: bit for bit, or one error and nothing written."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+import yaml
+from flax import nnx
+
+from motif_jax.config import AutoencoderConfig, TextConfig, UNetConfig, UserError
+from motif_jax.interop import autoencoder, files, imported, names, openclip, raft, reference, unet
+from motif_jax.interop.imported import import_checkpoint, imported_settings, read_imported
+from motif_jax.interop.settings import Settings, read_yaml, to_yaml
+from motif_jax.models.autoencoder import make_autoencoder
+from motif_jax.models.text import make_text_tower
+from motif_jax.models.unet3d import UNet3D
+from motif_jax.training.export import export
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+SETTINGS = Settings(
+    UNetConfig(in_channels=4, model_channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(1,), num_head_channels=4,
+               context_dim=8),
+    AutoencoderConfig(ch=32, ch_mult=(1, 2), factor=2, num_res_blocks=1),
+    TextConfig(vocab_size=11, context_length=5, width=8, layers=2, heads=2),
+    reference.VIDEOCRAFTER,
+)  # fmt: skip
+
+
+def tensors(make, prefix="", seed=0):
+    """Random tensors in PyTorch's layout for a network."""
+    rng = np.random.default_rng(seed)
+    state = nnx.to_pure_dict(nnx.state(nnx.eval_shape(make), nnx.Param))
+    paths = [(names.dotted(path), leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(state)]
+    return {prefix + names.torch_name(p): rng.normal(size=names.torch_shape(p, s)).astype(np.float32) for p, s in paths}
+
+
+@pytest.fixture(scope="module")
+def networks():
+    return {
+        "denoiser": tensors(lambda: UNet3D(SETTINGS.unet, rngs=nnx.Rngs(0)), unet.PREFIX),
+        "autoencoder": tensors(lambda: make_autoencoder(SETTINGS.autoencoder, nnx.Rngs(0)), autoencoder.PREFIX),
+        "text": tensors(lambda: make_text_tower(SETTINGS.text, nnx.Rngs(0)), openclip.PREFIX),
+    }
+
+
+@pytest.fixture(scope="module")
+def model(networks):
+    """A whole checkpoint with what else the published ones hold."""
+    buffers = {"betas": np.zeros(1000, np.float32), "scale_arr": np.ones(1400, np.float32), "logvar": np.zeros(1000, np.float32)}
+    other = {"model_ema.decay": np.zeros((), np.float32), "cond_stage_model.model.attn_mask": np.zeros((5, 5), np.float32)}
+    return networks["denoiser"] | networks["autoencoder"] | networks["text"] | buffers | other
+
+
+def save(path, state):
+    safetensors.numpy.save_file(state, path)
+    return path
+
+
+def same(found, expected):
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert np.asarray(found[name]).tobytes() == tensor.tobytes() and tuple(found[name].shape) == tensor.shape, name
+
+
+@pytest.mark.parametrize("with_yaml", [True, False])
+def test_there_and_back(tmp_path, networks, model, with_yaml):
+    source = save(tmp_path / "model.safetensors", model)
+    (tmp_path / "model.yaml").write_text(to_yaml(SETTINGS))
+    counts = import_checkpoint("videocrafter", source, tmp_path / "in", tmp_path / "model.yaml" if with_yaml else None)
+    assert counts == {n: (len(part), sum(t.size for t in part.values())) for n, part in networks.items()}
+    assert sorted(os.listdir(tmp_path / "in")) == ["autoencoder.safetensors", "denoiser.safetensors", "imported.json", "text.safetensors"]
+    contents = json.loads((tmp_path / "in/imported.json").read_text())["networks"]
+    assert contents["text"]["sha256"] == files.sha256(tmp_path / "in/text.safetensors")
+    assert contents["denoiser"]["source_sha256"] == files.sha256(source)
+
+    found = imported_settings(tmp_path / "in")
+    assert (found.unet, found.diffusion) == (SETTINGS.unet, SETTINGS.diffusion)
+    assert found.autoencoder == SETTINGS.autoencoder and found.text.width == 8 and found.text.heads == (2 if with_yaml else 0)
+
+    _, count, remarks = export(tmp_path / "in", tmp_path / "out/all.safetensors", frozen=True)
+    whole = networks["denoiser"] | networks["autoencoder"] | networks["text"]
+    same(safetensors.numpy.load_file(tmp_path / "out/all.safetensors"), whole)
+    assert count == len(whole) and not remarks
+    assert read_yaml(tmp_path / "out/all.yaml").unet == SETTINGS.unet
+    export(tmp_path / "in", tmp_path / "out/unet.safetensors")
+    same(safetensors.numpy.load_file(tmp_path / "out/unet.safetensors"), networks["denoiser"])
+    import_checkpoint("videocrafter", tmp_path / "out/all.safetensors", tmp_path / "again", tmp_path / "out/all.yaml")
+    for name in networks:
+        assert (tmp_path / f"again/{name}.safetensors").read_bytes() == (tmp_path / f"in/{name}.safetensors").read_bytes()
+
+
+def test_through_pytorch(tmp_path, networks, model):
+    """torch -> jax -> torch, through .ckpt files, DeepSpeed's layout in."""
+    torch = pytest.importorskip("torch")
+    state = {"_forward_module." + name: torch.from_numpy(tensor) for name, tensor in model.items()}
+    torch.save({"module": state, "global_step": 7}, tmp_path / "model.ckpt")
+    import_checkpoint("videocrafter", tmp_path / "model.ckpt", tmp_path / "in")
+    export(tmp_path / "in", tmp_path / "out.ckpt", frozen=True)
+    found = torch.load(tmp_path / "out.ckpt", weights_only=True)["state_dict"]
+    same({n: t.numpy() for n, t in found.items()}, networks["denoiser"] | networks["autoencoder"] | networks["text"])
+
+
+def test_half_precision_is_widened(tmp_path, networks):
+    half = {name: tensor.astype(np.float16) for name, tensor in networks["denoiser"].items()}
+    import_checkpoint("videocrafter", save(tmp_path / "x.safetensors", half), tmp_path / "in")
+    export(tmp_path / "in", tmp_path / "out.safetensors")
+    same(safetensors.numpy.load_file(tmp_path / "out.safetensors"), {n: t.astype(np.float32) for n, t in half.items()})
+
+
+def test_networks_one_by_one_share_a_directory(tmp_path, networks):
+    bare = {name: {n.removeprefix(reference.TABLES[name].PREFIX): t for n, t in part.items()} for name, part in networks.items()}
+    kinds = {"denoiser": "videocrafter", "autoencoder": "autoencoder", "text": "openclip"}
+    extra = {"visual.conv1.weight": np.zeros(3, np.float32)}  # a whole OpenCLIP file
+    for name, kind in kinds.items():
+        source = save(tmp_path / f"{name}.safetensors", bare[name] | (extra if name == "text" else {}))
+        import_checkpoint(kind, source, tmp_path / "in")
+    assert read_imported(tmp_path / "in").keys() == kinds.keys()
+    before = {path.name: path.read_bytes() for path in (tmp_path / "in").iterdir()}
+    with pytest.raises(UserError, match="already holds text of another import"):
+        import_checkpoint("openclip", tmp_path / "text.safetensors", tmp_path / "in")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "in").iterdir()} == before
+
+
+def test_dynamicrafter_is_told_from_videocrafter(tmp_path, model):
+    config = UNetConfig(**{**vars(SETTINGS.unet), "in_channels": 8, "image_cross_attention": True})
+    image = tensors(lambda: UNet3D(config, rngs=nnx.Rngs(0)), unet.PREFIX)
+    image |= {"embedder.model.visual.proj": np.zeros(2, np.float32), "image_proj_model.latents": np.zeros(2, np.float32)}
+    with pytest.raises(UserError, match="has image cross attention; import it with --kind=dynamicrafter"):
+        import_checkpoint("videocrafter", save(tmp_path / "dc.safetensors", image), tmp_path / "in")
+    with pytest.raises(UserError, match="has no image cross attention; import it with --kind=videocrafter"):
+        import_checkpoint("dynamicrafter", save(tmp_path / "vc.safetensors", model), tmp_path / "in")
+    assert not (tmp_path / "in").exists()
+    import_checkpoint("dynamicrafter", tmp_path / "dc.safetensors", tmp_path / "in")
+    assert imported_settings(tmp_path / "in").unet == config
+    assert imported_settings(tmp_path / "in").diffusion.prediction == "v"
+
+
+def broken(model, change):
+    state = dict(model)
+    change(state)
+    return state
+
+
+BIAS, SMALL = unet.PREFIX + "out.0.bias", np.zeros(3, np.float32)
+WRONG = {
+    "an autoencoder alone": (lambda s: [s.pop(n) for n in list(s) if not n.startswith("first_stage")], "holds no U-Net, but autoencoder"),
+    "another network": (lambda s: (s.clear(), s.update({"layer1.0.conv1.weight": SMALL})), "holds no U-Net, autoencoder or"),
+    "a tensor missing": (lambda s: s.pop(BIAS), r"1 missing: out\.0\.bias \[32\]"),
+    "a tensor too many": (lambda s: s.update({unet.PREFIX + "x.y": SMALL}), r"1 left over: x\.y"),
+    "a strange tensor": (lambda s: s.update({"upscaler.w": SMALL}), r"1 tensors belong to no network known here: upscaler\.w"),
+    "another shape": (lambda s: s.update({BIAS: SMALL}), r"out\.0\.bias: \[3\] in the file, \[32\]"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_file_leaves_nothing_behind(tmp_path, model, case):
+    change, message = WRONG[case]
+    source = save(tmp_path / "x.safetensors", broken(model, change))
+    with pytest.raises(UserError, match=message):
+        import_checkpoint("videocrafter", source, tmp_path / "deep/in")
+    assert os.listdir(tmp_path) == ["x.safetensors"]
+
+
+def test_a_wrong_yaml_leaves_nothing_behind(tmp_path, model):
+    source = save(tmp_path / "x.safetensors", model)
+    text = yaml.safe_load(to_yaml(SETTINGS))
+    text["model"]["params"]["unet_config"]["params"]["channel_mult"] = [1, 2, 4]
+    (tmp_path / "x.yaml").write_text(yaml.safe_dump(text))
+    with pytest.raises(UserError, match=r"(?s)not those of the configured U-Net.* missing: .*the configuration is that of .*x\.yaml"):
+        import_checkpoint("videocrafter", source, tmp_path / "in", tmp_path / "x.yaml")
+    text["model"]["params"]["unet_config"]["params"] |= {"model_channels": 24, "channel_mult": [1, 2]}
+    (tmp_path / "x.yaml").write_text(yaml.safe_dump(text))
+    with pytest.raises(UserError, match=r"x\.yaml"):
+        import_checkpoint("videocrafter", source, tmp_path / "in", tmp_path / "x.yaml")
+    assert sorted(os.listdir(tmp_path)) == ["x.safetensors", "x.yaml"]
+
+
+def test_a_failing_disk_leaves_nothing_behind(tmp_path, model, monkeypatch):
+    source = save(tmp_path / "x.safetensors", model)
+    write, done = files.write_safetensors, []
+
+    def full(path, part):
+        if done:
+            raise OSError(28, "No space left on device")
+        done.append(path)
+        return write(path, part)
+
+    monkeypatch.setattr(imported.files, "write_safetensors", full)
+    with pytest.raises(UserError, match=r"cannot be written: .*No space left"):
+        import_checkpoint("videocrafter", source, tmp_path / "in")
+    assert done and os.listdir(tmp_path) == ["x.safetensors"]
+
+
+def test_an_output_that_is_something_else(tmp_path, model):
+    source = save(tmp_path / "x.safetensors", model)
+    with pytest.raises(UserError, match="is a file; name a directory"):
+        import_checkpoint("videocrafter", source, source)
+    with pytest.raises(UserError, match="is not empty and no import"):
+        import_checkpoint("videocrafter", source, tmp_path)
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad/imported.json").write_text("{")
+    with pytest.raises(UserError, match=r"imported\.json: cannot be read"):
+        read_imported(tmp_path / "bad")
+
+
+def test_a_half_written_import_is_refused_when_read(tmp_path, model):
+    import_checkpoint("videocrafter", save(tmp_path / "x.safetensors", model), tmp_path / "in")
+    whole = (tmp_path / "in/text.safetensors").read_bytes()
+    (tmp_path / "in/text.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"text\.safetensors: .*incomplete"):
+        read_imported(tmp_path / "in")
+    (tmp_path / "in/text.safetensors").unlink()
+    with pytest.raises(UserError, match=r"text\.safetensors: there is no such file"):
+        read_imported(tmp_path / "in")
+
+
+def test_raft_serves_as_flow_weights(tmp_path):
+    shapes = json.loads((ROOT / "tests/testdata/raft_names.json").read_text())["small"]["torchvision"]
+    rng = np.random.default_rng(0)
+    given = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    import_checkpoint("raft", save(tmp_path / "x.safetensors", given), tmp_path / "in")
+    model = raft.load_raft(tmp_path / "in/raft.safetensors", "small")
+    same(raft.to_reference(model, "torchvision"), given)
+    with pytest.raises(UserError, match=r"x\.safetensors: these are not RAFT weights"):
+        import_checkpoint("raft", save(tmp_path / "x.safetensors", {"a": np.zeros(2)}), tmp_path / "other")
+
+
+def command(*arguments):
+    done = subprocess.run([sys.executable, "-m", "motif_jax.convert", *arguments], cwd=ROOT, capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_the_command(tmp_path, networks, model):
+    source = save(tmp_path / "model.safetensors", model)
+    code, out, err = command("import", "--kind=videocrafter", f"--input={source}", f"--output={tmp_path}/in")
+    assert (code, err) == (0, "") and f"{len(networks['text'])} tensors" in out
+    code, out, err = command("export", f"--workdir={tmp_path}/in", f"--output={tmp_path}/out.safetensors")
+    assert (code, err) == (0, "") and "out.yaml" in out
+    same(safetensors.numpy.load_file(tmp_path / "out.safetensors"), networks["denoiser"])
+    source.write_bytes(source.read_bytes()[:1000])
+    code, out, err = command("import", "--kind=videocrafter", f"--input={source}", f"--output={tmp_path}/other")
+    assert code == 1 and not out and err.startswith("motif_jax.convert: ") and err.count("\n") == 1 and "incomplete" in err
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "expected `import` or `export`"),
+        (["translate"], "expected `import` or `export`, not 'translate'"),
+        (["import", "--kind=raft"], "import needs --input, --output"),
+        (["export", "--workdir=a", "--output=b", "--yaml=c"], "export does not take --yaml"),
+    ],
+)
+def test_wrong_commands(arguments, message):
+    code, _, err = command(*arguments)
+    assert code == 1 and message in err
