@@ -12,7 +12,6 @@ from jaxtyping import Int
 from motif_jax.config import TextConfig
 
 PAD, START = 0, 1  # of `words`; ids from 2 on are words
-OPENCLIP_END = 49407
 
 Tokenizer = Callable[[Sequence[str]], Int[np.ndarray, "N L"]]
 

@@ -1,0 +1,94 @@
+"""Attention against loops over heads and queries in NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from motif_jax.models import attention as module
+from motif_jax.models import layers
+from motif_jax.models.attention import Attention, attention
+from motif_jax.models.layers import Initializer
+
+
+@pytest.fixture(scope="module", autouse=True)
+def exact_products():
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
+def inputs(N=2, L=6, S=5, H=3, K=4, seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.normal(size=(N, length, H, K)).astype(np.float32) for length in (L, S, S)]
+
+
+def by_hand(q, k, v, causal=False):
+    out = np.zeros(q.shape)
+    for n, i, h in np.ndindex(*q.shape[:3]):
+        keys = slice(0, i + 1) if causal else slice(None)
+        weights = np.exp(k[n, keys, h].astype(np.float64) @ q[n, i, h] / q.shape[-1] ** 0.5)
+        out[n, i, h] = weights / weights.sum() @ v[n, keys, h]
+    return out
+
+
+@pytest.mark.parametrize("implementation", ["auto", "reference", "xla"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_is_its_definition(implementation, causal):
+    q, k, v = inputs(S=6)
+    np.testing.assert_allclose(attention(q, k, v, implementation, causal), by_hand(q, k, v, causal), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_blocks_of_queries_change_nothing(implementation, monkeypatch):
+    q, k, v = inputs(L=24)
+
+    def loss(q, k, v):
+        out = attention(q, k, v, implementation)
+        return jnp.sum(out**3), out
+
+    whole = jax.grad(loss, (0, 1, 2), has_aux=True)(q, k, v)
+    monkeypatch.setattr(module, "BLOCKWISE_FROM", 8)
+    monkeypatch.setattr(module, "QUERY_BLOCK", 8)
+    assert "scan" in str(jax.make_jaxpr(loss)(q, k, v))
+    blocks = jax.grad(loss, (0, 1, 2), has_aux=True)(q, k, v)
+    np.testing.assert_allclose(blocks[1], by_hand(q, k, v), rtol=1e-4, atol=1e-5)
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(blocks), strict=True):
+        np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-5)
+
+
+def test_softmax_is_float32_in_half_precision():
+    """Logits around 200 apart by less than bfloat16's step there still weigh differently."""
+    q = jnp.full((1, 1, 1, 64), 5.0, jnp.bfloat16)
+    k = jnp.stack([jnp.full((1, 1, 64), 5.0), jnp.full((1, 1, 64), 5.0).at[0, 0, 0].set(5.5)], 1).astype(jnp.bfloat16)
+    v = jnp.asarray([0.0, 1.0], jnp.bfloat16).reshape(1, 2, 1, 1)
+    weight = 1 / (1 + np.exp(-0.5 * 5 / 8))
+    for implementation in ("reference", "xla"):
+        out = attention(q, k, jnp.broadcast_to(v, k.shape), implementation)
+        np.testing.assert_allclose(np.asarray(out, np.float32), weight, rtol=1e-2)
+
+
+def test_the_choice_of_kernel():
+    half, full = jnp.zeros((1, 2, 1, 64), jnp.bfloat16), jnp.zeros((1, 2, 1, 64))
+    wide = jnp.zeros((1, 2, 1, 512), jnp.bfloat16)
+    choices = {}
+    for where in ("cpu", "tpu", "gpu"):
+        with layers.target_platform(where):
+            choices[where] = [module._choose(q) for q in (half, full, wide)]
+    assert choices == {"cpu": ["reference"] * 3, "tpu": ["xla"] * 3, "gpu": ["cudnn", "xla", "xla"]}
+
+
+def test_an_unknown_kernel_is_named():
+    with pytest.raises(ValueError, match="attention='flash'"):
+        attention(*inputs(), "flash")
+
+
+def test_heads_are_the_major_part_of_the_inner_axis():
+    """One head's part of the values is the contiguous slice of to_v; other heads do not see it."""
+    layer = Attention(8, 6, heads=2, head_width=4, init=Initializer(nnx.Rngs(0)), dtype=jnp.float32, implementation="reference")
+    rng = np.random.default_rng(0)
+    x, context = rng.normal(size=(2, 3, 8)).astype(np.float32), rng.normal(size=(2, 5, 6)).astype(np.float32)
+    q, k, v = (a @ np.asarray(w.kernel[...]) for a, w in ((x, layer.to_q), (context, layer.to_k), (context, layer.to_v)))
+    split = [a.reshape(2, -1, 2, 4) for a in (q, k, v)]
+    out = by_hand(*split).reshape(2, 3, 8) @ np.asarray(layer.to_out[0].kernel[...]) + layer.to_out[0].bias[...]
+    np.testing.assert_allclose(layer(x, context), out, rtol=1e-4, atol=1e-5)
