@@ -1,0 +1,206 @@
+"""Where a run's weights come from (an import, another run) and where they go (a PyTorch file)."""
+
+import dataclasses
+import lzma
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from motif_jax.config import CheckpointConfig, UserError, from_config_dict, to_dict, to_json
+from motif_jax.interop import unet
+from motif_jax.interop.imported import import_checkpoint
+from motif_jax.interop.settings import read_yaml
+from motif_jax.models.networks import Networks
+from motif_jax.training import weights
+from motif_jax.training.checkpoint import Checkpoints
+from motif_jax.training.export import export
+from motif_jax.training.state import TrainState
+
+
+def changed(config, **fields):
+    return from_config_dict({**to_dict(config), **fields})
+
+
+def random_params(networks, seed):
+    rng = np.random.default_rng(seed)
+    return {path: rng.normal(size=leaf.shape, scale=0.1).astype(np.float32) for path, leaf in networks.denoiser.shapes.items()}
+
+
+@pytest.fixture(scope="module")
+def make_run(tmp_path_factory, tiny):
+    """A function that writes the work directory of a run with the given configuration: (directory, raw weights, average)."""
+
+    def make(**overrides):
+        config = tiny(**overrides)
+        directory = tmp_path_factory.mktemp("run")
+        networks = Networks.of(config)
+        raw, average = random_params(networks, 1), random_params(networks, 2) if config.ema.decay else {}
+        (directory / "config.json").write_text(to_json(config))
+        checkpoints = Checkpoints(directory, CheckpointConfig())
+        state = TrainState(jnp.asarray(7), jax.tree.map(jnp.asarray, raw), jax.tree.map(jnp.asarray, average), {})
+        checkpoints.save(7, state, {"step": 7}, {})
+        checkpoints.close()
+        return directory, raw, average
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def run(make_run):
+    return make_run()
+
+
+def same(found, expected):
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        np.testing.assert_array_equal(np.asarray(found[name]), tensor, err_msg=name)
+
+
+def torch_layout(params):
+    return {unet.PREFIX + name: tensor for name, tensor in unet.to_torch(params).items()}
+
+
+def test_raw_and_averaged_weights(run, tmp_path):
+    directory, raw, average = run
+    for kind, expected in (("raw", raw), ("ema", average), ("best", average)):
+        same(weights.load(directory, kind)["denoiser"], expected)
+        _, count, remarks = export(directory, tmp_path / f"{kind}.safetensors", kind)
+        same(safetensors.numpy.load_file(tmp_path / f"{kind}.safetensors"), torch_layout(expected))
+        assert count == len(expected)
+        assert remarks == ["norms of 4 groups; the reference always has 32 and would compute something else"]
+
+
+def test_the_yaml_describes_the_run(run, tmp_path, tiny):
+    yaml, _, _ = export(run[0], tmp_path / "x.safetensors")
+    found, config = read_yaml(yaml), tiny()
+    assert (found.unet, found.autoencoder, found.text) == (config.unet, config.autoencoder, config.text)
+    assert found.diffusion == config.diffusion
+
+
+def test_pytorch_loads_it_strictly(run, tmp_path):
+    torch = pytest.importorskip("torch")
+    export(run[0], tmp_path / "x.ckpt", "raw")
+    found = torch.load(tmp_path / "x.ckpt", weights_only=True)["state_dict"]
+    same({name: tensor.numpy() for name, tensor in found.items()}, torch_layout(run[1]))
+
+
+def test_a_run_without_an_average(make_run, tmp_path):
+    directory, raw, _ = make_run(ema={"decay": 0.0})
+    same(weights.load(directory)["denoiser"], raw)
+    with pytest.raises(UserError, match=r"keeps no average \(ema\.decay is 0\); use the raw weights"):
+        export(directory, tmp_path / "x.safetensors", "ema")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_exported(run, make_run, tmp_path, tiny):
+    with pytest.raises(UserError, match=r"must end in \.safetensors or \.ckpt"):
+        export(run[0], tmp_path / "x.onnx")
+    with pytest.raises(UserError, match=r"holds neither config\.json"):
+        export(tmp_path, tmp_path / "x.safetensors")
+    dit = {"width": 16, "depth": 1, "num_head_channels": 8, "patch": [1, 1, 1]}
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.json").write_text(to_json(tiny(backbone="dit", dit=dit)))
+    with pytest.raises(UserError, match="trained with backbone='dit', which the reference does not have; only 'unet3d'"):
+        export(tmp_path / "run", tmp_path / "x.safetensors")
+    (tmp_path / "run/config.json").write_text(to_json(tiny()))
+    with pytest.raises(UserError, match="holds no checkpoint yet"):
+        export(tmp_path / "run", tmp_path / "x.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_failed_export_leaves_nothing_behind(run, tmp_path, monkeypatch):
+    def full(path, tensors):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("motif_jax.interop.files.write_safetensors", full)
+    with pytest.raises(UserError, match=r"cannot be written: .*No space left"):
+        export(run[0], tmp_path / "x.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_exported_run_comes_back_as_an_import(run, tmp_path, tiny):
+    export(run[0], tmp_path / "x.safetensors")
+    import_checkpoint("videocrafter", tmp_path / "x.safetensors", tmp_path / "in", tmp_path / "x.yaml")
+    config = changed(tiny(), init_from=str(tmp_path / "in"))
+    same(weights.initial_weights(config, Networks.of(config)).denoiser, run[2])
+
+
+def test_a_run_starts_from_another(run, tiny):
+    config = changed(tiny(), init_from=str(run[0]))
+    same(weights.initial_weights(config, Networks.of(config)).denoiser, run[2])
+
+
+def test_an_import_of_another_size_is_refused(run, tmp_path, tiny):
+    export(run[0], tmp_path / "x.safetensors")
+    import_checkpoint("videocrafter", tmp_path / "x.safetensors", tmp_path / "in", tmp_path / "x.yaml")
+    config = changed(tiny(), init_from=str(tmp_path / "in"))
+    wider = dataclasses.replace(config, unet=dataclasses.replace(config.unet, model_channels=24))
+    with pytest.raises(UserError, match=r"(?s)weights do not fit the configuration:.*input_blocks\.0\.0\.kernel is \(3, 3, 96, 16\)"):
+        weights.initial_weights(wider, Networks.of(wider))
+
+
+def test_new_input_channels_start_at_zero(run, tmp_path, tiny):
+    """4 -> 8 of the paper, here 48 -> 96: old columns copied, new ones zero, nothing else changed."""
+    kernel = "input_blocks.0.0.kernel"
+    old = dict(run[2]) | {kernel: run[2][kernel][:, :, :48]}
+    yaml, _, _ = export(run[0], tmp_path / "x.safetensors")
+    yaml.write_text(yaml.read_text().replace("in_channels: 96", "in_channels: 48"))
+    safetensors.numpy.save_file(torch_layout(old), tmp_path / "x.safetensors")
+    import_checkpoint("videocrafter", tmp_path / "x.safetensors", tmp_path / "in", yaml)
+    config = changed(tiny(), init_from=str(tmp_path / "in"))
+    found = weights.initial_weights(config, Networks.of(config)).denoiser
+    np.testing.assert_array_equal(found[kernel][:, :, :48], old[kernel])
+    assert not found.pop(kernel)[:, :, 48:].any()
+    same(found, {path: array for path, array in old.items() if path != kernel})
+
+
+@pytest.fixture(scope="module")
+def golden_import(shared, tmp_path_factory):
+    """The 4-channel tiny checkpoint of the reference, imported."""
+    directory = tmp_path_factory.mktemp("golden")
+    prefixes = {"unet": unet.PREFIX, "autoencoder": "first_stage_model.", "text": "cond_stage_model."}
+    state = {}
+    for name, prefix in prefixes.items():
+        packed = (shared / f"golden/videocrafter2/{name}_tiny.safetensors.xz").read_bytes()
+        state |= {prefix + key: tensor for key, tensor in safetensors.numpy.load(lzma.decompress(packed)).items()}
+    first = unet.PREFIX + "input_blocks.0.0.weight"
+    state[first] = np.ascontiguousarray(state[first][:, :4])
+    safetensors.numpy.save_file(state, directory / "x.safetensors")
+    import_checkpoint("videocrafter", directory / "x.safetensors", directory / "in")
+    return directory / "in"
+
+
+@pytest.mark.shared
+@pytest.mark.slow
+@pytest.mark.parametrize("image", ["repeat", "first"])
+def test_step_0_equals_the_text_to_video_model(shared, golden_import, image):
+    """A run that starts from the import gives the reference's own T2V output, whatever the image channels hold."""
+    config = from_config_dict(
+        {
+            "dtype": "float32",
+            "init_from": str(golden_import),
+            "data": {"frames": 4, "height": 64, "width": 128},
+            "unet": {
+                "in_channels": 9 if image == "first" else 8,
+                "model_channels": 32,
+                "num_res_blocks": 1,
+                "num_head_channels": 8,
+                "context_dim": 64,
+            },
+            "autoencoder": {"ch": 32},
+            "text": {"width": 64, "layers": 3, "heads": 4},
+            "condition": {"image": image},
+        }
+    )
+    networks = Networks.of(config)
+    params = weights.initial_weights(config, networks).denoiser
+    golden = np.load(shared / "golden/videocrafter2/unet_tiny_io.npz")
+    x, mask = np.moveaxis(golden["x8"], 1, -1), np.moveaxis(golden["mask"], 1, -1)
+    condition = x[..., 4:] if image == "repeat" else np.concatenate([x[..., 4:], mask], axis=-1)
+    with jax.default_matmul_precision("highest"):
+        output = jax.jit(networks.denoise)(params, x[..., :4], golden["t"], golden["context"], golden["fps"], condition)
+    expected = np.moveaxis(golden["out4"], 1, -1)
+    assert np.linalg.norm(output - expected) <= 1e-5 * np.linalg.norm(expected)
