@@ -1,0 +1,56 @@
+"""The mesh and the sharding table, on eight fake devices of another process where more than one device is needed."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import pytest
+from jax.sharding import PartitionSpec
+
+from motif_jax.config import MeshConfig
+from motif_jax.dist.mesh import AXES, make_mesh, partition
+
+EIGHT_DEVICES = """
+import jax, numpy as np
+from jax.sharding import PartitionSpec as P
+from motif_jax.config import MeshConfig
+from motif_jax.dist.mesh import global_batch, make_mesh, partition, shard_like_params
+
+mesh = make_mesh(MeshConfig(data=-1, fsdp=2, tensor=2))
+assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "context": 1, "tensor": 2}, mesh.shape
+assert partition("a.b.kernel", (3, 3, 64, 32), mesh) == P(None, None, "fsdp", "tensor")
+assert partition("a.kernel", (63, 32), mesh) == P(None, "tensor")  # 63 channels cannot be halved
+assert partition("a.bias", (32,), mesh) == P(None)
+tree = {"params": {"a.kernel": jax.ShapeDtypeStruct((64, 32), "float32")}, "count": jax.ShapeDtypeStruct((), "int32")}
+tree["mu"] = dict(tree["params"])
+shardings = shard_like_params(tree, {"a.kernel"}, mesh)
+assert shardings["mu"]["a.kernel"].spec == shardings["params"]["a.kernel"].spec == P("fsdp", "tensor")
+assert shardings["count"].spec == P()
+batch = global_batch({"x": np.arange(16.0).reshape(8, 2)}, mesh)["x"]
+assert {s.data.shape for s in batch.addressable_shards} == {(2, 2)}
+np.testing.assert_array_equal(batch, np.arange(16.0).reshape(8, 2))
+print("fine")
+"""
+
+
+def test_one_device_is_a_mesh_of_one():
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    assert dict(mesh.shape) == dict.fromkeys(AXES, 1)
+    assert partition("x.kernel", (4, 4), mesh) == PartitionSpec("fsdp", "tensor")
+
+
+def test_wrong_number_of_devices_is_named():
+    with pytest.raises(ValueError, match=r"data=3, fsdp=1, context=1, tensor=1\) needs 3 devices, but there are 1"):
+        make_mesh(MeshConfig(data=3), jax.devices()[:1])
+
+
+def test_unknown_parameter_is_an_error():
+    with pytest.raises(ValueError, match=r"no partition rule matches parameter 'a\.mystery' of shape \(3,\)"):
+        partition("a.mystery", (3,), make_mesh(MeshConfig(), jax.devices()[:1]))
+
+
+def test_eight_devices():
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", EIGHT_DEVICES], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "fine\n", done.stderr

@@ -1,0 +1,37 @@
+"""Metrics on disk: what was written is read back, lines of lost work are dropped, TensorBoard's own reader agrees."""
+
+import numpy as np
+import pytest
+
+from motif_jax.training.metrics import MetricWriter, read_lines
+
+
+def test_lines_and_events_agree(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    writer = MetricWriter(tmp_path)
+    writer.write(1, {"loss": 2.0, "bad": float("nan")})
+    writer.write(2, {"loss": np.float32(1.5)})
+    writer.write_image(2, "sheet", np.zeros((4, 6, 3), np.uint8))
+    writer.close()
+    assert read_lines(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 2.0, "bad": None}, {"step": 2, "loss": 1.5}]
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 2.0), (2, 1.5)]
+    assert (events.Images("sheet")[0].width, events.Images("sheet")[0].height) == (6, 4)
+
+
+def test_resuming_drops_lines_of_lost_work_and_half_a_line(tmp_path):
+    writer = MetricWriter(tmp_path)
+    for step in range(1, 6):
+        writer.write(step, {"loss": float(step)})
+    writer.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')
+    MetricWriter(tmp_path, start_step=3).close()
+    assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("text", ["", '{"step": 1'])
+def test_nothing_complete(tmp_path, text):
+    (tmp_path / "metrics.jsonl").write_text(text)
+    assert read_lines(tmp_path / "metrics.jsonl") == []
