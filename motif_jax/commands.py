@@ -7,6 +7,8 @@ from absl import app, flags, logging
 
 from motif_jax.config import UserError
 
+HELP = frozenset({"--help", "-help", "-h", "--helpshort", "--helpfull", "-?"})
+
 
 def run(name: str, main: Callable[[list[str]], None]) -> None:
     """Parses the flags and calls `main` with what is left; exits with 1 and "name: reason" on a mistake of the user's."""
@@ -14,6 +16,10 @@ def run(name: str, main: Callable[[list[str]], None]) -> None:
     def parse(arguments: list[str]) -> list[str]:
         try:
             return app.parse_flags_with_usage(arguments)
+        except SystemExit:
+            if HELP.intersection(arguments):  # absl has printed it, and calls that a failure
+                sys.exit(0)
+            raise
         except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:  # from a configuration file or an override of it
             reason = str(error.args[0] if error.args else error).strip("'\"").replace("\\n", " ")
             sys.exit(f"{name}: --config: {' '.join(reason.split())}")

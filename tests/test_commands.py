@@ -97,7 +97,7 @@ def lines(workdir, *names):
 
 
 def test_a_run_leaves_what_the_readme_says(trained):
-    assert {p.name for p in trained.iterdir()} >= {"config.json", "metrics.jsonl", "checkpoints", "samples", "report.html", "DONE"}
+    assert {p.name for p in trained.iterdir()} >= {"config.json", "metrics.jsonl", "checkpoints", "samples", "report.html", "parameters.txt", "DONE"}
     assert (trained / "samples" / "300" / "sheet.png").stat().st_size > 1000
     assert [step for step, _ in lines(trained, "eval/ratio")] == [0, 100, 200, 300]
     assert [step for step, *_ in lines(trained, "sample/mean_flow", "sample/mean_flow_data")] == [0, 150, 300]
@@ -188,6 +188,12 @@ def test_synthetic_benchmark(environment, trained):
     assert found["ceiling"]["moving"]["rates"]["direction_ok"]["rate"] == 1.0
     assert found["static"]["moving"]["rates"]["direction_ok"]["rate"] == 0.0
     assert "How often it does what it is told" in (trained / "report.html").read_text()
+
+
+@pytest.mark.parametrize("module", ["main", "prepare", "sample", "convert", "bench"])
+def test_help(environment, module):
+    text = run(environment, f"motif_jax.{module}", "--help")
+    assert f"python -m motif_jax.{module}" in text and "--" in text
 
 
 BAD_CALLS = {

@@ -141,6 +141,14 @@ def make_state(config: Config, networks: Networks, mesh: Mesh, optimizer: optax.
     return template, jax.jit(create, out_shardings=shardings)
 
 
+def write_overview(workdir: pathlib.Path, params: Params) -> None:
+    """parameters.txt: name, shape and size of every weight."""
+    from clu import parameter_overview
+
+    if jax.process_index() == 0:
+        (workdir / "parameters.txt").write_text(parameter_overview.get_parameter_overview(params, include_stats=False) + "\n")
+
+
 def check_position(saved: dict, expected: dict, directory: pathlib.Path) -> None:
     """Refuses a checkpoint whose place in the data order means other clips now."""
     differs = [f"{k}: {saved.get(k)} then, {v} now" for k, v in expected.items() if saved.get(k) != v]
@@ -193,6 +201,7 @@ def train(config: Config, workdir: str | pathlib.Path) -> None:
     if restored is None:
         state, step = create(weights.denoiser), 0
         size = sum(math.prod(s.shape) for s in networks.denoiser.shapes.values())
+        write_overview(workdir, state.params)
         print(f"starting: {size:,} parameters, {len(dataset):,} clips, {workdir}", flush=True)
     else:
         state, saved, _ = checkpoints.restore(restored, template)
