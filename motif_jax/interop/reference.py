@@ -65,8 +65,8 @@ def load_reference(checkpoint: str | pathlib.Path, yaml: str | pathlib.Path | No
     `jax.default_matmul_precision("highest")`. Raises UserError, a ValueError.
     """
     settings, weights = read_checkpoint(checkpoint, yaml)
-    makers = _makers(settings, dtype)
-    modules = {name: bind(makers[name], weights[name]) for name in weights}
+    make = constructors(settings, dtype)
+    modules = {name: bind(make[name], weights[name]) for name in weights}
     if settings.autoencoder.kind == "pixel":
         modules["autoencoder"] = make_autoencoder(settings.autoencoder, None)
     if settings.text.kind == "words":
@@ -93,7 +93,8 @@ def bind(make: Callable, weights: Mapping[str, Any]) -> Any:
     return Network.of(make).bind({path: jnp.array(np.asarray(array)) for path, array in weights.items()})
 
 
-def _makers(settings: Settings, dtype: Any) -> dict[str, Callable]:
+def constructors(settings: Settings, dtype: Any) -> dict[str, Callable]:
+    """{network: function from nnx.Rngs to the module}."""
     return {
         "denoiser": lambda rngs: UNet3D(settings.unet, rngs=rngs, dtype=dtype),
         "autoencoder": lambda rngs: make_autoencoder(settings.autoencoder, rngs, dtype),
@@ -115,8 +116,8 @@ def read_checkpoint(path: str | pathlib.Path, yaml: str | pathlib.Path | None = 
         elif "text" in parts and settings.text == TextConfig():
             # The reference's YAML never gives the size of the tower.
             settings = dataclasses.replace(settings, text=architecture.text_config(parts["text"]))
-        makers = _makers(settings, jnp.float32)
-        return settings, {name: TABLES[name].to_jax(parts[name], Network.of(makers[name]).shapes, lazy=True) for name in parts}
+        make = constructors(settings, jnp.float32)
+        return settings, {name: TABLES[name].to_jax(parts[name], Network.of(make[name]).shapes, lazy=True) for name in parts}
     except ValueError as error:
         raise UserError(f"{path}: {error}" + (f"\n(the configuration is that of {yaml})" if yaml else "")) from error
 
