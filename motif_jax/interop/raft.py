@@ -10,9 +10,9 @@ from collections.abc import Mapping
 
 import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy
 from flax import nnx
 
+from motif_jax.interop import files
 from motif_jax.motion.raft import RAFT
 
 LAYOUTS = ("original", "torchvision")
@@ -143,32 +143,14 @@ def to_reference(model: RAFT, layout: str = "original", prefix: str = "") -> dic
     return tensors
 
 
-def read_tensors(path: str | pathlib.Path) -> dict[str, np.ndarray]:
-    """The tensors of a .safetensors, .pth or .pt file by name.
-
-    PyTorch files are read with weights_only=True, which executes nothing from the file. Raises FileNotFoundError, ValueError for
-    another suffix or a file that is not a dict of tensors, ImportError when a PyTorch file meets an environment without PyTorch.
-    """
-    path = pathlib.Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no RAFT weights at {path}")
-    if path.suffix == ".safetensors":
-        return safetensors.numpy.load_file(path)
-    if path.suffix not in (".pth", ".pt"):
-        raise ValueError(f"{path}: RAFT weights must be a .safetensors, .pth or .pt file")
-    try:
-        import torch
-    except ImportError as error:
-        raise ImportError(f"{path} is a PyTorch file: install torch to read it, or convert it to .safetensors elsewhere") from error
-    tensors = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
-        raise ValueError(f"{path}: must hold a state dict (name -> tensor), holds {type(tensors).__name__}")
-    return {name: tensor.numpy() for name, tensor in tensors.items()}
-
-
 def load_raft(path: str | pathlib.Path, variant: str | None = None, precision: str = "highest") -> RAFT:
-    """The RAFT of a weight file, see `read_tensors` and `from_reference`; errors name the file."""
-    tensors = read_tensors(path)
+    """The RAFT of a weight file, see `files.read_tensors` and `from_reference`; errors name the file.
+
+    Raises FileNotFoundError, or ValueError for a file that is damaged, of another kind or not RAFT's.
+    """
+    if not pathlib.Path(path).is_file():
+        raise FileNotFoundError(f"no RAFT weights at {path}")
+    tensors = {name: np.array(tensor) for name, tensor in files.read_tensors(path).items()}
     try:
         return from_reference(tensors, variant, precision)
     except ValueError as error:
@@ -177,7 +159,7 @@ def load_raft(path: str | pathlib.Path, variant: str | None = None, precision: s
 
 def save_raft(path: str | pathlib.Path, model: RAFT, layout: str = "original", prefix: str = "") -> None:
     """Writes `to_reference(model, layout, prefix)` as .safetensors."""
-    safetensors.numpy.save_file(to_reference(model, layout, prefix), path)
+    files.write_safetensors(path, to_reference(model, layout, prefix))
 
 
 def _torch_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
