@@ -107,7 +107,7 @@ def _unet(params: dict[str, Any], errors: list[str]) -> UNetConfig | None:
     for key, value in params.items():
         if key in _UNET_NAMES:
             given[_UNET_NAMES[key]] = value
-        elif key not in _UNET_FIXED and key not in _UNET_IRRELEVANT:
+        elif key not in _UNET_FIXED and key not in _UNET_IRRELEVANT and value:  # what is off changes nothing
             errors.append(f"unet_config.params.{key}: unknown here, so that the network may be another one")
     need = ("in_channels", "out_channels", "model_channels", "channel_mult", "num_res_blocks", "attention_resolutions", "num_head_channels")
     errors += [f"there is no model.params.unet_config.params.{key}" for key in need if key not in params]
@@ -161,9 +161,12 @@ def _text(params: dict[str, Any], errors: list[str]) -> TextConfig | None:
 def _diffusion(model: dict[str, Any], errors: list[str]) -> DiffusionConfig | None:
     if model.get("beta_schedule", "linear") != "linear":
         errors.append(f"beta_schedule={model['beta_schedule']!r}: only 'linear' is supported")
+    for key, value in {"scale_a": 1, "mid_step": 400, "turning_step": 400}.items():
+        if model.get(key, value) != value:
+            errors.append(f"{key}={model[key]!r}: only {value} is supported")
     scale = 1.0
     if model.get("use_scale"):
-        scale = _number(model, "scale_b", 0.7, errors)
+        scale = _number(model, "scale_b", 0.3, errors)
     elif model.get("use_dynamic_rescale"):
         scale = _number(model, "base_scale", 0.7, errors)
     given = {

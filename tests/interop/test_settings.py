@@ -90,6 +90,11 @@ def test_dynamicrafter(tmp_path):
     assert found.diffusion == DiffusionConfig(prediction="v", zero_terminal_snr=True, base_scale=0.7)
 
 
+def test_a_setting_that_is_unknown_but_off(tmp_path):
+    text = VIDEOCRAFTER.replace("temporal_length: 16", "temporal_length: 16\n        mixture_of_experts: false")
+    assert read(tmp_path, text).unet == UNetConfig(in_channels=4)
+
+
 def test_no_rescale(tmp_path):
     assert read(tmp_path, VIDEOCRAFTER.replace("use_scale: true", "use_scale: false")).diffusion.base_scale == 1.0
 
