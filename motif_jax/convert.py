@@ -10,7 +10,10 @@ python -m motif_jax.convert export --workdir=DIR --output=FILE.safetensors|.ckpt
 import signal
 import sys
 
-from absl import app, flags, logging
+from absl import flags
+
+from motif_jax import commands
+from motif_jax.config import UserError
 
 KIND = flags.DEFINE_enum("kind", None, ["videocrafter", "dynamicrafter", "openclip", "autoencoder", "raft"], "import: what the file holds")
 INPUT = flags.DEFINE_string("input", None, "import: a .ckpt, .pth or .safetensors file")
@@ -25,36 +28,29 @@ REQUIRED = {"import": ("kind", "input", "output"), "export": ("workdir", "output
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) != 2 or argv[1] not in FLAGS:
-        raise app.UsageError("expected `import` or `export`" + (f", not {' '.join(argv[1:])!r}" if argv[1:] else ""))
-    command = argv[1]
+    if len(argv) != 1 or argv[0] not in FLAGS:
+        raise UserError("give one command, import or export" + (f", not {' '.join(argv)!r}" if argv else ""))
+    command = argv[0]
     given = flags.FLAGS
     if absent := [name for name in REQUIRED[command] if not given[name].value]:
-        raise app.UsageError(f"{command} needs " + ", ".join(f"--{name}" for name in absent))
+        raise UserError(f"{command} needs " + ", ".join(f"--{name}" for name in absent))
     if foreign := sorted(name for name in set().union(*FLAGS.values()) - FLAGS[command] if given[name].present):
-        raise app.UsageError(f"{command} does not take " + ", ".join(f"--{name}" for name in foreign))
-    if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)  # Orbax and JAX tell every detail
+        raise UserError(f"{command} does not take " + ", ".join(f"--{name}" for name in foreign))
     for stop in (signal.SIGTERM, signal.SIGINT):
         signal.signal(stop, lambda *_: sys.exit(f"motif_jax.convert: stopped; {OUTPUT.value} was not written"))
-    from motif_jax.config import UserError
+    if command == "import":
+        from motif_jax.interop.imported import import_checkpoint
 
-    try:
-        if command == "import":
-            from motif_jax.interop.imported import import_checkpoint
+        for name, (tensors, parameters) in import_checkpoint(KIND.value, INPUT.value, OUTPUT.value, YAML.value).items():
+            print(f"{OUTPUT.value}/{name}.safetensors: {tensors} tensors, {parameters:,} parameters")
+    else:
+        from motif_jax.training.export import export
 
-            for name, (tensors, parameters) in import_checkpoint(KIND.value, INPUT.value, OUTPUT.value, YAML.value).items():
-                print(f"{OUTPUT.value}/{name}.safetensors: {tensors} tensors, {parameters:,} parameters")
-        else:
-            from motif_jax.training.export import export
-
-            yaml, tensors, remarks = export(WORKDIR.value, OUTPUT.value, WEIGHTS.value or "best", FROZEN.value)
-            print(f"{OUTPUT.value}: {tensors} tensors; {yaml}")
-            for remark in remarks:
-                print(f"note: {remark}")
-    except UserError as error:
-        sys.exit(f"motif_jax.convert: {error}")
+        yaml, tensors, remarks = export(WORKDIR.value, OUTPUT.value, WEIGHTS.value or "best", FROZEN.value)
+        print(f"{OUTPUT.value}: {tensors} tensors; {yaml}")
+        for remark in remarks:
+            print(f"note: {remark}")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    commands.run("motif_jax.convert", main)
