@@ -1,8 +1,8 @@
 """A laptop in minutes: coloured shapes that move as a sentence says, on two CPU cores; `launch/quickstart.sh` runs it all.
 
-    python -m motif_jax.prepare --config=configs/quickstart.py --source=synthetic:quickstart:8000 --output=runs/quickstart/data
-    python -m motif_jax.main    --config=configs/quickstart.py --workdir=runs/quickstart --config.data.path=runs/quickstart/data
-    python -m motif_jax.bench synthetic --workdir=runs/quickstart
+python -m motif_jax.prepare --config=configs/quickstart.py --source=synthetic:quickstart:8000 --output=runs/quickstart/data
+python -m motif_jax.main    --config=configs/quickstart.py --workdir=runs/quickstart --config.data.path=runs/quickstart/data
+python -m motif_jax.bench synthetic --workdir=runs/quickstart
 """
 
 from ml_collections import ConfigDict

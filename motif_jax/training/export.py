@@ -5,6 +5,7 @@ from typing import Any
 
 from motif_jax.config import UserError
 from motif_jax.interop import files
+from motif_jax.interop.buffers import schedule_buffers
 from motif_jax.interop.imported import imported_settings, is_imported
 from motif_jax.interop.reference import TABLES
 from motif_jax.interop.settings import Settings, to_yaml
@@ -18,7 +19,8 @@ def export(
 ) -> tuple[pathlib.Path, int, list[str]]:
     """Writes `output` (.safetensors, or .ckpt, which needs PyTorch) and the same name with .yaml.
 
-    kind: see `weights.load`. frozen: also the autoencoder and the text tower. Returns the YAML's path, the number of tensors and
+    kind: see `weights.load`. frozen: also the autoencoder, the text tower and, of a model that predicts eps, the
+    schedule's tables: VideoCrafter's whole checkpoint. Returns the YAML's path, the number of tensors and
     remarks on what the reference reads differently. Raises UserError; then neither file is there.
     """
     output = pathlib.Path(output)
@@ -45,6 +47,8 @@ def export(
     for name in names:
         table = TABLES[name]
         tensors |= {table.PREFIX + key: tensor for key, tensor in table.to_torch(found[name], lazy=True).items()}
+    if frozen and settings.diffusion.prediction == "eps":  # what VideoCrafter's own loader asks for
+        tensors |= schedule_buffers(settings.diffusion)
     yaml = output.with_suffix(".yaml")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)

@@ -15,6 +15,7 @@ from flax import nnx
 
 from motif_jax.config import AutoencoderConfig, TextConfig, UNetConfig, UserError
 from motif_jax.interop import autoencoder, files, imported, names, openclip, raft, reference, unet
+from motif_jax.interop.buffers import schedule_buffers
 from motif_jax.interop.imported import import_checkpoint, imported_settings, read_imported
 from motif_jax.interop.settings import Settings, read_yaml, to_yaml
 from motif_jax.models.autoencoder import make_autoencoder
@@ -84,7 +85,7 @@ def test_there_and_back(tmp_path, networks, model, with_yaml):
     assert found.autoencoder == SETTINGS.autoencoder and found.text.width == 8 and found.text.heads == (2 if with_yaml else 0)
 
     _, count, remarks = export(tmp_path / "in", tmp_path / "out/all.safetensors", frozen=True)
-    whole = networks["denoiser"] | networks["autoencoder"] | networks["text"]
+    whole = networks["denoiser"] | networks["autoencoder"] | networks["text"] | schedule_buffers(SETTINGS.diffusion)
     same(safetensors.numpy.load_file(tmp_path / "out/all.safetensors"), whole)
     assert count == len(whole) and not remarks
     assert read_yaml(tmp_path / "out/all.yaml").unet == SETTINGS.unet
@@ -103,7 +104,8 @@ def test_through_pytorch(tmp_path, networks, model):
     import_checkpoint("videocrafter", tmp_path / "model.ckpt", tmp_path / "in")
     export(tmp_path / "in", tmp_path / "out.ckpt", frozen=True)
     found = torch.load(tmp_path / "out.ckpt", weights_only=True)["state_dict"]
-    same({n: t.numpy() for n, t in found.items()}, networks["denoiser"] | networks["autoencoder"] | networks["text"])
+    whole = networks["denoiser"] | networks["autoencoder"] | networks["text"] | schedule_buffers(SETTINGS.diffusion)
+    same({n: t.numpy() for n, t in found.items()}, whole)
 
 
 def test_half_precision_is_widened(tmp_path, networks):
