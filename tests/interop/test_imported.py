@@ -254,8 +254,8 @@ def test_the_command(tmp_path, networks, model):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "expected `import` or `export`"),
-        (["translate"], "expected `import` or `export`, not 'translate'"),
+        ([], "give one command, import or export"),
+        (["translate"], "give one command, import or export, not 'translate'"),
         (["import", "--kind=raft"], "import needs --input, --output"),
         (["export", "--workdir=a", "--output=b", "--yaml=c"], "export does not take --yaml"),
     ],
