@@ -14,7 +14,7 @@ def get_config() -> ConfigDict:
     config = ConfigDict(to_dict(Config()))
     config.name = "quickstart"
     config.dtype = "float32"
-    config.steps = 1400
+    config.steps = 1200
     config.batch_size = 16
     config.learning_rate = 1.5e-3
     config.optimizer.update(warmup_steps=100, grad_clip=1.0, schedule="cosine")
@@ -37,7 +37,7 @@ def get_config() -> ConfigDict:
     # A shape's speed is the fastest thing in its clip, 1.6 pixels a frame: far below 5 % of the diagonal.
     config.loss.update(heatmap="flow", intensity="clip_max", motion_weight=1.0)
 
-    config.checkpoint.every = 350
-    config.eval.update(every=350, batches=4, buckets=5)
-    config.sample.update(every=700, count=4, steps=12, guidance=2.0)
+    config.checkpoint.every = 300
+    config.eval.update(every=300, batches=4, buckets=5)
+    config.sample.update(every=600, count=4, steps=12, guidance=2.0)
     return config.lock()
