@@ -9,6 +9,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 from flax import nnx
 from PIL import Image
 
@@ -29,7 +30,7 @@ def weights(tmp_path_factory):
     folder = tmp_path_factory.mktemp("raft")
     names = json.loads((TESTDATA / "raft_names.json").read_text())
     for variant in names:
-        interop.safetensors.numpy.save_file(make_raft.weights(names[variant]["torchvision"]), folder / f"{variant}.safetensors")
+        safetensors.numpy.save_file(make_raft.weights(names[variant]["torchvision"]), folder / f"{variant}.safetensors")
     return {variant: folder / f"{variant}.safetensors" for variant in names}
 
 
