@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from absl import app, flags, logging
 
-from motif_jax.config import UserError
+from motif_jax.config import Config, UserError, from_config_dict
 
 HELP = frozenset({"--help", "-help", "-h", "--helpshort", "--helpfull", "-?"})
 
@@ -33,6 +33,14 @@ def run(name: str, main: Callable[[list[str]], None]) -> None:
             sys.exit(f"{name}: {error}")
 
     app.run(guarded, flags_parser=parse)
+
+
+def configuration(flag: flags.FlagHolder) -> Config:
+    """The validated configuration of a --config flag. Raises UserError when its file could not be loaded."""
+    try:
+        return from_config_dict(flag.value)
+    except OSError as error:
+        raise UserError(f"--config: {' '.join(str(error).split())}") from error
 
 
 def no_more(arguments: list[str]) -> None:

@@ -7,7 +7,6 @@ from absl import flags
 from ml_collections import config_flags
 
 from motif_jax import commands
-from motif_jax.config import from_config_dict
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "configs/X.py[:args]", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "directory of checkpoints, metrics and samples")
@@ -16,7 +15,7 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 def main(argv: list[str]) -> None:
     commands.no_more(argv)
-    config = from_config_dict(CONFIG.value)
+    config = commands.configuration(CONFIG)
     from motif_jax.training import loop
 
     loop.train(config, WORKDIR.value)

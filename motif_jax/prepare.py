@@ -13,7 +13,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from motif_jax import commands
-from motif_jax.config import UserError, from_config_dict
+from motif_jax.config import UserError
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "configs/X.py[:args]", lock_config=True)
 SOURCE = flags.DEFINE_string("source", None, "captions file, folder of videos, or synthetic:NAME[:count]")
@@ -30,7 +30,7 @@ def main(argv: list[str]) -> None:
     commands.no_more(argv)
     for stop in (signal.SIGTERM, signal.SIGINT):
         signal.signal(stop, lambda *_: sys.exit("motif_jax.prepare: stopped; the same command continues"))
-    config = from_config_dict(CONFIG.value)
+    config = commands.configuration(CONFIG)
     beam_options = shlex.split(BEAM.value) if RUNNER.value == "beam" else None
     from motif_jax import preparation
 

@@ -9,7 +9,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from motif_jax import commands
-from motif_jax.config import UserError, from_config_dict
+from motif_jax.config import UserError
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "configuration of --checkpoint", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "work directory of a run")
@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
         raise UserError("--checkpoint needs --config")
     if (REQUESTS.value is None) == (IMAGE.value is None or PROMPT.value is None):
         raise UserError("give either --image and --prompt, or --requests")
-    config = from_config_dict(CONFIG.value) if CONFIG.value else None
+    config = commands.configuration(CONFIG) if CONFIG.value else None
     from motif_jax import animation
 
     animator = animation.Animator.load(

@@ -39,7 +39,7 @@ def test_real_clips(shared, tmp_path):
     assert "9 clips" in text and "0 skipped" in text
     assert len(list((data / "preview").glob("*.png"))) == 9
     settings = json.loads((data / "dataset.json").read_text())["settings"]
-    assert settings["flow"] == "raft_small" and len(settings["flow_weights_sha256"]) == 64
+    assert settings["estimator.flow"] == "raft_small" and len(settings["estimator.flow_weights_sha256"]) == 64
 
     train = ("motif_jax.main", *SMALL, f"--workdir={workdir}", f"--config.data.path={data}", "--config.checkpoint.every=10")
     assert "done: 12 steps" in run(*train, "--config.steps=12")
