@@ -20,7 +20,7 @@ def get_config(size: str = "paper") -> ConfigDict:
     config = ConfigDict(to_dict(Config()))  # the defaults of motif_jax.config
     config.name = "motif"
 
-    # Paper, section 4: v-prediction, lambda = 1, text dropped 10 % of the time, lr 5e-5, global batch 64, 32,000 steps.
+    # Training settings of the paper: v-prediction, lambda = 1, text dropped 10 % of the time, lr 5e-5, global batch 64, 32,000 steps.
     config.diffusion.prediction = "v"
     config.loss.motion_weight = 1.0
     config.loss.heatmap = "flow"

@@ -43,7 +43,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    """The offline job: videos and captions -> clips -> flow -> shards (paper section 4 and DynamiCrafter's loader)."""
+    """The offline job: videos and captions -> clips -> flow -> shards (the paper's training data, DynamiCrafter's loader)."""
 
     frame_stride_min: int = _f(1, "smallest distance between sampled frames, in source frames", low=1)
     frame_stride_max: int = _f(6, "largest distance between sampled frames, in source frames", low=1)
@@ -119,7 +119,7 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class ConditionConfig:
-    """How image and text enter the network (paper section 3.2)."""
+    """How image and text enter the network (the paper's x-cat; its text dropping)."""
 
     image: str = _f("repeat", "image latent: on all frames, or on frame 0 with a mask channel", choices=("repeat", "first"))
     text_drop: float = _f(0.1, "share of samples trained with the empty sentence", low=0.0, high=1.0)
@@ -127,7 +127,7 @@ class ConditionConfig:
 
 @dataclass(frozen=True)
 class DiffusionConfig:
-    """The noising process and what the network predicts (paper section 4, `videocrafter2.md`)."""
+    """The noising process and what the network predicts (the paper's training settings; VideoCrafter2's schedule)."""
 
     prediction: str = _f("v", "what the network predicts", choices=("v", "eps", "x0", "flow"))
     loss_space: str = _f("", "space of the loss; '' is that of the prediction", choices=("", "v", "eps", "x0", "flow"))
@@ -140,7 +140,7 @@ class DiffusionConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """The motion focal loss (paper equations 3 to 5)."""
+    """The motion focal loss: sigma, m' and lambda of the paper."""
 
     motion_weight: float = _f(1.0, "lambda", low=0.0)
     heatmap: str = _f("flow", "what the heatmap is made of", choices=("flow", "inverse", "latent_difference", "mask", "none"))

@@ -75,7 +75,7 @@ def test_unknown_size():
 
 
 def test_paper_values():
-    """Numbers of the paper's section 4 and of VideoCrafter2's YAML."""
+    """Training settings of the paper, and sizes of VideoCrafter2's YAML."""
     config = c.from_config_dict(get_config("motif"))
     assert (config.steps, config.batch_size, config.learning_rate) == (32_000, 64, 5e-5)
     assert (config.data.frames, config.data.height, config.data.width) == (16, 320, 512)

@@ -105,7 +105,7 @@ def make_denoiser(config: Config, rngs: nnx.Rngs, dtype: jnp.dtype) -> UNet3D | 
 
 
 def image_condition(z_BhwC: Float[Array, "B h w C"], frames: int, kind: str) -> Float[Array, "B T h w K"]:
-    """The clean latent of the first frame as extra channels (x-cat, paper section 3.2).
+    """The clean latent of the first frame as extra channels (the paper's x-cat).
 
     `repeat`: on every frame (DynamiCrafter), K = C. `first`: on frame 0, zeros elsewhere, and a channel that marks
     frame 0 (Emu Video), K = C + 1.

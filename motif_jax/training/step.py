@@ -97,7 +97,7 @@ def predict(
 
 
 def motion_heatmap(config: Config, batch: Batch, z_BThwC: Array, kind: str) -> Float[Array, "B T h w"]:
-    """m' of a batch on the latent grid (paper equation 4 and the alternatives of table 3)."""
+    """m' of a batch on the latent grid (the paper's sigma of the flow intensity, and the heatmaps of its ablations)."""
     if kind == "mask" and "motion_mask" not in batch:
         raise ValueError("loss.heatmap='mask' needs clips with a motion_mask; this dataset has none (use 'flow')")
     return heatmap(
