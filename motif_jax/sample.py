@@ -1,7 +1,7 @@
 """Animates images with a trained run: python -m motif_jax.sample --workdir=RUN --image=FILE --prompt=TEXT --output=FILE.mp4|.gif
 
 or a whole list: --requests=FILE.jsonl (keys image, prompt, id) --output=DIR. Options: --seed --steps --guidance
---frame_stride (how many source frames the steps of the clip are apart) --weights=ema|raw.
+--frame_stride (how many source frames the steps of the clip are apart).
 --checkpoint=DIR --config=configs/X.py samples from an imported or foreign checkpoint.
 """
 

@@ -205,6 +205,10 @@ BAD_CALLS = {
         ["motif_jax.main", CONFIG, *SMALL, "--config.data.frames=16", "--workdir={tmp}/w", "--config.data.path={data}"],
         "frames",
     ),
+    "wrong mesh": (
+        ["motif_jax.main", CONFIG, *SMALL, "--workdir={tmp}/w", "--config.data.path={data}", "--config.mesh.data=3"],
+        "needs 3 devices, but there are 1",
+    ),
     "unwritable": (
         ["motif_jax.main", CONFIG, *SMALL, "--workdir=/dev/null/w", "--config.data.path={data}"],
         "cannot write to the work directory",

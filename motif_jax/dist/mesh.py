@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from motif_jax.config import MeshConfig
+from motif_jax.config import MeshConfig, UserError
 
 AXES = ("data", "fsdp", "context", "tensor")
 BATCH = PartitionSpec(("data", "fsdp"))
@@ -23,7 +23,7 @@ PARTITION_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
     """A mesh over `devices` (default: all); an axis of -1 takes what the others leave. One device is a mesh of one.
 
-    Raises ValueError when the axes do not multiply to the number of devices.
+    Raises UserError when the axes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [getattr(config, axis) for axis in AXES]
@@ -31,7 +31,7 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
     sizes = [len(devices) // known if s == -1 else s for s in sizes]
     if math.prod(sizes) != len(devices):
         shape = ", ".join(f"{a}={s}" for a, s in zip(AXES, sizes, strict=True))
-        raise ValueError(f"mesh ({shape}) needs {math.prod(sizes)} devices, but there are {len(devices)}; set one axis to -1")
+        raise UserError(f"mesh ({shape}) needs {math.prod(sizes)} devices, but there are {len(devices)}; set one axis to -1")
     return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
