@@ -5,13 +5,16 @@ one direction in which training never shows it). Beside the model stand the stat
 and the ceiling, the true clips (through the autoencoder, where one is given).
 """
 
+import argparse
 import json
+import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from motif_jax.bench.judge import judge, wilson
+from motif_jax.config import UserError
 from motif_jax.data import sprites
 
 # images uint8 [N,H,W,3], sentences, seeds [N] -> clips uint8 [N,T,H,W,3]
@@ -150,3 +153,40 @@ def table(result: dict[str, Any]) -> str:
             cells += [number(means["background_psnr"], ".1f"), percent(still["rates"]["direction_ok"]), number(contrast, ".2f")]
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--workdir", required=True, type=pathlib.Path, help="work directory of a run; gets synthetic.json and the report")
+    parser.add_argument("--world", default="quickstart", help="name of the synthetic world")
+    parser.add_argument("--count", default=128, type=int, help="clips per split")
+    parser.add_argument("--seed", default=0, type=int, help="seed of the world")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Judges the samples of a trained run; writes <workdir>/synthetic.json, strips of the first clips and the report."""
+    from motif_jax import animation, report
+    from motif_jax.training.samples import save_comparison
+
+    workdir, world, seed = arguments.workdir, arguments.world, arguments.seed
+    if world not in sprites.WORLDS:
+        raise UserError(f"--world={world}: no such world; known: {', '.join(sprites.WORLDS)}")
+    if arguments.count < 1:
+        raise UserError(f"--count={arguments.count}: at least one clip is needed")
+    animator = animation.Animator.load(workdir)
+    d = animator.config.data
+    result = evaluate(
+        lambda images, prompts, seeds: animator(list(images), prompts, list(seeds)),
+        world,
+        seed,
+        arguments.count,
+        d.frames,
+        d.height,
+        d.width,
+        progress=lambda text: print(text, flush=True),
+    )
+    (workdir / "synthetic.json").write_text(to_json(result))
+    show = sprites.make_clips(world, seed, range(8), d.frames, d.height, d.width, "heldout")
+    made = animator(list(show["frames"][:, 0]), show["captions"], list(range(8)))
+    save_comparison(workdir / "synthetic", show["frames"], made, show["captions"], animator.config.sample.fps)
+    report.write(workdir)
+    print(table(result))
