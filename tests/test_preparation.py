@@ -370,7 +370,7 @@ def test_a_validation_split_made_of_chance_alone(tmp_path, clips):
         summary, _ = prepare(clips / "list.csv", output, with_prepare(validation_share=share), estimator=Still())
         assert summary.clips["train"] >= 1 and sum(summary.clips.values()) == 8
         data = dataclasses.replace(CONFIG.data, path=str(output))
-        held_out = pipeline.validation_batches(data, 4, 4, lambda captions: np.zeros((len(captions), 2), np.int32), 0, 1)
+        held_out = pipeline.validation_batches(data, 4, 4, lambda captions: np.zeros((len(captions), 2), np.int32))
         assert bool(held_out) == (summary.clips.get("validation", 0) > 0) == (share > 0)
 
 

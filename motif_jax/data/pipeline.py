@@ -1,4 +1,4 @@
-"""Batches for training: a dataset directory and a step in; numpy batches out, the same for any number of hosts and workers.
+"""Batches for training: a dataset directory and a step in; numpy batches out, the same for any number of processes and workers.
 
 The data state is the step. Batch s of the run is a function of (dataset, global batch, seed, s): nothing of the iterator is
 saved, and a run may continue on another number of hosts. Nothing is filtered here; that is `prepare`'s business.
@@ -17,7 +17,6 @@ from motif_jax.data.shards import Manifest, read_manifest
 
 Batch = dict[str, np.ndarray]
 Tokenizer = Callable[[Sequence[str]], np.ndarray]
-_FIELDS = ("caption", "fps", "frame_stride", "frames")
 
 
 @dataclass(frozen=True)
@@ -89,32 +88,20 @@ def open_dataset(data: DataConfig, split: str = "train") -> Dataset:
 
 
 def make_iterator(
-    dataset: Dataset,
-    batch_size: int,
-    seed: int,
-    start_step: int,
-    tokenizer: Tokenizer,
-    host_index: int | None = None,
-    host_count: int | None = None,
+    dataset: Dataset, batch_size: int, seed: int, start_step: int, tokenizer: Tokenizer, rows: Sequence[int] | None = None
 ) -> Iterator[Batch]:
-    """This host's part of the batches start_step, start_step + 1, ... without end; close() it when done.
+    """The batches start_step, start_step + 1, ... without end; close() it when done.
 
-    Every epoch is a new permutation of all records. Host h of n takes elements h, h + n, ... of the one global order, so that
-    n hosts together see exactly what one host would. Yields frames uint8 [B,T,H,W,3], tokens int32 [B,L], flow float16
-    [B,T,h,w,2], fps float32 [B] (frames shown per second: source rate over stride), and motion_mask uint8 [B,T,h,w] if stored.
-    Raises UserError when batch_size (the global one) does not divide by the number of hosts.
+    batch_size is the global one; `rows` are the positions in it that this process reads (default: all), so that processes
+    together see exactly what one would, each clip in its place. Every epoch is a new permutation of all records. Yields frames
+    uint8 [R,T,H,W,3], tokens int32 [R,L], flow float16 [R,T,h,w,2], fps float32 [R] (frames shown per second: source rate over
+    stride), and motion_mask uint8 [R,T,h,w] if stored.
     """
     import grain
 
-    index, count = _hosts(batch_size, host_index, host_count)
     data = dataset.data
-    order = grain.MapDataset.source(dataset.source).seed(seed).shuffle()
-    # Repeat before slicing: a finite dataset would give hosts epochs of different lengths, and they would fall out of step.
-    batches = (
-        order.repeat(None)[index::count]
-        .map(_Parse(dataset.layout))
-        .batch(batch_size // count, batch_fn=_Collate(dataset.layout, tokenizer))
-    )
+    order = grain.MapDataset.range(len(dataset)).seed(seed).shuffle().repeat(None)  # of indices: nothing is read yet
+    batches = order.batch(batch_size).map(_Read(dataset, tokenizer, range(batch_size) if rows is None else rows))
     # The buffer counts whole batches; Grain's default of 500 would hold gigabytes.
     options = grain.ReadOptions(num_threads=data.threads, prefetch_buffer_size=data.prefetch)
     stream = batches[start_step:].to_iter_dataset(options)
@@ -128,25 +115,18 @@ def make_iterator(
 
 
 def validation_batches(
-    data: DataConfig,
-    batch_size: int,
-    batches: int,
-    tokenizer: Tokenizer,
-    host_index: int | None = None,
-    host_count: int | None = None,
+    data: DataConfig, batch_size: int, batches: int, tokenizer: Tokenizer, rows: Sequence[int] | None = None
 ) -> Sequence[Batch]:
-    """This host's part of the first `batches` whole batches of the validation split, always the same; decoded when asked for.
+    """The rows `rows` (default: all) of the first `batches` whole batches of the validation split, decoded when asked for.
 
-    A split smaller than one batch is repeated to fill it; without a validation split the sequence is empty.
+    Always the same. A split smaller than one batch is repeated to fill it; without a validation split the sequence is empty.
     """
-    index, count = _hosts(batch_size, host_index, host_count)
     if "validation" not in read_manifest(data.path).shards:
         return ()
     dataset = open_dataset(data, "validation")
     total = max(1, min(batches, len(dataset) // batch_size))
-    return _Batches(
-        dataset, tokenizer, [[i % len(dataset) for i in range(b * batch_size + index, (b + 1) * batch_size, count)] for b in range(total)]
-    )
+    read = _Read(dataset, tokenizer, range(batch_size) if rows is None else rows)
+    return _Batches(read, [[i % len(dataset) for i in range(b * batch_size, (b + 1) * batch_size)] for b in range(total)])
 
 
 def examples(data: DataConfig, count: int) -> list[Example]:
@@ -156,24 +136,16 @@ def examples(data: DataConfig, count: int) -> list[Example]:
     return [dataset[i] for i in range(min(count, len(dataset)))]
 
 
-class _Parse:
-    """Bytes of a record -> dict of one clip; a class, so that worker processes can receive it."""
+class _Read:
+    """Indices of a global batch -> the clips of some of its rows; a class, so that worker processes can receive it."""
 
-    def __init__(self, layout: records.Layout) -> None:
-        self._layout = layout
-        self._names = (*_FIELDS, *layout.arrays())
+    def __init__(self, dataset: Dataset, tokenizer: Tokenizer, rows: Sequence[int]) -> None:
+        self._source, self._layout, self._tokenizer, self._rows = dataset.source, dataset.layout, tokenizer, rows
+        self._arrays = ("frames", *dataset.layout.arrays())
 
-    def __call__(self, record: bytes) -> dict[str, Any]:
-        return records.decode_clip(self._layout, record, self._names)
-
-
-class _Collate:
-    """Clips -> batch."""
-
-    def __init__(self, layout: records.Layout, tokenizer: Tokenizer) -> None:
-        self._arrays, self._tokenizer = ("frames", *layout.arrays()), tokenizer
-
-    def __call__(self, clips: Sequence[dict[str, Any]]) -> Batch:
+    def __call__(self, indices: Sequence[int]) -> Batch:
+        names = ("caption", "fps", "frame_stride", *self._arrays)
+        clips = [records.decode_clip(self._layout, self._source[int(indices[row])], names) for row in self._rows]
         batch = {name: np.stack([clip[name] for clip in clips]) for name in self._arrays}
         batch["tokens"] = np.asarray(self._tokenizer([clip["caption"] for clip in clips]), np.int32)
         batch["fps"] = np.array([clip["fps"] / clip["frame_stride"] for clip in clips], np.float32)
@@ -181,22 +153,11 @@ class _Collate:
 
 
 class _Batches(Sequence):
-    def __init__(self, dataset: Dataset, tokenizer: Tokenizer, indices: list[list[int]]) -> None:
-        self._source, self._indices = dataset.source, indices
-        self._parse, self._collate = _Parse(dataset.layout), _Collate(dataset.layout, tokenizer)
+    def __init__(self, read: _Read, indices: list[list[int]]) -> None:
+        self._read, self._indices = read, indices
 
     def __len__(self) -> int:
         return len(self._indices)
 
     def __getitem__(self, batch: int) -> Batch:
-        return self._collate([self._parse(self._source[i]) for i in self._indices[batch]])
-
-
-def _hosts(batch_size: int, index: int | None, count: int | None) -> tuple[int, int]:
-    if index is None or count is None:
-        import jax
-
-        index, count = jax.process_index(), jax.process_count()
-    if batch_size % count:
-        raise UserError(f"batch_size={batch_size}: must be a multiple of the {count} hosts")
-    return index, count
+        return self._read(self._indices[batch])

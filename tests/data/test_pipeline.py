@@ -31,8 +31,8 @@ def dataset(data) -> pipeline.Dataset:
     return pipeline.open_dataset(data)
 
 
-def batches(dataset, count, batch_size=4, seed=0, start=0, **hosts) -> list:
-    iterator = pipeline.make_iterator(dataset, batch_size, seed, start, TOKENIZER, **{"host_index": 0, "host_count": 1} | hosts)
+def batches(dataset, count, batch_size=4, seed=0, start=0, rows=None) -> list:
+    iterator = pipeline.make_iterator(dataset, batch_size, seed, start, TOKENIZER, rows)
     try:
         return [next(iterator) for _ in range(count)]
     finally:
@@ -88,25 +88,26 @@ def test_resuming_gives_the_same_batches(dataset):
         assert_equal(batches(dataset, 25 - step, start=step), straight[step:])
 
 
-@pytest.mark.parametrize("hosts", [2, 4])
-def test_hosts_share_the_batches_of_one(dataset, hosts):
+@pytest.mark.parametrize("shares", [((0, 1), (2, 3)), ((0, 3), (1, 2)), ((0,), (1,), (2,), (3,))], ids=str)
+def test_processes_share_the_batches_of_one(dataset, shares):
+    """Whatever rows a mesh gives to a process: put back in their places they are the batch of one process."""
     together = batches(dataset, 25)
-    parts = [batches(dataset, 25, host_index=h, host_count=hosts) for h in range(hosts)]
-    assert {len(p[0]["fps"]) for p in parts} == {4 // hosts}
-    merged = [{k: np.stack([p[s][k] for p in parts], 1).reshape(together[s][k].shape) for k in together[s]} for s in range(25)]
+    merged = [{k: np.empty_like(v) for k, v in batch.items()} for batch in together]
+    elements = []
+    for rows in shares:
+        part = batches(dataset, 25, rows=rows)
+        assert len(part[0]["fps"]) == len(rows)
+        elements += names(dataset, part[:10]).reshape(-1).tolist()  # less than one epoch
+        for into, batch in zip(merged, part, strict=True):
+            for key, value in batch.items():
+                into[key][list(rows)] = value
     assert_equal(merged, together)
-    elements = np.concatenate([names(dataset, p[:10]).reshape(-1) for p in parts])  # less than one epoch
-    assert len(set(elements.tolist())) == 40
+    assert len(set(elements)) == 40
 
 
 def test_worker_processes_change_nothing(dataset, data):
     workers = pipeline.open_dataset(dataclasses.replace(data, workers=1))
     assert_equal(batches(workers, 6, start=9), batches(dataset, 6, start=9))
-
-
-def test_batch_must_divide_by_the_hosts(dataset):
-    with pytest.raises(UserError, match="batch_size=4: must be a multiple of the 3 hosts"):
-        batches(dataset, 1, host_index=0, host_count=3)
 
 
 def test_a_dataset_smaller_than_a_batch(dataset):
@@ -120,17 +121,17 @@ def test_a_dataset_smaller_than_a_batch(dataset):
 
 def test_validation_is_always_the_same(data):
     held_out = pipeline.open_dataset(data, "validation")
-    first = pipeline.validation_batches(data, 2, 4, TOKENIZER, 0, 1)
+    first = pipeline.validation_batches(data, 2, 4, TOKENIZER)
     assert len(first) == 2  # whole batches only
     np.testing.assert_array_equal(names(held_out, first), [[0, 1], [2, 3]])
-    assert_equal(list(first), list(pipeline.validation_batches(data, 2, 2, TOKENIZER, 0, 1)))
-    parts = [pipeline.validation_batches(data, 2, 4, TOKENIZER, h, 2) for h in range(2)]
+    assert_equal(list(first), list(pipeline.validation_batches(data, 2, 2, TOKENIZER)))
+    parts = [pipeline.validation_batches(data, 2, 4, TOKENIZER, [row]) for row in range(2)]
     np.testing.assert_array_equal([names(held_out, p)[:, 0] for p in parts], [[0, 2], [1, 3]])
 
 
 def test_a_small_validation_split_fills_one_batch(data):
     held_out = pipeline.open_dataset(data, "validation")
-    found = pipeline.validation_batches(data, 8, 4, TOKENIZER, 0, 1)
+    found = pipeline.validation_batches(data, 8, 4, TOKENIZER)
     np.testing.assert_array_equal(names(held_out, found), [[0, 1, 2, 3, 4, 0, 1, 2]])
 
 
@@ -138,7 +139,7 @@ def test_no_validation_split(tmp_path):
     config = dataclasses.replace(CONFIG, prepare=dataclasses.replace(CONFIG.prepare, validation_share=0.0))
     preparation.prepare(config, "synthetic:shapes:3", tmp_path, log=lambda line: None)
     data = dataclasses.replace(config.data, path=str(tmp_path))
-    assert not pipeline.validation_batches(data, 2, 4, TOKENIZER, 0, 1)
+    assert not pipeline.validation_batches(data, 2, 4, TOKENIZER)
     assert [e.clip_id for e in pipeline.examples(data, 9)] == [f"shapes-{i:07d}" for i in range(3)]
     with pytest.raises(UserError, match="no split 'validation'; it has train"):
         pipeline.open_dataset(data, "validation")
