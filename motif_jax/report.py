@@ -138,7 +138,8 @@ def _judged(workdir: pathlib.Path) -> str:
         return ""
     found = json.loads(path.read_text())
     rows = []
-    for split, label in (("validation", "new clips"), ("heldout", "combinations never seen in training")):
+    labels = {"heldout": "combinations never seen in training", "several": "three shapes", "backgrounds": "backgrounds of another kind"}
+    for split, label in {"validation": "new clips", **labels}.items():
         for kind, name, measure in (
             ("moving", "direction_ok", "the named object moves the way the sentence says"),
             ("moving", "wrong_object", "another object moves instead"),

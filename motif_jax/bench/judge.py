@@ -24,6 +24,9 @@ MAX_DRIFT = 1 / 16  # of bystanders, of the background, and of an object that sh
 MAX_BACKGROUND_MAE = 4.0  # grey levels above the ceiling
 MAX_COLOUR_ERROR = 75.0
 MIN_SELECTIVITY = 0.5
+MIN_SHAPE_IOU = 0.93  # of the ceiling's
+LEAK = 1.1  # a frame counts as a copy of the image when it is hardly further from it than the clip's own first frame (squares)
+SHAPE_RADIUS = 6.0  # pixels; smaller circles and squares cannot be told apart
 MIN_AREA = 0.3  # smallest blob that counts as the object, over the object's area
 
 
@@ -99,7 +102,7 @@ def background_shift(reference_HW: np.ndarray, mask_HW: np.ndarray, frames_THW: 
     allowed = common > 0.5 * common[..., :1, :1]
     mse = np.where(allowed, difference / np.maximum(common, 0.5), np.inf).reshape(len(frames_THW), -1)
     best = mse.argmin(1)
-    counts = mse[np.arange(len(mse)), best] < 0.5 * mse[:, 0]
+    counts = mse[np.arange(len(mse)), best] < 0.5 * (mse[:, 0] - 1.0)
     rows, columns = np.unravel_index(best, size)
     shift = np.stack([columns - size[1] * (columns >= width), rows - size[0] * (rows >= height)], -1)
     return np.where(counts[:, None], shift, 0).astype(float)
@@ -110,7 +113,17 @@ def _psnr(mse: float) -> float:
     return min(60.0, 10 * math.log10(255.0**2 / max(mse, 1e-9)))
 
 
-def _judge_one(frames: np.ndarray, clips: dict[str, Any], i: int, ceiling_mae: float) -> dict[str, float]:
+def _shape_iou(clips: dict[str, Any], i: int, offsets_T2: np.ndarray, pixels_THW: np.ndarray) -> float:
+    """Mean overlap of the named object's pixels with its outline drawn `offsets` from its true place; 0 when it is never found."""
+    height, width = pixels_THW.shape[1:]
+    outline = (
+        sprites.coverage(np.repeat(clips["shape"][i, 0], len(pixels_THW)), clips["positions"][i, 0] + offsets_T2, height, width) >= 0.5
+    )
+    both = [(o & p).sum() / max((o | p).sum(), 1) for o, p in zip(outline, pixels_THW, strict=True) if p.any()]
+    return float(np.mean(both)) if both else 0.0
+
+
+def _judge_one(frames: np.ndarray, clips: dict[str, Any], i: int, ceiling: dict[str, float] | None) -> dict[str, float]:
     height, width = frames.shape[1:3]
     side = min(height, width)
     spec = sprites.WORLDS[clips["world"]]
@@ -121,17 +134,21 @@ def _judge_one(frames: np.ndarray, clips: dict[str, Any], i: int, ceiling_mae: f
     true_colours, colours = colour_masks(truth, palette), colour_masks(frames, palette)
 
     # The same locator on truth and clip: what it gets wrong about a shape cancels.
-    true_centres, centres, pixels = [], [], []
+    true_centres, true_pixels, centres, pixels = [], [], [], []
     for k in objects:
         colour, start = clips["colour"][i, k], clips["positions"][i, k, 0]
-        true_centres.append(locate(true_colours == colour, start, MIN_AREA * area)[0])
-        found, where = locate(colours == colour, start, MIN_AREA * area)
-        centres.append(found)
-        pixels.append(where)
+        for found, centre, where in ((true_colours, true_centres, true_pixels), (colours, centres, pixels)):
+            at, on = locate(found == colour, start, MIN_AREA * area)
+            centre.append(at)
+            where.append(on)
     true_centres, centres = np.stack(true_centres), np.stack(centres)  # [K, T, 2]; object 0 is the named one
+    if ceiling is None:
+        ceiling = {"background_mae": 0.0, "shape_iou": _shape_iou(clips, i, np.zeros_like(true_centres[0]), true_pixels[0])}
 
     grey, true_grey = frames.mean(-1), truth.mean(-1)
-    shift = background_shift(true_grey[0], true_colours[0] < 0, grey, colours < 0)
+    around = np.ones((1, 3, 3))  # outlines are mixtures, neither object nor background
+    true_background, background_THW = (~ndimage.binary_dilation(found >= 0, around) for found in (true_colours[:1], colours))
+    shift = background_shift(true_grey[0], true_background[0], grey, background_THW)
     moved = centres - true_centres[:, :1] - shift
     true_way = true_centres[0, -1] - true_centres[0, 0]
     true_length = float(np.hypot(*true_way))
@@ -161,10 +178,8 @@ def _judge_one(frames: np.ndarray, clips: dict[str, Any], i: int, ceiling_mae: f
     difference = frames.astype(np.float32) - truth.astype(np.float32)
     background = difference[:, ~covered]
     seen = frames[pixels[0]].astype(np.float32)
-    drawn = sprites.coverage(
-        np.repeat(clips["shape"][i, 0], len(frames)), clips["positions"][i, 0] + centres[0] - true_centres[0], height, width
-    )
-    both = [((d >= 0.5) & p).sum() / max(((d >= 0.5) | p).sum(), 1) for d, p in zip(drawn, pixels[0], strict=True) if p.any()]
+    named = clips["colour"][i, 0]
+    leak = np.square(frames.astype(np.float32) - truth[0]).mean((1, 2, 3))
 
     row = {
         "still": float(still),
@@ -182,7 +197,9 @@ def _judge_one(frames: np.ndarray, clips: dict[str, Any], i: int, ceiling_mae: f
         "background_mae": float(np.abs(background).mean()),
         "background_psnr": _psnr(float(np.square(background).mean())),
         "colour_error": float(np.sqrt(np.square(seen.mean(0) - palette[clips["colour"][i, 0]]).sum())) if len(seen) else 441.0,
-        "shape_iou": float(np.mean(both)) if both else 0.0,
+        "shape_iou": _shape_iou(clips, i, np.nan_to_num(centres[0] - true_centres[0]), pixels[0]),
+        "area_ratio": float((colours[-1] == named).sum() / max((true_colours[-1] == named).sum(), 1)),
+        "leak": float((leak[1:] <= leak[0] * LEAK + 1e-6).mean()),
         "psnr": _psnr(float(np.square(difference).mean())),
         "psnr_to_first": _psnr(float(np.square(frames.astype(np.float32) - truth[0]).mean())),
     }
@@ -194,13 +211,14 @@ def _judge_one(frames: np.ndarray, clips: dict[str, Any], i: int, ceiling_mae: f
         and others_present > MIN_PRESENCE
         and others_drift < far
         and row["background_shift"] < far
-        and row["background_mae"] < ceiling_mae + MAX_BACKGROUND_MAE
+        and row["background_mae"] < ceiling["background_mae"] + MAX_BACKGROUND_MAE
         and row["colour_error"] < MAX_COLOUR_ERROR
+        and (row["shape_iou"] > MIN_SHAPE_IOU * ceiling["shape_iou"] or sprites.radius(height, width) < SHAPE_RADIUS)
     )
     return row
 
 
-def judge(frames: np.ndarray, clips: dict[str, Any], ceiling_mae: float = 0.0) -> dict[str, np.ndarray]:
+def judge(frames: np.ndarray, clips: dict[str, Any], ceiling: dict[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
     """Measures of generated clips: uint8 [N,T,H,W,3] and what `sprites.make_clips` returned for the same clips -> {name: [N]}.
 
       direction_ok   1 when the named object ends within 45 degrees of the named direction and beyond 30 % of the true way;
@@ -213,11 +231,18 @@ def judge(frames: np.ndarray, clips: dict[str, Any], ceiling_mae: float = 0.0) -
       others_drift, background_shift   largest distance in any frame, pixels
       background_mae, background_psnr   where no object ever is, against the truth; psnr: everywhere; psnr_to_first: to frame 0
       colour_error   RGB distance of the object's mean colour to the palette's; shape_iou   its pixels against its true outline
-      success        all of direction, speed, path, presence, selectivity, drift, shift, background, colour (shape is reported only)
+      area_ratio     pixels of its colour in the last frame, ghosts and smears included, over the truth's
+      leak           condition-leak index: share of the later frames as near to the image as the clip's first frame is
+      success        all of direction, speed, path, presence, selectivity, drift, shift, background, colour, and of shapes of
+                     6 pixels' radius or more the outline
 
-    ceiling_mae: background_mae of the true clips through the autoencoder. Raises ValueError on shapes that do not fit.
+    ceiling: what `judge` says of the true clips through the autoencoder; without it they are the truth itself.
+    Raises ValueError on shapes that do not fit.
     """
     if frames.shape != clips["frames"].shape or frames.dtype != np.uint8:
         raise ValueError(f"clips to judge are {frames.dtype}{list(frames.shape)}, the truth is uint8{list(clips['frames'].shape)}")
-    rows = [_judge_one(frames[i], clips, i, ceiling_mae) for i in range(len(frames))]
+    rows = [
+        _judge_one(frames[i], clips, i, ceiling and {name: ceiling[name][i] for name in ("background_mae", "shape_iou")})
+        for i in range(len(frames))
+    ]
     return {name: np.array([row[name] for row in rows]) for name in rows[0]} if rows else {}

@@ -1,8 +1,9 @@
 """The synthetic benchmark: something that turns images and sentences into clips in, rates of the judge with intervals out.
 
-Two splits: `validation` (new clips of combinations seen in training) and `heldout` (the named shape or colour moves in the
-one direction in which training never shows it). Beside the model stand the static clip, which no measure of text may reward,
-and the ceiling, the true clips (through the autoencoder, where one is given).
+Splits: `validation` (new clips of combinations seen in training), `heldout` (the named shape or colour moves in the one
+direction in which training never shows it), `several` (three shapes), `backgrounds` (stripes, training has noise). Beside the
+model stand the static clip, which no measure of text may reward, and the ceiling, the true clips (through the autoencoder,
+where one is given).
 """
 
 import argparse
@@ -13,13 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from motif_jax.bench.judge import judge, wilson
+from motif_jax.bench.judge import MIN_WAY, judge, wilson
 from motif_jax.config import UserError
 from motif_jax.data import sprites
 
 # images uint8 [N,H,W,3], sentences, seeds [N] -> clips uint8 [N,T,H,W,3]
 SampleFn = Callable[[np.ndarray, list[str], np.ndarray], np.ndarray]
+Measures = dict[str, np.ndarray]
 
+SPLITS = ("validation", "heldout", "several", "backgrounds")
 RATES = ("success", "direction_ok", "wrong_object")
 MEANS = (
     "speed_ratio",
@@ -33,10 +36,13 @@ MEANS = (
     "background_psnr",
     "colour_error",
     "shape_iou",
+    "area_ratio",
+    "leak",
     "psnr",
     "psnr_to_first",
 )
-_OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up"}
+MOVES = [d for d in sprites.DIRECTIONS if d != "still"]
+OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up"}
 
 
 def _rate(hits: np.ndarray) -> dict[str, Any]:
@@ -44,7 +50,7 @@ def _rate(hits: np.ndarray) -> dict[str, Any]:
     return {"rate": float(hits.mean()) if len(hits) else None, "low": low, "high": high, "count": len(hits)}
 
 
-def summarise(measures: dict[str, np.ndarray]) -> dict[str, Any]:
+def summarise(measures: Measures) -> dict[str, Any]:
     """Rates with 95 % Wilson intervals, and means, of what `judge` returned; sentences that ask for motion and for stillness apart."""
     still = measures["still"] > 0
 
@@ -59,15 +65,55 @@ def summarise(measures: dict[str, np.ndarray]) -> dict[str, Any]:
     }
 
 
-def antonym_contrast(measures: dict[str, np.ndarray], opposite: dict[str, np.ndarray], clips: dict[str, Any]) -> dict[str, Any]:
-    """Does the sentence decide? The same image and noise with the opposite direction: 1 when the object goes its way both
-    times, 0 when the text is ignored. Mean of ((way - opposite way) . direction) / (2 true ways), and clips in which both were found.
+def turned(captions: list[str], direction: str) -> list[str]:
+    """The sentences with another direction; those that ask for stillness stay."""
+    return [" ".join(direction if word in MOVES else word for word in text.split()) for text in captions]
+
+
+def text_sensitivity(ways: dict[str, Measures], clips: dict[str, Any]) -> dict[str, Any]:
+    """Does the sentence decide? `ways[d]` judges the same images and noise, told to move in direction d, for all of MOVES.
+
+    antonym_contrast: 1 when the object goes its way whichever of the two opposite ways it is told, 0 when the text is ignored:
+    the mean of ((way - way when told the opposite) . direction) / (2 true ways), over clips in which both were found.
+    prompt_retrieval: share of sentences that the measured way picks out of the four, 0.25 by chance; the object must have gone
+    30 % of its way. Its interval counts images, not sentences, which are not independent.
     """
-    difference = np.stack([measures[n] - opposite[n] for n in ("way_x", "way_y")], -1)
+    moving = clips["direction"] != sprites.STILL
     travel = sprites.WORLDS[clips["world"]].travel * min(clips["height"], clips["width"])
-    contrast = (difference * sprites.UNIT[clips["direction"]]).sum(-1) / (2 * travel)
-    contrast = contrast[(measures["still"] == 0) & np.isfinite(contrast)]
-    return {"mean": float(contrast.mean()) if len(contrast) else None, "count": len(contrast)}
+    way = np.stack([np.stack([ways[d]["way_x"], ways[d]["way_y"]], -1)[moving] for d in MOVES], 1)  # [clips, told, 2]
+    units = np.stack([sprites.UNIT[sprites.DIRECTIONS.index(d)] for d in MOVES])
+    along = np.nan_to_num(way) @ units.T  # [clips, told, direction]
+    correct = (along.argmax(-1) == np.arange(len(MOVES))) & (along.max(-1) > MIN_WAY * travel)
+
+    told = np.array([MOVES.index(sprites.DIRECTIONS[d]) for d in clips["direction"][moving]], int)
+    against = np.array([MOVES.index(OPPOSITE[d]) for d in MOVES])[told] if len(told) else told
+    row = np.arange(len(told))
+    contrast = ((way[row, told] - way[row, against]) * units[told]).sum(-1) / (2 * travel)
+    contrast = contrast[np.isfinite(contrast)]
+    return {
+        "antonym_contrast": {"mean": float(contrast.mean()) if len(contrast) else None, "count": len(contrast)},
+        "prompt_retrieval": _rate(correct.mean(1)),
+    }
+
+
+def sample_all(
+    sample_fn: SampleFn,
+    clips: dict[str, Any],
+    captions: list[str],
+    batch_size: int = 32,
+    progress: Callable[[int], None] = lambda done: None,
+) -> np.ndarray:
+    """Clips uint8 [N,T,H,W,3] for the first frames of `clips`; the clip i is sampled with the seed i.
+
+    `sample_fn` is called with `batch_size` clips, the last batch filled up with repeats, so that it compiles once.
+    """
+    images, out = clips["frames"][:, 0], []
+    for start in range(0, len(images), batch_size):
+        index = np.minimum(np.arange(start, start + batch_size), len(images) - 1)
+        made = np.asarray(sample_fn(images[index], [captions[i] for i in index], index))
+        out.append(made[: len(images) - start])
+        progress(min(start + batch_size, len(images)))
+    return np.concatenate(out)
 
 
 def evaluate(
@@ -78,42 +124,39 @@ def evaluate(
     frames: int,
     height: int,
     width: int,
-    splits: Sequence[str] = ("validation", "heldout"),
+    splits: Sequence[str] = SPLITS,
+    sensitivity: Sequence[str] = ("heldout",),
     batch_size: int = 32,
     round_trip: Callable[[np.ndarray], np.ndarray] | None = None,
-    antonyms: bool = True,
     progress: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Samples the first `count` clips of each split of a world (seed: that of the world), judges them, and returns plain
-    numbers for JSON: {"world", "seed", "count", ..., "splits": {split: {"model", "static", "ceiling", "antonym_contrast"}}}.
+    """Samples the first `count` clips of each split of a world (seed: that of the world), judges them, and returns plain numbers
+    for JSON: {"world", "seed", "count", ..., "splits": {split: {"model", "static", "ceiling", ...}}}.
 
-    The clip i is sampled with the seed i. sample_fn is called with `batch_size` clips, the last batch filled up with
-    repeats, so that it compiles once. round_trip: clips through the autoencoder, for the ceiling. antonyms: also sample each
-    moving clip with the opposite direction (twice the work). Raises ValueError on a count below 1 or clips of a wrong shape.
+    `heldout` also tells combinations of shape and direction from those of colour and direction. sensitivity: splits whose
+    moving clips are sampled with all four directions (four times the work; see `text_sensitivity`). round_trip: clips through
+    the autoencoder, for the ceiling. Raises ValueError on a count below 1 or clips of a wrong shape.
     """
     if count < 1:
         raise ValueError(f"count={count}: at least one clip is needed")
     result = {"world": world, "seed": seed, "count": count, "frames": frames, "height": height, "width": width, "splits": {}}
-
-    def sample(clips: dict[str, Any], captions: list[str], what: str) -> np.ndarray:
-        images, out = clips["frames"][:, 0], []
-        for start in range(0, len(images), batch_size):
-            index = np.minimum(np.arange(start, start + batch_size), len(images) - 1)
-            made = np.asarray(sample_fn(images[index], [captions[i] for i in index], index))
-            out.append(made[: len(images) - start])
-            progress(f"{what}: {min(start + batch_size, len(images))} of {len(images)}")
-        return np.concatenate(out)
-
     for split in splits:
         clips = sprites.make_clips(world, seed, range(count), frames, height, width, split)
         ceiling = judge(clips["frames"] if round_trip is None else round_trip(clips["frames"]), clips)
-        ceiling_mae = float(ceiling["background_mae"].mean())
-        static = judge(np.repeat(clips["frames"][:, :1], frames, axis=1), clips)
-        measures = judge(sample(clips, clips["captions"], split), clips, ceiling_mae)
+
+        def judged(captions: list[str], what: str, clips=clips, ceiling=ceiling) -> Measures:
+            made = sample_all(sample_fn, clips, captions, batch_size, lambda done: progress(f"{what}: {done} of {count}"))
+            return judge(made, clips, ceiling)
+
+        measures = judged(clips["captions"], split)
+        static = judge(np.repeat(clips["frames"][:, :1], frames, axis=1), clips, ceiling)
         rows = {"model": summarise(measures), "static": summarise(static), "ceiling": summarise(ceiling)}
-        if antonyms:
-            turned = [" ".join(_OPPOSITE.get(word, word) for word in text.split()) for text in clips["captions"]]
-            rows["antonym_contrast"] = antonym_contrast(measures, judge(sample(clips, turned, f"{split}, opposite"), clips), clips)
+        if split == "heldout":
+            by_shape = np.array([sprites.HELD_OUT[sprites.DIRECTIONS[d]] in sprites.SHAPES for d in clips["direction"]])
+            for name, part in (("shape and direction", by_shape), ("colour and direction", ~by_shape)):
+                rows[name] = summarise({k: v[part] for k, v in measures.items()})
+        if split in sensitivity:
+            rows |= text_sensitivity({d: judged(turned(clips["captions"], d), f"{split}, {d}") for d in MOVES}, clips)
         result["splits"][split] = rows
     return result
 
@@ -135,24 +178,24 @@ def table(result: dict[str, Any]) -> str:
     lines = [
         f"{result['world']}, {result['count']} clips per split, {result['frames']} frames of {result['height']}x{result['width']}",
         "",
-        "| split | clips | success % | direction % | wrong object % | speed ratio | path error | background dB | still kept % | contrast |",
+        "| split | clips | success % | direction % | wrong object % | speed ratio | path error | background dB | area | still kept % |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
+    told = []
     for split, rows in result["splits"].items():
-        for system in ("model", "static", "ceiling"):
+        for system in [name for name in rows if "moving" in rows[name]]:
             moving, still = rows[system]["moving"], rows[system]["still"]
             rates, means = moving["rates"], moving["means"]
-            contrast = rows.get("antonym_contrast", {}).get("mean") if system == "model" else None
-            cells = [
-                split,
-                system,
-                *(percent(rates[n]) for n in RATES),
-                number(means["speed_ratio"], ".2f"),
-                number(means["path_error"], ".3f"),
-            ]
-            cells += [number(means["background_psnr"], ".1f"), percent(still["rates"]["direction_ok"]), number(contrast, ".2f")]
+            cells = [split, system, *(percent(rates[n]) for n in RATES)]
+            forms = {"speed_ratio": ".2f", "path_error": ".3f", "background_psnr": ".1f", "area_ratio": ".2f"}
+            cells += [number(means[n], form) for n, form in forms.items()] + [percent(still["rates"]["direction_ok"])]
             lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        if "prompt_retrieval" in rows:
+            told.append(
+                f"{split}: told all four ways, the way taken picks the sentence in {percent(rows['prompt_retrieval'])} % (chance 25), "
+                f"antonym contrast {number(rows['antonym_contrast']['mean'], '.2f')} of 1"
+            )
+    return "\n".join([*lines, "", *told]).rstrip() + "\n"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -5,6 +5,7 @@ Every clip is a function of (world, seed, split, index) alone, whatever batch it
 Coordinates are (x, y) in pixels, and the centre of the pixel in row i and column j is (j, i).
 """
 
+import dataclasses
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ UNIT = np.array([(-1, 0), (1, 0), (0, -1), (0, 1), (0, 0)], np.float32)  # (x, y
 STILL = DIRECTIONS.index("still")
 # What training never shows: a circle moving left, anything red moving right ... Every word loses one direction at most.
 HELD_OUT = {"left": "circle", "right": "red", "up": "square", "down": "blue", "still": "triangle"}
-SPLITS = ("train", "validation", "heldout")
+SPLITS = ("train", "validation", "heldout", "several", "backgrounds")
 FPS = 8.0
 
 MOVING_SHARE = 0.03  # area of one shape over the area of the frame
@@ -195,6 +196,15 @@ def _background(world: World, key: np.ndarray, height: int, width: int) -> np.nd
     return 128 + noise
 
 
+def _stripes(world: World, key: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Grey stripes [N, H, W] at any angle, 2 to 8 to the shorter side, with the contrast of `_background`."""
+    u = _uniform(key, "stripes", 3)
+    angle, waves, phase = np.pi * u[:, 0], 2 + 6 * u[:, 1], 2 * np.pi * u[:, 2]
+    step = (2 * np.pi * waves / min(height, width))[:, None, None]
+    across = np.cos(angle)[:, None, None] * np.arange(width) + np.sin(angle)[:, None, None] * np.arange(height)[:, None]
+    return (128 + np.sqrt(2) * world.contrast * np.sin(step * across + phase[:, None, None])).astype(np.float32)
+
+
 def caption(colour: str, shape: str, direction: str) -> str:
     """The sentence of a clip, such as "the red circle moves left" or "the red circle stays still"."""
     return f"the {colour} {shape} " + ("stays still" if direction == "still" else f"moves {direction}")
@@ -204,7 +214,8 @@ def make_clips(world: str, seed: int, indices: Sequence[int], frames: int, heigh
     """The clips `indices` of a world, and the truth about them. Object 0 is the one the sentence names; no other moves.
 
     `train` and `validation` are different clips of the same combinations of words; `heldout` has only combinations that
-    training never shows (`HELD_OUT`).
+    training never shows (`HELD_OUT`); `several` always has three shapes; `backgrounds` has
+    stripes where training has noise.
 
     Returns a dict of
       frames uint8 [N,T,H,W,3]; captions list of N str; fps float
@@ -226,6 +237,8 @@ def make_clips(world: str, seed: int, indices: Sequence[int], frames: int, heigh
     if (indices < 0).any():
         raise ValueError(f"clip index {indices.min()}: must not be negative")
     spec = WORLDS[world]
+    if split == "several":
+        spec = dataclasses.replace(spec, objects=(3, 3))
     key = _mix(_mix(_text_key(f"{world}/{split}/{seed}")) + indices.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15))
 
     drawn = _draw(spec, key, split)
@@ -233,7 +246,8 @@ def make_clips(world: str, seed: int, indices: Sequence[int], frames: int, heigh
     n, most = drawn["shape"].shape
     palette = np.array([COLOURS[c] for c in spec.colours], np.float32)[drawn["colour"]]  # [N, K, 3]
 
-    scene = np.repeat(_background(spec, key, height, width)[..., None], 3, axis=-1)
+    background = _stripes if split == "backgrounds" else _background
+    scene = np.repeat(background(spec, key, height, width)[..., None], 3, axis=-1)
     for k in range(1, most):
         alpha = (coverage(drawn["shape"][:, k], centre[:, k, 0], height, width) * drawn["present"][:, k, None, None])[..., None]
         scene += alpha * (palette[:, k, None, None] - scene)

@@ -1,0 +1,40 @@
+"""The paper's ablations on the synthetic world, one arm a run; `launch/ablation.sh` trains and judges them all.
+
+python -m motif_jax.prepare --config=configs/ablation.py --source=synthetic:shapes:8000 --output=runs/ablation/data
+python -m motif_jax.main    --config=configs/ablation.py:flow --workdir=runs/ablation/flow/0 --config.seed=0 \
+    --config.data.path=runs/ablation/data
+python -m motif_jax.bench ablation --runs=runs/ablation
+
+All arms of a seed share initial weights, data order, timesteps and noise: those follow from the seed alone.
+"""
+
+import pathlib
+import runpy
+
+from ml_collections import ConfigDict
+
+QUICKSTART = pathlib.Path(__file__).with_name("quickstart.py")
+ARMS = {
+    "none": {"loss.heatmap": "none"},
+    "flow": {},  # MotiF
+    "inverse": {"loss.heatmap": "inverse"},
+    "latent_difference": {"loss.heatmap": "latent_difference"},
+    "mask": {"loss.heatmap": "mask"},
+    "lambda0.5": {"loss.motion_weight": 0.5},
+    "lambda2": {"loss.motion_weight": 2.0},
+    "lambda5": {"loss.motion_weight": 5.0},
+}
+
+
+def get_config(arm: str = "flow") -> ConfigDict:
+    if arm not in ARMS:
+        raise ValueError(f"configs/ablation.py:{arm}: no such arm; known: {', '.join(ARMS)}")
+    config = runpy.run_path(str(QUICKSTART))["get_config"]().unlock()
+    config.name = f"ablation_{arm}"
+    config.steps = 1200
+    config.optimizer.schedule = "constant"  # a run judged along its way must not depend on where it ends
+    config.checkpoint.update(every=300, keep=1, keep_every=300)
+    config.eval.update(every=300, batches=8, buckets=5)
+    config.sample.every = 0
+    config.update_from_flattened_dict(ARMS[arm])
+    return config.lock()
