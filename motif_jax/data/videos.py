@@ -101,6 +101,37 @@ def read_clip(path: str | os.PathLike, frames: int, height: int, width: int, cho
         raise VideoError("cannot be read", str(error).split("\n")[0]) from error
 
 
+def read_video(path: str | os.PathLike) -> Clip:
+    """Every frame of a file at its own size, at equal distances in time (a frame that is shown longer is repeated).
+
+    Raises VideoError with the reason.
+    """
+    if not os.path.isfile(path):
+        raise VideoError("missing file")
+    try:
+        with av.open(os.fspath(path)) as container:
+            if not container.streams.video:
+                raise VideoError("no video stream")
+            index = container.streams.video[0].index
+        _packet_timeline(path, index)  # says when a file is cut off
+        with av.open(os.fspath(path)) as container:
+            stream = container.streams[index]
+            pictures, pts = [], []
+            for frame in _frames(container, stream):
+                if frame.is_corrupt:
+                    raise VideoError("does not decode", f"frame {len(pts)} is damaged")
+                pictures.append(_picture(frame)[0])
+                pts.append(frame.pts)
+            if not pictures:
+                raise VideoError("no frames")
+            if len({p.shape for p in pictures}) > 1:
+                raise VideoError("changes size", " then ".join(dict.fromkeys(f"{p.shape[1]}x{p.shape[0]}" for p in pictures)))
+            timeline = _timeline(_increasing(pts), stream, len(pts))
+    except (av.error.FFmpegError, OSError) as error:
+        raise VideoError("cannot be read", str(error).split("\n")[0]) from error
+    return Clip(np.stack([pictures[i] for i in timeline.frame_at]), timeline.fps, 1, 0)
+
+
 def _read_stream(path: Any, stream: int, frames: int, height: int, width: int, choose: Callable) -> Clip:
     def clip_of(timeline: Timeline) -> Clip | None:
         first, stride = choose(len(timeline.frame_at))
@@ -152,8 +183,11 @@ def _decoded_timeline(path: Any, index: int) -> Timeline:
         pts = [frame.pts for frame in _frames(container, stream)]
         if not pts:
             raise VideoError("no frames")
-        timed = None not in pts and all(a < b for a, b in itertools.pairwise(pts))
-        return _timeline(pts if timed else None, stream, len(pts))
+        return _timeline(_increasing(pts), stream, len(pts))
+
+
+def _increasing(pts: list[int | None]) -> list[int] | None:
+    return pts if None not in pts and all(a < b for a, b in itertools.pairwise(pts)) else None
 
 
 def _timeline(pts: list[int] | None, stream: Any, count: int = 0) -> Timeline:
