@@ -5,12 +5,15 @@ import json
 import pathlib
 import zlib
 
+import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import UInt8
 
 from motif_jax.config import Config, UserError, from_json
 from motif_jax.data.tokens import make_tokenizer
 from motif_jax.data.videos import VideoError, cover, read_image, save_video
+from motif_jax.dist.mesh import BATCH
 from motif_jax.generation import make_generator
 from motif_jax.models.networks import Networks, Params
 from motif_jax.training import weights
@@ -21,15 +24,18 @@ SOURCE_FPS = 24.0  # --frame_stride counts frames of a film
 
 @dataclasses.dataclass
 class Animator:
-    """Call it with images, sentences and seeds; see `__call__`."""
+    """Call it with images, sentences and seeds; see `__call__`. With a mesh each of its devices takes a share of the batch."""
 
     config: Config
     networks: Networks
     params: Params
     frozen: dict[str, Params]
     fps: float  # frame rate condition
+    mesh: Mesh | None = None
 
     def __post_init__(self) -> None:
+        if self.mesh is not None:
+            self.params, self.frozen = jax.device_put((self.params, self.frozen), NamedSharding(self.mesh, PartitionSpec()))
         self._tokenizer = make_tokenizer(self.config.text)
         self._generate = make_generator(self.networks, empty_sentence(self.config, self._tokenizer))
 
@@ -42,6 +48,7 @@ class Animator:
         steps: int | None = None,
         guidance: float | None = None,
         frame_stride: int | None = None,
+        mesh: Mesh | None = None,
     ) -> "Animator":
         """From a work directory (its own config.json), or from weights with a `config`. Raises UserError."""
         directory = pathlib.Path(directory)
@@ -56,14 +63,25 @@ class Animator:
         networks = Networks.of(config)
         frozen = weights.initial_weights(config, networks, trained=False).frozen
         params = weights.fit(weights.load(directory)["denoiser"], networks.denoiser.shapes, str(directory))
-        return cls(config, networks, params, frozen, SOURCE_FPS / frame_stride if frame_stride else config.sample.fps)
+        return cls(config, networks, params, frozen, SOURCE_FPS / frame_stride if frame_stride else config.sample.fps, mesh)
 
     def __call__(self, images: list[UInt8[np.ndarray, "H W 3"]], prompts: list[str], seeds: list[int]) -> UInt8[np.ndarray, "B T H W 3"]:
-        """Clips that start at `images` (any size: covered and centre-cropped) and move as `prompts` say."""
+        """Clips that start at `images` (any size: covered and centre-cropped) and move as `prompts` say.
+
+        B is a multiple of the mesh's devices.
+        """
         height, width = self.config.data.height, self.config.data.width
         batch = np.stack([cover(image, height, width) for image in images])
         fps = np.full(len(images), self.fps, np.float32)
-        return np.asarray(self._generate(self.params, self.frozen, batch, self._tokenizer(prompts), fps, np.asarray(seeds, np.int32)))
+        inputs = (batch, self._tokenizer(prompts), fps, np.asarray(seeds, np.int32))
+        if self.mesh is not None:
+            inputs = jax.device_put(inputs, NamedSharding(self.mesh, BATCH))
+        return np.asarray(self._generate(self.params, self.frozen, *inputs))
+
+
+def noise_seed(seed: int, name: str) -> int:
+    """The seed of the noise of one clip: a function of the user's seed and the clip's id alone."""
+    return zlib.crc32(f"{seed}:{name}".encode()) & 0x7FFFFFFF
 
 
 def _open(path: str) -> UInt8[np.ndarray, "H W 3"]:
@@ -134,7 +152,7 @@ def animate_list(animator: Animator, requests_file: str, output: str, seed: int,
     for start in range(0, len(todo), batch_size):
         part = todo[start : start + batch_size]
         full = part + [part[-1]] * (batch_size - len(part))  # one compiled shape
-        seeds = [zlib.crc32(f"{seed}:{r['id']}".encode()) & 0x7FFFFFFF for r in full]
+        seeds = [noise_seed(seed, r["id"]) for r in full]
         clips = animator([_open(r["image"]) for r in full], [r["prompt"] for r in full], seeds)
         for request, clip in zip(part, clips, strict=False):
             _save(directory / f"{request['id']}.{suffix}", clip, animator.config.sample.fps)
