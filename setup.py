@@ -7,6 +7,8 @@ from setuptools import find_packages, setup
 
 ROOT = pathlib.Path(__file__).parent
 REQUIREMENTS = [line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
+ANNOTATE = ["starlette>=1.0,<2", "uvicorn>=0.40,<1"]  # the web server of the human study
+TESTS = ["httpx>=0.28,<1", "playwright>=1.50,<2", "statsmodels>=0.14,<1", "krippendorff>=0.8,<1"]  # a browser is not among them
 
 setup(
     name="motif_jax",
@@ -16,11 +18,13 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["motif_jax", "motif_jax.*"]),
     install_requires=[r for r in REQUIREMENTS if r],
+    package_data={"motif_jax.bench": ["page/*"]},
     extras_require={
         "tpu": ["jax[tpu]"],
         "gpu": ["jax[cuda12]"],
         "torch": ["torch>=2.6"],  # reading and writing .ckpt and .pth; .safetensors needs none
         "beam": ["apache-beam>=2.77,<3"],
-        "test": ["pytest>=8,<10", "scipy>=1.14,<2", "ruff>=0.12,<1"],
+        "annotate": ANNOTATE,
+        "test": ["pytest>=8,<10", "scipy>=1.14,<2", "ruff>=0.12,<1", *ANNOTATE, *TESTS],
     },
 )

@@ -1,0 +1,182 @@
+"""The human A/B protocol: `annotate build` makes a study, `annotate serve` runs it for several people, `annotate export` gives the votes.
+
+build writes STUDY/page/, which opens from the file system or is served, and STUDY/key.json, which says what is what and is kept.
+"""
+
+import argparse
+import importlib.resources
+import pathlib
+import shutil
+
+import numpy as np
+
+from motif_jax.bench import study
+from motif_jax.config import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    commands = parser.add_subparsers(dest="action", required=True, metavar="build|serve|export")
+    build = commands.add_parser("build", help="make a study from two or more folders of videos")
+    build.add_argument("--list", required=True, type=pathlib.Path, help="the image-text pairs: TI2V-Bench's folder, a .jsonl or a .csv")
+    build.add_argument("--videos", required=True, action="append", metavar="NAME=DIR", help="a system and its videos; twice or more")
+    build.add_argument("--output", required=True, type=pathlib.Path, metavar="STUDY", help="folder to make")
+    build.add_argument("--pairs", action="append", metavar="all|NAME:NAME", help="which systems meet (repeatable; default: all)")
+    build.add_argument("--annotators", default=5, type=int, help="votes per comparison; default 5")
+    build.add_argument("--per_sheet", default=40, type=int, help="comparisons in one sitting; default 40, about 17 minutes at 25 s each")
+    build.add_argument("--repeats", default=2, type=int, help="comparisons shown again with the sides swapped, per sheet; default 2")
+    build.add_argument("--gold", default=2, type=int, help="comparisons with a visibly broken video, per sheet; default 2")
+    build.add_argument("--no_training", action="store_true", help="leave out the four explained examples at the start")
+    build.add_argument("--frames", type=int, help="first N frames of every video; default: as many as the shortest one has")
+    build.add_argument("--fps", type=float, help="frames a second; default: the lowest there is. Faster videos lose frames")
+    build.add_argument("--size", default="320", help="height and width, N or HxW; default 320, the size of the published samples")
+    build.add_argument("--ties", action="store_true", help='also offer "About the same"; the paper forces a choice')
+    build.add_argument("--title", default="Which video is better?", help="heading of the page; everybody sees it")
+    build.add_argument("--seed", default=0, type=int, help="decides order and sides")
+
+    serve = commands.add_parser("serve", help="serve a study to several annotators at once")
+    serve.add_argument("--study", required=True, type=pathlib.Path, help="folder made by build")
+    serve.add_argument("--votes", required=True, type=pathlib.Path, metavar="FILE.sqlite", help="where votes go; made when missing")
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen at; default 127.0.0.1, this machine only")
+    serve.add_argument("--port", default=8000, type=int, help="default 8000; 0 takes a free one")
+    serve.add_argument("--token", help="secret part of the link, of letters, digits, - and _; default: made once and kept with the votes")
+    serve.add_argument("--lease", default=60.0, type=float, help="minutes without a vote after which somebody else may take over a sheet")
+
+    export = commands.add_parser("export", help="raw votes with the names of the systems")
+    export.add_argument("--study", required=True, type=pathlib.Path, help="folder made by build")
+    export.add_argument("--votes", required=True, nargs="+", type=pathlib.Path, help="the server's .sqlite, or .json files of the page")
+    export.add_argument("--output", required=True, type=pathlib.Path, metavar="FILE.csv|.json")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    {"build": run_build, "serve": run_serve, "export": run_export}[arguments.action](arguments)
+
+
+def run_build(arguments: argparse.Namespace) -> None:
+    """Makes STUDY, under a temporary name until it is complete."""
+    from motif_jax.bench.pairs import find_videos, read_pairs
+
+    height, width = parse_size(arguments.size)
+    for name, least in (("annotators", 1), ("per_sheet", 1), ("repeats", 0), ("gold", 0)):
+        if getattr(arguments, name) < least:
+            raise UserError(f"--{name}={getattr(arguments, name)}: at least {least}")
+    if arguments.output.exists():
+        raise UserError(f"--output={arguments.output}: exists already; votes belong to the study they were given in, so none is replaced")
+    folders = {}
+    for text in arguments.videos:
+        name, equals, folder = text.partition("=")
+        if not (equals and name.strip() and folder) or ":" in name or name in folders:
+            raise UserError(f"--videos={text}: expected NAME=DIR, every name once and without a colon")
+        folders[name] = pathlib.Path(folder)
+    if len(folders) < 2:
+        raise UserError("--videos: a study compares two or more systems")
+    asked = study.comparisons(list(folders), arguments.pairs or ["all"])
+    pairs = read_pairs(arguments.list)
+    files = {}
+    for name, folder in folders.items():
+        found = find_videos(folder, pairs).videos
+        for index, pair in enumerate(pairs):
+            seeds = [seed for id, seed in found if id == pair.id]
+            if seeds:
+                files[index, name] = found[pair.id, min(seeds)]
+    missing = [f"{name} has none of {pair.id}" for i, pair in enumerate(pairs) for name in folders if (i, name) not in files]
+    if missing:
+        raise UserError(f"--videos: {len(missing)} of {len(pairs) * len(folders)} videos are missing: {'; '.join(missing[:5])}")
+
+    temporary = arguments.output.with_name(f".tmp-{arguments.output.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    (temporary / "page" / "media").mkdir(parents=True)
+    try:
+        key = _make(arguments, temporary, pairs, files, asked, height, width)
+        study.save(key, temporary)
+        temporary.rename(arguments.output)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    tasks = sum(map(len, key.sheets.values()))
+    print(
+        f"{arguments.output}: {len(pairs)} pairs x {len(asked)} comparisons x {arguments.annotators} annotators, "
+        f"{tasks} tasks on {len(key.sheets)} sheets; videos of {key.frames} frames, {key.height}x{key.width}, {key.fps:g} frames a second"
+    )
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """(height, width) of "N" or "HxW"; both even, for 4:2:0. Raises UserError."""
+    parts = text.split("x")
+    if len(parts) > 2 or not all(p.isdecimal() and 16 <= int(p) <= 4096 and int(p) % 2 == 0 for p in parts):
+        raise UserError(f"--size={text}: expected N or HxW, even numbers from 16 to 4096")
+    return int(parts[0]), int(parts[-1])
+
+
+def _make(arguments, folder: pathlib.Path, pairs: list, files: dict, asked: list, height: int, width: int) -> study.Key:
+    """Writes page and media and returns the key; files: (pair index, model) -> path."""
+    from motif_jax.bench import study_clips
+
+    media, rng = folder / "page" / "media", np.random.default_rng(arguments.seed)
+    models = list(dict.fromkeys(name for _, name in files))
+    paths = list(dict.fromkeys(files.values()))
+    lengths = dict(zip(paths, study_clips.parallel(study_clips.length, [(p,) for p in paths], lambda t: None), strict=True))
+    form = study_clips.common_format(lengths, height, width, arguments.frames, arguments.fps)
+    names = {where: f"{study.opaque()}.mp4" for where in files}
+    jobs = [(path, lengths[path][1], form, media, names[where]) for where, path in files.items()]
+    moves = study_clips.parallel(study_clips.convert, jobs, lambda text: print(f"videos: {text}", flush=True))
+    images = {path: f"{study.opaque()}.jpg" for path in dict.fromkeys(pair.image for pair in pairs)}
+    study_clips.parallel(study_clips.convert_image, [(p, form, media, name) for p, name in images.items()], lambda t: None)
+    clips = {names[where]: study.Clip(where[1], pairs[where[0]].id) for where in files}
+
+    def damaged(index: int, model: str, kind: str, damage) -> tuple[str, str]:
+        """(good name, damaged name) of a video."""
+        path, name = files[index, model], f"{study.opaque()}.mp4"
+        frames = study_clips.read(path, lengths[path][1], form)
+        study_clips.write(media, name, damage(frames, rng), form.fps)
+        clips[name] = study.Clip(model, pairs[index].id, kind)
+        return names[index, model], name
+
+    # Training needs pairs in which every system shows motion: a frozen video must be wrong.
+    motion = dict(zip(files, moves, strict=True))
+    lively = sorted(range(len(pairs)), key=lambda i: -min(motion[i, m] for m in models))
+    training = []
+    for n, (reason, damage) in enumerate(study_clips.DAMAGE.items() if not arguments.no_training else ()):
+        index, better = lively[n % len(lively)], study.SIDES[n % 2]
+        good, bad = damaged(index, models[n % len(models)], reason, damage)
+        left, right = (good, bad) if better == "left" else (bad, good)
+        training.append(study.Task(study.opaque(), "training", index, left, right, better=better, reason=reason))
+    golds = []
+    for n, index in enumerate(rng.permutation(len(pairs))[: 4 * arguments.gold].tolist()):
+        golds.append((index, *damaged(index, models[n % len(models)], "gold", study_clips.GOLD_DAMAGE)))
+
+    for file in importlib.resources.files("motif_jax.bench").joinpath("page").iterdir():
+        (folder / "page" / file.name).write_bytes(file.read_bytes())
+    return study.Key(
+        id=study.opaque(),
+        title=arguments.title,
+        ties=arguments.ties,
+        models=models,
+        comparisons=asked,
+        frames=form.frames,
+        fps=form.fps,
+        height=height,
+        width=width,
+        pairs=[study.Entry(p.id, p.image.stem, p.prompt, images[p.image], p.scenario) for p in pairs],
+        clips=clips,
+        training=training,
+        sheets=study.deal(
+            names, asked, golds, arguments.annotators, arguments.per_sheet, arguments.repeats, arguments.gold, arguments.seed
+        ),
+    )
+
+
+def run_serve(arguments: argparse.Namespace) -> None:
+    from motif_jax.bench import server
+
+    if arguments.lease <= 0:
+        raise UserError(f"--lease={arguments.lease:g}: must be positive")
+    server.serve(arguments.study, arguments.votes, arguments.host, arguments.port, arguments.token, 60 * arguments.lease)
+
+
+def run_export(arguments: argparse.Namespace) -> None:
+    from motif_jax.bench import votes
+
+    found, refused = votes.read_all(arguments.votes, arguments.study)
+    votes.write_votes(arguments.output, found)
+    for line in refused:
+        print(f"refused: {line[:300]}")
+    print(f"{arguments.output}: {len(found)} votes of {len({v.annotator for v in found})} annotators")

@@ -1,0 +1,127 @@
+"""The server's ballot box, one SQLite file: hands out sheets and keeps records. What `vote` has returned for is on the disk.
+
+A sheet belongs to one annotator at a time, for as long as they keep voting; after `lease` seconds without a vote somebody else
+may take what is left of it. Nobody gets two copies of the same sheet, and no task is answered twice.
+"""
+
+import json
+import pathlib
+import secrets
+import sqlite3
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from motif_jax.bench.study import Key
+from motif_jax.config import UserError
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS study (id TEXT NOT NULL, token TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS sheets (sheet TEXT PRIMARY KEY, annotator TEXT, seen REAL);
+CREATE TABLE IF NOT EXISTS votes (
+    task TEXT NOT NULL, annotator TEXT NOT NULL, sheet TEXT NOT NULL, training INTEGER NOT NULL, record TEXT NOT NULL,
+    received REAL NOT NULL, PRIMARY KEY (task, annotator)
+);
+CREATE UNIQUE INDEX IF NOT EXISTS once ON votes (task) WHERE NOT training;
+"""
+
+
+class Taken(Exception):
+    """The vote was not stored: the sheet went to somebody else, or the task has another answer already."""
+
+
+def number(sheet: str) -> str:
+    """What the copies of a sheet have in common: "3" of "3-2"."""
+    return sheet.partition("-")[0]
+
+
+class Ballots:
+    """Opens or makes (unless new=False) the file. Raises UserError when it holds another study's votes or is no such file."""
+
+    def __init__(
+        self, path: pathlib.Path, key: Key, lease: float = 3600.0, new: bool = True, clock: Callable[[], float] = time.time
+    ) -> None:
+        if not (new or path.is_file()):
+            raise UserError(f"{path}: missing")
+        self.key, self.lease, self.clock = key, lease, clock
+        self._tasks = key.tasks
+        self._lock = threading.Lock()
+        try:
+            self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
+            self._db.execute("PRAGMA journal_mode = WAL")
+            self._db.execute("PRAGMA synchronous = FULL")  # with NORMAL a power cut may take the last acknowledged votes
+            self._db.executescript(SCHEMA)
+        except sqlite3.Error as error:
+            raise UserError(f"{path}: cannot be used for votes ({error})") from error
+        with self._lock, self._db:
+            self._db.execute("BEGIN IMMEDIATE")
+            if (row := self._db.execute("SELECT id FROM study").fetchone()) is None:
+                self._db.execute("INSERT INTO study VALUES (?, ?)", (key.id, secrets.token_urlsafe(16)))
+                self._db.executemany("INSERT INTO sheets VALUES (?, NULL, NULL)", [(s,) for s in key.sheets])
+            elif row[0] != key.id:
+                raise UserError(f"{path}: holds the votes of another study ({row[0]}, not {key.id})")
+
+    @property
+    def token(self) -> str:
+        """The study's token: made with the file, so that links stay valid when the server starts again."""
+        return self._db.execute("SELECT token FROM study").fetchone()[0]
+
+    def close(self) -> None:
+        self._db.close()
+
+    def claim(self, annotator: str) -> dict[str, Any]:
+        """The sheet to work on: {"sheet", "done": tasks answered already, "trained"}; sheet is None when there is none for them.
+
+        First their own unfinished one, then the unfinished one that has most answers, so that sheets get completed.
+        """
+        with self._lock, self._db:
+            self._db.execute("BEGIN IMMEDIATE")
+            now = self.clock()
+            trained = {t for (t,) in self._db.execute("SELECT task FROM votes WHERE annotator = ? AND training", (annotator,))}
+            answered: dict[str, list[str]] = {sheet: [] for sheet in self.key.sheets}
+            touched = set()
+            for task, voter, sheet in self._db.execute("SELECT task, annotator, sheet FROM votes WHERE NOT training"):
+                answered[sheet].append(task)
+                if voter == annotator:
+                    touched.add(number(sheet))
+            best = None
+            for sheet, holder, seen in self._db.execute("SELECT sheet, annotator, seen FROM sheets"):
+                if len(answered[sheet]) == len(self.key.sheets[sheet]):
+                    continue
+                own = holder == annotator
+                free = holder is None or now - seen > self.lease
+                if own or (free and number(sheet) not in touched):
+                    rank = (own, len(answered[sheet]))
+                    best = max(best, (rank, sheet), key=lambda found: found[0]) if best else (rank, sheet)
+            if best is None:
+                return {"sheet": None, "done": [], "trained": sorted(trained)}
+            sheet = best[1]
+            self._db.execute("UPDATE sheets SET annotator = ?, seen = ? WHERE sheet = ?", (annotator, now, sheet))
+            return {"sheet": sheet, "done": answered[sheet], "trained": sorted(trained)}
+
+    def vote(self, record: dict[str, Any]) -> None:
+        """Stores a checked record for good. The same answer again is fine (its acknowledgement was lost); raises Taken otherwise."""
+        task = self._tasks[record["task"]]
+        training = task.kind == "training"
+        with self._lock, self._db:
+            self._db.execute("BEGIN IMMEDIATE")
+            before = self._db.execute(
+                "SELECT record FROM votes WHERE task = ? AND (annotator = ? OR NOT training)", (task.id, record["annotator"])
+            ).fetchone()
+            if before is not None:
+                if json.loads(before[0]) == record:
+                    return
+                raise Taken("this task has an answer already")
+            holder = self._db.execute("SELECT annotator FROM sheets WHERE sheet = ?", (record["sheet"],)).fetchone()[0]
+            if holder != record["annotator"]:
+                raise Taken("this sheet is somebody else's now")
+            now = self.clock()
+            row = (task.id, record["annotator"], record["sheet"], training, json.dumps(record), now)
+            self._db.execute("INSERT INTO votes VALUES (?, ?, ?, ?, ?, ?)", row)
+            self._db.execute("UPDATE sheets SET seen = ? WHERE sheet = ?", (now, record["sheet"]))
+
+    def records(self) -> list[dict[str, Any]]:
+        """All records in the order of their arrival."""
+        with self._lock:
+            return [json.loads(record) for (record,) in self._db.execute("SELECT record FROM votes ORDER BY received, rowid")]

@@ -1,0 +1,140 @@
+"""Statistics of pairwise votes: tables of votes in, rates, intervals, agreement and rankings out. Arrays and plain numbers only.
+
+Pairs that share an image are not independent (TI2V-Bench: 320 pairs, 88 images), so intervals resample images, not pairs.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from jaxtyping import Float, Int
+from scipy import optimize, stats
+
+CONFIDENCE = 0.95
+
+
+def binomial_p(wins: int, count: int) -> float:
+    """Two-sided exact p of `wins` out of `count` against one half; 1 when nothing was counted."""
+    return float(stats.binomtest(wins, count).pvalue) if count else 1.0
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's step-down adjustment of a family of p values, in their order. Source: Holm, Scand. J. Statist. 6 (1979) 65-70."""
+    p = np.asarray(p_values, float)
+    order = np.argsort(p)
+    steps = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
+    adjusted = np.empty(len(p))
+    adjusted[order] = np.minimum(steps, 1.0)
+    return adjusted.tolist()
+
+
+def cluster_weights(clusters_N: Sequence, samples: int, seed: int) -> Int[np.ndarray, "B N"]:
+    """How often each observation is in each bootstrap sample: whole clusters are drawn with replacement, as many as there are."""
+    names, index = np.unique(np.asarray(clusters_N), return_inverse=True)
+    drawn = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), size=samples)
+    return drawn[:, index]
+
+
+def interval(values_B: np.ndarray, confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """Percentile interval of bootstrap values; (nan, nan) when none is a number."""
+    values = np.asarray(values_B, float)
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return float("nan"), float("nan")
+    low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
+
+
+def share_interval(
+    hits_N: Float[np.ndarray, "N"], totals_N: Float[np.ndarray, "N"], weights_BN: Int[np.ndarray, "B N"]
+) -> tuple[float, float, float]:
+    """sum(hits) / sum(totals) with its bootstrap interval: (share, low, high); nan where nothing was counted."""
+    hits, totals = np.asarray(hits_N, float), np.asarray(totals_N, float)
+    if not totals.sum() > 0:
+        return float("nan"), float("nan"), float("nan")
+    drawn = weights_BN @ np.stack([hits, totals], 1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        low, high = interval(drawn[:, 0] / drawn[:, 1])
+    return float(hits.sum() / totals.sum()), low, high
+
+
+def design_effect(hits_N: Float[np.ndarray, "N"], weights_BN: Int[np.ndarray, "B N"]) -> float:
+    """Variance of a mean under the bootstrap over that of as many independent observations: how much the clusters cost. At least 1."""
+    hits = np.asarray(hits_N, float)
+    if len(hits) < 2 or hits.std() == 0:
+        return 1.0
+    means = (weights_BN @ hits) / np.maximum(weights_BN.sum(1), 1)
+    return max(1.0, float(means.var() / (hits.var() / len(hits))))
+
+
+def smallest_significant(count: int, alpha: float = 0.05) -> int | None:
+    """The fewest wins of `count` above one half that the two-sided exact test calls significant; None when not even all are."""
+    wins = int(stats.binom.isf(alpha / 2, count, 0.5)) + 1  # the smallest k with P(X >= k) <= alpha / 2
+    return wins if wins <= count else None
+
+
+def minimum_detectable(count: float, power: float = 0.8, alpha: float = 0.05) -> float | None:
+    """The true win rate at which the exact test comes out significant with this power; None when `count` is too small for any."""
+    count = int(count)
+    wins = smallest_significant(count, alpha)
+    if wins is None:
+        return None
+    return float(optimize.brentq(lambda p: stats.binom.sf(wins - 1, count, p) - power, 0.5, 1.0))
+
+
+def fleiss_kappa(counts_NC: Int[np.ndarray, "N C"]) -> float:
+    """Agreement of equally many raters per item: votes per item and category -> kappa; nan when only one category was ever chosen.
+
+    Source: Fleiss, Psych. Bull. 76 (1971) 378-382. Raises ValueError when the items differ in their number of votes.
+    """
+    counts = np.asarray(counts_NC, float)
+    raters = counts.sum(1)
+    if len(counts) == 0 or raters.min() != raters.max() or raters[0] < 2:
+        raise ValueError("Fleiss' kappa needs the same number of votes, at least two, for every item")
+    n = raters[0]
+    observed = ((counts**2).sum(1) - n).mean() / (n * (n - 1))
+    expected = ((counts.sum(0) / counts.sum()) ** 2).sum()
+    return float((observed - expected) / (1 - expected)) if expected < 1 else float("nan")
+
+
+def krippendorff_alpha(counts_NC: Float[np.ndarray, "N C"]) -> float:
+    """Nominal alpha from votes per item and category; items may have any number of votes, those with one say nothing.
+
+    nan when no item has two votes or only one category was ever chosen. Source: Krippendorff, Content Analysis (2004), 11.3.
+    """
+    counts = np.asarray(counts_NC, float)
+    counts = counts[counts.sum(1) >= 2]
+    votes = counts.sum()
+    if not votes:
+        return float("nan")
+    raters = counts.sum(1, keepdims=True)
+    disagreement = (counts * (raters - counts) / (raters - 1)).sum() / votes
+    totals = counts.sum(0)
+    expected = (totals * (votes - totals)).sum() / (votes * (votes - 1))
+    return float(1 - disagreement / expected) if expected > 0 else float("nan")
+
+
+def bootstrap(statistic: Callable[[np.ndarray], float], rows: np.ndarray, weights_BN: Int[np.ndarray, "B N"]) -> tuple[float, float]:
+    """Interval of a statistic of the rows [N, ...] for which no short cut exists: evaluated on every sample."""
+    return interval(np.array([statistic(np.repeat(rows, weights, axis=0)) for weights in weights_BN]))
+
+
+def bradley_terry(wins_MM: Float[np.ndarray, "*B M M"], prior: float = 0.5, steps: int = 2000) -> Float[np.ndarray, "*B M"]:
+    """Log strengths with mean zero: model i beats j at the rate 1 / (1 + exp(s_j - s_i)).
+
+    wins_MM[..., i, j]: how often i beat j, a tie being half a win for both. `prior` wins are added each way to every pair of
+    models that met, so that a model that never lost gets a finite strength. Minorise-maximise steps until none moves by 1e-10.
+    Source: Hunter, Annals of Statistics 32 (2004) 384-406.
+    """
+    wins = np.asarray(wins_MM, float)
+    met = (wins + np.swapaxes(wins, -1, -2)) > 0
+    wins = wins + prior * met
+    played, won = wins + np.swapaxes(wins, -1, -2), wins.sum(-1)
+    strength = np.ones(won.shape)
+    for _ in range(steps):
+        new = won / (played / (strength[..., :, None] + strength[..., None, :])).sum(-1)
+        new /= np.exp(np.log(new).mean(-1, keepdims=True))
+        change = np.abs(np.log(new / strength)).max()
+        strength = new
+        if change < 1e-10:
+            break
+    return np.log(strength)

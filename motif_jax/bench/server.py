@@ -1,0 +1,128 @@
+"""The web server of a study: the page under a secret link, sheets out, votes in.
+
+Every address starts with the study's token; without it there is nothing to see. A vote is acknowledged when it is on the disk.
+"""
+
+import hmac
+import json
+import pathlib
+import re
+import socket
+
+from motif_jax.bench import study as plan
+from motif_jax.bench.ballots import Ballots, Taken
+from motif_jax.bench.votes import check_annotator, check_record
+from motif_jax.config import UserError
+
+MAX_BODY = 16 * 1024  # bytes; the longest vote that `check_record` passes, every character escaped, is smaller
+HEADERS = {
+    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; media-src 'self'; "
+    "connect-src 'self'; form-action 'none'; base-uri 'none'; frame-ancestors 'none'",
+    "referrer-policy": "no-referrer",  # the address holds the token
+    "x-content-type-options": "nosniff",
+    "x-robots-tag": "noindex",
+}
+
+
+def application(study: pathlib.Path, ballots: Ballots, token: str):
+    """The Starlette app: GET <token>/... is the page, POST <token>/claim and <token>/vote take JSON objects.
+
+    claim {"annotator"} -> {"sheet", "tasks", "done", "trained"}; vote {a record, see `votes.check_record`} -> {"stored": true}.
+    400: not such an object, 403: no token, 409: somebody else has the task, 413: too long.
+    """
+    from starlette.applications import Starlette
+    from starlette.concurrency import run_in_threadpool
+    from starlette.middleware import Middleware
+    from starlette.requests import Request
+    from starlette.responses import JSONResponse, PlainTextResponse, Response
+    from starlette.routing import Mount, Route
+    from starlette.staticfiles import StaticFiles
+
+    key = ballots.key
+
+    def problem(status: int, text: str) -> Response:
+        return JSONResponse({"error": text}, status)
+
+    async def body(request: Request) -> bytes | None:
+        """The whole body, or None as soon as it is too long."""
+        data = b""
+        async for chunk in request.stream():
+            data += chunk
+            if len(data) > MAX_BODY:
+                return None
+        return data
+
+    def takes_json(answer):
+        async def endpoint(request: Request) -> Response:
+            if (data := await body(request)) is None:
+                return problem(413, f"longer than {MAX_BODY} bytes")
+            try:
+                return JSONResponse(await run_in_threadpool(answer, json.loads(data)))
+            except (ValueError, RecursionError) as error:
+                return problem(400, str(error))
+            except Taken as error:
+                return problem(409, str(error))
+
+        return endpoint
+
+    def claim(found) -> dict:
+        claimed = ballots.claim(check_annotator(found.get("annotator") if isinstance(found, dict) else None))
+        tasks = [plan.page_task(key, t) for t in key.sheets[claimed["sheet"]]] if claimed["sheet"] else []
+        return claimed | {"tasks": tasks}
+
+    def vote(found) -> dict:
+        ballots.vote(check_record(found, key))
+        return {"stored": True}
+
+    script = plan.script(plan.page_data(key, server=True))
+    pages = [
+        Route("/claim", takes_json(claim), methods=["POST"]),
+        Route("/vote", takes_json(vote), methods=["POST"]),
+        Route("/study.js", lambda request: Response(script, media_type="text/javascript")),
+        Mount("/", StaticFiles(directory=study / "page", html=True)),
+    ]
+
+    class Guard:
+        """Refuses whatever does not start with the token, and adds the headers."""
+
+        def __init__(self, app) -> None:
+            self.app = app
+
+        async def __call__(self, scope, receive, send) -> None:
+            if scope["type"] != "http":
+                return await self.app(scope, receive, send)
+
+            async def send_with_headers(message) -> None:
+                if message["type"] == "http.response.start":
+                    message["headers"] = [*message["headers"], *((k.encode(), v.encode()) for k, v in HEADERS.items())]
+                await send(message)
+
+            given = scope["path"].removeprefix("/").partition("/")[0]
+            if not hmac.compare_digest(given.encode(), token.encode()):
+                return await PlainTextResponse("This address needs the study's token.", 403)(scope, receive, send_with_headers)
+            await self.app(scope, receive, send_with_headers)
+
+    return Starlette(routes=[Mount(f"/{token}", routes=pages)], middleware=[Middleware(Guard)])
+
+
+def serve(study: pathlib.Path, votes: pathlib.Path, host: str, port: int, token: str | None, lease: float) -> None:
+    """Runs until it is stopped. Raises UserError when it cannot start."""
+    try:
+        import uvicorn
+    except ImportError as error:
+        raise UserError("annotate serve needs starlette and uvicorn: pip install 'motif_jax[annotate]'") from error
+
+    ballots = Ballots(votes, plan.load(study), lease)
+    token = token or ballots.token
+    if not re.fullmatch(r"[A-Za-z0-9_-]{8,200}", token):
+        raise UserError("--token: expected 8 to 200 letters, digits, - and _")
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listener = socket.create_server((host, port), family=family, backlog=1024)
+    except (OSError, OverflowError) as error:
+        raise UserError(f"--host={host} --port={port}: cannot listen there ({error})") from error
+    shown = f"[{host}]" if ":" in host else host
+    print(f"http://{shown}:{listener.getsockname()[1]}/{token}/", flush=True)
+    # Neither the log nor a header tells the token or what runs here.
+    config = uvicorn.Config(application(study, ballots, token), log_level="warning", access_log=False, server_header=False)
+    uvicorn.Server(config).run(sockets=[listener])

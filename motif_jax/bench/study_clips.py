@@ -1,0 +1,150 @@
+"""The media of a study: every system's videos in, files out that differ in nothing but what they show.
+
+Same size (covered, centre crop), frame rate, number of frames, codec and quality; opaque names, no dates. Also the damaged
+versions that training and gold items need.
+"""
+
+import concurrent.futures
+import os
+import pathlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+from motif_jax.config import UserError
+from motif_jax.data import videos
+
+# A frame rate this close to a whole multiple of the study's is taken for it: GIFs round their delays to 1/100 s.
+RATE_TOLERANCE = 0.1
+
+
+@dataclass(frozen=True)
+class Format:
+    """What all videos of a study are brought to."""
+
+    height: int
+    width: int
+    frames: int
+    fps: float
+
+
+def parallel(function: Callable, jobs: list, progress: Callable[[str], None]) -> list:
+    """[function(*job) for job in jobs] on all cores (decoders and encoders leave the interpreter); VideoErrors are collected.
+
+    Raises UserError naming the first files that could not be used. A job's first entry is the path.
+    """
+    results, faults = [], []
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        futures = [pool.submit(function, *job) for job in jobs]
+        for n, (job, future) in enumerate(zip(jobs, futures, strict=True), 1):
+            try:
+                results.append(future.result())
+            except videos.VideoError as error:
+                faults.append(f"{job[0]}: {error}")
+            if n % 100 == 0 or n == len(jobs):
+                progress(f"{n} of {len(jobs)}")
+    if faults:
+        raise UserError(f"{len(faults)} of {len(jobs)} files cannot be used: " + "; ".join(faults[:5]) + (" ..." if faults[5:] else ""))
+    return results
+
+
+def length(path: pathlib.Path) -> tuple[int, float]:
+    """(frames, frames per second) of a video. Raises VideoError."""
+    available = []
+
+    def first_frame(count: int) -> tuple[int, int]:
+        available.append(count)
+        return 0, 1
+
+    clip = videos.read_clip(path, 1, 16, 16, first_frame)
+    return available[-1], clip.fps
+
+
+def common_format(lengths: dict[pathlib.Path, tuple[int, float]], height: int, width: int, frames: int | None, fps: float | None) -> Format:
+    """The format that all videos can be brought to: the lowest frame rate and the shortest duration, unless given.
+
+    Frames are dropped, never made up: a frame rate that is no whole multiple of the study's, or too few frames, raises UserError.
+    """
+    fps = fps or min(rate for _, rate in lengths.values())
+    faults = [f"{path} has {rate:g}" for path, (_, rate) in lengths.items() if abs(rate / fps - stride(rate, fps)) > RATE_TOLERANCE]
+    if faults:
+        raise UserError(
+            f"--fps={fps:g}: {len(faults)} videos run at no whole multiple of it ({'; '.join(faults[:3])}); "
+            "choose a common divisor with --fps, or convert them first"
+        )
+    usable = {path: (count - 1) // stride(rate, fps) + 1 for path, (count, rate) in lengths.items()}
+    shortest = min(usable, key=usable.get)
+    if frames is not None and usable[shortest] < frames:
+        raise UserError(f"--frames={frames}: {shortest} has only {usable[shortest]} at {fps:g} frames a second")
+    if usable[shortest] < 2:
+        raise UserError(f"{shortest}: one frame is no video")
+    return Format(height, width, frames or usable[shortest], round(fps, 3))
+
+
+def stride(rate: float, fps: float) -> int:
+    """Which of a video's frames are kept: every so many."""
+    return max(1, round(rate / fps))
+
+
+def read(path: pathlib.Path, rate: float, form: Format) -> UInt8[np.ndarray, "T H W 3"]:
+    """The first frames of a video in the study's format. Raises VideoError."""
+    return videos.read_clip(path, form.frames, form.height, form.width, lambda _: (0, stride(rate, form.fps))).frames
+
+
+def write(folder: pathlib.Path, name: str, frames: UInt8[np.ndarray, "T H W 3"], fps: float) -> None:
+    """`<folder>/<name>`, an H.264 mp4 at the quality of all others. The date is wiped: the order of encoding would tell systems apart."""
+    videos.save_video(folder / name, frames, fps)
+    os.utime(folder / name, (0, 0))
+
+
+def convert(path: pathlib.Path, rate: float, form: Format, folder: pathlib.Path, name: str) -> float:
+    """Reads, writes, and returns the mean absolute difference of successive frames in grey levels, a rough measure of motion."""
+    frames = read(path, rate, form)
+    write(folder, name, frames, form.fps)
+    return float(np.abs(np.diff(frames.astype(np.int16), axis=0)).mean())
+
+
+def convert_image(path: pathlib.Path, form: Format, folder: pathlib.Path, name: str) -> None:
+    """The starting image at the videos' size, without its metadata. Raises VideoError."""
+    picture = videos.read_image(path, form.height, form.width)
+    Image.fromarray(picture).save(folder / name, quality=95)
+    os.utime(folder / name, (0, 0))
+
+
+def recoloured(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Nothing has the colour it has in the starting image."""
+    return np.roll(frames, 1, axis=-1)
+
+
+def frozen(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The first frame throughout."""
+    return np.repeat(frames[:1], len(frames), axis=0)
+
+
+def shuffled(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The frames in random order."""
+    return frames[rng.permutation(len(frames))]
+
+
+def coarse(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Blocks of a sixteenth of the height, and noise."""
+    side = max(2, frames.shape[1] // 16)
+    blocks = np.repeat(np.repeat(frames[:, ::side, ::side], side, 1), side, 2)[:, : frames.shape[1], : frames.shape[2]]
+    return np.clip(blocks + rng.normal(0, 20, blocks.shape), 0, 255).astype(np.uint8)
+
+
+def torn(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """After the first quarter every frame falls into sixteen strips in random order: wrong whatever the video shows."""
+    out = frames.copy()
+    for t in range(max(1, len(frames) // 4), len(frames)):
+        strips = np.array_split(frames[t], 16, axis=1)
+        out[t] = np.concatenate([strips[i] for i in rng.permutation(len(strips))], axis=1)
+    return out
+
+
+# What training shows for each of the paper's reasons, and gold items.
+DAMAGE = {"image_alignment": recoloured, "text_alignment": frozen, "object_motion": shuffled, "overall_quality": coarse}
+GOLD_DAMAGE = torn

@@ -1,0 +1,214 @@
+"""Votes of a study: what the page sends in; checked records, unblinded votes, and files of them out.
+
+A record is what an annotator did on one task and names no system. A vote is the same with the key applied: the row that
+`annotate export` writes and `report` reads, in JSON or CSV. Text of annotators is data everywhere: checked for its length,
+bound as a parameter, escaped when shown.
+"""
+
+import csv
+import dataclasses
+import json
+import math
+import pathlib
+from dataclasses import dataclass
+from typing import Any
+
+from motif_jax.bench.study import REASONS, SIDES, Key, load
+from motif_jax.config import UserError
+
+MAX_ANNOTATOR = 100
+MAX_COMMENT = 1000
+
+
+@dataclass(frozen=True)
+class Vote:
+    """One judgement with the systems' names. Only the first five are needed; `choice` is "left", "right" or "tie".
+
+    kind: "pair", or "repeat" (of the same annotator's task `repeats`), "gold" (`better` is the right answer), "training".
+    """
+
+    pair: str
+    annotator: str
+    left: str
+    right: str
+    choice: str
+    reasons: tuple[str, ...] = ()
+    kind: str = "pair"
+    image: str = ""
+    scenario: str = ""
+    prompt: str = ""
+    task: str = ""
+    repeats: str = ""
+    better: str = ""
+    sheet: str = ""
+    seconds: float = math.nan
+    plays: int = 0
+    comment: str = ""
+    time: str = ""
+
+
+FIELDS = tuple(field.name for field in dataclasses.fields(Vote))
+NEEDED = FIELDS[:5]
+KINDS = ("pair", "repeat", "gold", "training")
+
+
+def _text(value: Any, what: str, longest: int, shortest: int = 0) -> str:
+    if not isinstance(value, str) or not shortest <= len(value.strip()) <= len(value) <= longest:
+        raise ValueError(f"{what}: expected {shortest} to {longest} characters")
+    # Lone surrogates, which JSON can spell, exist in no encoding; control characters have no business in a name.
+    if any(0xD800 <= ord(c) < 0xE000 or (ord(c) < 32 and c not in "\n\t") for c in value):
+        raise ValueError(f"{what}: holds characters that are no text")
+    return value
+
+
+def _number(value: Any, what: str, low: float, high: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        raise ValueError(f"{what}: expected a number from {low} to {high}")
+    return value
+
+
+def check_annotator(value: Any) -> str:
+    """The annotator's name, any text of 1 to 100 characters. Raises ValueError."""
+    return _text(value, "annotator", MAX_ANNOTATOR, 1).strip()
+
+
+def check_answer(choice: Any, reasons: Any, ties: bool) -> tuple[str, tuple[str, ...]]:
+    """A forced choice with at least one of the four reasons; a tie, where allowed, needs none. Raises ValueError."""
+    if choice not in (*SIDES, *(["tie"] if ties else [])):
+        raise ValueError(f"choice: expected left or right{' or tie' if ties else ''}")
+    if not isinstance(reasons, (list, tuple)) or not set(map(str, reasons)) <= set(REASONS):
+        raise ValueError(f"reasons: expected some of {', '.join(REASONS)}")
+    if choice != "tie" and not reasons:
+        raise ValueError("reasons: at least one is needed")
+    return choice, tuple(name for name in REASONS if name in reasons)
+
+
+def check_record(record: Any, key: Key) -> dict[str, Any]:
+    """A record as the page sends it, with exactly the known fields. Raises ValueError naming the field that is wrong."""
+    if not isinstance(record, dict):
+        raise ValueError("expected an object")
+    task = key.tasks.get(record["task"]) if isinstance(record.get("task"), str) else None
+    if task is None:
+        raise ValueError("task: no such task in this study")
+    sheet = record.get("sheet")
+    if not isinstance(sheet, str) or sheet not in key.sheets or (task.kind != "training" and task not in key.sheets[sheet]):
+        raise ValueError("sheet: the task is not on it")
+    choice, reasons = check_answer(record.get("choice"), record.get("reasons"), key.ties)
+    return {
+        "task": task.id,
+        "annotator": check_annotator(record.get("annotator")),
+        "sheet": sheet,
+        "choice": choice,
+        "reasons": list(reasons),
+        "comment": _text(record.get("comment", ""), "comment", MAX_COMMENT),
+        "seconds": round(_number(record.get("seconds"), "seconds", 0, 1e6), 2),
+        "plays": int(_number(record.get("plays"), "plays: both videos must be watched to the end", 1, 1e6)),
+        "time": _text(record.get("time", ""), "time", 40),
+    }
+
+
+def unblind(record: dict[str, Any], key: Key) -> Vote:
+    """A checked record -> the vote with the systems' names."""
+    task = key.tasks[record["task"]]
+    entry = key.pairs[task.pair]
+    return Vote(
+        **record | {"reasons": tuple(record["reasons"])},
+        pair=entry.id,
+        left=_system(key, task.left),
+        right=_system(key, task.right),
+        kind=task.kind,
+        image=entry.image_id,
+        scenario=entry.scenario,
+        prompt=entry.prompt,
+        repeats=task.repeats,
+        better=task.better,
+    )
+
+
+def _system(key: Key, name: str) -> str:
+    clip = key.clips[name]
+    return f"{clip.model} ({clip.damage})" if clip.damage else clip.model
+
+
+def check_vote(row: Any) -> Vote:
+    """A row of an exported file, or of anybody's own table with the same columns. Raises ValueError naming the column."""
+    if not isinstance(row, dict) or (missing := [name for name in NEEDED if row.get(name) in (None, "")]):
+        raise ValueError(f"needs the columns {', '.join(NEEDED)}" + (f"; {', '.join(missing)} missing" if isinstance(row, dict) else ""))
+    given = {name: value for name, value in row.items() if name in FIELDS and value not in (None, "")}
+    reasons = given.get("reasons", ())
+    given["reasons"] = tuple(reasons.split("|")) if isinstance(reasons, str) else tuple(reasons)
+    try:
+        given["seconds"], given["plays"] = float(given.get("seconds", math.nan)), int(given.get("plays", 0))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"seconds, plays: {error}") from error
+    vote = Vote(**given)
+    for name in set(FIELDS) - {"seconds", "plays", "reasons", "comment", "prompt"}:
+        _text(getattr(vote, name), name, 500)
+    _text(vote.comment, "comment", MAX_COMMENT)
+    _text(vote.prompt, "prompt", 10_000)
+    if vote.kind not in KINDS:
+        raise ValueError(f"kind: expected one of {', '.join(KINDS)}")
+    if vote.choice not in (*SIDES, "tie"):
+        raise ValueError("choice: expected left, right or tie")
+    if vote.left == vote.right or not set(vote.reasons) <= set(REASONS):
+        raise ValueError(f"expected two different systems, and reasons among {', '.join(REASONS)}")
+    return vote
+
+
+def read_all(paths: list[pathlib.Path], study: pathlib.Path | None) -> tuple[list[Vote], list[str]]:
+    """Votes of any mixture of the server's .sqlite, the page's .json, and exported .json or .csv -> (votes, what was refused).
+
+    The first two are blind and need the study. A second answer of an annotator to a task (a file given twice) does not count.
+    Raises UserError when a file is none of these.
+    """
+    key = load(study) if study else None
+    found, refused = [], []
+    for path in paths:
+        rows = _rows(path, key)
+        for n, row in enumerate(rows, 1):
+            try:
+                found.append(check_vote(row) if isinstance(rows, list) else unblind(check_record(row, key), key))
+            except ValueError as error:
+                refused.append(f"{path}, vote {n}: {error}")
+    once = {(v.annotator, v.task) if v.task else n: v for n, v in reversed(list(enumerate(found)))}
+    return list(once.values())[::-1], refused
+
+
+def _rows(path: pathlib.Path, key: Key | None) -> list[Any] | tuple[Any, ...]:
+    """A list of unblinded votes, or a tuple of blind records."""
+    from motif_jax.bench.ballots import Ballots
+
+    if path.suffix not in (".csv", ".json", ".sqlite"):
+        raise UserError(f"{path}: votes are read from .csv, .json and .sqlite")
+    try:
+        if path.suffix == ".csv":
+            with path.open(encoding="utf-8-sig", newline="") as file:
+                return list(csv.DictReader(file))
+        found = json.loads(path.read_text(encoding="utf-8")) if path.suffix == ".json" else None
+    except (OSError, ValueError, RecursionError, csv.Error) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from error
+    if isinstance(found, list):
+        return found
+    if key is None:
+        raise UserError(f"{path}: does not say which system is which; give the study's folder with --study")
+    if path.suffix == ".sqlite":
+        return tuple(Ballots(path, key, new=False).records())
+    if not isinstance(found, dict) or not isinstance(found.get("votes"), list):
+        raise UserError(f"{path}: expected what the page of a study offers for download, or what `annotate export` writes")
+    if found.get("study") != key.id:
+        raise UserError(f"{path}: belongs to another study than the one of --study")
+    return tuple(found["votes"])
+
+
+def write_votes(path: pathlib.Path, votes: list[Vote]) -> None:
+    """Raw votes as .json (a list of objects) or .csv (reasons joined by "|")."""
+    rows = [dataclasses.asdict(v) | {"seconds": None if math.isnan(v.seconds) else v.seconds} for v in votes]
+    if path.suffix == ".json":
+        path.write_text(json.dumps([row | {"reasons": list(row["reasons"])} for row in rows], indent=1) + "\n")
+    elif path.suffix == ".csv":
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, FIELDS)
+            writer.writeheader()
+            writer.writerows(row | {"reasons": "|".join(row["reasons"])} for row in rows)
+    else:
+        raise UserError(f"{path}: votes are written as .json or .csv")
