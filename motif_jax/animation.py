@@ -84,14 +84,14 @@ def noise_seed(seed: int, name: str) -> int:
     return zlib.crc32(f"{seed}:{name}".encode()) & 0x7FFFFFFF
 
 
-def _open(path: str) -> UInt8[np.ndarray, "H W 3"]:
+def open_image(path: str) -> UInt8[np.ndarray, "H W 3"]:
     try:
         return read_image(path)
     except VideoError as error:
         raise UserError(f"{path}: {error}") from error
 
 
-def _save(path: pathlib.Path, clip: UInt8[np.ndarray, "T H W 3"], fps: float) -> None:
+def save_clip(path: pathlib.Path, clip: UInt8[np.ndarray, "T H W 3"], fps: float) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_video(path, clip, fps)
@@ -103,8 +103,8 @@ def animate_one(animator: Animator, image: str, prompt: str, output: str, seed: 
     """Writes one clip to `output` (.mp4 or .gif)."""
     if pathlib.Path(output).suffix.lower() not in (".mp4", ".gif"):
         raise UserError(f"--output={output}: must end in .mp4 or .gif")
-    clip = animator([_open(image)], [prompt], [seed])[0]
-    _save(pathlib.Path(output), clip, animator.config.sample.fps)
+    clip = animator([open_image(image)], [prompt], [seed])[0]
+    save_clip(pathlib.Path(output), clip, animator.config.sample.fps)
     print(f"{output}: {len(clip)} frames of {clip.shape[1]}x{clip.shape[2]}")
 
 
@@ -153,7 +153,7 @@ def animate_list(animator: Animator, requests_file: str, output: str, seed: int,
         part = todo[start : start + batch_size]
         full = part + [part[-1]] * (batch_size - len(part))  # one compiled shape
         seeds = [noise_seed(seed, r["id"]) for r in full]
-        clips = animator([_open(r["image"]) for r in full], [r["prompt"] for r in full], seeds)
+        clips = animator([open_image(r["image"]) for r in full], [r["prompt"] for r in full], seeds)
         for request, clip in zip(part, clips, strict=False):
-            _save(directory / f"{request['id']}.{suffix}", clip, animator.config.sample.fps)
+            save_clip(directory / f"{request['id']}.{suffix}", clip, animator.config.sample.fps)
         print(f"{min(start + batch_size, len(todo))}/{len(todo)} clips", flush=True)
