@@ -57,6 +57,12 @@ class PrepareConfig:
     jpeg_quality: int = _f(90, "JPEG quality", low=1, high=100)
     validation_share: float = _f(0.02, "share of the videos held out in the split `validation`", low=0.0, high=0.5)
 
+    cut_threshold: float = _f(20.0, "change from one source frame to the next that is a cut, in colour levels; 0 is off", low=0.0)
+    motion_min: float = _f(0.0, "clips with less motion are left out: mean |flow| over the image diagonal", low=0.0)
+    motion_max: float = _f(0.0, "clips with more motion are left out; 0 is off", low=0.0)
+    latents: bool = _f(False, "store the autoencoder's posterior moments (weights from init_from) in place of frames")
+    frames: bool = _f(False, "with latents: store the frames too")
+    text_embeddings: bool = _f(False, "store the text tower's output (weights from init_from)")
 
 @dataclass(frozen=True)
 class UNetConfig:
@@ -77,7 +83,8 @@ class UNetConfig:
     fps_cond: bool = _f(True, "add an embedding of the frame rate")
     dropout: float = _f(0.0, "dropout in residual blocks", low=0.0, high=0.9)
     temporal_dropout: float = _f(0.1, "dropout in the temporal convolutions (the reference hard-codes 0.1)", low=0.0, high=0.9)
-    image_cross_attention: bool = _f(False, "DynamiCrafter's separate key/value projections for image tokens")
+    image_cross_attention: bool = _f(False, "the image also enters as tokens, through DynamiCrafter's separate projections (cx-attn)")
+    image_cross_attention_scale_learnable: bool = _f(False, "weigh the image's attention by tanh(alpha) + 1 (DynamiCrafter-256)")
     norm_groups: int = _f(32, "groups of every GroupNorm", low=1)
 
 
@@ -118,11 +125,37 @@ class TextConfig:
 
 
 @dataclass(frozen=True)
-class ConditionConfig:
-    """How image and text enter the network (the paper's x-cat; its text dropping)."""
+@dataclass(frozen=True)
+class ImageConfig:
+    """The frozen tower behind unet.image_cross_attention; `random` has weights from a fixed seed (nothing to download)."""
 
-    image: str = _f("repeat", "image latent: on all frames, or on frame 0 with a mask channel", choices=("repeat", "first"))
-    text_drop: float = _f(0.1, "share of samples trained with the empty sentence", low=0.0, high=1.0)
+    kind: str = _f("openclip", "image tower", choices=("openclip", "random"))
+    size: int = _f(224, "side of the square image that the tower reads, in pixels", low=1)
+    patch: int = _f(14, "side of a patch in pixels", low=1)
+    width: int = _f(1280, "width of one token", low=1)
+    layers: int = _f(32, "residual blocks", low=1)
+    heads: int = _f(16, "attention heads", low=1)
+    projection: int = _f(1024, "width of the pooled embedding, which is stored but not used", low=1)
+
+
+@dataclass(frozen=True)
+class ResamplerConfig:
+    """The trained network from the image tower's tokens to those of unet.image_cross_attention (DynamiCrafter)."""
+
+    width: int = _f(1024, "width of one query", low=1)
+    depth: int = _f(4, "layers", low=1)
+    heads: int = _f(12, "attention heads", low=1)
+    head_width: int = _f(64, "width of one attention head", low=1)
+    frames: int = _f(16, "frames with tokens of their own; 1: all frames share one set (DynamiCrafter-256)", low=1)
+
+
+class ConditionConfig:
+    """How image and text enter the network (the paper's x-cat, beside unet.image_cross_attention; its text dropping)."""
+
+    image: str = _f(
+        "repeat", "image latent: on all frames, on frame 0 with a mask channel, or not at all", choices=("repeat", "first", "none")
+    )
+    text_drop: float = _f(0.1, "share of samples trained with the empty sentence; as many lose their image tokens", low=0.0, high=1.0)
 
 
 @dataclass(frozen=True)
@@ -237,8 +270,16 @@ class Config:
 
     @property
     def in_channels(self) -> int:
-        """Channels that the denoising network reads: noisy latent, image latent, and the mask of condition.image='first'."""
-        return 2 * self.autoencoder.z_channels + (self.condition.image == "first")
+    image: ImageConfig = _f(ImageConfig(), "image -> tokens, with unet.image_cross_attention")
+    resampler: ResamplerConfig = _f(ResamplerConfig(), "the image's tokens -> those of each frame")
+        """Channels that the denoising network reads: noisy latent, image latent unless it is off, and the mask of image='first'."""
+        image = self.condition.image
+        return self.autoencoder.z_channels * (1 + (image != "none")) + (image == "first")
+
+    @property
+    def image_tokens(self) -> bool:
+        """Whether the image enters through cross attention (the paper's cx-attn)."""
+        return self.backbone == "unet3d" and self.unet.image_cross_attention
 
     @property
     def latent_height(self) -> int:
@@ -267,7 +308,7 @@ def _contradictions(c: Config) -> list[str]:
     unet = c.backbone == "unet3d"
     if unet:
         check(u.out_channels == z, f"unet.out_channels={u.out_channels}: must equal autoencoder.z_channels={z}")
-        parts = f"noisy latent {z}, image latent {z}" + (", mask 1" if c.condition.image == "first" else "")
+        parts = f"noisy latent {z}" + f", image latent {z}" * (c.condition.image != "none") + ", mask 1" * (c.condition.image == "first")
         check(u.in_channels == c.in_channels, f"unet.in_channels={u.in_channels}: must be {c.in_channels} ({parts})")
         check(u.context_dim == c.text.width, f"unet.context_dim={u.context_dim}: must equal text.width={c.text.width}")
         check(len(u.channel_mult) > 0, "unet.channel_mult=(): must name at least one level")
@@ -289,6 +330,15 @@ def _contradictions(c: Config) -> list[str]:
     check(
         c.prepare.frame_stride_min <= c.prepare.frame_stride_max,
         f"prepare.frame_stride_min={c.prepare.frame_stride_min}: must not exceed prepare.frame_stride_max={c.prepare.frame_stride_max}",
+    )
+    if c.image_tokens:
+        i, frames = c.image, c.resampler.frames
+        check(i.size % i.patch == 0, f"image.patch={i.patch}: must divide image.size={i.size}")
+        check(i.width % i.heads == 0, f"image.heads={i.heads}: must divide image.width={i.width}")
+        check(frames in (1, c.data.frames), f"resampler.frames={frames}: must be data.frames={c.data.frames}, or 1 for shared tokens")
+    check(
+        c.condition.image != "none" or c.image_tokens,
+        "condition.image='none': the image would not enter the network; set unet.image_cross_attention=True (backbone 'unet3d')",
     )
     check(
         c.prepare.flow == "exact" or c.prepare.flow_stride % 8 == 0,

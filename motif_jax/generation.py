@@ -39,6 +39,11 @@ def make_generator(networks: Networks, empty_L: np.ndarray) -> Callable[..., Arr
         image_BThwK = image_condition(z_BhwC, frames, config.condition.image)
         text_BLD = networks.embed(frozen["text"], tokens_BL)
         null_BLD = jnp.repeat(networks.embed(frozen["text"], jnp.asarray(empty_L)[None]), clips, axis=0)
+        if config.image_tokens:  # the pass without text has the tokens of a grey image (DynamiCrafter); x-cat stays in both
+            image = networks.image_tokens(params, networks.embed_image(frozen["image"], images_BHW3))
+            grey = networks.image_tokens(params, networks.embed_image(frozen["image"], None))
+            text_BLD = jnp.concatenate([text_BLD, image], axis=1)
+            null_BLD = jnp.concatenate([null_BLD, jnp.repeat(grey, clips, axis=0)], axis=1)
 
         def twice(x: Array) -> Array:
             return jnp.concatenate([x, x])

@@ -16,7 +16,7 @@ BATCH = PartitionSpec(("data", "fsdp"))
 PARTITION_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"(^|\.)kernel$", ("fsdp", "tensor")),
     (r"(^|\.)embedding$", ("tensor", "fsdp")),
-    (r"(^|\.)(bias|scale)$", (None,)),
+    (r"(^|\.)(bias|scale|alpha|latents)$", (None,)),
 )
 
 

@@ -69,7 +69,8 @@ class Attention(nnx.Module):
     """Multi-head attention from x to `context` (to x itself without one); heads are the major part of the inner axis.
 
     With `image`, a second set of keys and values reads image tokens, [M, I, D] with M a multiple of N: each of the M / N equal
-    parts of L attends to its own tokens, and the result is added (DynamiCrafter's `to_k_ip`, `to_v_ip`).
+    parts of L attends to its own tokens, and the result is added (DynamiCrafter's `to_k_ip`, `to_v_ip`); with `image_scale` it is
+    weighed by tanh(alpha) + 1 first (its 256 model).
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class Attention(nnx.Module):
         dtype,
         implementation: str,
         image: bool = False,
+        image_scale: bool = False,
     ):
         inner = heads * head_width
         self.to_q = Dense(width, inner, bias=False, init=init, dtype=dtype)
@@ -91,6 +93,7 @@ class Attention(nnx.Module):
         if image:
             self.to_k_ip = Dense(context_width, inner, bias=False, init=init, dtype=dtype)
             self.to_v_ip = Dense(context_width, inner, bias=False, init=init, dtype=dtype)
+        self.alpha = nnx.Param(jnp.zeros((), jnp.float32)) if image and image_scale else None
         self.to_out = nnx.List([Dense(inner, width, init=init, dtype=dtype)])
         self.heads, self.implementation = heads, implementation
 
@@ -110,7 +113,8 @@ class Attention(nnx.Module):
         if image_MID is not None:
             parts = q.reshape(image_MID.shape[0], -1, *q.shape[2:])
             image = attention(parts, split(self.to_k_ip(image_MID)), split(self.to_v_ip(image_MID)), self.implementation)
-            out = out + image.reshape(out.shape)
+            scale = 1.0 if self.alpha is None else (jnp.tanh(self.alpha[...]) + 1.0).astype(out.dtype)
+            out = out + scale * image.reshape(out.shape)
         return self.to_out[0](out.reshape(*out.shape[:-2], -1))
 
 
@@ -141,7 +145,7 @@ class FeedForward(nnx.Module):
 
 
 class TransformerBlock(nnx.Module):
-    """The layers of one block; the transformers below call them pre-norm and add each to their input."""
+    """The layers of one block; the transformers below call them pre-norm and add each to their input. `image`: see `Attention`."""
 
     def __init__(
         self,
@@ -153,12 +157,12 @@ class TransformerBlock(nnx.Module):
         init: Initializer,
         dtype,
         implementation: str,
-        image: bool = False,
+        **image: bool,
     ):
         kwargs = {"init": init, "dtype": dtype}
         self.attn1 = Attention(width, width, heads, head_width, implementation=implementation, **kwargs)
         self.ff = FeedForward(width, **kwargs)
-        self.attn2 = Attention(width, context_width, heads, head_width, implementation=implementation, image=image, **kwargs)
+        self.attn2 = Attention(width, context_width, heads, head_width, implementation=implementation, **image, **kwargs)
         self.norm1 = LayerNorm(width, dtype=dtype)
         self.norm2 = LayerNorm(width, dtype=dtype)
         self.norm3 = LayerNorm(width, dtype=dtype)
@@ -179,12 +183,13 @@ class SpatialTransformer(nnx.Module):
         groups: int,
         *,
         image: bool,
+        image_scale: bool,
         init: Initializer,
         dtype,
         implementation: str,
     ):
         kwargs = {"init": init, "dtype": dtype}
-        block = {**kwargs, "implementation": implementation, "image": image}
+        block = {**kwargs, "implementation": implementation, "image": image, "image_scale": image_scale}
         heads = channels // head_width
         self.norm = GroupNorm(channels, groups, 1e-6, dtype=dtype)
         self.proj_in = Dense(channels, channels, **kwargs)

@@ -218,6 +218,13 @@ def gelu(x: Float[Array, "*n"]) -> Float[Array, "*n"]:
     return (0.5 * x32 * (1 + jax.lax.erf(x32 * 0.5**0.5))).astype(x.dtype)
 
 
+class Gelu(nnx.Module):
+    """`gelu` as a module, for the same reason as Silu."""
+
+    def __call__(self, x: Array) -> Array:
+        return gelu(x)
+
+
 class Dropout(nnx.Module):
     """Zeroes a share `rate` of x and scales the rest, with the key `rng` folded with this layer's own `stream`; None is off."""
 

@@ -1,4 +1,4 @@
-"""The three networks of a run, assembled from its `Config`, as pure functions of flat parameter dicts.
+"""The networks of a run, assembled from its `Config`, as pure functions of flat parameter dicts.
 
 A parameter dict maps the dotted path of a weight ("input_blocks.1.0.in_layers.2.kernel") to its array; the same path
 addresses it in the sharding table, in fine-tuning masks and in the torch name tables.
@@ -16,6 +16,8 @@ from motif_jax.config import Config
 from motif_jax.models.autoencoder import make_autoencoder, sample_latents
 from motif_jax.models.dit import VideoDiT
 from motif_jax.models.text import make_text_tower
+from motif_jax.models.image import RANDOM_SEED, ImageTower
+from motif_jax.models.resampler import Resampler
 from motif_jax.models.unet3d import UNet3D
 
 Params = dict[str, jax.Array]
@@ -49,7 +51,7 @@ class Network:
 
 @dataclasses.dataclass(frozen=True)
 class Networks:
-    """The trained denoising network and the frozen autoencoder and text tower."""
+    """The trained denoising network and the frozen ones: autoencoder, text tower and, with image cross attention, image tower."""
 
     config: Config
     denoiser: Network
@@ -57,6 +59,7 @@ class Networks:
     text: Network
 
     @classmethod
+    image: Network | None = None
     def of(cls, config: Config) -> "Networks":
         dtype = jnp.dtype(config.dtype)
         return cls(
@@ -66,9 +69,23 @@ class Networks:
             Network.of(lambda rngs: make_text_tower(config.text, rngs=rngs, dtype=dtype)),
         )
 
-    def init_frozen(self, key: PRNGKeyArray) -> dict[str, Params]:
-        """Parameters of the networks that are not trained."""
-        return {"autoencoder": self.autoencoder.init(jax.random.fold_in(key, 0)), "text": self.text.init(jax.random.fold_in(key, 1))}
+            Network.of(lambda rngs: ImageTower(config.image, rngs=rngs, dtype=dtype)) if config.image_tokens else None,
+    @property
+    def frozen(self) -> dict[str, Network]:
+        """The networks that are not trained, by name."""
+        found = {"autoencoder": self.autoencoder, "text": self.text, "image": self.image}
+        return {name: network for name, network in found.items() if network is not None}
+
+    @property
+    def pretrained(self) -> list[str]:
+        """The frozen networks whose weights must come from a file."""
+        drawn = {"image"} if self.config.image.kind == "random" else set()
+        return [name for name, network in self.frozen.items() if network.shapes and name not in drawn]
+
+    def init_frozen(self) -> dict[str, Params]:
+        """Parameters of the frozen networks that need no file: pixels and words have none, a random image tower always the same."""
+        key = jax.random.key(RANDOM_SEED)
+        return {name: network.init(key) for name, network in self.frozen.items() if name not in self.pretrained}
 
     def encode(self, params: Params, frames_BTHW3: Array, key: PRNGKeyArray | None) -> Float[Array, "B T h w C"]:
         """uint8 frames -> scaled latents, frame by frame (one frame of all clips at a time, to bound memory)."""
@@ -91,21 +108,36 @@ class Networks:
         return self.text.bind(params)(tokens_BL).astype(jnp.float32)
 
     def denoise(self, params: Params, x_BThwC, t_B, context_BLD, fps_B, image_BThwK, dropout_rng=None) -> Float[Array, "B T h w C"]:
-        """The network's raw output for noisy latents `x` given text, frame rate and image condition (x-cat)."""
+        """The network's raw output for noisy latents `x` given text (and image tokens), frame rate and image condition (x-cat)."""
+    def embed_image(self, params: Params, images_BHW3: Array | None) -> Float[Array, "B S E"]:
+        """Tokens of the image tower for uint8 images; None is one grey image, which stands for no image (DynamiCrafter)."""
+        size = self.config.image.size
+        x_BHW3 = jnp.zeros((1, size, size, 3)) if images_BHW3 is None else images_BHW3.astype(jnp.float32) / 127.5 - 1.0
+        return self.image.bind(params)(x_BHW3)
+
+    def image_tokens(self, params: Params, image_BSE: Float[Array, "B S E"]) -> Float[Array, "B J D"]:
+        """What follows the text in the U-Net's context: 16 tokens for each frame, made by the trained resampler."""
+        tokens_BJD = self.denoiser.bind(params).image_proj_model(image_BSE)
+        return jnp.tile(tokens_BJD, (1, self.config.data.frames // self.config.resampler.frames, 1))
+
         x = jnp.concatenate([x_BThwC, image_BThwK], axis=-1)
         return self.denoiser.bind(params)(x, t_B, context_BLD, fps_B, dropout_rng=dropout_rng).astype(jnp.float32)
 
 
 def make_denoiser(config: Config, rngs: nnx.Rngs, dtype: jnp.dtype) -> UNet3D | VideoDiT:
-    """The backbone `config.backbone` names."""
+    """The backbone `config.backbone` names; with image cross attention the resampler, trained with it, is its `image_proj_model`."""
     kwargs = {"rngs": rngs, "dtype": dtype, "remat": config.remat, "attention": config.attention}
     if config.backbone == "dit":
         return VideoDiT(config.dit, config.in_channels, config.autoencoder.z_channels, config.text.width, **kwargs)
-    return UNet3D(config.unet, **kwargs)
+    unet = UNet3D(config.unet, **kwargs)
+    if config.image_tokens:
+        options = {"rngs": rngs, "dtype": dtype, "attention": config.attention}
+        unet.image_proj_model = Resampler(config.resampler, config.image.width, config.unet.context_dim, **options)
+    return unet
 
 
 def image_condition(z_BhwC: Float[Array, "B h w C"], frames: int, kind: str) -> Float[Array, "B T h w K"]:
-    """The clean latent of the first frame as extra channels (the paper's x-cat).
+    """The clean latent of the first frame as extra channels (the paper's x-cat); with `none` there are no channels.
 
     `repeat`: on every frame (DynamiCrafter), K = C. `first`: on frame 0, zeros elsewhere, and a channel that marks
     frame 0 (Emu Video), K = C + 1.
@@ -115,3 +147,5 @@ def image_condition(z_BhwC: Float[Array, "B h w C"], frames: int, kind: str) -> 
         return repeated
     mask = jnp.zeros((*repeated.shape[:-1], 1), repeated.dtype).at[:, 0].set(1.0)
     return jnp.concatenate([repeated * mask, mask], axis=-1)
+    if kind == "none":
+        return repeated[..., :0]

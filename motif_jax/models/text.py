@@ -13,8 +13,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from motif_jax.config import TextConfig
-from motif_jax.models.attention import attention
-from motif_jax.models.layers import Dense, Initializer, LayerNorm, gelu, platform, sinusoids
+from motif_jax.models.clip import Transformer
+from motif_jax.models.layers import Initializer, LayerNorm, sinusoids
 
 WORDS_SEED = 20250
 
@@ -41,50 +41,6 @@ def _word_vectors(vocab_size: int, width: int) -> np.ndarray:
     return np.random.RandomState(WORDS_SEED).standard_normal((vocab_size, width)).astype(np.float32)
 
 
-class SelfAttention(nnx.Module):
-    """Causal multi-head self-attention with one projection for queries, keys and values (in this order)."""
-
-    def __init__(self, width: int, heads: int, *, init: Initializer, dtype):
-        inner = Dense(width, 3 * width, init=init)
-        self.in_proj_kernel, self.in_proj_bias = inner.kernel, inner.bias
-        self.out_proj = Dense(width, width, init=init, dtype=dtype)
-        self.heads, self.dtype = heads, dtype
-
-    def __call__(self, x_BLC: Float[Array, "B L C"]) -> Float[Array, "B L C"]:
-        qkv = x_BLC @ self.in_proj_kernel[...].astype(self.dtype) + self.in_proj_bias[...].astype(self.dtype)
-        q, k, v = (a.reshape(*a.shape[:-1], self.heads, -1) for a in jnp.split(qkv, 3, axis=-1))
-        implementation = "reference" if platform() == "cpu" else "xla"
-        return self.out_proj(attention(q, k, v, implementation, causal=True).reshape(x_BLC.shape))
-
-
-class Mlp(nnx.Module):
-    def __init__(self, width: int, *, init: Initializer, dtype):
-        self.c_fc = Dense(width, 4 * width, init=init, dtype=dtype)
-        self.c_proj = Dense(4 * width, width, init=init, dtype=dtype)
-
-    def __call__(self, x: Float[Array, "*n C"]) -> Float[Array, "*n C"]:
-        return self.c_proj(gelu(self.c_fc(x)))
-
-
-class TextBlock(nnx.Module):
-    """Pre-norm causal self-attention and MLP."""
-
-    def __init__(self, width: int, heads: int, *, init: Initializer, dtype):
-        self.ln_1 = LayerNorm(width, dtype=dtype)
-        self.attn = SelfAttention(width, heads, init=init, dtype=dtype)
-        self.ln_2 = LayerNorm(width, dtype=dtype)
-        self.mlp = Mlp(width, init=init, dtype=dtype)
-
-    def __call__(self, x: Float[Array, "B L C"]) -> Float[Array, "B L C"]:
-        x = x + self.attn(self.ln_1(x))
-        return x + self.mlp(self.ln_2(x))
-
-
-class TextTransformer(nnx.Module):
-    def __init__(self, config: TextConfig, *, init: Initializer, dtype):
-        self.resblocks = nnx.List([TextBlock(config.width, config.heads, init=init, dtype=dtype) for _ in range(config.layers)])
-
-
 class OpenClipTower(nnx.Module):
     """OpenCLIP's text transformer up to the penultimate block, then the final norm; every position is returned.
 
@@ -95,7 +51,7 @@ class OpenClipTower(nnx.Module):
         width, init = config.width, Initializer(rngs)
         self.token_embedding = Embedding(config.vocab_size, width, init=init)
         self.positional_embedding = init.normal((config.context_length, width), 0.01)
-        self.transformer = TextTransformer(config, init=init, dtype=dtype)
+        self.transformer = Transformer(width, config.layers, config.heads, causal=True, init=init, dtype=dtype)
         self.ln_final = LayerNorm(width, dtype=dtype)
         self.text_projection = init.normal((width, width), width**-0.5)
         self.logit_scale = nnx.Param(jnp.asarray(np.log(1 / 0.07), jnp.float32))

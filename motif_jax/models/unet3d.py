@@ -134,8 +134,8 @@ class UNet3D(nnx.Module):
         def transformers(channels: int) -> list[nnx.Module]:
             head, depth, groups = config.num_head_channels, config.transformer_depth, config.norm_groups
             options = {**kwargs, "implementation": attention}
-            image = config.image_cross_attention
-            found: list[nnx.Module] = [SpatialTransformer(channels, head, depth, config.context_dim, groups, image=image, **options)]
+            image = {"image": config.image_cross_attention, "image_scale": config.image_cross_attention_scale_learnable}
+            found: list[nnx.Module] = [SpatialTransformer(channels, head, depth, config.context_dim, groups, **image, **options)]
             if config.temporal_attention:
                 found.append(TemporalTransformer(channels, channels // head, head, depth, groups, conv_projections=False, **options))
             return found

@@ -2,8 +2,10 @@
 
 import dataclasses
 import pathlib
+import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from motif_jax.config import Config, UserError, from_json
@@ -13,6 +15,8 @@ from motif_jax.models.networks import Networks, Params
 from motif_jax.training.checkpoint import Checkpoints, latest_step
 
 WEIGHTS_STREAM = 2**31 - 2  # fold_in number of the initial weights: no training step reaches it
+# What image cross attention adds to a text-to-video model.
+IMAGE_PATH = re.compile(r"image_proj_model\..*|.*\.attn2\.(to_[kv]_ip\.kernel|alpha)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,34 +29,52 @@ def initial_weights(config: Config, networks: Networks, trained: bool = True) ->
     """Weights for step 0; with `trained=False` only the frozen networks' (the denoiser is restored by the caller).
 
     Without `init_from` the denoiser is drawn from the seed. Frozen networks that have parameters (the KL autoencoder, the
-    OpenCLIP tower) cannot be drawn: they need `init_from`. Raises UserError.
+    OpenCLIP towers) cannot be drawn: they need `init_from`. Raises UserError.
     """
     key = jax.random.fold_in(jax.random.key(config.seed), WEIGHTS_STREAM)
-    need = [name for name in ("autoencoder", "text") if getattr(networks, name).shapes]
+    need = networks.pretrained
     if not config.init_from:
         if need:
             raise UserError(
+            small = {"autoencoder": "autoencoder.kind='pixel'", "text": "text.kind='words'", "image": "image.kind='random'"}
                 f"the {' and '.join(need)} of this configuration are pretrained networks: set --config.init_from to an imported "
-                "checkpoint (docs/weights.md), or use autoencoder.kind='pixel' and text.kind='words'"
+                f"checkpoint (docs/weights.md), or use {' and '.join(small[name] for name in need)}"
             )
-        return Weights(networks.denoiser.init(key) if trained else {}, networks.init_frozen(key))
+        return Weights(networks.denoiser.init(key) if trained else {}, networks.init_frozen())
     loaded = load(config.init_from) if trained else load_frozen(config.init_from)
-    missing = [name for name in need if name not in loaded]
+    missing = [name for name in ["denoiser"] * trained + need if name not in loaded]
     if missing:
         raise UserError(f"init_from={config.init_from}: holds no weights of the {' and '.join(missing)}")
-    frozen = {
-        name: fit(loaded.get(name, {}), getattr(networks, name).shapes, f"{config.init_from} ({name})") for name in ("autoencoder", "text")
-    }
-    denoiser = (
-        fit(loaded["denoiser"], networks.denoiser.shapes, f"{config.init_from} (denoiser)", inflate="input_blocks.0.0.kernel")
-        if trained
-        else {}
-    )
-    return Weights(denoiser, frozen)
+    frozen = networks.init_frozen()
+    frozen |= {name: fit(loaded[name], networks.frozen[name].shapes, f"{config.init_from} ({name})") for name in need}
+    if not trained:
+        return Weights({}, frozen)
+    given = loaded["denoiser"]
+    if not any(IMAGE_PATH.fullmatch(name) for name in given):
+        given = {**given, **_new_image_path(networks, key)}
+    source = f"{config.init_from} (denoiser)"
+    return Weights(fit(given, networks.denoiser.shapes, source, inflate="input_blocks.0.0.kernel"), frozen)
+
+
+def _new_image_path(networks: Networks, key: jax.Array) -> Params:
+    """What a text-to-video model lacks for image cross attention: drawn from the seed, but the values that it would add are zero.
+
+    At step 0 the network then equals the text-to-video model, as it does with new input channels.
+    """
+    names = [name for name in networks.denoiser.shapes if IMAGE_PATH.fullmatch(name)]
+    if not names:
+        return {}
+
+    @jax.jit  # under which only what is asked for is drawn
+    def draw(key: jax.Array) -> Params:
+        whole = networks.denoiser.init(key)
+        return {name: jnp.zeros_like(whole[name]) if ".to_v_ip." in name else whole[name] for name in names}
+
+    return draw(key)
 
 
 def load(directory: str | pathlib.Path, kind: str = "best") -> dict[str, Params]:
-    """{"denoiser": ..., maybe "autoencoder", "text"} from a work directory or the directory of an import.
+    """{"denoiser": ..., maybe "autoencoder", "text", "image"} from a work directory or the directory of an import.
 
     kind, of a work directory: its average ("ema"), its raw weights ("raw"), or "best", the average if it keeps one. Its frozen
     networks are those of its own `init_from`. Raises UserError.
@@ -61,7 +83,7 @@ def load(directory: str | pathlib.Path, kind: str = "best") -> dict[str, Params]
     if is_imported(directory):
         if kind != "best":
             raise UserError(f"{directory}: an import holds one set of weights, not {kind}")
-        return read_imported(directory)
+        return _assembled(read_imported(directory))
     config = read_config(directory)
     averaged = config.ema.decay > 0
     if kind == "ema" and not averaged:
@@ -70,20 +92,25 @@ def load(directory: str | pathlib.Path, kind: str = "best") -> dict[str, Params]
     step = latest_step(directory)
     if step is None:
         raise UserError(f"{directory}: holds no checkpoint yet; train first")
-    checkpoints = Checkpoints(directory, read_only=True)
-    try:
-        found = checkpoints.restore_weights(step, (name,))
-    finally:
-        checkpoints.close()
-    return {"denoiser": found[name], **load_frozen(config.init_from)}
+    path = directory.absolute() / "checkpoints" / str(step)
+    average = read_arrays(path, ("ema",))["ema"] if averaged and kind != "raw" else {}
+    # Without a mask the average covers every parameter.
+    raw = read_arrays(path, ("params",))["params"] if not average or config.finetune != "all" else {}
+    return {"denoiser": lora.merge({**raw, **average}), **load_frozen(config.init_from)}
+
+
+def _assembled(imported: dict[str, Params]) -> dict[str, Params]:
+    """The resampler of an import is a part of the denoiser here, since it is trained with it."""
+    resampler = {f"image_proj_model.{name}": value for name, value in imported.pop("resampler", {}).items()}
+    return imported | ({"denoiser": imported["denoiser"] | resampler} if "denoiser" in imported else {})
 
 
 def load_frozen(directory: str | pathlib.Path) -> dict[str, Params]:
-    """The "autoencoder" and "text" of an `init_from`, through the work directories that started from one another."""
+    """The "autoencoder", "text" and "image" of an `init_from`, through the work directories that started from one another."""
     if not str(directory) or not pathlib.Path(directory).exists():
         return {}
     if is_imported(directory):
-        return {name: params for name, params in read_imported(directory).items() if name != "denoiser"}
+        return {name: params for name, params in read_imported(directory).items() if name in ("autoencoder", "text", "image")}
     return load_frozen(read_config(directory).init_from)
 
 
