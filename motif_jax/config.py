@@ -56,13 +56,13 @@ class PrepareConfig:
     image_format: str = _f("jpeg", "how frames are stored", choices=("jpeg", "png"))
     jpeg_quality: int = _f(90, "JPEG quality", low=1, high=100)
     validation_share: float = _f(0.02, "share of the videos held out in the split `validation`", low=0.0, high=0.5)
-
     cut_threshold: float = _f(20.0, "change from one source frame to the next that is a cut, in colour levels; 0 is off", low=0.0)
     motion_min: float = _f(0.0, "clips with less motion are left out: mean |flow| over the image diagonal", low=0.0)
     motion_max: float = _f(0.0, "clips with more motion are left out; 0 is off", low=0.0)
     latents: bool = _f(False, "store the autoencoder's posterior moments (weights from init_from) in place of frames")
     frames: bool = _f(False, "with latents: store the frames too")
     text_embeddings: bool = _f(False, "store the text tower's output (weights from init_from)")
+
 
 @dataclass(frozen=True)
 class UNetConfig:
@@ -125,7 +125,6 @@ class TextConfig:
 
 
 @dataclass(frozen=True)
-@dataclass(frozen=True)
 class ImageConfig:
     """The frozen tower behind unet.image_cross_attention; `random` has weights from a fixed seed (nothing to download)."""
 
@@ -149,6 +148,7 @@ class ResamplerConfig:
     frames: int = _f(16, "frames with tokens of their own; 1: all frames share one set (DynamiCrafter-256)", low=1)
 
 
+@dataclass(frozen=True)
 class ConditionConfig:
     """How image and text enter the network (the paper's x-cat, beside unet.image_cross_attention; its text dropping)."""
 
@@ -258,6 +258,8 @@ class Config:
     dit: DiTConfig = _f(DiTConfig(), "backbone dit")
     autoencoder: AutoencoderConfig = _f(AutoencoderConfig(), "pixels <-> latents")
     text: TextConfig = _f(TextConfig(), "sentence -> tokens")
+    image: ImageConfig = _f(ImageConfig(), "image -> tokens, with unet.image_cross_attention")
+    resampler: ResamplerConfig = _f(ResamplerConfig(), "the image's tokens -> those of each frame")
     condition: ConditionConfig = _f(ConditionConfig(), "image and text condition")
     diffusion: DiffusionConfig = _f(DiffusionConfig(), "noise and objective")
     loss: LossConfig = _f(LossConfig(), "motion focal loss")
@@ -270,8 +272,6 @@ class Config:
 
     @property
     def in_channels(self) -> int:
-    image: ImageConfig = _f(ImageConfig(), "image -> tokens, with unet.image_cross_attention")
-    resampler: ResamplerConfig = _f(ResamplerConfig(), "the image's tokens -> those of each frame")
         """Channels that the denoising network reads: noisy latent, image latent unless it is off, and the mask of image='first'."""
         image = self.condition.image
         return self.autoencoder.z_channels * (1 + (image != "none")) + (image == "first")
@@ -318,6 +318,15 @@ def _contradictions(c: Config) -> list[str]:
     else:
         check(len(dit.patch) == 3 and min(dit.patch) > 0, f"dit.patch={dit.patch}: must be (frames, rows, columns)")
         check(dit.width % dit.num_head_channels == 0, f"dit.num_head_channels={dit.num_head_channels}: must divide dit.width={dit.width}")
+    if c.image_tokens:
+        i, frames = c.image, c.resampler.frames
+        check(i.size % i.patch == 0, f"image.patch={i.patch}: must divide image.size={i.size}")
+        check(i.width % i.heads == 0, f"image.heads={i.heads}: must divide image.width={i.width}")
+        check(frames in (1, c.data.frames), f"resampler.frames={frames}: must be data.frames={c.data.frames}, or 1 for shared tokens")
+    check(
+        c.condition.image != "none" or c.image_tokens,
+        "condition.image='none': the image would not enter the network; set unet.image_cross_attention=True (backbone 'unet3d')",
+    )
     if bad:
         return bad  # what follows divides by these
     if not unet:
@@ -330,15 +339,6 @@ def _contradictions(c: Config) -> list[str]:
     check(
         c.prepare.frame_stride_min <= c.prepare.frame_stride_max,
         f"prepare.frame_stride_min={c.prepare.frame_stride_min}: must not exceed prepare.frame_stride_max={c.prepare.frame_stride_max}",
-    )
-    if c.image_tokens:
-        i, frames = c.image, c.resampler.frames
-        check(i.size % i.patch == 0, f"image.patch={i.patch}: must divide image.size={i.size}")
-        check(i.width % i.heads == 0, f"image.heads={i.heads}: must divide image.width={i.width}")
-        check(frames in (1, c.data.frames), f"resampler.frames={frames}: must be data.frames={c.data.frames}, or 1 for shared tokens")
-    check(
-        c.condition.image != "none" or c.image_tokens,
-        "condition.image='none': the image would not enter the network; set unet.image_cross_attention=True (backbone 'unet3d')",
     )
     check(
         c.prepare.flow == "exact" or c.prepare.flow_stride % 8 == 0,

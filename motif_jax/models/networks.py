@@ -15,9 +15,9 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from motif_jax.config import Config
 from motif_jax.models.autoencoder import make_autoencoder, sample_latents
 from motif_jax.models.dit import VideoDiT
-from motif_jax.models.text import make_text_tower
 from motif_jax.models.image import RANDOM_SEED, ImageTower
 from motif_jax.models.resampler import Resampler
+from motif_jax.models.text import make_text_tower
 from motif_jax.models.unet3d import UNet3D
 
 Params = dict[str, jax.Array]
@@ -57,9 +57,9 @@ class Networks:
     denoiser: Network
     autoencoder: Network
     text: Network
+    image: Network | None = None
 
     @classmethod
-    image: Network | None = None
     def of(cls, config: Config) -> "Networks":
         dtype = jnp.dtype(config.dtype)
         return cls(
@@ -67,9 +67,9 @@ class Networks:
             Network.of(lambda rngs: make_denoiser(config, rngs, dtype)),
             Network.of(lambda rngs: make_autoencoder(config.autoencoder, rngs=rngs, dtype=dtype)),
             Network.of(lambda rngs: make_text_tower(config.text, rngs=rngs, dtype=dtype)),
+            Network.of(lambda rngs: ImageTower(config.image, rngs=rngs, dtype=dtype)) if config.image_tokens else None,
         )
 
-            Network.of(lambda rngs: ImageTower(config.image, rngs=rngs, dtype=dtype)) if config.image_tokens else None,
     @property
     def frozen(self) -> dict[str, Network]:
         """The networks that are not trained, by name."""
@@ -107,8 +107,6 @@ class Networks:
     def embed(self, params: Params, tokens_BL: Int[Array, "B L"]) -> Float[Array, "B L D"]:
         return self.text.bind(params)(tokens_BL).astype(jnp.float32)
 
-    def denoise(self, params: Params, x_BThwC, t_B, context_BLD, fps_B, image_BThwK, dropout_rng=None) -> Float[Array, "B T h w C"]:
-        """The network's raw output for noisy latents `x` given text (and image tokens), frame rate and image condition (x-cat)."""
     def embed_image(self, params: Params, images_BHW3: Array | None) -> Float[Array, "B S E"]:
         """Tokens of the image tower for uint8 images; None is one grey image, which stands for no image (DynamiCrafter)."""
         size = self.config.image.size
@@ -120,6 +118,8 @@ class Networks:
         tokens_BJD = self.denoiser.bind(params).image_proj_model(image_BSE)
         return jnp.tile(tokens_BJD, (1, self.config.data.frames // self.config.resampler.frames, 1))
 
+    def denoise(self, params: Params, x_BThwC, t_B, context_BLD, fps_B, image_BThwK, dropout_rng=None) -> Float[Array, "B T h w C"]:
+        """The network's raw output for noisy latents `x` given text (and image tokens), frame rate and image condition (x-cat)."""
         x = jnp.concatenate([x_BThwC, image_BThwK], axis=-1)
         return self.denoiser.bind(params)(x, t_B, context_BLD, fps_B, dropout_rng=dropout_rng).astype(jnp.float32)
 
@@ -137,7 +137,7 @@ def make_denoiser(config: Config, rngs: nnx.Rngs, dtype: jnp.dtype) -> UNet3D | 
 
 
 def image_condition(z_BhwC: Float[Array, "B h w C"], frames: int, kind: str) -> Float[Array, "B T h w K"]:
-    """The clean latent of the first frame as extra channels (the paper's x-cat); with `none` there are no channels.
+    """The clean latent of the first frame as extra channels (the paper's x-cat).
 
     `repeat`: on every frame (DynamiCrafter), K = C. `first`: on frame 0, zeros elsewhere, and a channel that marks
     frame 0 (Emu Video), K = C + 1.
@@ -147,5 +147,3 @@ def image_condition(z_BhwC: Float[Array, "B h w C"], frames: int, kind: str) -> 
         return repeated
     mask = jnp.zeros((*repeated.shape[:-1], 1), repeated.dtype).at[:, 0].set(1.0)
     return jnp.concatenate([repeated * mask, mask], axis=-1)
-    if kind == "none":
-        return repeated[..., :0]

@@ -14,9 +14,9 @@ from motif_jax.interop.imported import CONTENTS, is_imported, read_imported
 from motif_jax.models.networks import Networks, Params
 from motif_jax.training.checkpoint import Checkpoints, latest_step
 
-WEIGHTS_STREAM = 2**31 - 2  # fold_in number of the initial weights: no training step reaches it
 # What image cross attention adds to a text-to-video model.
 IMAGE_PATH = re.compile(r"image_proj_model\..*|.*\.attn2\.(to_[kv]_ip\.kernel|alpha)")
+WEIGHTS_STREAM = 2**31 - 2  # fold_in number of the initial weights: no training step reaches it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +35,8 @@ def initial_weights(config: Config, networks: Networks, trained: bool = True) ->
     need = networks.pretrained
     if not config.init_from:
         if need:
-            raise UserError(
             small = {"autoencoder": "autoencoder.kind='pixel'", "text": "text.kind='words'", "image": "image.kind='random'"}
+            raise UserError(
                 f"the {' and '.join(need)} of this configuration are pretrained networks: set --config.init_from to an imported "
                 f"checkpoint (docs/weights.md), or use {' and '.join(small[name] for name in need)}"
             )
