@@ -8,7 +8,12 @@ from motif_jax.config import UserError
 
 # Each module has `add_arguments(parser)` and `run(arguments)`, and is loaded only when its command is called.
 COMMANDS = {
+    "annotate": ("motif_jax.bench.annotate", "let people judge: build a study of video pairs, serve it, export the votes"),
+    "generate": ("motif_jax.bench.generate", "videos of every pair of a list, for one or more seeds, from a trained run"),
+    "report": ("motif_jax.bench.preference_report", "what the votes say: win rates, reasons, agreement, as a page and a json"),
+    "score": ("motif_jax.bench.score", "motion, steadiness and likeness to the image of any model's videos, as a page and tables"),
     "synthetic": ("motif_jax.bench.synthetic", "how often samples of the synthetic world do what their sentence says"),
+    "ablation": ("motif_jax.bench.ablation", "arms of the ablation against each other on the synthetic world"),
 }
 
 

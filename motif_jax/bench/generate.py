@@ -1,0 +1,202 @@
+"""Makes the videos of a list of image-text pairs with a trained run: <output>/<id>_<seed>.mp4 and manifest.json.
+
+Files that are there are kept, so that a stopped run continues. The noise of a video depends on its (seed, id) alone: batch size,
+devices, jobs and the rest of the list change nothing but rounding. --vbench names the files for VBench-I2V (docs/evaluate.md).
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import runpy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from motif_jax.bench.pairs import MANIFEST, Pair, read_pairs, vbench_names
+from motif_jax.config import Config, UserError, from_config_dict, from_json
+
+VBENCH_INFO = "vbench_info.json"
+# Of VBench-I2V: those that need no instruction for the camera in the prompt
+DIMENSIONS = (
+    "i2v_subject i2v_background subject_consistency background_consistency motion_smoothness dynamic_degree aesthetic_quality "
+    "imaging_quality temporal_flickering"
+).split()
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One video to make."""
+
+    pair: Pair
+    seed: int
+    file: str
+
+
+def requests_of(pairs: Sequence[Pair], seeds: Sequence[int], vbench: bool) -> list[Request]:
+    """One for every pair and seed. Raises UserError when two of them would have one file."""
+    names = vbench_names(pairs) if vbench else [p.id for p in pairs]
+    made = [Request(p, s, f"{name}{'-' if vbench else '_'}{s}.mp4") for p, name in zip(pairs, names, strict=True) for s in seeds]
+    by_file: dict[str, Request] = {}
+    for r in made:
+        other = by_file.setdefault(r.file, r)
+        if other is not r:
+            raise UserError(f"{r.file} would be the video of two pairs, {other.pair.id!r} and {r.pair.id!r}: change an id")
+    return made
+
+
+def generate(
+    animator: Callable, requests: Sequence[Request], output: pathlib.Path, fps: float, batch_size: int, progress: Callable[[str], None]
+) -> int:
+    """Writes the videos that are not there yet, `batch_size` at a time (one compiled shape), and returns how many.
+
+    animator: (images, prompts, seeds) -> uint8 [B, T, H, W, 3], as `animation.Animator`. Raises UserError for an image that cannot be read
+    and a file that cannot be written.
+    """
+    from motif_jax.animation import noise_seed, open_image, save_clip
+
+    todo = [r for r in requests if not (output / r.file).exists()]
+    progress(f"{len(requests)} videos, {len(requests) - len(todo)} done before")
+    for start in range(0, len(todo), batch_size):
+        part = todo[start : start + batch_size]
+        full = part + [part[-1]] * (batch_size - len(part))
+        seeds = [noise_seed(r.seed, r.pair.id) for r in full]
+        clips = animator([open_image(str(r.pair.image)) for r in full], [r.pair.prompt for r in full], seeds)
+        for request, clip in zip(part, clips, strict=False):
+            save_clip(output / request.file, clip, fps)
+        progress(f"{start + len(part)} of {len(todo)}")
+    return len(todo)
+
+
+def write_manifest(output: pathlib.Path, requests: Sequence[Request], settings: dict[str, Any]) -> None:
+    """Which file shows what, and how all were made; earlier entries are kept. Raises UserError if those were made otherwise."""
+    path, earlier = output / MANIFEST, {}
+    if path.exists():
+        try:
+            found = json.loads(path.read_text())
+            before, earlier = found["settings"], {v["file"]: v for v in found["videos"]}
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: is no manifest of videos: {error!r}") from error
+        differ = [f"{k}: {before.get(k)!r} there, {v!r} now" for k, v in settings.items() if before.get(k) != v]
+        if differ:
+            raise UserError(f"{output} holds videos made otherwise ({'; '.join(differ)}); choose another --output")
+    for r in requests:
+        pair = {"id": r.pair.id, "seed": r.seed, "image": str(r.pair.image), "prompt": r.pair.prompt, "scenario": r.pair.scenario}
+        earlier[r.file] = {"file": r.file, **pair}
+    _write_json(path, {"settings": settings, "videos": list(earlier.values())})
+
+
+def write_vbench(output: pathlib.Path, requests: Sequence[Request], height: int, width: int) -> None:
+    """images/<name>.jpg, the image as the model saw it, and vbench_info.json, which VBench-I2V takes as its full_info.json."""
+    from PIL import Image
+
+    from motif_jax.animation import open_image
+    from motif_jax.data.videos import cover
+
+    (output / "images").mkdir(exist_ok=True)
+    entries: dict[str, dict[str, Any]] = {}
+    for r in requests:
+        name = r.file.rpartition("-")[0]
+        image = (output / "images" / f"{name}.jpg").resolve()
+        if name not in entries:
+            entries[name] = {"prompt_en": name, "dimension": DIMENSIONS, "custom_image_path": str(image), "video_list": []}
+            picture = Image.fromarray(cover(open_image(str(r.pair.image)), height, width))
+            temporary = image.with_suffix(f".{os.getpid()}.tmp")
+            picture.save(temporary, format="JPEG", quality=95, subsampling=0)
+            temporary.replace(image)
+        entries[name]["video_list"].append(str((output / r.file).resolve()))
+    _write_json(output / VBENCH_INFO, list(entries.values()))
+
+
+def _write_json(path: pathlib.Path, content: Any) -> None:
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")  # other jobs write the same file
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    temporary.replace(path)
+
+
+def read_configuration(text: str) -> Config:
+    """Of --config: a Python file with get_config, as FILE.py or FILE.py:ARGUMENT, or a config.json. Raises UserError."""
+    name, _, argument = text.partition(":")
+    try:
+        if name.endswith(".json"):
+            return from_json(pathlib.Path(name).read_text())
+        return from_config_dict(runpy.run_path(name)["get_config"](*([argument] if argument else [])))
+    except (OSError, SyntaxError, KeyError) as error:
+        raise UserError(f"--config={text}: cannot be loaded: {' '.join(str(error).split())}") from error
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--workdir", type=pathlib.Path, help="work directory of a run")
+    parser.add_argument("--checkpoint", type=pathlib.Path, help="weights to load instead of a work directory's (needs --config)")
+    parser.add_argument("--config", help="configuration of --checkpoint: configs/X.py or a config.json")
+    parser.add_argument("--list", required=True, help="pairs: the benchmark's folder (images and prompt.csv), a .jsonl or a .csv file")
+    parser.add_argument("--output", required=True, type=pathlib.Path, help="directory of the videos")
+    parser.add_argument("--seeds", default="0", help="comma-separated; a video for each (default: 0)")
+    parser.add_argument("--batch_size", default=4, type=int, help="videos made together on each device (default: 4)")
+    parser.add_argument("--steps", type=int, help="denoising steps (default: the configuration's)")
+    parser.add_argument("--guidance", type=float, help="classifier-free guidance scale (default: the configuration's)")
+    parser.add_argument("--frame_stride", type=int, help="source frames between two frames, at 24 fps (default: 24 / sample.fps)")
+    parser.add_argument("--task_index", default=0, type=int, help="number of this job, from 0")
+    parser.add_argument("--task_count", default=1, type=int, help="jobs that share the list")
+    parser.add_argument("--vbench", action="store_true", help="name files <prompt>-<seed>.mp4 and add images/ and vbench_info.json")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Makes the videos of this job's share of the list."""
+    if (arguments.workdir is None) == (arguments.checkpoint is None):
+        raise UserError("give either --workdir, or --checkpoint with --config")
+    if (arguments.checkpoint is None) != (arguments.config is None):
+        raise UserError("--checkpoint and --config go together")
+    try:
+        seeds = [int(s) for s in arguments.seeds.split(",")]
+    except ValueError:
+        seeds = []
+    if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
+        raise UserError(f"--seeds={arguments.seeds}: must be different whole numbers from 0, such as 0,1")
+    low = {"batch_size": 1, "steps": 1, "guidance": 0, "frame_stride": 1, "task_count": 1}
+    for name, least in low.items():
+        if (given := getattr(arguments, name)) is not None and given < least:
+            raise UserError(f"--{name}={given}: must be at least {least}")
+    if not 0 <= arguments.task_index < arguments.task_count:
+        raise UserError(f"--task_index={arguments.task_index}: must be from 0 to --task_count - 1 = {arguments.task_count - 1}")
+    config = read_configuration(arguments.config) if arguments.config else None
+    everything = requests_of(read_pairs(arguments.list), seeds, arguments.vbench)
+    try:
+        arguments.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output={arguments.output}: cannot be made: {error}") from error
+
+    import jax
+
+    from motif_jax.animation import Animator
+    from motif_jax.config import MeshConfig
+    from motif_jax.dist.mesh import make_mesh
+    from motif_jax.training.checkpoint import latest_step
+
+    devices = jax.local_devices()
+    animator = Animator.load(
+        arguments.workdir or arguments.checkpoint,
+        config,
+        steps=arguments.steps,
+        guidance=arguments.guidance,
+        frame_stride=arguments.frame_stride,
+        mesh=make_mesh(MeshConfig(), devices),
+    )
+    c = animator.config
+    settings = {
+        "model": str((arguments.workdir or arguments.checkpoint).resolve()),
+        "step": latest_step(arguments.workdir) if arguments.workdir else None,
+        "name": c.name,
+        "frames": c.data.frames,
+        "height": c.data.height,
+        "width": c.data.width,
+        "fps_condition": animator.fps,
+        **dataclasses.asdict(c.sample),
+    }
+    for of_training in ("every", "count"):
+        del settings[of_training]
+    write_manifest(arguments.output, everything, settings)
+    if arguments.vbench:
+        write_vbench(arguments.output, everything, c.data.height, c.data.width)
+    mine = everything[arguments.task_index :: arguments.task_count]
+    generate(animator, mine, arguments.output, c.sample.fps, arguments.batch_size * len(devices), lambda text: print(text, flush=True))

@@ -1,0 +1,185 @@
+"""Lists of image-text pairs, and which file of a folder shows which pair.
+
+In: TI2V-Bench as it lies on Hugging Face (images and prompt.csv), a jsonl file, or anybody's csv. Out: `Pair`s with an id each.
+"""
+
+import csv
+import json
+import pathlib
+import re
+import zlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from motif_jax.config import UserError
+
+IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+VIDEOS = (".mp4", ".gif", ".webm", ".mov", ".mkv", ".avi")
+MANIFEST = "manifest.json"  # written by `generate`: which file is which pair and seed
+LONGEST_NAME = 200  # bytes; file systems take 255, and a seed and an ending follow
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An image, what shall happen to it, and the name under which its videos are filed."""
+
+    id: str
+    image: pathlib.Path
+    prompt: str
+    scenario: str = ""
+
+
+def pair_id(image: str, prompt: str) -> str:
+    """The benchmark's own file names: stem of the image, then the sentence in lower case without punctuation."""
+    words = re.sub(r"[^\w\s]", "", prompt.lower()).split()
+    return _short("_".join([image, *words]))
+
+
+def vbench_names(pairs: Sequence[Pair]) -> list[str]:
+    """What VBench wants in front of "-<index>.mp4": the sentence, and where several images share it, the image too."""
+    shared = Counter(p.prompt for p in pairs)
+    return [_short((p.prompt + (f" ({p.image.stem})" if shared[p.prompt] > 1 else "")).replace("/", " ")) for p in pairs]
+
+
+def _short(name: str) -> str:
+    if len(name.encode()) <= LONGEST_NAME:
+        return name
+    return f"{name.encode()[: LONGEST_NAME - 9].decode(errors='ignore')}_{zlib.crc32(name.encode()):08x}"
+
+
+def read_pairs(path: str | pathlib.Path) -> list[Pair]:
+    """The pairs of a .jsonl or .csv file, or of a folder that holds one (`prompt.csv` before others).
+
+    jsonl: keys `image` (or `image_file`, `file_name`), `prompt`, and perhaps `id` and `scenario`. csv: the column that names image files
+    and the one called prompt, text or caption, or without such a header the other one. Images are looked for beside the list and in
+    images/ and TI2V-Bench/ there, with or without their ending. Raises UserError listing every bad line.
+    """
+    file = pathlib.Path(path)
+    if file.is_dir():
+        lists = sorted(p for p in file.iterdir() if p.suffix.lower() in (".csv", ".jsonl"))
+        named = [p for p in lists if p.name in ("prompt.csv", "prompts.csv")] or lists
+        if len(named) != 1:
+            found = ", ".join(p.name for p in lists) or "none"
+            raise UserError(f"--list={path}: a folder needs a prompt.csv, or one .csv or .jsonl file; found {found}")
+        file = named[0]
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--list={path}: cannot be read: {error}") from error
+    if file.suffix.lower() == ".jsonl":
+        rows, bad = _jsonl_rows(text)
+    elif file.suffix.lower() == ".csv":
+        rows, bad = _csv_rows(text, file.parent)
+    else:
+        raise UserError(f"--list={path}: must be a .jsonl or .csv file, or a folder with one")
+
+    pairs = []
+    for number, row in rows:
+        image, prompt = _find_image(file.parent, row["image"]), " ".join(row["prompt"].split())
+        identity = row["id"] or pair_id(pathlib.Path(row["image"]).stem, prompt)
+        if image is None:
+            bad.append(f"line {number}: no image {row['image']!r}")
+        elif not prompt:
+            bad.append(f"line {number}: no prompt")
+        elif "/" in identity or identity in (".", "..") or len(identity.encode()) > LONGEST_NAME:
+            bad.append(f"line {number}: id {identity!r} is no file name")
+        else:
+            pairs.append(Pair(identity, image, prompt, row["scenario"]))
+    bad += [f"id {i!r} occurs {n} times" for i, n in Counter(p.id for p in pairs).items() if n > 1]
+    if bad or not pairs:
+        shown = "; ".join(bad[:10]) + (f"; and {len(bad) - 10} more" if len(bad) > 10 else "")
+        raise UserError(f"--list={path}: {shown or 'holds no pair'}")
+    return pairs
+
+
+def _jsonl_rows(text: str) -> tuple[list[tuple[int, dict[str, str]]], list[str]]:
+    rows, bad = [], []
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            found = json.loads(line)
+            image = next(found[k] for k in ("image_file", "file_name", "image") if k in found)
+            row = {"image": image, "prompt": found["prompt"], **{k: found.get(k, "") for k in ("id", "scenario")}}
+            rows.append((number, {key: str(value) for key, value in row.items()}))
+        except StopIteration:
+            bad.append(f"line {number}: has no key 'image'")
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            bad.append(f"line {number}: {error!r}")
+    return rows, bad
+
+
+def _csv_rows(text: str, folder: pathlib.Path) -> tuple[list[tuple[int, dict[str, str]]], list[str]]:
+    cells = [(number, row) for number, row in enumerate(csv.reader(text.splitlines()), 1) if any(c.strip() for c in row)]
+    columns = min((len(row) for _, row in cells), default=0)
+    if columns < 2:
+        return [], ["a csv list needs a column of images and one of prompts"]
+    is_image = [[_find_image(folder, row[c]) is not None for _, row in cells] for c in range(columns)]
+    image = max(range(columns), key=lambda c: sum(is_image[c]))
+    head = [] if is_image[image][0] else [c.strip().lower() for c in cells[0][1]]
+    named = {name: head.index(name) for name in ("prompt", "text", "caption", "id", "scenario") if name in head}
+    prompt = next((named[n] for n in ("prompt", "text", "caption") if n in named), next(c for c in range(columns) if c != image))
+    rows = []
+    for number, row in cells[1 if head else 0 :]:
+        if prompt == columns - 1:  # a sentence with commas that nobody quoted
+            row = [*row[:prompt], ",".join(row[prompt:])]
+        extra = {name: row[named[name]] if name in named else "" for name in ("id", "scenario")}
+        rows.append((number, {"image": row[image], "prompt": row[prompt], **extra}))
+    return rows, []
+
+
+def _find_image(folder: pathlib.Path, name: str) -> pathlib.Path | None:
+    name = name.strip()
+    if not name or len(name) > 1000:
+        return None
+    for base in (folder, folder / "images", folder / "TI2V-Bench"):
+        for ending in ("", *IMAGES):
+            if pathlib.Path(name + ending).suffix.lower() in IMAGES and (base / (name + ending)).is_file():
+                return base / (name + ending)
+    return None
+
+
+@dataclass
+class Folder:
+    """What a folder of videos holds: `videos[pair id, seed]`, files that are no pair's, and files for which there is another one."""
+
+    videos: dict[tuple[str, int], pathlib.Path] = field(default_factory=dict)
+    strays: list[pathlib.Path] = field(default_factory=list)
+    doubles: list[pathlib.Path] = field(default_factory=list)
+
+
+def find_videos(folder: str | pathlib.Path, pairs: Sequence[Pair]) -> Folder:
+    """Which file is which pair's: video files, or folders of frames, named <id>, <id>_<seed> (as on the project page), <id>-<seed>
+    or as `vbench_names` says; a manifest of `generate` in the folder decides where there is one. Raises UserError without a folder.
+    """
+    folder = pathlib.Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"--videos: {folder} is no folder")
+    found, listed = Folder(), {}
+    if (folder / MANIFEST).is_file():
+        try:
+            listed = {v["file"]: (v["id"], int(v["seed"])) for v in json.loads((folder / MANIFEST).read_text())["videos"]}
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{folder / MANIFEST}: is no manifest of videos: {error!r}") from error
+    ids = {p.id for p in pairs}
+    known = {name: p.id for name, p in zip(vbench_names(pairs), pairs, strict=True)} | {i: i for i in ids}
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith(".") or not (path.suffix.lower() in VIDEOS or _is_clip(path)):
+            continue
+        stem = path.name if path.is_dir() else path.stem
+        name, seed = stem, 0
+        if stem not in known and (numbered := re.fullmatch(r"(.+)[_-](\d+)", stem)):
+            name, seed = numbered[1], int(numbered[2])
+        key = listed.get(path.name, (known.get(name, ""), seed))
+        if key[0] not in ids:
+            found.strays.append(path)
+        elif key in found.videos:
+            found.doubles.append(path)
+        else:
+            found.videos[key] = path
+    return found
+
+
+def _is_clip(path: pathlib.Path) -> bool:
+    return path.is_dir() and any(p.suffix.lower() in IMAGES for p in path.iterdir())

@@ -1,0 +1,280 @@
+"""Scores folders of videos of any model: motion, steadiness and likeness to the image, beside the image itself as a still video.
+
+In: a list of image-text pairs and folders of mp4, gif, webm or folders of frames, named by pair (docs/evaluate.md). Out, in --output:
+index.html to look at, scores.json and scores.csv by model, videos.csv by video. A stopped run continues where it was.
+"""
+
+import argparse
+import concurrent.futures
+import csv
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import pathlib
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from motif_jax.bench import flows, score_page
+from motif_jax.bench.pairs import IMAGES, Pair, find_videos, read_pairs
+from motif_jax.bench.standings import METRICS, STATIC, standings
+from motif_jax.bench.video_metrics import WINDOW, FlowFn, measure
+from motif_jax.config import UserError
+from motif_jax.data.videos import VideoError, cover, read_image, read_video
+
+VERSION = 1  # of the measures: a cache of another version is not used
+FRAME_RATE = 8.0  # of folders of frames, which do not say theirs
+Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How videos are read and measured; a result is used again only under the same settings."""
+
+    flow: Mapping[str, str]
+    clip: str = ""  # SHA-256 of its files
+    frames: int | None = None  # the first so many; None: all
+    size: tuple[int, int] | None = None  # (height, width) to cover; None: the video's own
+    frame_rate: float = FRAME_RATE
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """Something that the numbers do not show by themselves."""
+
+    model: str
+    kind: str
+    name: str
+    detail: str = ""
+
+
+def load(path: pathlib.Path, settings: Settings) -> tuple[np.ndarray, float]:
+    """(uint8 [T, H, W, 3], frames per second) of a video file or a folder of frames. Raises VideoError."""
+    if path.is_dir():
+        numbered = [p for p in path.iterdir() if p.suffix.lower() in IMAGES]
+        numbered.sort(key=lambda p: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", p.name)])
+        pictures = [read_image(p) for p in numbered[: settings.frames]]
+        if len({p.shape for p in pictures}) > 1:
+            raise VideoError("changes size", "its frames are not all of one size")
+        frames, fps = np.stack(pictures), settings.frame_rate
+    else:
+        clip = read_video(path)
+        frames, fps = clip.frames[: settings.frames], clip.fps
+    if settings.size is not None:
+        frames = np.stack([cover(f, *settings.size) for f in frames])
+    if len(frames) < max(2, settings.frames or 2):
+        raise VideoError("too short", f"{len(frames)} frame{'s'[: len(frames) != 1]}")
+    if min(frames.shape[1:3]) < WINDOW:
+        raise VideoError("too small", f"{frames.shape[2]}x{frames.shape[1]}")
+    return frames, fps
+
+
+class Scorer:
+    """Measures videos on `workers` threads (decoding, flow and filters leave the interpreter), through a cache in a jsonl file.
+
+    The key of a result is the content of the video and of the image, and the settings.
+    """
+
+    def __init__(self, settings: Settings, flow_fn: FlowFn, clip: Callable | None, cache: pathlib.Path, workers: int):
+        self._settings, self._flow_fn, self._clip, self._workers = settings, flow_fn, clip, workers
+        self._cache, self._known = cache, {}
+        for line in cache.read_text().splitlines() if cache.exists() else []:
+            try:
+                found = json.loads(line)
+                self._known[found["key"]] = {k: math.nan if v is None else v for k, v in found["row"].items()}
+            except (ValueError, KeyError):  # a line that was cut off when the run before was stopped
+                continue
+
+    def __call__(self, jobs: Sequence[tuple[Pair, Any]], progress: Callable[[str], None]) -> list[Row | VideoError]:
+        """One row, or the reason why there is none, for each (pair, path of its video or shape [T, H, W] and rate of the still one)."""
+        results: list[Row | VideoError] = []
+        with concurrent.futures.ThreadPoolExecutor(self._workers) as pool, self._cache.open("a") as cache:
+            if cache.tell():
+                cache.write("\n")  # ends a line that was cut off
+            futures = [pool.submit(self._one, *job) for job in jobs]
+            try:
+                for n, future in enumerate(futures, 1):
+                    try:
+                        key, row = future.result()
+                    except VideoError as error:
+                        results.append(error)
+                        continue
+                    results.append(row)
+                    if key not in self._known:
+                        self._known[key] = row
+                        plain = {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()}
+                        cache.write(json.dumps({"key": key, "row": plain}) + "\n")
+                        cache.flush()
+                    if n % 20 == 0 or n == len(futures):
+                        progress(f"{n} of {len(futures)} videos")
+            finally:
+                pool.shutdown(cancel_futures=True)
+        return results
+
+    def _one(self, pair: Pair, video: Any) -> tuple[str, Row]:
+        digest = hashlib.sha256(json.dumps([VERSION, dataclasses.asdict(self._settings)], sort_keys=True).encode())
+        digest.update(pair.image.read_bytes())
+        if self._clip is not None:
+            digest.update(pair.prompt.encode())
+        if isinstance(video, pathlib.Path):
+            for file in sorted(video.iterdir()) if video.is_dir() else [video]:
+                digest.update(f"{file.name if video.is_dir() else ''}:{file.stat().st_size}:".encode() + file.read_bytes())
+        else:
+            digest.update(repr(video).encode())
+        key = digest.hexdigest()
+        if key in self._known:
+            return key, self._known[key]
+        if isinstance(video, pathlib.Path):
+            frames, fps = load(video, self._settings)
+            image = read_image(pair.image, *frames.shape[1:3])
+        else:
+            (count, height, width), fps = video
+            image = read_image(pair.image, height, width)
+            frames = np.repeat(image[None], count, axis=0)
+        row = {"frames": len(frames), "height": frames.shape[1], "width": frames.shape[2], "fps": fps}
+        row |= measure(frames, image, fps, self._flow_fn)
+        return key, row | (self._clip(frames, image, pair.prompt) if self._clip is not None else {})
+
+
+def score(
+    pairs: Sequence[Pair], folders: Mapping[str, pathlib.Path], scorer: Scorer, progress: Callable[[str], None] = lambda text: None
+) -> tuple[list[Row], list[Problem]]:
+    """(a row per video with `model`, `id`, `seed`, `file`; everything that is missing, broken, doubled, unknown or unlike the rest).
+
+    The model `static` is the image of every pair that any model has, in the shape of that model's video. Raises UserError for a folder
+    without a video of the list.
+    """
+    rows, problems, still = [], [], {}
+    by_id = {p.id: p for p in pairs}
+    for model, folder in folders.items():
+        found = find_videos(folder, pairs)
+        if not found.videos:
+            example = f"{pairs[0].id}.mp4 or {pairs[0].id}_0.mp4"
+            raise UserError(f"--videos={model}={folder}: no file there is named by a pair of the list, such as {example}")
+        problems += [Problem(model, "unknown", p.name, "no pair of the list") for p in found.strays]
+        problems += [Problem(model, "double", p.name, "another file shows the same pair and seed") for p in found.doubles]
+        seeds = sorted({seed for _, seed in found.videos})
+        problems += [Problem(model, "missing", p.id, f"seed {s}") for p in pairs for s in seeds if (p.id, s) not in found.videos]
+        order = [(p.id, s) for p in pairs for s in seeds if (p.id, s) in found.videos]
+        measured = scorer([(by_id[i], found.videos[i, s]) for i, s in order], lambda text, model=model: progress(f"{model}: {text}"))
+        for (identity, seed), row in zip(order, measured, strict=True):
+            path = found.videos[identity, seed]
+            if isinstance(row, VideoError):
+                problems.append(Problem(model, "broken", path.name, str(row)))
+                continue
+            rows.append({"model": model, "id": identity, "seed": seed, "file": str(path), **row})
+            still.setdefault(identity, ((row["frames"], row["height"], row["width"]), row["fps"]))
+    problems += _unlike(rows)
+    order = [p for p in pairs if p.id in still]
+    for pair, row in zip(order, scorer([(p, still[p.id]) for p in order], lambda text: progress(f"{STATIC}: {text}")), strict=True):
+        if isinstance(row, VideoError):
+            problems.append(Problem(STATIC, "broken", pair.image.name, str(row)))
+        else:
+            rows.append({"model": STATIC, "id": pair.id, "seed": 0, "file": str(pair.image), **row})
+    return rows, problems
+
+
+def _unlike(rows: Sequence[Row]) -> list[Problem]:
+    """Videos of another length, size or frame rate than most: flow in pixels per frame cannot be compared between them."""
+    problems = []
+    for kind, of in (
+        ("other length", lambda r: f"{r['frames']} frames"),
+        ("other size", lambda r: f"{r['width']}x{r['height']}"),
+        ("other frame rate", lambda r: f"{r['fps']:g} frames a second"),
+    ):
+        usual = Counter(map(of, rows)).most_common(1)
+        for row in rows:
+            if of(row) != usual[0][0]:
+                name = pathlib.Path(row["file"]).name
+                problems.append(Problem(row["model"], kind, name, f"{of(row)}, most have {usual[0][0]}"))
+    return problems
+
+
+def write(output: pathlib.Path, pairs: Sequence[Pair], rows: list[Row], problems: list[Problem], settings: Settings) -> dict[str, Any]:
+    """Writes scores.json, scores.csv, videos.csv and index.html, and returns what is in the json."""
+    counts = Counter((p.model, p.kind) for p in problems)
+    result = {
+        "settings": dataclasses.asdict(settings),
+        "pairs": len(pairs),
+        **standings(rows, {p.id: str(p.image) for p in pairs}),
+        "problem_counts": [{"model": model, "kind": kind, "count": n} for (model, kind), n in counts.items()],
+        "problems": [dataclasses.asdict(p) for p in problems],
+    }
+    (output / "scores.json").write_text(json.dumps(_no_nan(result), indent=1, allow_nan=False) + "\n")
+    with (output / "scores.csv").open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["model", "metric", "value", "low", "high", "pairs"])
+        for model, found in result["models"].items():
+            table.writerows([model, name, m["value"], m["low"], m["high"], m["pairs"]] for name, m in found["metrics"].items())
+    names = [m.name for m in METRICS if any(m.name in row for row in rows)]
+    with (output / "videos.csv").open("w", newline="") as file:
+        table = csv.DictWriter(file, ["model", "id", "seed", "file", "frames", "height", "width", "fps", *names])
+        table.writeheader()
+        table.writerows(rows)
+    score_page.write(output / "index.html", pairs, rows, result, lambda path: load(path, settings)[0])
+    return result
+
+
+def _no_nan(tree: Any) -> Any:
+    """JSON has no NaN: null instead."""
+    if isinstance(tree, Mapping):
+        return {k: _no_nan(v) for k, v in tree.items()}
+    if isinstance(tree, list):
+        return [_no_nan(v) for v in tree]
+    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--list", required=True, help="pairs: the benchmark's folder (images and prompt.csv), a .jsonl or a .csv file")
+    parser.add_argument("--videos", required=True, action="append", metavar="NAME=DIR", help="a model and its videos; once for each model")
+    parser.add_argument("--output", required=True, type=pathlib.Path, help="directory of the results")
+    parser.add_argument("--flow", default="dis", choices=("dis", "raft_small", "raft_large"), help="optical flow (default: dis)")
+    parser.add_argument("--flow_weights", default="", help="RAFT weights, .safetensors or .pth")
+    parser.add_argument("--clip", default="", help="directory of a CLIP model (Hugging Face's layout): adds its alignments; needs PyTorch")
+    parser.add_argument("--frames", type=int, help="use the first so many frames of every video (default: all)")
+    parser.add_argument("--size", help="WIDTHxHEIGHT to cover and crop every video to (default: its own size)")
+    parser.add_argument("--fps", type=float, default=FRAME_RATE, help="frame rate of folders of frames (default: 8)")
+    parser.add_argument("--workers", type=int, default=0, help="videos measured at a time (default: one per core; with RAFT or CLIP one)")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Scores the folders and writes the results into --output."""
+    folders: dict[str, pathlib.Path] = {}
+    for text in arguments.videos:
+        name, _, folder = text.partition("=")
+        if not name or not folder or name in folders or name == STATIC:
+            raise UserError(f"--videos={text}: must be NAME=DIR, every NAME once, and {STATIC!r} is taken")
+        folders[name] = pathlib.Path(folder)
+    size = re.fullmatch(r"(\d+)x(\d+)", arguments.size or "")
+    if arguments.size and (size is None or min(int(n) for n in size.groups()) < WINDOW):
+        raise UserError(f"--size={arguments.size}: must be WIDTHxHEIGHT in pixels, such as 320x320, at least {WINDOW}")
+    if (arguments.frames is not None and arguments.frames < 2) or not arguments.fps > 0 or arguments.workers < 0:
+        raise UserError("--frames must be at least 2, --fps positive and --workers not negative")
+    pairs = read_pairs(arguments.list)
+    flow_fn, described = flows.make_flow(arguments.flow, arguments.flow_weights)
+    clip = None
+    if arguments.clip:
+        from motif_jax.bench.clip_alignment import ClipAlignment
+
+        clip = ClipAlignment(arguments.clip)
+    settings = Settings(
+        described, clip.digest if clip else "", arguments.frames, (int(size[2]), int(size[1])) if size else None, arguments.fps
+    )
+    try:
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        (arguments.output / "cache.jsonl").touch()
+    except OSError as error:
+        raise UserError(f"--output={arguments.output}: cannot be written: {error}") from error
+    workers = arguments.workers or (os.cpu_count() if arguments.flow == "dis" and clip is None else 1)
+    scorer = Scorer(settings, flow_fn, clip, arguments.output / "cache.jsonl", workers)
+    rows, problems = score(pairs, folders, scorer, lambda text: print(text, flush=True))
+    result = write(arguments.output, pairs, rows, problems, settings)
+    print(score_page.text_table(result))
+    for found in result["problem_counts"]:
+        print(f"{found['model']}: {found['count']} {found['kind']}")
+    print(f"{arguments.output / 'index.html'}")
