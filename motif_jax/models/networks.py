@@ -137,7 +137,7 @@ def make_denoiser(config: Config, rngs: nnx.Rngs, dtype: jnp.dtype) -> UNet3D | 
 
 
 def image_condition(z_BhwC: Float[Array, "B h w C"], frames: int, kind: str) -> Float[Array, "B T h w K"]:
-    """The clean latent of the first frame as extra channels (the paper's x-cat).
+    """The clean latent of the first frame as extra channels (the paper's x-cat); with `none` there are no channels.
 
     `repeat`: on every frame (DynamiCrafter), K = C. `first`: on frame 0, zeros elsewhere, and a channel that marks
     frame 0 (Emu Video), K = C + 1.
@@ -145,5 +145,7 @@ def image_condition(z_BhwC: Float[Array, "B h w C"], frames: int, kind: str) -> 
     repeated = jnp.repeat(z_BhwC[:, None], frames, axis=1)
     if kind == "repeat":
         return repeated
+    if kind == "none":
+        return repeated[..., :0]
     mask = jnp.zeros((*repeated.shape[:-1], 1), repeated.dtype).at[:, 0].set(1.0)
     return jnp.concatenate([repeated * mask, mask], axis=-1)
