@@ -114,19 +114,20 @@ def krippendorff_alpha(counts_NC: Float[np.ndarray, "N C"]) -> float:
 
 
 def bootstrap(statistic: Callable[[np.ndarray], float], rows: np.ndarray, weights_BN: Int[np.ndarray, "B N"]) -> tuple[float, float]:
-    """Interval of a statistic of the rows [N, ...] for which no short cut exists: evaluated on every sample."""
-    return interval(np.array([statistic(np.repeat(rows, weights, axis=0)) for weights in weights_BN]))
+    """Interval of a statistic of the rows [N, ...] for which no short cut exists: evaluated on every sample that has any row."""
+    return interval(np.array([statistic(np.repeat(rows, weights, axis=0)) for weights in weights_BN if weights.any()]))
 
 
 def bradley_terry(wins_MM: Float[np.ndarray, "*B M M"], prior: float = 0.5, steps: int = 2000) -> Float[np.ndarray, "*B M"]:
     """Log strengths with mean zero: model i beats j at the rate 1 / (1 + exp(s_j - s_i)).
 
     wins_MM[..., i, j]: how often i beat j, a tie being half a win for both. `prior` wins are added each way to every pair of
-    models that met, so that a model that never lost gets a finite strength. Minorise-maximise steps until none moves by 1e-10.
+    models that met (in any of the B tables), so that a model that never lost gets a finite strength. Minorise-maximise steps
+    until none moves by 1e-10.
     Source: Hunter, Annals of Statistics 32 (2004) 384-406.
     """
     wins = np.asarray(wins_MM, float)
-    met = (wins + np.swapaxes(wins, -1, -2)) > 0
+    met = (wins + np.swapaxes(wins, -1, -2)).reshape(-1, *wins.shape[-2:]).sum(0) > 0
     wins = wins + prior * met
     played, won = wins + np.swapaxes(wins, -1, -2), wins.sum(-1)
     strength = np.ones(won.shape)

@@ -1,0 +1,240 @@
+"""Votes in, every number of the report out, as plain dictionaries for JSON.
+
+Win rates are majority verdicts per pair (the paper's TI2V score) and shares of single votes; the reasons are shares of single
+votes (its figure 4). Only votes of kind "pair" count for them; repeats, gold and training items tell about annotators.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from motif_jax.bench import preference
+from motif_jax.bench.judge import wilson
+from motif_jax.bench.study import REASONS
+from motif_jax.bench.votes import Vote
+from motif_jax.config import UserError
+
+MIN_CLUSTERS = 5  # below that a bootstrap over them says nothing
+LOW_AGREEMENT = 0.2  # below that a majority is hardly more than a coin
+
+
+def analyse(
+    votes: Sequence[Vote], models: Sequence[str] = (), reference: str | None = None, samples: int = 2000, seed: int = 0
+) -> dict[str, Any]:
+    """All statistics of a study.
+
+    models: order of the systems; reference: the one that wins or loses (default: the first, or the one that met most others).
+    samples: of every bootstrap, but for agreement, which takes a quarter. Raises UserError without votes on pairs, and when the
+    reference has none.
+    """
+    counted = [v for v in votes if v.kind == "pair"]
+    if not counted:
+        raise UserError(f"no votes on pairs among {len(votes)} votes")
+    met = Counter(name for pair in {frozenset((v.left, v.right)) for v in counted} for name in pair)
+    names = [m for m in models if m in met] + sorted(set(met) - set(models), key=lambda name: (-met[name], name))
+    reference = reference or names[0]
+    if reference not in met:
+        raise UserError(f"--reference={reference}: has no votes; the systems are {', '.join(names)}")
+    names.sort(key=lambda name: name != reference)
+    groups = defaultdict(list)
+    for v in counted:
+        groups[tuple(sorted((v.left, v.right), key=names.index))].append(v)
+    rows = [compare(a, b, groups[a, b], samples, seed) for a, b in sorted(groups, key=lambda g: [names.index(n) for n in g])]
+    for row, adjusted in zip(rows, preference.holm([row["majority"]["p"] for row in rows]), strict=True):
+        row["majority"]["p_holm"] = adjusted
+    seconds = [v.seconds for v in counted if np.isfinite(v.seconds)]
+    return {
+        "reference": reference,
+        "models": names,
+        "votes": dict(Counter(v.kind for v in votes)),
+        "comparisons": rows,
+        "side": side_bias(counted),
+        "repeats": consistency(votes),
+        "gold": _rate([float(v.choice == v.better) for v in votes if v.kind == "gold"]),
+        "seconds": {"quartiles": np.quantile(seconds, [0.25, 0.5, 0.75]).tolist(), "hours": sum(seconds) / 3600} if seconds else None,
+        "annotators": annotators(votes),
+        "bradley_terry": ranking(counted, names, samples, seed) if len(names) > 2 else None,
+    }
+
+
+def _rate(hits: Sequence[float]) -> dict[str, Any]:
+    low, high = wilson(float(sum(hits)), len(hits))
+    return {"rate": float(np.mean(hits)) if len(hits) else None, "low": low, "high": high, "count": len(hits)}
+
+
+def _score(vote: Vote, model: str) -> float:
+    """1 when the vote is for `model`, 0 when against it, 0.5 for a tie."""
+    return 0.5 if vote.choice == "tie" else float((vote.left if vote.choice == "left" else vote.right) == model)
+
+
+def compare(a: str, b: str, votes: Sequence[Vote], samples: int, seed: int) -> dict[str, Any]:
+    """`a` against `b`: rates of `a` with intervals, reasons, agreement, and what a study of this size can detect.
+
+    A pair whose votes are split evenly is half a win for both in the rate, and left out of the exact test.
+    """
+    by_pair = defaultdict(list)
+    for v in votes:
+        by_pair[v.pair].append(v)
+    pairs = list(by_pair.values())
+    scores = [[_score(v, a) for v in group] for group in pairs]
+    totals = np.array([len(s) for s in scores], float)
+    for_a = np.array([sum(s) for s in scores])
+    verdicts = np.where(for_a * 2 == totals, 0.5, for_a * 2 > totals)
+    clusters = [group[0].image or group[0].pair for group in pairs]
+    scenarios = [group[0].scenario or cluster for group, cluster in zip(pairs, clusters, strict=True)]
+    weights = preference.cluster_weights(clusters, samples, seed)
+    by_scenario = preference.cluster_weights(scenarios, samples, seed)
+
+    def rate(hits: np.ndarray, counts: np.ndarray) -> dict[str, Any]:
+        share, *bootstrap = preference.share_interval(hits, counts, weights)
+        return {
+            "rate": share,
+            "wilson": wilson(float(hits.sum()), int(counts.sum())),
+            "bootstrap": bootstrap if len(set(clusters)) >= MIN_CLUSTERS else None,
+            "bootstrap_scenarios": preference.share_interval(hits, counts, by_scenario)[1:]
+            if len(set(scenarios)) >= MIN_CLUSTERS
+            else None,
+        }
+
+    wins, losses = int((verdicts == 1).sum()), int((verdicts == 0).sum())
+    effect = preference.design_effect(verdicts, weights)
+    return {
+        "a": a,
+        "b": b,
+        "pairs": len(pairs),
+        "images": len(set(clusters)),
+        "scenarios": len(set(scenarios)),
+        "votes": int(totals.sum()),
+        "annotators": len({v.annotator for v in votes}),
+        "majority": rate(verdicts, np.ones(len(pairs)))
+        | {"wins": wins, "losses": losses, "even": len(pairs) - wins - losses, "p": preference.binomial_p(wins, wins + losses)},
+        "vote_share": rate(for_a, totals),
+        "reasons": {name: _reason(name, a, pairs, totals, weights) for name in REASONS},
+        "agreement": agreement(a, pairs, weights[: max(1, samples // 4)]),
+        "detectable": {
+            "independent": preference.minimum_detectable(len(pairs)),
+            "clustered": preference.minimum_detectable(len(pairs) / effect),
+            "design_effect": effect,
+        },
+    }
+
+
+def _reason(name: str, a: str, pairs: list[list[Vote]], totals: np.ndarray, weights: np.ndarray) -> dict[str, Any]:
+    """Shares of single votes: `a` chosen for this reason, `b` chosen for it, neither; and how often who chose a system ticked it."""
+    outcome = [[_score(v, a) if name in v.reasons else 0.5 for v in group] for group in pairs]  # a tie has no reasons
+    chose = [[_score(v, a) for v in group] for group in pairs]
+
+    def share(which: float) -> tuple[np.ndarray, np.ndarray]:
+        counts = [np.array([sum(x == which for x in group) for group in table], float) for table in (outcome, chose)]
+        return counts[0], counts[1]
+
+    (won, chose_a), (lost, chose_b) = share(1.0), share(0.0)
+    found = {}
+    for label, hits in (("win", won), ("none", totals - won - lost), ("lose", lost)):
+        rate, low, high = preference.share_interval(hits, totals, weights)
+        found[label] = {"rate": rate, "low": low, "high": high}
+    given = {"a": won.sum() / chose_a.sum() if chose_a.sum() else None, "b": lost.sum() / chose_b.sum() if chose_b.sum() else None}
+    return found | {"given_choice": given, "alpha": preference.krippendorff_alpha(np.stack([won, totals - won - lost, lost], 1))}
+
+
+def agreement(a: str, pairs: list[list[Vote]], weights: np.ndarray) -> dict[str, Any]:
+    """Krippendorff's alpha over all pairs, Fleiss' kappa over those with the usual number of votes, and how votes split."""
+    scores = [[_score(v, a) for v in group] for group in pairs]
+    counts = np.array([[sum(s == which for s in group) for which in (1.0, 0.0, 0.5)] for group in scores])
+    totals = counts.sum(1)
+    several = totals >= 2
+    if not several.any():
+        return {"alpha": None, "kappa": None}
+    usual = Counter(totals[several].tolist()).most_common(1)[0][0]
+    full = totals == usual
+    margin = np.abs(counts[several, 0] - counts[several, 1])
+    return {
+        "alpha": preference.krippendorff_alpha(counts),
+        "alpha_interval": preference.bootstrap(preference.krippendorff_alpha, counts, weights),
+        "kappa": preference.fleiss_kappa(counts[full]),
+        "kappa_interval": preference.bootstrap(preference.fleiss_kappa, counts[full], weights[:, full]),
+        "kappa_pairs": int(full.sum()),
+        "kappa_raters": int(usual),
+        "unanimous": float((counts[several].max(1) == totals[several]).mean()),
+        "split": float((margin <= 1).mean()),
+    }
+
+
+def side_bias(votes: Sequence[Vote]) -> dict[str, Any]:
+    """How often the left video was chosen (ties aside), with Wilson's interval and exact p against one half."""
+    left = [float(v.choice == "left") for v in votes if v.choice != "tie"]
+    return _rate(left) | {"p": preference.binomial_p(int(sum(left)), len(left))}
+
+
+def consistency(votes: Sequence[Vote]) -> dict[str, Any]:
+    """How often an annotator chose the same system again when a pair came back with the sides swapped."""
+    first = {(v.annotator, v.task): v for v in votes if v.kind == "pair"}
+    again = [(v, first[v.annotator, v.repeats]) for v in votes if v.kind == "repeat" and (v.annotator, v.repeats) in first]
+    return _rate([float(_score(v, v.left) == _score(before, v.left)) for v, before in again])
+
+
+def annotators(votes: Sequence[Vote]) -> list[dict[str, Any]]:
+    """One row per annotator: votes, time, side, gold, repeats, and agreement with the majority of the others on the same pair."""
+    everyone = defaultdict(list)
+    for v in votes:
+        if v.kind == "pair":
+            everyone[v.pair, frozenset((v.left, v.right))].append(v)
+    by_name = defaultdict(list)
+    for v in votes:
+        by_name[v.annotator].append(v)
+    rows = []
+    for name, own in sorted(by_name.items()):
+        judged = [v for v in own if v.kind == "pair"]
+        agrees = []
+        for v in judged:
+            others = [_score(o, v.left) for o in everyone[v.pair, frozenset((v.left, v.right))] if o.annotator != name]
+            if v.choice != "tie" and others and sum(others) * 2 != len(others):
+                agrees.append(float((sum(others) * 2 > len(others)) == (v.choice == "left")))
+        seconds = [v.seconds for v in judged if np.isfinite(v.seconds)]
+        rows.append(
+            {
+                "annotator": name,
+                "votes": len(judged),
+                "median_seconds": float(np.median(seconds)) if seconds else None,
+                "left": side_bias(judged),
+                "gold": _rate([float(v.choice == v.better) for v in own if v.kind == "gold"]),
+                "repeats": consistency(own),
+                "agreement": _rate(agrees),
+            }
+        )
+    return rows
+
+
+def ranking(votes: Sequence[Vote], names: Sequence[str], samples: int, seed: int) -> list[dict[str, Any]] | None:
+    """Bradley-Terry strengths of all systems, best first: in points (400 for odds of ten to one, mean zero) with bootstrap intervals
+    over images. None when the systems fall into groups that never met: nothing ranks one group against the other.
+    """
+    clusters = {name: n for n, name in enumerate(sorted({v.image or v.pair for v in votes}))}
+    wins = np.zeros((len(clusters), len(names), len(names)))
+    for v in votes:
+        i, j, c = names.index(v.left), names.index(v.right), clusters[v.image or v.pair]
+        score = _score(v, v.left)
+        wins[c, i, j] += score
+        wins[c, j, i] += 1 - score
+    reached = np.linalg.matrix_power((wins.sum(0) + wins.sum(0).T > 0) + np.eye(len(names)), len(names)) > 0
+    if not reached.all():
+        return None
+    weights = preference.cluster_weights(list(clusters), samples, seed)
+    points = 400 / np.log(10)
+    strength = points * preference.bradley_terry(wins.sum(0))
+    drawn = points * preference.bradley_terry(np.einsum("bc,cij->bij", weights, wins), steps=200)
+    rows = []
+    for i in np.argsort(-strength):
+        low, high = preference.interval(drawn[:, i])
+        rows.append(
+            {
+                "model": names[i],
+                "points": float(strength[i]),
+                "low": low,
+                "high": high,
+                "votes": float((wins + wins.swapaxes(1, 2))[:, i].sum()),
+            }
+        )
+    return rows

@@ -1,0 +1,326 @@
+"""What the votes of a human study say: files of votes in; report.html, report.json and the raw votes out.
+
+Files are the server's .sqlite, what the page offers for download (.json; both need --study), or exported and foreign tables (.csv, .json
+with the columns pair, annotator, left, right, choice, and better also reasons, image, scenario, kind, seconds ...).
+"""
+
+import argparse
+import base64
+import html
+import io
+import json
+import math
+import pathlib
+import shutil
+from collections.abc import Sequence
+from typing import Any
+
+from motif_jax.bench import study
+from motif_jax.bench.preference_analysis import LOW_AGREEMENT, analyse
+from motif_jax.bench.votes import Vote, read_all, write_votes
+from motif_jax.config import UserError
+
+WON, NEITHER, LOST = "#2a7f62", "#d9d9de", "#c0504d"
+STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:64rem;margin:2rem auto;padding:0 1rem;color:#222}
+img,video{max-width:100%}table{border-collapse:collapse;display:block;overflow-x:auto}td,th{padding:.2rem .7rem;
+border-bottom:1px solid #ccc;text-align:right;vertical-align:top}td:first-child,th:first-child{text-align:left}.note{color:#8a4b00}
+.example{display:inline-block;width:30rem;max-width:100%;margin:.5rem 1rem .5rem 0;vertical-align:top}.example div{display:flex;gap:.4rem}
+.example figure{margin:0;flex:1}figcaption{font-size:.85rem}"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--votes", required=True, nargs="+", type=pathlib.Path, help="files of votes; a system may be in several")
+    parser.add_argument("--output", required=True, type=pathlib.Path, help="folder for report.html, report.json, votes.json and votes.csv")
+    parser.add_argument("--study", type=pathlib.Path, help="folder of `annotate build`: key of blind votes, and the videos of the examples")
+    parser.add_argument(
+        "--reference", help="the system whose wins are counted; default: the study's first, or the one that met most others"
+    )
+    parser.add_argument("--examples", default=2, type=int, help="pairs shown per comparison and outcome, with --study; default 2")
+    parser.add_argument("--samples", default=2000, type=int, help="bootstrap samples; default 2000")
+    parser.add_argument("--seed", default=0, type=int, help="of the bootstrap")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    for name, least in (("samples", 100), ("examples", 0)):
+        if getattr(arguments, name) < least:
+            raise UserError(f"--{name}={getattr(arguments, name)}: at least {least}")
+    votes, refused = read_all(arguments.votes, arguments.study)
+    key = study.load(arguments.study) if arguments.study else None
+    found = analyse(votes, key.models if key else (), arguments.reference, arguments.samples, arguments.seed)
+    found["refused"] = refused
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    write_votes(arguments.output / "votes.json", votes)
+    write_votes(arguments.output / "votes.csv", votes)
+    (arguments.output / "report.json").write_text(json.dumps(_finite(found), indent=1) + "\n")
+    shown = _examples(found, votes, key, arguments.study / "page" / "media", arguments) if key and arguments.examples else ""
+    (arguments.output / "report.html").write_text(page(found, votes, shown))
+    for row in found["comparisons"]:
+        m = row["majority"]
+        rate = f"{_percent(m['rate'])} % of {row['pairs']} pairs {_interval(m['wilson'])}"
+        print(f"{row['a']} against {row['b']}: {rate}, p = {m['p_holm']:.2g}")
+    if refused:
+        print(f"{len(refused)} votes were refused, the first: {refused[0][:200]}")
+    print(arguments.output / "report.html")
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def page(found: dict[str, Any], votes: Sequence[Vote], examples: str = "") -> str:
+    """The whole report as one html text; `examples` is put in as it is."""
+    n = found["votes"].get("pair", 0)
+    body = [
+        f"<h1>{html.escape(found['reference'])} in pairwise votes</h1>",
+        f"<p>{n} votes of {sum(a['votes'] > 0 for a in found['annotators'])} annotators. Intervals are 95 %: Wilson's as if all were "
+        "independent, and a bootstrap over images, because pairs that share an image are not. Raw votes: "
+        "<a href=votes.csv>votes.csv</a>, <a href=votes.json>votes.json</a>; all numbers: <a href=report.json>report.json</a>.</p>",
+        "<h2>Who wins</h2>",
+        _win_plot(found),
+        _win_table(found),
+        "<h2>Why</h2>",
+        _reason_plots(found),
+        "<p>Shares of single votes, in per cent: won for this reason, neither, lost for it. A vote may have several reasons.</p>",
+        _reason_table(found),
+        "<h2>Do annotators agree</h2>",
+        _agreement_table(found),
+        _ranking(found),
+        "<h2>Annotators</h2>",
+        _annotators(found),
+        examples,
+        _comments(votes),
+        _refused(found["refused"]),
+    ]
+    head = "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
+    return (
+        f"{head}<title>{html.escape(found['reference'])}</title><style>{STYLE}</style>"
+        + "\n".join(part for part in body if part)
+        + "</html>\n"
+    )
+
+
+def _percent(x: float | None, digits: int = 1) -> str:
+    return "-" if x is None or not math.isfinite(x) else f"{100 * x:.{digits}f}"
+
+
+def _interval(pair: Sequence[float] | None, digits: int = 1) -> str:
+    return "-" if pair is None else f"[{_percent(pair[0], digits)}, {_percent(pair[1], digits)}]"
+
+
+def _number(x: float | None, form: str = ".2f") -> str:
+    return "-" if x is None or not math.isfinite(x) else format(x, form)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """An html table; every cell is escaped."""
+    cells = [f"<tr>{''.join(f'<th scope=col>{html.escape(h)}' for h in head)}"]
+    cells += [f"<tr>{''.join(f'<td>{html.escape(str(c))}' for c in row)}" for row in rows]
+    return f"<table>{''.join(cells)}</table>"
+
+
+def _rate_cell(r: dict[str, Any]) -> str:
+    return "-" if r["rate"] is None else f"{_percent(r['rate'], 0)} {_interval((r['low'], r['high']), 0)} of {r['count']}"
+
+
+def _win_table(found: dict[str, Any]) -> str:
+    rows = []
+    for r in found["comparisons"]:
+        m, v, d = r["majority"], r["vote_share"], r["detectable"]
+        rows.append(
+            (
+                f"{r['a']} against {r['b']}",
+                f"{m['wins']} / {m['even']} / {m['losses']}",
+                _percent(m["rate"]),
+                _interval(m["wilson"]),
+                _interval(m["bootstrap"]),
+                _interval(m["bootstrap_scenarios"]),
+                f"{m['p']:.2g}",
+                f"{m['p_holm']:.2g}",
+                f"{_percent(v['rate'])} {_interval(v['bootstrap'])}",
+                f"{_percent(d['independent'])} / {_percent(d['clustered'])}",
+            )
+        )
+    head = (
+        "",
+        "won / even / lost",
+        "win rate %",
+        "Wilson",
+        "over images",
+        "over scenarios",
+        "p",
+        "p, Holm",
+        "share of votes %",
+        "detectable %",
+    )
+    explained = (
+        "<p>Win rate: majority verdict per pair; an even split is half a win for both and not in the test. p: exact, two-sided, against "
+        "one half; Holm: adjusted for all comparisons here. Detectable: the true win rate that this number of pairs shows with 80 % "
+        "probability, as if independent / given how alike pairs of one image are.</p>"
+    )
+    return _table(head, rows) + explained
+
+
+def _reason_table(found: dict[str, Any]) -> str:
+    rows = []
+    for r in found["comparisons"]:
+        for name, x in r["reasons"].items():
+            shares = [f"{_percent(x[k]['rate'])} {_interval((x[k]['low'], x[k]['high']))}" for k in ("win", "none", "lose")]
+            given = [_percent(x["given_choice"][k], 0) for k in ("a", "b")]
+            rows.append((f"{r['a']} against {r['b']}", study.REASONS[name][0], *shares, *given, _number(x["alpha"])))
+    return _table(("", "reason", "won", "neither", "lost", "of its voters %", "of the other's %", "alpha"), rows)
+
+
+def _agreement_table(found: dict[str, Any]) -> str:
+    rows, low = [], []
+    for r in found["comparisons"]:
+        a = r["agreement"]
+        name = f"{r['a']} against {r['b']}"
+        if a["alpha"] is None:
+            rows.append((name, *["-"] * 4))
+            continue
+        alpha, kappa = (f"{_number(a[k])} [{_number(a[k + '_interval'][0])}, {_number(a[k + '_interval'][1])}]" for k in ("alpha", "kappa"))
+        raters = f"{kappa} ({a['kappa_pairs']} pairs with {a['kappa_raters']} votes)"
+        rows.append((name, alpha, raters, _percent(a["unanimous"]), _percent(a["split"])))
+        low += [name] if a["alpha"] < LOW_AGREEMENT else []
+    table = _table(("", "Krippendorff's alpha", "Fleiss' kappa", "unanimous %", "decided by one vote or even %"), rows)
+    if low:
+        table += (
+            f"<p class=note>Agreement below {LOW_AGREEMENT} in: {html.escape(', '.join(low))}. A majority makes such preferences look "
+            "stronger than single votes do; read the share of votes.</p>"
+        )
+    return table
+
+
+def _ranking(found: dict[str, Any]) -> str:
+    if len(found["models"]) < 3:
+        return ""
+    if found["bradley_terry"] is None:
+        return "<h2>Ranking</h2><p>None: some systems never met, not even through others.</p>"
+    rows = [(r["model"], f"{r['points']:.0f}", f"[{r['low']:.0f}, {r['high']:.0f}]", f"{r['votes']:.0f}") for r in found["bradley_terry"]]
+    note = "<p>Bradley-Terry over all votes: 400 points are odds of ten to one, the mean is zero; intervals: bootstrap over images.</p>"
+    return "<h2>Ranking</h2>" + _table(("system", "points", "95 %", "votes"), rows) + note
+
+
+def _annotators(found: dict[str, Any]) -> str:
+    side, time = found["side"], found["seconds"]
+    text = f"<p>Left video chosen, %: {_rate_cell(side)} (p = {side['p']:.2g}). Same choice again with sides swapped, %: "
+    text += f"{_rate_cell(found['repeats'])}. Gold items right, %: {_rate_cell(found['gold'])}."
+    if time:
+        low, middle, high = time["quartiles"]
+        text += f" Seconds per item: median {middle:.0f}, quartiles {low:.0f} and {high:.0f}; {time['hours']:.1f} hours in all."
+    rows = [
+        (
+            a["annotator"],
+            a["votes"],
+            _number(a["median_seconds"], ".0f"),
+            _rate_cell(a["left"]),
+            _rate_cell(a["gold"]),
+            _rate_cell(a["repeats"]),
+            _rate_cell(a["agreement"]),
+        )
+        for a in found["annotators"]
+    ]
+    head = ("annotator", "votes", "median s", "left %", "gold right %", "same again %", "with the others' majority %")
+    return text + "</p>" + _table(head, rows)
+
+
+def _comments(votes: Sequence[Vote]) -> str:
+    rows = [(v.annotator, v.pair, f"{v.left} | {v.right}", v.choice, v.comment) for v in votes if v.comment.strip()]
+    return "<h2>Comments</h2>" + _table(("annotator", "pair", "left | right", "choice", "comment"), rows) if rows else ""
+
+
+def _refused(refused: list[str]) -> str:
+    shown = "".join(f"<li>{html.escape(line[:300])}" for line in refused[:20])
+    return f"<h2>Refused</h2><p>{len(refused)} votes do not count:</p><ul>{shown}</ul>" if refused else ""
+
+
+def _plot(figure, description: str) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg")
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return f'<p><img alt="{html.escape(description)}" src="data:image/svg+xml;base64,{data}"></p>'
+
+
+def _win_plot(found: dict[str, Any]) -> str:
+    from matplotlib.figure import Figure
+
+    rows = found["comparisons"]
+    figure = Figure(figsize=(9, 0.9 + 0.5 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    for y, row in enumerate(rows):
+        for shift, key, colour, label in (
+            (-0.13, "majority", "#0b57a4", "majority of each pair"),
+            (0.13, "vote_share", "#c77700", "single votes"),
+        ):
+            r = row[key]
+            low, high = r["bootstrap"] or r["wilson"]
+            error = [[max(0.0, 100 * (r["rate"] - low))], [max(0.0, 100 * (high - r["rate"]))]]
+            axes.errorbar(100 * r["rate"], y + shift, xerr=error, fmt="o", color=colour, capsize=3, label=None if y else label)
+    axes.axvline(50, color="#777", linewidth=1, linestyle="--")
+    axes.set(xlim=(0, 100), xlabel="wins of the first, %", ylim=(len(rows) - 0.4, -0.6))
+    axes.set_yticks(range(len(rows)), [f"{r['a']} against {r['b']}" for r in rows], parse_math=False)
+    axes.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
+    return _plot(figure, "win rates with intervals")
+
+
+def _reason_plots(found: dict[str, Any]) -> str:
+    from matplotlib.figure import Figure
+
+    rows = found["comparisons"]
+    columns = min(3, len(rows))
+    height = -(-len(rows) // columns)
+    figure = Figure(figsize=(1.2 + 4.2 * columns, 0.4 + 2.4 * height), layout="constrained")
+    panels = figure.subplots(height, columns, squeeze=False).reshape(-1)
+    labels = ["Overall", *(label for label, *_ in study.REASONS.values())]
+    for axes, row in zip(panels, rows, strict=False):
+        m = row["majority"]["rate"]
+        bars = [(m, 0.0, 1 - m), *(tuple(r[k]["rate"] for k in ("win", "none", "lose")) for r in row["reasons"].values())]
+        for y, bar in enumerate(bars):
+            left = 0.0
+            for width, colour, ink in zip(bar, (WON, NEITHER, LOST), ("white", "#333", "white"), strict=True):
+                axes.barh(y, 100 * width, left=100 * left, color=colour, height=0.75)
+                if width > 0.06:
+                    axes.text(100 * (left + width / 2), y, f"{100 * width:.1f}", ha="center", va="center", color=ink, fontsize=8)
+                left += width
+        axes.set_yticks(range(len(bars)), labels if axes in panels[::columns] else [""] * len(bars), fontsize=8)
+        axes.set(xlim=(0, 100), ylim=(len(bars) - 0.5, -0.5), xticks=[])
+        axes.set_title(f"{row['a']} (green) / {row['b']} (red)", fontsize=9, parse_math=False)
+        axes.spines[:].set_visible(False)
+    for axes in panels[len(rows) :]:
+        axes.set_visible(False)
+    return _plot(figure, "reasons: won, neither, lost")
+
+
+def _examples(found: dict[str, Any], votes: Sequence[Vote], key: study.Key, media: pathlib.Path, arguments: argparse.Namespace) -> str:
+    """Pairs with the clearest wins and losses and the most even ones, side by side; their videos are copied beside the page."""
+    files = {(clip.model, clip.pair): name for name, clip in key.clips.items() if not clip.damage}
+    parts = ["<h2>Examples</h2>"]
+    (arguments.output / "media").mkdir(exist_ok=True)
+    for row in found["comparisons"]:
+        shares = {}
+        for entry in key.pairs:
+            own = [v for v in votes if v.kind == "pair" and v.pair == entry.id and {v.left, v.right} == {row["a"], row["b"]}]
+            wins = sum(0.5 if v.choice == "tie" else (v.left if v.choice == "left" else v.right) == row["a"] for v in own)
+            if own:
+                shares[entry.id] = (wins / len(own), f"{wins:g} of {len(own)}")
+        by_share = sorted(shares, key=lambda name: -shares[name][0])
+        even = sorted(shares, key=lambda name: abs(shares[name][0] - 0.5))
+        chosen = dict.fromkeys([*by_share[: arguments.examples], *even[: arguments.examples], *by_share[::-1][: arguments.examples]])
+        parts.append(f"<h3>{html.escape(row['a'])} (left) against {html.escape(row['b'])}</h3>")
+        for name in chosen:
+            entry = next(e for e in key.pairs if e.id == name)
+            clips = []
+            for model in (row["a"], row["b"]):
+                shutil.copyfile(media / files[model, name], arguments.output / "media" / files[model, name])
+                clips.append(
+                    f"<figure><video src=media/{files[model, name]} autoplay loop muted playsinline controls></video>"
+                    f"<figcaption>{html.escape(model)}</figcaption></figure>"
+                )
+            caption = f"{html.escape(entry.prompt)} <small>({html.escape(shares[name][1])} votes for the left)</small>"
+            parts.append(f"<div class=example><p>{caption}</p><div>{''.join(clips)}</div></div>")
+    return "".join(parts)

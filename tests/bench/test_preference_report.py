@@ -1,0 +1,251 @@
+"""The report of simulated votes: the paper's figure 4 again, numbers worked out by hand, and votes that are no votes."""
+
+import csv
+import json
+import math
+import pathlib
+
+import numpy as np
+import pytest
+
+from motif_jax.bench import __main__ as bench
+from motif_jax.bench.preference_analysis import analyse
+from motif_jax.bench.votes import Vote, check_vote
+from motif_jax.config import UserError
+
+REASONS = ("image_alignment", "text_alignment", "object_motion", "overall_quality")
+FIGURE4 = json.loads((pathlib.Path(__file__).parents[1] / "testdata" / "figure4.json").read_text())
+PAIRS, RATERS, IMAGES = 320, 5, 88
+
+
+def counts_of(shares: list[float], total: int) -> tuple[int, int]:
+    """Whole votes (won, lost) of `total` whose shares (won, neither, lost) print as the published ones."""
+    won, neither, lost = shares
+    for k in range(math.floor(won * total / 100) - 1, math.ceil(won * total / 100) + 2):
+        for m in range(math.floor(lost * total / 100) - 1, math.ceil(lost * total / 100) + 2):
+            if all(abs(100 * x / total - y) < 0.0499 for x, y in zip((k, total - k - m, m), (won, neither, lost), strict=True)):
+                return k, m
+    raise AssertionError(f"{shares} are no shares of {total} votes")
+
+
+def simulated_votes(baseline: str, published: dict, rng: np.random.Generator) -> list[dict]:
+    """1,600 single votes on 320 pairs: MotiF has the majority of exactly `wins` pairs, reasons have the published shares, every vote
+    has a reason, sides and annotators are random."""
+    ticks = {r: counts_of(published[r], PAIRS * RATERS) for r in REASONS if r in published}
+    ticks |= {r: (400, 100) for r in REASONS if r not in published}  # the figure is wrong there
+    wins = published["wins"]
+    lowest = max(3 * wins, *(k for k, _ in ticks.values()), PAIRS * RATERS - sum(m for _, m in ticks.values()))
+    highest = min(RATERS * wins + 2 * (PAIRS - wins), sum(k for k, _ in ticks.values()), PAIRS * RATERS - max(m for _, m in ticks.values()))
+    assert lowest <= highest
+    for_motif = np.zeros(PAIRS, int)
+    won = rng.permutation(PAIRS)[:wins]
+    for_motif[won] = 3
+    ceiling = np.full(PAIRS, 2)
+    ceiling[won] = 5
+    while for_motif.sum() < (lowest + highest) // 2:
+        i = rng.integers(PAIRS)
+        for_motif[i] += for_motif[i] < ceiling[i]
+    rows = []
+    for i in range(PAIRS):
+        raters = rng.choice(20, RATERS, replace=False)
+        for n in range(RATERS):
+            left, right = ("MotiF", baseline) if rng.random() < 0.5 else (baseline, "MotiF")
+            choice = "left" if (left == "MotiF") == (n < for_motif[i]) else "right"
+            row = {"pair": f"pair{i}", "annotator": f"rater {raters[n]}", "left": left, "right": right, "choice": choice}
+            rows.append(row | {"image": f"image{i % IMAGES}", "seconds": f"{rng.uniform(10, 40):.1f}", "reasons": []})
+    for mine, side in ((True, 0), (False, 1)):
+        chosen = [r for r in rows if (r[r["choice"]] == "MotiF") == mine]
+        chosen = [chosen[k] for k in rng.permutation(len(chosen))]
+        position = 0
+        for reason, both in ticks.items():  # in turn, so that everybody gets one
+            for _ in range(both[side]):
+                chosen[position % len(chosen)]["reasons"].append(reason)
+                position += 1
+    assert all(r["reasons"] for r in rows)
+    return [r | {"reasons": "|".join(r["reasons"])} for r in rows]
+
+
+def report(*arguments) -> None:
+    bench.main(["report", *map(str, arguments)])
+
+
+@pytest.fixture(scope="module")
+def figure4(tmp_path_factory) -> tuple[dict, pathlib.Path]:
+    folder = tmp_path_factory.mktemp("figure4")
+    rng = np.random.default_rng(4)
+    files = []
+    for baseline, published in FIGURE4.items():
+        files.append(folder / f"{baseline}.csv")
+        rows = simulated_votes(baseline, published, rng)
+        with files[-1].open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+    report("--votes", *files, f"--output={folder / 'report'}", "--samples=400")
+    return json.loads((folder / "report" / "report.json").read_text()), folder
+
+
+def test_figure_4_to_one_decimal(figure4):
+    found, _ = figure4
+    rows = {r["b"]: r for r in found["comparisons"]}
+    assert found["reference"] == "MotiF" and set(rows) == set(FIGURE4) and all(r["a"] == "MotiF" for r in rows.values())
+    for baseline, published in FIGURE4.items():
+        row = rows[baseline]
+        rate = row["majority"]["rate"]
+        assert row["majority"]["wins"] == published["wins"] and row["votes"] == PAIRS * RATERS and row["images"] == IMAGES
+        assert [f"{100 * x:.1f}" for x in (rate, 1 - rate)] == [f"{x:.1f}" for x in published["ti2v_score"]]
+        for reason in set(REASONS) & set(published):
+            shares = [row["reasons"][reason][k]["rate"] for k in ("win", "none", "lose")]
+            assert [f"{100 * x:.1f}" for x in shares] == [f"{x:.1f}" for x in published[reason]], (baseline, reason)
+    assert f"{100 * np.mean([r['majority']['rate'] for r in rows.values()]):.0f}" == "72"
+
+
+def test_our_numbers_of_figure_4_are_those_of_the_reference_tables(shared):
+    tables = json.loads((shared / "ti2v_bench" / "paper_tables.json").read_text())["human_eval_vs_prior_work"]["models"]
+    assert set(tables) == set(FIGURE4)
+    for name, published in FIGURE4.items():
+        assert tables[name]["ti2v_score"]["motif_wins_of_320"] == published["wins"]
+        for reason in set(REASONS) & set(published):
+            assert [tables[name][reason][k] for k in ("motif", "none", "baseline")] == published[reason]
+
+
+def test_the_other_numbers_of_figure_4(figure4):
+    """Wilson's intervals as published beside the paper's table; p from scipy; annotators who vote without regard to sides."""
+    found, _ = figure4
+    row = {r["b"]: r for r in found["comparisons"]}["DynamiCrafter"]
+    assert [f"{100 * x:.1f}" for x in row["majority"]["wilson"]] == ["54.9", "65.5"]
+    assert (
+        row["majority"]["p"] == pytest.approx(0.000272, abs=2e-5) and row["majority"]["p_holm"] == row["majority"]["p"]
+    )  # the largest of nine
+    low, high = row["majority"]["bootstrap"]
+    assert low < row["majority"]["rate"] < high
+    assert row["detectable"]["independent"] == pytest.approx(0.581, abs=1e-3)
+    assert found["side"]["low"] < 0.5 < found["side"]["high"]
+    assert found["seconds"]["quartiles"] == pytest.approx([17.5, 25, 32.5], abs=0.5)
+    assert found["bradley_terry"][0]["model"] == "MotiF" and found["bradley_terry"][-1]["model"] == "VideoCrafter"
+
+
+def test_raw_votes_stay_beside_the_report(figure4):
+    _, folder = figure4
+    with (folder / "report" / "votes.csv").open(newline="") as file:
+        kept = list(csv.DictReader(file))
+    given = []
+    for name in FIGURE4:
+        with (folder / f"{name}.csv").open(newline="") as file:
+            given += list(csv.DictReader(file))
+    columns = list(given[0])
+    assert [{c: row[c] for c in columns} for row in kept] == given
+    page = (folder / "report" / "report.html").read_text()
+    assert "60.3" in page and "rater 7" in page and page.count("data:image/svg+xml") == 2
+
+
+def vote(pair, annotator, winner, loser="B", left=None, reasons=("object_motion",), **more) -> Vote:
+    left = left or winner
+    right = loser if left == winner else winner
+    return Vote(pair, annotator, left, right, "left" if left == winner else "right", tuple(reasons), **more)
+
+
+def test_majorities_ties_and_shares_by_hand():
+    votes = [
+        *[vote("p1", f"r{n}", "A") for n in range(2)],
+        vote("p1", "r2", "B", "A"),
+        *[vote("p2", f"r{n}", "B", "A", reasons=("image_alignment", "text_alignment")) for n in range(3)],
+        vote("p3", "r0", "A"),
+        vote("p3", "r1", "B", "A"),
+        Vote("p3", "r2", "A", "B", "tie"),
+    ]
+    row = analyse(votes, reference="A", samples=100)["comparisons"][0]
+    m = row["majority"]
+    assert (m["wins"], m["even"], m["losses"], m["rate"], m["p"]) == (1, 1, 1, 0.5, 1.0)
+    assert row["vote_share"]["rate"] == pytest.approx(3.5 / 9)
+    assert m["bootstrap"] is None  # three images are no sample
+    motion = row["reasons"]["object_motion"]
+    assert [motion[k]["rate"] for k in ("win", "none", "lose")] == pytest.approx([3 / 9, 4 / 9, 2 / 9])
+    assert motion["given_choice"] == {"a": 1.0, "b": 0.4}
+    assert row["agreement"]["unanimous"] == pytest.approx(1 / 3) and row["agreement"]["split"] == pytest.approx(2 / 3)
+    assert row["agreement"]["kappa_pairs"] == 3 and row["agreement"]["kappa_raters"] == 3
+
+
+def test_annotators_are_judged_by_gold_repeats_and_the_others():
+    votes = []
+    for n in range(4):
+        votes += [vote(f"p{n}", name, "A", left="A", task=f"{name}{n}", seconds=10.0) for name in ("good", "fair")]
+        votes.append(vote(f"p{n}", "bad", "B", "A", left="B", task=f"bad{n}", seconds=2.0))  # always left, against the others
+    votes.append(vote("p0", "good", "A", left="B", kind="repeat", repeats="good0"))
+    votes.append(vote("p0", "bad", "A", left="A", kind="repeat", repeats="bad0"))
+    votes.append(vote("p1", "bad", "B", "A", kind="repeat", repeats="good1"))  # of somebody else's task: tells nothing
+    votes += [
+        Vote("p0", name, "A", "A (gold)", choice, kind="gold", better="left") for name, choice in (("good", "left"), ("bad", "right"))
+    ]
+    found = analyse(votes, reference="A", samples=100)
+    rows = {r["annotator"]: r for r in found["annotators"]}
+    assert found["repeats"]["rate"] == 0.5 and found["repeats"]["count"] == 2
+    assert [rows[n]["gold"]["rate"] for n in ("good", "bad")] == [1, 0] and rows["fair"]["gold"]["rate"] is None
+    assert rows["good"]["repeats"]["rate"] == 1 and rows["bad"]["repeats"]["rate"] == 0
+    assert rows["bad"]["agreement"]["rate"] == 0 and rows["good"]["agreement"]["count"] == 0  # one against one is no majority
+    assert rows["bad"]["median_seconds"] == 2 and rows["bad"]["left"]["rate"] == 1
+    assert found["side"]["rate"] == 1 and found["side"]["p"] == pytest.approx(2 * 0.5**12)
+    assert found["comparisons"][0]["votes"] == 12  # nothing but pairs counts
+
+
+def test_systems_that_never_met_are_not_ranked():
+    votes = [vote("p", "r", "A"), vote("p", "r", "C", "D")]
+    assert analyse(votes, samples=100)["bradley_terry"] is None
+
+
+def test_hostile_votes_change_nothing(tmp_path, capsys):
+    """Text of annotators is shown as text; what is too long is refused and named."""
+    attack = "<script>alert(1)</script>'); DROP TABLE votes; --"
+    rows = [
+        {"pair": "p1", "annotator": attack, "left": "A", "right": "B", "choice": "left", "reasons": ["text_alignment"], "comment": attack},
+        {"pair": "p1", "annotator": "x" * 10_000_000, "left": "A", "right": "B", "choice": "right", "reasons": ["text_alignment"]},
+        {"pair": "p1", "annotator": "long", "left": "A", "right": "B", "choice": "right", "reasons": [], "comment": "x" * 10_000_000},
+        {"pair": "p1", "annotator": "r", "left": "A", "right": "B", "choice": "right", "reasons": ["charm"]},
+        "nothing",
+    ]
+    (tmp_path / "votes.json").write_text(json.dumps(rows))
+    report(f"--votes={tmp_path / 'votes.json'}", f"--output={tmp_path / 'out'}", "--samples=100")
+    assert "4 votes were refused" in capsys.readouterr().out
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "<script" not in page and "&lt;script&gt;alert(1)&lt;/script&gt;" in page and len(page) < 200_000
+    kept = json.loads((tmp_path / "out" / "votes.json").read_text())
+    assert len(kept) == 1 and kept[0]["annotator"] == kept[0]["comment"] == attack
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["comparisons"][0]["votes"] == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[]", "no votes on pairs"),
+        ("{", "cannot be read"),
+        ('{"study": "s", "votes": []}', "--study"),
+        ('[{"pair": "p"}]', "no votes on pairs"),
+    ],
+)
+def test_files_without_votes(tmp_path, content, message):
+    (tmp_path / "votes.json").write_text(content)
+    with pytest.raises(SystemExit, match=message):
+        report(f"--votes={tmp_path / 'votes.json'}", f"--output={tmp_path / 'out'}")
+
+
+def test_an_unknown_reference_is_one_line():
+    with pytest.raises(UserError, match="Z: has no votes; the systems are A, B"):
+        analyse([vote("p", "r", "A")], reference="Z")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"choice": "both"}, "choice"),
+        ({"right": "A"}, "two different systems"),
+        ({"kind": "vote"}, "kind"),
+        ({"seconds": "soon"}, "seconds"),
+        ({"annotator": ""}, "annotator missing"),
+        ({"reasons": "text_alignment|charm"}, "reasons"),
+    ],
+)
+def test_rows_that_are_no_votes(change, message):
+    row = {"pair": "p", "annotator": "r", "left": "A", "right": "B", "choice": "left", "reasons": "text_alignment"}
+    assert check_vote(row).reasons == ("text_alignment",)
+    with pytest.raises(ValueError, match=message):
+        check_vote(row | change)
