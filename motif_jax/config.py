@@ -216,6 +216,15 @@ class CheckpointConfig:
     every: int = _f(1000, "steps between checkpoints", low=1)
     keep: int = _f(2, "newest checkpoints kept", low=1)
     keep_every: int = _f(0, "also keep every checkpoint at a multiple of this step; 0 is off", low=0)
+    fallback: bool = _f(False, "when the newest checkpoint is damaged, set it aside and continue from an older one")
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    """An XProf trace of some steps, under <workdir>/plugins/profile."""
+
+    start: int = _f(0, "first step of the trace; 0 is off", low=0)
+    steps: int = _f(3, "length of the trace", low=1)
 
 
 @dataclass(frozen=True)
@@ -250,6 +259,8 @@ class Config:
     dtype: str = _f("bfloat16", "activation type; parameters, noise and loss are float32", choices=("float32", "bfloat16"))
     remat: str = _f("none", "what the backward pass recomputes", choices=("none", "block"))
     attention: str = _f("auto", "attention kernel", choices=("auto", "reference", "xla", "cudnn"))
+    finetune: str = _f("all", "which of the denoiser's parameters are trained", choices=("all", "temporal", "input", "lora"))
+    lora_rank: int = _f(16, "finetune='lora': rank of the updates of the attention projections", low=1)
     log_every: int = _f(10, "steps between log lines", low=1)
     data: DataConfig = _f(DataConfig(), "clips")
     prepare: PrepareConfig = _f(PrepareConfig(), "the offline job")
@@ -269,6 +280,7 @@ class Config:
     checkpoint: CheckpointConfig = _f(CheckpointConfig(), "checkpoints")
     eval: EvalConfig = _f(EvalConfig(), "validation")
     sample: SampleConfig = _f(SampleConfig(), "samples")
+    profile: ProfileConfig = _f(ProfileConfig(), "traces")
 
     @property
     def in_channels(self) -> int:

@@ -16,9 +16,11 @@ flags.mark_flags_as_required(["config", "workdir"])
 def main(argv: list[str]) -> None:
     commands.no_more(argv)
     config = commands.configuration(CONFIG)
+    from motif_jax.dist import startup
     from motif_jax.training import loop
 
-    loop.train(config, WORKDIR.value)
+    with startup.job():
+        loop.train(config, WORKDIR.value)
 
 
 if __name__ == "__main__":

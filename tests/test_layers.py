@@ -15,9 +15,18 @@ PACKAGE = "motif_jax"
 LAYERS = (
     ("config", "commands", "diffusion", "losses", "motion.heatmap"),
     ("models", "data", "dist", "motion"),
-    ("interop", "motion.estimators", "training.state", "training.optimizer", "training.checkpoint", "training.metrics", "training.weights"),
+    (
+        "interop",
+        "motion.estimators",
+        "training.state",
+        "training.finetune",
+        "training.optimizer",
+        "training.checkpoint",
+        "training.metrics",
+        "training.weights",
+    ),
     ("training.step",),
-    ("training", "generation", "animation", "report", "preparation", "bench"),
+    ("training", "generation", "animation", "report", "towers", "preparation", "bench"),
     ("main", "prepare", "sample", "convert", "compile", "bench.__main__"),
 )
 LAYER = {f"{PACKAGE}.{name}": level for level, names in enumerate(LAYERS) for name in names} | {PACKAGE: 0}

@@ -2,6 +2,8 @@
 
 import math
 import re
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -10,20 +12,26 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from motif_jax.config import MeshConfig, UserError
 
 AXES = ("data", "fsdp", "context", "tensor")
-BATCH = PartitionSpec(("data", "fsdp"))
+ROWS = ("data", "fsdp")  # the axes that split a batch into its clips
+BATCH = PartitionSpec(ROWS)
 
 # First match wins. Kernels are sharded over their input (fsdp) and output (tensor) channels, the last two axes; vectors are small.
 PARTITION_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    (r"(^|\.)lora_a$", ("fsdp", None)),
+    (r"(^|\.)lora_b$", (None, "tensor")),
     (r"(^|\.)kernel$", ("fsdp", "tensor")),
     (r"(^|\.)embedding$", ("tensor", "fsdp")),
     (r"(^|\.)(bias|scale|alpha|latents)$", (None,)),
 )
+# Fields of a batch whose second axis is time: their frames are split over `context`.
+FRAMES = frozenset({"frames", "latent_moments", "flow", "motion_mask"})
 
 
 def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
     """A mesh over `devices` (default: all); an axis of -1 takes what the others leave. One device is a mesh of one.
 
-    Raises UserError when the axes do not multiply to the number of devices.
+    On TPU neighbours in the mesh are neighbours in the machine. Raises UserError when the axes do not multiply to the number of
+    devices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [getattr(config, axis) for axis in AXES]
@@ -32,7 +40,7 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
     if math.prod(sizes) != len(devices):
         shape = ", ".join(f"{a}={s}" for a, s in zip(AXES, sizes, strict=True))
         raise UserError(f"mesh ({shape}) needs {math.prod(sizes)} devices, but there are {len(devices)}; set one axis to -1")
-    return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return jax.make_mesh(sizes, AXES, (AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def partition(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
@@ -48,7 +56,7 @@ def partition(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     raise ValueError(f"no partition rule matches parameter {name!r} of shape {shape}; add one to PARTITION_RULES")
 
 
-def shard_like_params(tree, params_names: set[str], mesh: Mesh):
+def shard_like_params(tree: Any, params_names: set[str], mesh: Mesh) -> Any:
     """Shardings for a pytree of shapes: leaves below a key that is a parameter name follow that parameter, the rest is replicated."""
 
     def one(path, leaf):
@@ -58,7 +66,53 @@ def shard_like_params(tree, params_names: set[str], mesh: Mesh):
     return jax.tree_util.tree_map_with_path(one, tree)
 
 
-def global_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process' share of a batch (numpy) -> one global array per field, split over (data, fsdp)."""
+def place(tree: Any, shardings: Any) -> Any:
+    """Arrays that every process holds whole (weights read from a file) -> global arrays; each device receives its part only."""
+
+    def one(x, sharding):
+        host = np.asarray(x)
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+    return jax.tree.map(one, tree, shardings)
+
+
+def batch_rows(mesh: Mesh, batch_size: int) -> list[int]:
+    """The rows of a global batch that this process' devices work on, in order; what its input pipeline has to read."""
     sharding = NamedSharding(mesh, BATCH)
-    return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+    parts = sharding.addressable_devices_indices_map((batch_size,)).values()
+    return sorted({row for (part,) in parts for row in range(batch_size)[part]})
+
+
+def global_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, batch_size: int) -> dict[str, jax.Array]:
+    """The rows `batch_rows` of a batch (numpy) -> one global array per field: clips over (data, fsdp), frames over context."""
+    rows = batch_rows(mesh, batch_size)
+
+    def one(name: str, x: np.ndarray) -> jax.Array:
+        sharding = NamedSharding(mesh, PartitionSpec(ROWS, "context") if name in FRAMES else BATCH)
+
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[0].indices(batch_size)
+            first = rows.index(start)
+            return x[(slice(first, first + stop - start), *index[1:])]
+
+        return jax.make_array_from_callback((batch_size, *x.shape[1:]), sharding, part)
+
+    return {name: one(name, x) for name, x in batch.items()}
+
+
+def on_host(x: jax.Array) -> np.ndarray:
+    """The whole of a global array on every process; all processes must call it."""
+    if x.is_fully_addressable or x.is_fully_replicated:
+        return np.asarray(x)
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+
+
+def check_fits(mesh: Mesh, batch_size: int, grad_accumulation: int, frames: int) -> None:
+    """Raises UserError when a batch cannot be split over the mesh."""
+    unit = math.prod(mesh.shape[a] for a in ROWS) * grad_accumulation
+    if batch_size % unit:
+        raise UserError(f"batch_size={batch_size}: must be a multiple of {unit}, the devices of data and fsdp times grad_accumulation")
+    if frames % mesh.shape["context"]:
+        raise UserError(f"mesh.context={mesh.shape['context']}: must divide data.frames={frames}")

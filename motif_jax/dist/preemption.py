@@ -1,24 +1,55 @@
-"""Turns SIGTERM and SIGINT into a flag that the loop reads between steps."""
+"""A request to stop (SIGTERM, SIGINT, the platform's notice) as an answer that all processes of a job get at the same place."""
 
 import signal
 import types
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+import jax
+
+T = TypeVar("T")
+
+
+class Interrupted(Exception):
+    """Raised inside work that `StopSignal.guard` watches over."""
 
 
 class StopSignal:
-    """Context manager: `requested` becomes True at the first SIGTERM or SIGINT; a second one acts as usual."""
+    """Context manager. One process has a flag of its own, and a second signal acts as usual.
+
+    In a job of several, JAX's coordination service sees the notice that any of them received and picks a check that none of
+    them has reached yet; so each must call `check` (or consume `guard`) in the same order.
+    """
 
     def __init__(self) -> None:
-        self.requested = False
+        self._requested, self._checks = False, 0
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> "StopSignal":
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._previous[number] = signal.signal(number, self._on_signal)
+        if jax.process_count() == 1:  # else the coordination service has its own handler, which must stay
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._previous[number] = signal.signal(number, self._on_signal)
         return self
 
     def _on_signal(self, number: int, frame: types.FrameType | None) -> None:
-        self.requested = True
+        self._requested = True
         signal.signal(number, self._previous[number])
+
+    def check(self) -> bool:
+        """Whether to save and leave now; stays True."""
+        if not self._requested and jax.process_count() > 1:
+            from jax.experimental import multihost_utils
+
+            self._checks += 1
+            self._requested = multihost_utils.reached_preemption_sync_point(self._checks)
+        return self._requested
+
+    def guard(self, items: Iterable[T]) -> Iterator[T]:
+        """The items, with a check before each. Raises Interrupted."""
+        for item in items:
+            if self.check():
+                raise Interrupted
+            yield item
 
     def __exit__(self, *exc: object) -> None:
         for number, handler in self._previous.items():

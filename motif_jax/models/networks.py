@@ -13,6 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from motif_jax.config import Config
+from motif_jax.models import lora
 from motif_jax.models.autoencoder import make_autoencoder, sample_latents
 from motif_jax.models.dit import VideoDiT
 from motif_jax.models.image import RANDOM_SEED, ImageTower
@@ -25,7 +26,7 @@ Params = dict[str, jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """One nnx module taken apart once: `init(key)` makes its parameters, `bind(params)` gives a callable module."""
+    """One nnx module taken apart once: `init(key)` makes its parameters, `bind(params)`, low-rank updates included, a callable module."""
 
     make: Callable[[nnx.Rngs], nnx.Module]
     graph: nnx.GraphDef
@@ -44,6 +45,7 @@ class Network:
         return {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
 
     def bind(self, params: Params) -> nnx.Module:
+        params = lora.merge(params)
         if params.keys() != self.paths.keys():
             raise ValueError(f"parameters do not fit the network: {sorted(params.keys() ^ self.paths.keys())[:5]} ...")
         return nnx.merge(self.graph, nnx.from_flat_state([(self.paths[k], nnx.Param(v)) for k, v in params.items()]))

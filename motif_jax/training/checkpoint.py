@@ -1,94 +1,185 @@
 """Checkpoints {state, data, meta} through Orbax; no other module imports orbax.
 
 `data` is the position in the data order (a step, the global batch, the seed, the dataset's fingerprint): it must agree
-with the run that restores it, or the run is refused.
+with the run that restores it, or the run is refused. `meta` holds checksums of the arrays, which are compared on reading.
 """
 
+import contextlib
+import hashlib
+import json
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from motif_jax.config import CheckpointConfig, UserError
 
+FIELDS = ("step", "params", "ema", "opt_state")  # of the state
+
 
 class CheckpointError(UserError):
-    """A checkpoint that cannot be read or does not belong to this run."""
+    """A checkpoint that cannot be read, written, or does not belong to this run."""
+
+
+@jax.jit
+def _checksum(x: jax.Array) -> jax.Array:
+    """uint32: every 32-bit word of x times a weight of its position, summed modulo 2^32; the same for any sharding."""
+    words = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    position = jnp.zeros(x.shape, jnp.uint32)
+    for axis in range(x.ndim):
+        position = position * np.uint32(31) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+    return jnp.sum(words * (2 * position + 1), dtype=jnp.uint32)
+
+
+def checksums(state: dict[str, Any]) -> dict[str, str]:
+    """One hexadecimal number per field of the state, over the bits of its arrays in whatever order."""
+    sums = jax.device_get({name: [_checksum(x) for x in jax.tree.leaves(tree)] for name, tree in state.items()})
+    return {name: hashlib.sha256(np.sort(np.asarray(found, np.uint32)).tobytes()).hexdigest() for name, found in sums.items()}
+
+
+def _compare(directory: pathlib.Path, found: dict[str, str], meta: dict) -> None:
+    wrong = [name for name, value in found.items() if meta["checksums"].get(name) != value]
+    if wrong:
+        raise CheckpointError(f"checkpoint {directory}: the content of {', '.join(wrong)} is not what was saved (checksum)")
 
 
 def latest_step(workdir: str | pathlib.Path) -> int | None:
     """The newest complete checkpoint of a work directory, if there is one; changes nothing on disk."""
+    return max(_steps(pathlib.Path(workdir).absolute() / "checkpoints"), default=None)
+
+
+def _steps(directory: pathlib.Path) -> list[int]:
     import orbax.checkpoint as ocp
 
+    return sorted(ocp.utils.checkpoint_steps(directory)) if directory.is_dir() else []
+
+
+def unfinished(workdir: str | pathlib.Path) -> list[str]:
+    """Names of what a killed process left half written; Orbax removes them when it opens the directory."""
     directory = pathlib.Path(workdir).absolute() / "checkpoints"
-    return max(ocp.utils.checkpoint_steps(directory), default=None) if directory.is_dir() else None
+    return sorted(path.name for path in directory.glob("*.orbax-checkpoint-tmp*"))
+
+
+def set_damaged_aside(workdir: str | pathlib.Path) -> list[str]:
+    """Moves the newest checkpoints that cannot be read to `<workdir>/damaged`, down to one that can; returns why, one line each.
+
+    For one process of the job, before `Checkpoints` opens the directory. Raises CheckpointError when none can be read.
+    """
+    workdir = pathlib.Path(workdir).absolute()
+    reasons = []
+    for step in reversed(_steps(workdir / "checkpoints")):
+        path = workdir / "checkpoints" / str(step)
+        try:
+            read_arrays(path, FIELDS, np.ndarray)
+            break
+        except CheckpointError as error:
+            reasons.append(f"{error}; moved to {workdir / 'damaged'}")
+        (workdir / "damaged").mkdir(exist_ok=True)
+        path.replace(workdir / "damaged" / str(step))
+    else:
+        if reasons:
+            raise CheckpointError("\n".join([*reasons, f"{workdir} holds no checkpoint that can be read"]))
+    return reasons
+
+
+def read_arrays(directory: pathlib.Path, names: tuple[str, ...], kind: type = jax.Array) -> dict[str, Any]:
+    """The fields `names` of the state in the directory of one checkpoint, on this host (NumPy) or its first device, and checked.
+
+    Empty fields are left out. Needs no mesh and no other process. Raises CheckpointError.
+    """
+    import orbax.checkpoint as ocp
+
+    try:
+        handler = ocp.PyTreeCheckpointHandler()
+        tree = handler.metadata(directory / "state").tree
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        wanted = {n: jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=device), tree[n]) for n in names if tree.get(n)}
+        if kind is np.ndarray:
+            restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+        else:
+            restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
+        args = ocp.args.PyTreeRestore(wanted, restore_args=restore_args, partial_restore=True)
+        found = handler.restore(directory / "state", args=args)
+        meta = json.loads((directory / "meta" / "metadata").read_text())
+    except Exception as error:  # Orbax and tensorstore raise many kinds; all mean the same to a user.
+        raise CheckpointError(f"checkpoint {directory} cannot be read: {error}") from error
+    _compare(directory, checksums(found), meta)
+    return found
 
 
 class Checkpoints:
     """The directory `<workdir>/checkpoints`: asynchronous saves, newest `keep` kept (and every `keep_every`-th)."""
 
-    def __init__(self, workdir: str | pathlib.Path, config: CheckpointConfig | None = None, read_only: bool = False) -> None:
+    def __init__(self, workdir: str | pathlib.Path, config: CheckpointConfig) -> None:
         import orbax.checkpoint as ocp
         from orbax.checkpoint import checkpoint_managers as policy
 
-        config = config or CheckpointConfig()
         self.directory = pathlib.Path(workdir).absolute() / "checkpoints"
         keep = [policy.LatestN(config.keep)]
         if config.keep_every:
             keep.append(policy.EveryNSteps(config.keep_every))
-        self._ocp = ocp
-        self._manager = ocp.CheckpointManager(
-            self.directory,
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=policy.AnyPreservationPolicy(keep),
-                cleanup_tmp_directories=not read_only,  # what a killed process left half written
-                read_only=read_only,
-                create=not read_only,
-                enable_async_checkpointing=True,
-            ),
-        )
+        self._args = ocp.args
+        with self._reported():
+            self._manager = ocp.CheckpointManager(
+                self.directory,
+                options=ocp.CheckpointManagerOptions(
+                    preservation_policy=policy.AnyPreservationPolicy(keep),
+                    cleanup_tmp_directories=True,
+                    enable_async_checkpointing=True,
+                ),
+            )
+
+    @contextlib.contextmanager
+    def _reported(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # also one from the thread that writes
+            first_line = str(error).strip().partition("\n")[0]
+            raise CheckpointError(
+                f"cannot write checkpoints in {self.directory}: {first_line}\n"
+                f"Make room or mend the file system, then run the same command again; whole checkpoints there: {_steps(self.directory)}"
+            ) from error
 
     def save(self, step: int, state: Any, data: dict, meta: dict) -> None:
-        """Starts a save; returns once the arrays are copied. A step that is already saved is left alone."""
-        if step in self._manager.all_steps():
-            return
-        args = self._ocp.args
-        self._manager.save(
-            step,
-            args=args.Composite(state=args.StandardSave(state), data=args.JsonSave(data), meta=args.JsonSave(meta)),
-            force=True,
-        )
+        """Starts a save; returns once the arrays are copied. Raises CheckpointError, also for what an earlier save met."""
+        args = self._args
+        meta = meta | {"checksums": checksums({name: getattr(state, name) for name in FIELDS})}
+        with self._reported():
+            self._manager.save(
+                step,
+                args=args.Composite(state=args.StandardSave(state), data=args.JsonSave(data), meta=args.JsonSave(meta)),
+                force=True,
+            )
 
     def restore(self, step: int, template: Any) -> tuple[Any, dict, dict]:
         """(state, data, meta) of `step`; `template` gives shapes, types and shardings. Raises CheckpointError."""
-        args = self._ocp.args
+        args, directory = self._args, self.directory / str(step)
         try:
             found = self._manager.restore(
                 step, args=args.Composite(state=args.StandardRestore(template), data=args.JsonRestore(), meta=args.JsonRestore())
             )
-        except Exception as error:  # Orbax and tensorstore raise many kinds; all mean the same to a user.
+            _compare(directory, checksums({name: getattr(found.state, name) for name in FIELDS}), found.meta)
+        except Exception as error:
             raise CheckpointError(
-                f"checkpoint {self.directory / str(step)} cannot be restored: {error}\n"
-                f"Move that directory away to continue from the one before it (steps here: {sorted(self._manager.all_steps())})."
+                f"checkpoint {directory} cannot be restored: {error}\n"
+                f"--config.checkpoint.fallback=True continues from the newest one that can (steps here: {_steps(self.directory)})"
             ) from error
         return found.state, found.data, found.meta
 
-    def restore_weights(self, step: int, names: tuple[str, ...]) -> dict[str, dict[str, jax.Array]]:
-        """Only the parameter dicts `names` (of "params", "ema") of `step`, on the host's first device."""
-        args, ocp = self._ocp.args, self._ocp
-        try:
-            handler = ocp.PyTreeCheckpointHandler()
-            directory = self.directory / str(step) / "state"
-            tree = handler.metadata(directory).tree
-            device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-            wanted = {
-                n: jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=device), tree[n]) for n in names if tree.get(n)
-            }
-            restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
-            return handler.restore(directory, args=args.PyTreeRestore(wanted, restore_args=restore_args, partial_restore=True))
-        except Exception as error:
-            raise CheckpointError(f"checkpoint {self.directory / str(step)} cannot be read: {error}") from error
+    def wait(self) -> None:
+        """Returns when what was saved is on disk. Raises CheckpointError."""
+        with self._reported():
+            self._manager.wait_until_finished()
+
+    def check(self) -> None:
+        """Raises CheckpointError if a save that is under way has failed."""
+        with self._reported():
+            self._manager.check_for_errors()
 
     def close(self) -> None:
         """Waits for a save that is under way."""
-        self._manager.close()
+        with self._reported():
+            self._manager.close()

@@ -32,8 +32,8 @@ def validate(
     overall = np.zeros((config.eval.buckets, 2))  # sum of losses, clips
     moving = np.zeros((config.eval.buckets, 2))  # sum of losses over moving cells, moving cells
     for index, batch in enumerate(batches):
-        on_devices = global_batch(batch, mesh)
-        clips = len(batch["flow"]) * jax.process_count()
+        on_devices = global_batch(batch, mesh, config.batch_size)
+        clips = config.batch_size
         for bucket in range(config.eval.buckets):
             noise_key = jax.random.fold_in(jax.random.fold_in(key, index), bucket)
             found = jax.device_get(eval_step(params, frozen, on_devices, timesteps(config, bucket, clips), noise_key))

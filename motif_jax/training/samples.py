@@ -14,6 +14,7 @@ from jaxtyping import UInt8
 from motif_jax.config import Config
 from motif_jax.data import pipeline
 from motif_jax.data.videos import save_video
+from motif_jax.dist.mesh import on_host
 from motif_jax.generation import make_generator
 from motif_jax.models.networks import Networks, Params
 from motif_jax.motion import pictures
@@ -57,7 +58,7 @@ class SampleSheets:
         if not self._examples:
             return
         fps = np.asarray([e.fps for e in self._examples], np.float32)
-        clips = np.asarray(self._generate(params, frozen, self._truth[:, 0], self._tokens, fps, np.arange(len(fps), dtype=np.int32)))
+        clips = on_host(self._generate(params, frozen, self._truth[:, 0], self._tokens, fps, np.arange(len(fps), dtype=np.int32)))
         if self._writer is None:
             return
         captions = [e.caption for e in self._examples]

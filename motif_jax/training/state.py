@@ -13,7 +13,7 @@ from motif_jax.models.networks import Params
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """`step` counts finished updates; `ema` is an empty dict when no average is kept."""
+    """`step` counts finished updates; `ema` (empty when no average is kept) and `opt_state` cover the trained parameters only."""
 
     step: jax.Array
     params: Params
@@ -22,16 +22,18 @@ class TrainState:
 
     @property
     def best(self) -> Params:
-        """The weights to evaluate and sample with: the average if there is one."""
-        return self.ema or self.params
+        """The weights to evaluate and sample with: the average of those that have one."""
+        return {**self.params, **self.ema}
 
 
-def create(params: Params, optimizer: optax.GradientTransformation, with_ema: bool) -> TrainState:
-    return TrainState(jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params) if with_ema else {}, optimizer.init(params))
+def create(params: Params, optimizer: optax.GradientTransformation, with_ema: bool, trained: Params | None = None) -> TrainState:
+    """The state of step 0; `trained` is the part of `params` that will change, by default all of it."""
+    trained = params if trained is None else trained
+    return TrainState(jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, trained) if with_ema else {}, optimizer.init(trained))
 
 
 def update_ema(ema: Params, params: Params, step: jax.Array, decay: float, warmup: bool) -> Params:
-    """ema + (1 - d)(params - ema) in float32, d = min(decay, (1 + step) / (10 + step)) with warm-up."""
+    """ema + (1 - d)(params - ema) in float32, d = min(decay, (1 + step) / (10 + step)) with warm-up; both of the trained parameters."""
     d = jnp.float32(decay)
     if warmup:
         d = jnp.minimum(d, (1.0 + step) / (10.0 + step))

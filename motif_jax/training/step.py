@@ -18,6 +18,7 @@ from motif_jax.diffusion import objective
 from motif_jax.diffusion.schedule import Schedule, make_schedule
 from motif_jax.models.networks import Networks, Params, image_condition
 from motif_jax.motion.heatmap import heatmap
+from motif_jax.training import finetune
 from motif_jax.training.optimizer import make_schedule as make_learning_rate
 from motif_jax.training.state import TrainState, update_ema
 
@@ -128,7 +129,8 @@ def make_train_step(
     schedule = diffusion_schedule(config)
     learning_rate = make_learning_rate(config)
 
-    def loss_fn(params: Params, frozen: dict[str, Params], batch: Batch, key: PRNGKeyArray):
+    def loss_fn(trained: Params, params: Params, frozen: dict[str, Params], batch: Batch, key: PRNGKeyArray):
+        params = {**params, **trained}
         prediction, target, z, _ = predict(networks, schedule, params, frozen, batch, jnp.asarray(empty_L), key)
         m = motion_heatmap(config, batch, z, config.loss.heatmap)
         loss, parts = losses.motif_loss(prediction, target, m, config.loss.motion_weight)
@@ -136,30 +138,31 @@ def make_train_step(
 
     grad_fn = jax.grad(loss_fn, has_aux=True)
 
-    def gradients(params: Params, frozen: dict[str, Params], batch: Batch, key: PRNGKeyArray):
+    def gradients(trained: Params, params: Params, frozen: dict[str, Params], batch: Batch, key: PRNGKeyArray):
         n = config.grad_accumulation
         if n == 1:
-            return grad_fn(params, frozen, batch, key)
+            return grad_fn(trained, params, frozen, batch, key)
         # Micro-batch i takes clips i, i + n, ... so that every device works on every micro-batch.
         parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(x.shape[0] // n, n, *x.shape[1:]), 1, 0), batch)
 
         def add(total, micro):
             index, part = micro
-            return jax.tree.map(jnp.add, total, grad_fn(params, frozen, part, jax.random.fold_in(key, index))), None
+            return jax.tree.map(jnp.add, total, grad_fn(trained, params, frozen, part, jax.random.fold_in(key, index))), None
 
-        shapes = jax.eval_shape(grad_fn, params, frozen, jax.tree.map(lambda x: x[0], parts), key)
+        shapes = jax.eval_shape(grad_fn, trained, params, frozen, jax.tree.map(lambda x: x[0], parts), key)
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         total, _ = jax.lax.scan(add, zeros, (jnp.arange(n), parts))
         return jax.tree.map(lambda x: x / n, total)
 
     def train_step(state: TrainState, frozen: dict[str, Params], batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-        grads, metrics = gradients(state.params, frozen, batch, key)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        ema = update_ema(state.ema, params, state.step, config.ema.decay, config.ema.warmup) if state.ema else state.ema
+        trained = finetune.trained(config, state.params)
+        grads, metrics = gradients(trained, state.params, frozen, batch, key)
+        updates, opt_state = optimizer.update(grads, state.opt_state, trained)
+        trained = optax.apply_updates(trained, updates)
+        ema = update_ema(state.ema, trained, state.step, config.ema.decay, config.ema.warmup) if state.ema else state.ema
         metrics |= {"grad_norm": optax.global_norm(grads), "learning_rate": learning_rate(state.step)}
-        return TrainState(state.step + 1, params, ema, opt_state), metrics
+        return TrainState(state.step + 1, {**state.params, **trained}, ema, opt_state), metrics
 
     return train_step
 

@@ -11,8 +11,9 @@ import numpy as np
 from motif_jax.config import Config, UserError, from_json
 from motif_jax.interop.files import Lazy
 from motif_jax.interop.imported import CONTENTS, is_imported, read_imported
+from motif_jax.models import lora
 from motif_jax.models.networks import Networks, Params
-from motif_jax.training.checkpoint import Checkpoints, latest_step
+from motif_jax.training.checkpoint import latest_step, read_arrays
 
 # What image cross attention adds to a text-to-video model.
 IMAGE_PATH = re.compile(r"image_proj_model\..*|.*\.attn2\.(to_[kv]_ip\.kernel|alpha)")
@@ -88,7 +89,6 @@ def load(directory: str | pathlib.Path, kind: str = "best") -> dict[str, Params]
     averaged = config.ema.decay > 0
     if kind == "ema" and not averaged:
         raise UserError(f"{directory}: keeps no average (ema.decay is 0); use the raw weights")
-    name = "params" if kind == "raw" or not averaged else "ema"
     step = latest_step(directory)
     if step is None:
         raise UserError(f"{directory}: holds no checkpoint yet; train first")

@@ -1,0 +1,149 @@
+"""Several processes, one job: joining it, agreeing on what is run, and leaving it so that no one waits for the dead.
+
+Found by themselves: TPU pods (VMs and GKE), SLURM, Open MPI, Kubernetes jobs (with the package `kubernetes`); any other set-up says
+where the first process is and who this one is (`ADDRESS`, `COUNT`, `INDEX`).
+"""
+
+import collections
+import contextlib
+import glob
+import hashlib
+import importlib.metadata
+import json
+import os
+import pathlib
+import socket
+import sys
+import traceback
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from motif_jax.config import UserError
+
+ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "MOTIF_PROCESS_COUNT", "MOTIF_PROCESS_INDEX"  # host:port of process 0
+HEARTBEAT = "MOTIF_HEARTBEAT_SECONDS"  # a process that is silent for so long is dead, and the job ends
+VERSIONS = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+TEXT_BYTES = 2048  # room for the facts of one process, which travel as one array
+
+
+def cluster(environment: Mapping[str, str]) -> str:
+    """What starts the processes of this job: "explicit", "slurm", "mpi", "kubernetes", "tpu", or "" for a process on its own."""
+    env = environment
+    if COUNT in env or INDEX in env:
+        return "explicit"
+    if int(env.get("SLURM_NTASKS", 1)) > 1 and "SLURM_STEP_NODELIST" in env:  # a step made by srun, not the batch script itself
+        return "slurm"
+    if int(env.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
+        return "mpi"
+    if "," in env.get("TPU_WORKER_HOSTNAMES", "") or "," in env.get("TPU_PROCESS_ADDRESSES", ""):
+        return "tpu"
+    if "KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env:
+        return "kubernetes"
+    on_tpu = env.get("JAX_PLATFORMS", "tpu").startswith("tpu") and "TPU_SKIP_MDS_QUERY" not in env
+    return "tpu" if on_tpu and (glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*")) else ""
+
+
+def join(environment: Mapping[str, str] = os.environ) -> None:
+    """`jax.distributed.initialize` where there is a job to join; call it before anything that touches a device.
+
+    Raises UserError on incomplete variables, and when the others cannot be reached.
+    """
+    import jax
+
+    kind = cluster(environment)
+    if not kind:
+        return
+    arguments = {}
+    if kind == "explicit":
+        absent = [name for name in (ADDRESS, COUNT, INDEX) if name not in environment]
+        if absent:
+            raise UserError(f"several processes: set {', '.join(absent)} as well (docs/training.md)")
+        arguments = {"coordinator_address": environment[ADDRESS]}
+        try:
+            arguments |= {"num_processes": int(environment[COUNT]), "process_id": int(environment[INDEX])}
+        except ValueError:
+            raise UserError(f"{COUNT}={environment[COUNT]!r}, {INDEX}={environment[INDEX]!r}: must be whole numbers") from None
+    try:
+        jax.distributed.initialize(**arguments, heartbeat_timeout_seconds=int(environment.get(HEARTBEAT, 30)))
+    except ValueError as error:
+        if kind == "tpu" and "coordinator_address" in str(error):
+            return  # a single TPU machine outside of any pod
+        raise UserError(f"joining the job ({kind}): {error}") from error
+    except RuntimeError as error:
+        raise UserError(f"joining the job ({kind}): {error}") from error
+
+
+@contextlib.contextmanager
+def job() -> Iterator[None]:
+    """Joins the job, and leaves it at the end of the block.
+
+    A process of several that fails says why and is gone at once: an orderly exit would wait for the others, who wait for it
+    in a collective; its death ends theirs.
+    """
+    join()
+    import jax
+
+    if jax.process_count() == 1:
+        yield
+        return
+    try:
+        yield
+    except BaseException as error:
+        reason = str(error) if isinstance(error, UserError) else traceback.format_exc()
+        sys.stdout.flush()
+        print(f"process {jax.process_index()} of {jax.process_count()} on {socket.gethostname()}: {reason}", file=sys.stderr, flush=True)
+        os._exit(1)
+    jax.distributed.shutdown()
+
+
+def digest(text: str) -> str:
+    """sha256 of a text, hexadecimal."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def code_version() -> str:
+    """The package's sources by name and hash, and the versions of what computes."""
+    root = pathlib.Path(__file__).parents[1]
+    sources = {str(path.relative_to(root)): digest(path.read_text()) for path in sorted(root.rglob("*.py"))}
+    return json.dumps(sources | {name: importlib.metadata.version(name) for name in VERSIONS})
+
+
+def barrier(name: str) -> None:
+    """Returns when every process of the job has come here."""
+    import jax
+
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)
+
+
+def agree(facts: Mapping[str, str]) -> None:
+    """Compares `facts` (name -> hash or short text) over all processes. Raises UserError on each, naming fact and processes that differ."""
+    import jax
+
+    if jax.process_count() == 1:
+        return
+    from jax.experimental import multihost_utils
+
+    text = json.dumps({"host": socket.gethostname()} | dict(facts)).encode()
+    mine = np.zeros(TEXT_BYTES, np.uint8)
+    mine[: len(text)] = np.frombuffer(text, np.uint8)
+    everyone = [json.loads(bytes(row).rstrip(b"\0")) for row in np.asarray(multihost_utils.process_allgather(mine))]
+    disagreements = compare(everyone)
+    if disagreements:
+        raise UserError("the processes do not run the same thing:\n  " + "\n  ".join(disagreements))
+
+
+def compare(everyone: list[dict[str, str]]) -> list[str]:
+    """One line per fact that is not the same in all of `everyone`, the facts of each process with its "host"."""
+    lines = []
+    for name in everyone[0].keys() - {"host"}:
+        values = [facts.get(name, "nothing") for facts in everyone]
+        usual, count = collections.Counter(values).most_common(1)[0]
+        if count < len(values):
+            odd = [f"process {i} on {f['host']} has {v[:16]}" for i, (f, v) in enumerate(zip(everyone, values, strict=True)) if v != usual]
+            shown = ", ".join(odd[:8]) + (f" and {len(odd) - 8} more" if len(odd) > 8 else "")
+            lines.append(f"{name}: {shown}; {count} of {len(values)} have {usual[:16]}")
+    return sorted(lines)

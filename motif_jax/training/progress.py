@@ -1,0 +1,100 @@
+"""What a person sees of a running training: step metrics in; one status line and one metrics line per window out."""
+
+import math
+import resource
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from motif_jax.config import Config, UserError
+from motif_jax.training.flops import peak_tflops
+from motif_jax.training.metrics import MetricWriter
+
+
+class Progress:
+    """Collects metrics on the device and writes their means, with speed, memory and waiting time.
+
+    flops: of one step of the model over all devices. `good` is the newest checkpoint, for the message of a run that diverged.
+    """
+
+    def __init__(self, writer: MetricWriter | None, config: Config, flops: int, good: int | None) -> None:
+        self._writer, self._config, self._flops = writer, config, flops
+        self.good = good
+        self._peak = peak_tflops(jax.devices()[0].device_kind)
+        self._window: list[dict[str, Any]] = []
+        self._wait, self._untimed, self._compilation = 0.0, 0, 0.0
+        self._start = time.perf_counter()
+
+    def add(self, metrics: dict[str, Any], wait: float) -> None:
+        """Takes the metrics of one step (arrays that may not be computed yet) and the seconds waited for its batch."""
+        self._window.append(metrics)
+        self._wait += wait
+
+    def flush(self, step: int) -> None:
+        """Writes the window that ends with update number `step`. Raises UserError when a metric is not finite."""
+        if not self._window:
+            return
+        window = jax.device_get(self._window)
+        elapsed = time.perf_counter() - self._start
+        for number, metrics in enumerate(window, start=step - len(window) + 1):
+            self.check(number, metrics)
+        means = {k: float(np.mean([m[k] for m in window])) for k in window[0]}
+        means["clips"] = step * self._config.batch_size
+        if self._compilation:
+            means["compile_seconds"] = self._compilation
+        status = f"step {step}/{self._config.steps}  loss {means['loss']:.4f}  {means['clips']:,} clips"
+        timed = len(window) - self._untimed
+        if timed:
+            means |= self._speed(elapsed / timed, self._wait / elapsed)
+            status += f"  {means['seconds_per_step']:.3f} s/step  {means['clips_per_second']:.1f} clips/s"
+            status += f"  {means['tflops_per_device']:.3g} model TFLOP/s per device"
+            if "mfu" in means:
+                status += f"  MFU {100 * means['mfu']:.1f} % of {self._peak:g}"
+            status += f"  {means['memory_gib']:.1f} GiB  input wait {100 * means['input_wait']:.1f} %"
+            status += f"  {(self._config.steps - step) * means['seconds_per_step'] / 60:.1f} min left"
+        if self._writer:
+            self._writer.write(step, means)
+            print(status, flush=True)
+        self._compilation = 0.0
+        self.restart()
+
+    def _speed(self, per_step: float, wait: float) -> dict[str, float]:
+        tflops = self._flops / per_step / jax.device_count() / 1e12
+        found = {
+            "seconds_per_step": per_step,
+            "clips_per_second": self._config.batch_size / per_step,
+            "tflops_per_device": tflops,
+            "memory_gib": peak_memory() / 2**30,
+            "input_wait": wait,
+        }
+        return found | ({"mfu": tflops / self._peak} if self._peak else {})
+
+    def check(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Raises UserError when a metric of `step` is not finite."""
+        for name, value in metrics.items():
+            if not math.isfinite(value):
+                good = "no checkpoint was written before" if self.good is None else f"the last good checkpoint is step {self.good}"
+                raise UserError(
+                    f"{name} is {float(value)} in step {step}: training stops; {good}. Lower learning_rate, set optimizer.grad_clip, "
+                    "or check the data, then run the same command again"
+                )
+
+    def restart(self) -> None:
+        """Starts the next window now, so that time spent on evaluation or saving is not counted as training."""
+        self._window, self._wait, self._untimed, self._start = [], 0.0, 0, time.perf_counter()
+
+    def compiled(self) -> None:
+        """Takes note of how long the process' first step took and leaves it out of the speed of its window."""
+        self._compilation = time.perf_counter() - self._start
+        self._wait, self._untimed, self._start = 0.0, len(self._window), time.perf_counter()
+        if self._writer:
+            print(f"first step after {self._compilation:.1f} s (compilation)", flush=True)
+
+
+def peak_memory() -> int:
+    """Largest number of bytes in use so far: of this process' first device where it keeps count, else of the process."""
+    stats = jax.local_devices()[0].memory_stats()
+    return stats["peak_bytes_in_use"] if stats else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
