@@ -31,10 +31,10 @@ def get_config(arm: str = "flow") -> ConfigDict:
         raise ValueError(f"configs/ablation.py:{arm}: no such arm; known: {', '.join(ARMS)}")
     config = runpy.run_path(str(QUICKSTART))["get_config"]().unlock()
     config.name = f"ablation_{arm}"
-    config.steps = 1200
+    config.steps = 500
     config.optimizer.schedule = "constant"  # a run judged along its way must not depend on where it ends
-    config.checkpoint.update(every=300, keep=1, keep_every=300)
-    config.eval.update(every=300, batches=8, buckets=5)
+    config.checkpoint.update(every=100, keep=1, keep_every=100)
+    config.eval.update(every=100, batches=8, buckets=5)
     config.sample.every = 0
     config.update_from_flattened_dict(ARMS[arm])
     return config.lock()

@@ -78,7 +78,7 @@ def _curves(lines: list[dict]) -> str:
                 axes.set_yscale("log")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
-    return _picture(buffer.getvalue(), "image/png", "training curves")
+    return picture(buffer.getvalue(), "image/png", "training curves")
 
 
 def _heatmaps(config: Config) -> str:
@@ -93,6 +93,8 @@ def _heatmaps(config: Config) -> str:
         return f"<p>{html.escape(str(error))}</p>"
     parts = []
     for example in examples:
+        if example.frames is None:
+            return "<p>The dataset holds latents and no frames; motif_jax.prepare --preview shows its clips.</p>"
         flow = example.flow.astype(np.float32)
         heat = heatmap(
             "flow",
@@ -107,7 +109,7 @@ def _heatmaps(config: Config) -> str:
             threshold=config.loss.threshold,
         )[0]
         sheet = pictures.clip_sheet(example.frames, flow, np.asarray(heat), example.caption)
-        parts.append(_picture(_png(sheet), "image/png", f"frames, flow and heatmap: {example.caption}"))
+        parts.append(picture(_png(sheet), "image/png", f"frames, flow and heatmap: {example.caption}"))
     return "<p>Rows: frames, optical flow (colour is direction, saturation is speed), heatmap over the frames.</p>" + "".join(parts)
 
 
@@ -127,7 +129,7 @@ def _clips(directory: pathlib.Path) -> str:
     parts = []
     for index, caption in enumerate(json.loads((directory / "captions.json").read_text())):
         data = (directory / f"{index:02d}.gif").read_bytes()
-        parts.append(f"<figure>{_picture(data, 'image/gif', caption)}<figcaption>{html.escape(caption)}</figcaption></figure>")
+        parts.append(f"<figure>{picture(data, 'image/gif', caption)}<figcaption>{html.escape(caption)}</figcaption></figure>")
     return f"<div class=clip>{''.join(parts)}</div>"
 
 
@@ -167,5 +169,6 @@ def _png(picture: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def _picture(data: bytes, kind: str, description: str) -> str:
+def picture(data: bytes, kind: str, description: str) -> str:
+    """An img element that holds its data."""
     return f'<img alt="{html.escape(description)}" src="data:{kind};base64,{base64.b64encode(data).decode()}">'

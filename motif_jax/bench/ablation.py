@@ -1,0 +1,179 @@
+"""The ablation on the synthetic world: runs of several arms and seeds in, which arm follows the sentence better, and at what cost, out.
+
+Under --runs lie <arm>/<seed>/, work directories of motif_jax.main (configs/ablation.py; launch/ablation.sh makes them all).
+Every kept checkpoint is sampled and judged (results stay in <run>/judged/, so that a stopped call continues), then
+<runs>/report.html, report.md and report.json compare the arms. --only=ARM/SEED judges one run and writes no report.
+"""
+
+import argparse
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from motif_jax.bench import comparison
+from motif_jax.bench.judge import judge
+from motif_jax.bench.synthetic import sample_all
+from motif_jax.config import UserError
+from motif_jax.data import sprites
+from motif_jax.training.metrics import read_lines
+
+SPLITS = ("validation", "heldout", "several", "backgrounds")
+ALONG = "validation"  # the split judged at every checkpoint; the others at the last one only
+SHOWN = 6  # clips of the test split kept as pictures: the first ones, whatever they look like
+RATES = ("success", "direction_ok", "wrong_object")
+MEANS = ("speed_ratio", "path_error", "background_psnr", "area_ratio", "others_drift", "leak")
+ORDER = ("none", "flow", "inverse")  # first rows; the other arms follow by name
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--runs", required=True, type=pathlib.Path, help="directory of <arm>/<seed>/ work directories")
+    parser.add_argument("--only", default="", help="ARM/SEED: judge this run alone and write no report")
+    parser.add_argument("--count", default=96, type=int, help="clips per split")
+    parser.add_argument("--world", default="shapes", help="name of the synthetic world")
+    parser.add_argument("--seed", default=1, type=int, help="seed of the test clips; training uses another (prepare: config.seed)")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Judges what is not judged yet, then writes the report."""
+    from motif_jax.bench import ablation_report
+
+    if arguments.world not in sprites.WORLDS:
+        raise UserError(f"--world={arguments.world}: no such world; known: {', '.join(sprites.WORLDS)}")
+    if arguments.count < SHOWN:
+        raise UserError(f"--count={arguments.count}: at least {SHOWN} clips are needed")
+    runs = find_runs(arguments.runs)
+    if arguments.only:
+        runs = {name: path for name, path in runs.items() if f"{name[0]}/{name[1]}" == arguments.only}
+        if not runs:
+            raise UserError(f"--only={arguments.only}: no such run under {arguments.runs}")
+    judge_runs(runs, arguments.world, arguments.seed, arguments.count)
+    if not arguments.only:
+        result = summarise(runs, arguments.world, arguments.seed, arguments.count)
+        print(ablation_report.write(arguments.runs, result, runs))
+
+
+def find_runs(directory: pathlib.Path) -> dict[tuple[str, str], pathlib.Path]:
+    """{(arm, seed): work directory} of <directory>/<arm>/<seed>. Raises UserError when there is none."""
+    found = {(p.parent.parent.name, p.parent.name): p.parent for p in sorted(directory.glob("*/*/config.json"))}
+    if not found:
+        raise UserError(f"{directory}: holds no <arm>/<seed>/config.json; launch/ablation.sh trains the arms")
+    first = [arm for arm in ORDER if any(arm == name for name, _ in found)]
+    arms = first + sorted({name for name, _ in found} - set(first))
+    return dict(sorted(found.items(), key=lambda item: (arms.index(item[0][0]), item[0][1])))
+
+
+def steps_of(run: pathlib.Path) -> list[int]:
+    """The checkpoints of a run, in order of steps. Raises UserError when there is none."""
+    steps = sorted(int(p.name) for p in (run / "checkpoints").glob("*") if p.name.isdigit())
+    if not steps:
+        raise UserError(f"{run}: holds no checkpoint yet; train it first")
+    return steps
+
+
+def _file(run: pathlib.Path, step: int, split: str, world: str, seed: int, count: int) -> pathlib.Path:
+    return run / "judged" / f"{step}_{world}_{split}_{seed}_{count}.npz"
+
+
+def judge_runs(runs: dict[tuple[str, str], pathlib.Path], world: str, seed: int, count: int) -> None:
+    """Samples and judges every checkpoint of every run that has not been; writes <run>/judged/*.npz."""
+    from motif_jax.animation import Animator
+    from motif_jax.training.checkpoint import read_arrays
+
+    for (arm, number), path in runs.items():
+        steps = steps_of(path)
+        todo = [(step, split) for step in steps for split in SPLITS if split == ALONG or step == steps[-1]]
+        todo = [(step, split) for step, split in todo if not _file(path, step, split, world, seed, count).exists()]
+        if not todo:
+            continue
+        animator = Animator.load(path)
+        weights = "ema" if animator.config.ema.decay else "params"
+        d = animator.config.data
+        (path / "judged").mkdir(exist_ok=True)
+        for step, split in todo:
+            animator.params = read_arrays(path / "checkpoints" / str(step), (weights,))[weights]
+            clips = sprites.make_clips(world, seed, range(count), d.frames, d.height, d.width, split)
+            made = sample_all(animator, clips, clips["captions"])
+            measures = judge(made, clips)
+            file = _file(path, step, split, world, seed, count)
+            temporary = file.with_suffix(".tmp.npz")
+            np.savez_compressed(temporary, shown=made[:SHOWN], **measures)
+            temporary.replace(file)
+            moving = measures["still"] == 0
+            print(f"{arm}/{number} step {step} {split}: direction {100 * measures['direction_ok'][moving].mean():.0f} %", flush=True)
+
+
+def load(runs: Sequence[pathlib.Path], step: int, split: str, world: str, seed: int, count: int) -> dict[str, np.ndarray]:
+    """What `judge_runs` wrote for the seeds of one arm: {measure: [seeds, clips]}, and the first clips as "shown"."""
+    found = [dict(np.load(_file(run, step, split, world, seed, count))) for run in runs]
+    return {name: np.stack([f[name] for f in found]) for name in found[0]}
+
+
+def summarise(runs: dict[tuple[str, str], pathlib.Path], world: str, seed: int, count: int) -> dict[str, Any]:
+    """Plain numbers for JSON: per arm and split rates and means, figure 6, curves, and preferences of all pairs of arms.
+
+    Arms are compared on the seeds that both have. Every number is what `comparison.estimate` returns.
+    """
+    arms: dict[str, list[str]] = {}
+    for arm, number in runs:
+        arms.setdefault(arm, []).append(number)
+    last = {arm: min(steps_of(runs[arm, n])[-1] for n in numbers) for arm, numbers in arms.items()}
+    result: dict[str, Any] = {"world": world, "seed": seed, "count": count, "arms": {}, "pairs": []}
+
+    def measures(arm: str, numbers: list[str], split: str, step: int | None = None) -> dict[str, np.ndarray]:
+        return load([runs[arm, n] for n in numbers], step or last[arm], split, world, seed, count)
+
+    for arm, numbers in arms.items():
+        row: dict[str, Any] = {"seeds": numbers, "step": last[arm], "splits": {}}
+        for split in SPLITS:
+            m = measures(arm, numbers, split)
+            moving = m["still"][0] == 0
+            row["splits"][split] = {n: comparison.estimate(m[n], moving) for n in RATES + MEANS} | {
+                "still_kept": comparison.estimate(m["direction_ok"], ~moving)
+            }
+        every = set.intersection(*(set(steps_of(runs[arm, n])) for n in numbers))
+        row["curve"] = {}
+        for step in sorted(every):
+            m = measures(arm, numbers, ALONG, step)
+            moving = m["still"][0] == 0
+            row["curve"][step] = {n: comparison.estimate(m[n], moving) for n in ("direction_ok", "path_error", "background_psnr")}
+        row["ratio"] = figure6([runs[arm, n] for n in numbers])
+        result["arms"][arm] = row
+    names = list(arms)
+    for i, a in enumerate(names):
+        for b in names[i + 1 :]:
+            shared = [n for n in arms[a] if n in arms[b]]
+            if not shared:
+                continue
+            pair: dict[str, Any] = {"a": a, "b": b, "seeds": shared}
+            for split in ("validation", "heldout"):
+                m_a, m_b = measures(a, shared, split), measures(b, shared, split)
+                moving = m_a["still"][0] == 0
+                pair[split] = {
+                    "motion": comparison.estimate(comparison.prefer(m_a, m_b), moving),
+                    "strict": comparison.estimate(comparison.prefer(m_a, m_b, strict=True), moving),
+                    "direction_difference": comparison.estimate(m_a["direction_ok"] - m_b["direction_ok"], moving),
+                    "background_difference": comparison.estimate(m_a["background_psnr"] - m_b["background_psnr"], moving),
+                }
+            result["pairs"].append(pair)
+    return result
+
+
+def figure6(runs: Sequence[pathlib.Path]) -> dict[int, dict[str, list[float]]]:
+    """{step: {"all", "0", "1", ...}: [one ratio per seed]}: mean loss in the moving region over mean loss, by timestep bucket."""
+    per_seed = []
+    for path in runs:
+        lines = [line for line in read_lines(path / "metrics.jsonl") if "eval/ratio" in line]
+        per_seed.append({line["step"]: line for line in lines})
+    ratios = {}
+    for step in sorted(set.intersection(*(set(found) for found in per_seed))):
+        keys = [k for k in per_seed[0][step] if k.startswith("eval/ratio") and "decile" not in k]
+        ratios[step] = {k.removeprefix("eval/ratio").removeprefix("_t") or "all": [found[step][k] for found in per_seed] for k in keys}
+    return ratios
+
+
+def to_json(result: dict[str, Any]) -> str:
+    """The text of report.json."""
+    return json.dumps(result, indent=1) + "\n"

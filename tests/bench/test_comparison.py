@@ -1,0 +1,63 @@
+"""Preferences and intervals of an ablation against clips and distributions whose answer is known."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from motif_jax.bench import comparison
+
+GOOD = {"path_error": 0.01, "presence": 1.0, "background_psnr": 30.0, "area_ratio": 1.0}
+
+
+def clips(**changed):
+    """Measures of one seed and one clip, good unless changed."""
+    return {name: np.array([[value]]) for name, value in (GOOD | changed).items()}
+
+
+@pytest.mark.parametrize(
+    ("b", "motion", "strict"),
+    [
+        (GOOD, 0.5, 0.5),
+        ({"path_error": 0.02}, 0.5, 0.5),  # within the margin of 1/64
+        ({"path_error": 0.03}, 1.0, 1.0),
+        ({"path_error": 0.0, "presence": 0.5}, 1.0, 1.0),  # lost half way
+        ({"path_error": 0.03, "background_psnr": 33.5}, 1.0, 0.5),  # a's background is 3.5 dB worse
+        ({"path_error": 0.03, "background_psnr": 32.5}, 1.0, 1.0),
+        ({"path_error": 0.03, "area_ratio": 2.5}, 1.0, 1.0),  # the ghost is the loser's
+    ],
+)
+def test_preference(b, motion, strict):
+    a, b = clips(), clips(**b)
+    assert comparison.prefer(a, b)[0, 0] == motion and comparison.prefer(b, a)[0, 0] == 1 - motion
+    assert comparison.prefer(a, b, strict=True)[0, 0] == strict and comparison.prefer(b, a, strict=True)[0, 0] == 1 - strict
+
+
+def test_a_ghost_voids_a_win_unless_both_have_one():
+    ghost, other = clips(area_ratio=2.5), clips(path_error=0.1)
+    assert comparison.prefer(ghost, other)[0, 0] == 1.0
+    assert comparison.prefer(ghost, other, strict=True)[0, 0] == 0.5
+    assert comparison.prefer(ghost, clips(path_error=0.1, area_ratio=0.2), strict=True)[0, 0] == 1.0
+
+
+def test_interval_of_one_seed_is_the_bootstrap_of_scipy():
+    x = np.random.default_rng(0).normal(3, 2, (1, 80))
+    want = stats.bootstrap((x[0],), np.mean, n_resamples=8000, method="percentile", rng=np.random.default_rng(1)).confidence_interval
+    got = comparison.estimate(x)
+    assert got["mean"] == pytest.approx(x.mean()) and got["clips"] == 80
+    # Two sets of draws: a quantile of some 4,000 means scatters by a few hundredths of their width, here 0.9.
+    np.testing.assert_allclose((got["low"], got["high"]), (want.low, want.high), atol=0.06)
+
+
+def test_seeds_that_differ_widen_the_interval():
+    rng = np.random.default_rng(0)
+    noise = rng.normal(0, 1, (3, 200))
+    alike, apart = comparison.estimate(noise), comparison.estimate(noise + np.array([[-1.0], [0.0], [1.0]]))
+    assert apart["high"] - apart["low"] > 3 * (alike["high"] - alike["low"])
+    assert apart["seeds"] == pytest.approx([noise[0].mean() - 1, noise[1].mean(), noise[2].mean() + 1])
+
+
+def test_missing_values_and_chosen_clips():
+    x = np.array([[1.0, np.nan, 3.0, 100.0]])
+    got = comparison.estimate(x, np.array([True, True, True, False]))
+    assert got["mean"] == 2.0 and got["clips"] == 3 and 1.0 <= got["low"] <= got["high"] <= 3.0
+    assert comparison.estimate(np.full((2, 3), np.nan))["mean"] is None
