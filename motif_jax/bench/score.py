@@ -129,16 +129,21 @@ class Scorer:
         key = digest.hexdigest()
         if key in self._known:
             return key, self._known[key]
-        if isinstance(video, pathlib.Path):
-            frames, fps = load(video, self._settings)
-            image = read_image(pair.image, *frames.shape[1:3])
-        else:
-            (count, height, width), fps = video
-            image = read_image(pair.image, height, width)
-            frames = np.repeat(image[None], count, axis=0)
-        row = {"frames": len(frames), "height": frames.shape[1], "width": frames.shape[2], "fps": fps}
-        row |= measure(frames, image, fps, self._flow_fn)
-        return key, row | (self._clip(frames, image, pair.prompt) if self._clip is not None else {})
+        return key, measure_video(pair, video, self._settings, self._flow_fn, self._clip)
+
+
+def measure_video(pair: Pair, video: Any, settings: Settings, flow_fn: FlowFn, clip: Callable | None = None) -> Row:
+    """Shape and measures of one video: of a path, or of the image repeated for ([T, H, W], rate). Raises VideoError."""
+    if isinstance(video, pathlib.Path):
+        frames, fps = load(video, settings)
+        image = read_image(pair.image, *frames.shape[1:3])
+    else:
+        (count, height, width), fps = video
+        image = read_image(pair.image, height, width)
+        frames = np.repeat(image[None], count, axis=0)
+    row = {"frames": len(frames), "height": frames.shape[1], "width": frames.shape[2], "fps": float(fps)}
+    row |= measure(frames, image, fps, flow_fn)
+    return row | clip(frames, image, pair.prompt) if clip is not None else row
 
 
 def score(
@@ -182,16 +187,18 @@ def score(
 def _unlike(rows: Sequence[Row]) -> list[Problem]:
     """Videos of another length, size or frame rate than most: flow in pixels per frame cannot be compared between them."""
     problems = []
-    for kind, of in (
-        ("other length", lambda r: f"{r['frames']} frames"),
-        ("other size", lambda r: f"{r['width']}x{r['height']}"),
-        ("other frame rate", lambda r: f"{r['fps']:g} frames a second"),
+    for kind, text, differs in (
+        ("other length", lambda r: f"{r['frames']} frames", lambda a, b: a["frames"] != b["frames"]),
+        ("other size", lambda r: f"{r['width']}x{r['height']}", lambda a, b: (a["width"], a["height"]) != (b["width"], b["height"])),
+        # GIFs count in 1/100 s: 8 frames a second are 7.7 or 8.3 there
+        ("other frame rate", lambda r: f"{r['fps']:g} frames a second", lambda a, b: abs(a["fps"] / b["fps"] - 1) > 0.05),
     ):
-        usual = Counter(map(of, rows)).most_common(1)
+        common = Counter(map(text, rows)).most_common(1)
+        usual = next((row for row in rows if text(row) == common[0][0]), None)
         for row in rows:
-            if of(row) != usual[0][0]:
+            if differs(row, usual):
                 name = pathlib.Path(row["file"]).name
-                problems.append(Problem(row["model"], kind, name, f"{of(row)}, most have {usual[0][0]}"))
+                problems.append(Problem(row["model"], kind, name, f"{text(row)}, most have {text(usual)}"))
     return problems
 
 

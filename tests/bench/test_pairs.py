@@ -1,0 +1,145 @@
+"""Lists as people have them, and the names under which they keep their videos."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from motif_jax.bench.pairs import Pair, find_videos, pair_id, read_pairs, vbench_names
+from motif_jax.config import UserError
+
+
+def picture(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(path)
+
+
+@pytest.fixture
+def benchmark(tmp_path):
+    """Images in the benchmark's folder; the list is the test's."""
+    for name in ("dog1.jpg", "dog2.jpg", "sky.png"):
+        picture(tmp_path / "TI2V-Bench" / name)
+    return tmp_path
+
+
+HUGGING_FACE = [
+    'image,prompt\nTI2V-Bench/dog1.jpg,A dog runs.\nTI2V-Bench/sky.png,"Clouds, slowly."\n',
+    "image_path,text\nTI2V-Bench/dog1.jpg,A dog runs.\nTI2V-Bench/sky.png,Clouds, slowly.\n",  # unquoted commas
+    'TI2V-Bench/dog1.jpg,A dog runs.\r\nTI2V-Bench/sky.png,"Clouds, slowly."\r\n',  # no header
+    'prompt,image\nA dog runs.,dog1\n"Clouds, slowly.",sky\n',  # columns swapped, stems only
+    '\ufeffid,prompt,scenario,image\ndog1_a_dog_runs,A dog runs.,,dog1.jpg\nsky_clouds_slowly,"Clouds, slowly.",,sky.png\n',
+]
+
+
+@pytest.mark.parametrize("text", HUGGING_FACE)
+def test_the_benchmarks_own_layout(benchmark, text):
+    (benchmark / "prompt.csv").write_text(text)
+    (benchmark / "other.csv").write_text("")
+    for given in (benchmark, benchmark / "prompt.csv"):
+        found = read_pairs(given)
+        assert [(p.id, p.image.name, p.prompt) for p in found] == [
+            ("dog1_a_dog_runs", "dog1.jpg", "A dog runs."),
+            ("sky_clouds_slowly", "sky.png", "Clouds, slowly."),
+        ]
+        assert all(p.image.is_file() for p in found)
+
+
+def test_jsonl(benchmark):
+    rows = [{"image": "dog1", "image_file": "TI2V-Bench/dog1.jpg", "prompt": "run", "id": "a", "scenario": "dog"}]
+    rows += [{"image": "TI2V-Bench/sky.png", "prompt": " Clouds\n drift. "}]
+    (benchmark / "list.jsonl").write_text("\n".join(json.dumps(r) for r in rows) + "\n\n")
+    first, second = read_pairs(benchmark)
+    assert (first.id, first.prompt, first.scenario) == ("a", "run", "dog")
+    assert (second.id, second.prompt) == ("sky_clouds_drift", "Clouds drift.")
+
+
+def test_every_bad_line_is_told(benchmark):
+    lines = ['{"image": "dog1"}', "nonsense", '{"prompt": "x"}', '{"image": "cat", "prompt": "x"}', '{"image": "sky", "prompt": " "}']
+    lines += ['{"image": "sky", "prompt": "x", "id": "a/b"}'] + 2 * ['{"image": "sky", "prompt": "x", "id": "twice"}']
+    (benchmark / "list.jsonl").write_text("\n".join(lines))
+    with pytest.raises(UserError) as told:
+        read_pairs(benchmark)
+    for part in (
+        "line 1: KeyError('prompt')",
+        "line 2: JSONDecodeError",
+        "line 3: has no key 'image'",
+        "line 4: no image 'cat'",
+        "line 5: no prompt",
+        "line 6: id 'a/b' is no file name",
+        "id 'twice' occurs 2 times",
+    ):
+        assert part in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("list.csv", "", "needs a column of images and one of prompts"),
+        ("list.csv", "image,prompt\n", "holds no pair"),
+        ("list.jsonl", "", "holds no pair"),
+        ("list.txt", "x", "a folder needs a prompt.csv, or one .csv or .jsonl file; found none"),
+    ],
+)
+def test_lists_that_are_none(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_pairs(tmp_path)
+    with pytest.raises(UserError, match="cannot be read"):
+        read_pairs(tmp_path / "nothing.csv")
+
+
+def test_long_sentences_still_make_different_file_names():
+    ids = {pair_id("image", "word " * 100 + last) for last in ("left.", "right.")}
+    assert len(ids) == 2 and all(len(i.encode()) <= 200 for i in ids)
+    assert len(pair_id("image", "動" * 300).encode()) <= 200
+
+
+PAIRS = [
+    Pair("dog1_a_dog_runs", "dog1.jpg", "A dog runs."),
+    Pair("dog2_a_dog_runs", "dog2.jpg", "A dog runs."),
+    Pair("clip_1", "sky.png", "Up/down."),
+]
+
+
+def test_file_names(tmp_path):
+    from pathlib import Path
+
+    pairs = [Pair(p.id, Path(p.image), p.prompt) for p in PAIRS]
+    assert vbench_names(pairs) == ["A dog runs. (dog1)", "A dog runs. (dog2)", "Up down."]
+    expected = {
+        "dog1_a_dog_runs_0.mp4": ("dog1_a_dog_runs", 0),  # the project page
+        "dog1_a_dog_runs-12.webm": ("dog1_a_dog_runs", 12),
+        "dog2_a_dog_runs.gif": ("dog2_a_dog_runs", 0),
+        "A dog runs. (dog2)-3.mp4": ("dog2_a_dog_runs", 3),
+        "Up down.-1.mp4": ("clip_1", 1),
+        "clip_1.mp4": ("clip_1", 0),
+    }
+    for name in expected:
+        (tmp_path / name).touch()
+    picture(tmp_path / "dog2_a_dog_runs_7" / "0001.png")  # a folder of frames
+    (tmp_path / "clip_1_0.mov").touch()
+    (tmp_path / "cat.mp4").touch()
+    (tmp_path / "images").mkdir()
+    (tmp_path / "notes.txt").touch()
+    found = find_videos(tmp_path, pairs)
+    assert {p.name: key for key, p in found.videos.items()} == expected | {"dog2_a_dog_runs_7": ("dog2_a_dog_runs", 7)}
+    assert [p.name for p in found.strays] == ["cat.mp4"] and [p.name for p in found.doubles] == ["clip_1_0.mov"]
+    # A manifest knows better than the name.
+    (tmp_path / "manifest.json").write_text(json.dumps({"videos": [{"file": "cat.mp4", "id": "clip_1", "seed": 5}]}))
+    assert find_videos(tmp_path, pairs).videos["clip_1", 5].name == "cat.mp4"
+    (tmp_path / "manifest.json").write_text("[]")
+    with pytest.raises(UserError, match="is no manifest"):
+        find_videos(tmp_path, pairs)
+    with pytest.raises(UserError, match="is no folder"):
+        find_videos(tmp_path / "none", pairs)
+
+
+@pytest.mark.shared
+def test_the_real_list_and_the_names_of_the_project_page(shared):
+    pairs = read_pairs(shared / "ti2v_bench")
+    assert len(pairs) == 320 and len({p.image for p in pairs}) == 88 and len({p.scenario for p in pairs}) == 22
+    assert all(p.id == pair_id(p.image.stem, p.prompt) for p in pairs)
+    for model in ("motif", "dynamicrafter", "cinemo", "cond_leak", "cogvideox"):
+        found = find_videos(shared / "ti2v_bench/videos" / model, pairs)
+        assert len(found.videos) == 26 and {seed for _, seed in found.videos} == {0} and not found.strays + found.doubles
