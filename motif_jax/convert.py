@@ -1,10 +1,10 @@
 """Weights from PyTorch and back:
 
-python -m motif_jax.convert import --kind=videocrafter|dynamicrafter|openclip|autoencoder|raft --input=FILE --output=DIR [--yaml=FILE]
-    reads a .ckpt, .pth or .safetensors file; DIR then serves as --config.init_from (raft: DIR/raft.safetensors as
+python -m motif_jax.convert import --kind=KIND --input=FILE --output=DIR [--yaml=FILE]
+    reads a .ckpt, .pth or .safetensors file (KIND: see below); DIR then serves as --config.init_from (raft: DIR/raft.safetensors as
     --config.prepare.flow_weights). Without the reference's YAML the networks are read off the shapes of the tensors.
 python -m motif_jax.convert export --workdir=DIR --output=FILE.safetensors|.ckpt [--weights=ema|raw] [--frozen]
-    writes the U-Net (--frozen: also autoencoder and text tower) in the reference's names, and FILE.yaml. DIR may be an import.
+    writes the U-Net (--frozen: also autoencoder and towers) in the reference's names, and FILE.yaml. DIR may be an import.
 """
 
 import signal
@@ -15,12 +15,14 @@ from absl import flags
 from motif_jax import commands
 from motif_jax.config import UserError
 
-KIND = flags.DEFINE_enum("kind", None, ["videocrafter", "dynamicrafter", "openclip", "autoencoder", "raft"], "import: what the file holds")
+KIND = flags.DEFINE_enum(
+    "kind", None, ["videocrafter", "dynamicrafter", "openclip", "openclip_image", "autoencoder", "raft"], "import: what the file holds"
+)
 INPUT = flags.DEFINE_string("input", None, "import: a .ckpt, .pth or .safetensors file")
 YAML = flags.DEFINE_string("yaml", None, "import: the reference's configuration of that file")
 WORKDIR = flags.DEFINE_string("workdir", None, "export: work directory of a run, or the directory of an import")
 WEIGHTS = flags.DEFINE_enum("weights", None, ["ema", "raw"], "export: averaged or raw weights (default: averaged if the run keeps them)")
-FROZEN = flags.DEFINE_boolean("frozen", False, "export: also write the autoencoder and the text tower")
+FROZEN = flags.DEFINE_boolean("frozen", False, "export: also write the autoencoder and the towers")
 OUTPUT = flags.DEFINE_string("output", None, "import: a directory; export: FILE.safetensors or FILE.ckpt")
 
 FLAGS = {"import": {"kind", "input", "yaml", "output"}, "export": {"workdir", "weights", "frozen", "output"}}

@@ -4,11 +4,13 @@ Each function takes {PyTorch name: anything with a shape}, names without the net
 tensor that every such network has is not there.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
 
-from motif_jax.config import AutoencoderConfig, TextConfig, UNetConfig, UserError
+from motif_jax.config import AutoencoderConfig, ImageConfig, ResamplerConfig, TextConfig, UNetConfig, UserError
+from motif_jax.models.attention import IMAGE_TOKENS
 
 HEAD = 64  # width of an attention head where shapes do not tell
 
@@ -59,6 +61,7 @@ def unet_config(tensors: Mapping[str, Any]) -> UNetConfig:
         addition_attention="init_attn.0.norm.weight" in tensors,
         fps_cond=any(name.startswith(("fps_embedding.", "framestride_embed.")) for name in tensors),
         image_cross_attention=any(name.endswith(".attn2.to_k_ip.weight") for name in tensors),
+        image_cross_attention_scale_learnable=any(name.endswith(".attn2.alpha") for name in tensors),
     )
 
 
@@ -88,4 +91,31 @@ def text_config(tensors: Mapping[str, Any]) -> TextConfig:
         width=width,
         layers=_count(tensors, r"transformer\.resblocks\.(\d+)\."),
         heads=width // HEAD if width in (512, 640, 768, 1024, 1280) else 0,
+    )
+
+
+def image_config(tensors: Mapping[str, Any]) -> ImageConfig:
+    """The image tower that these tensors belong to; `heads` is 0, unknown, for widths that none of OpenCLIP's towers here has."""
+    width, _, patch, _ = _shape(tensors, "conv1.weight", "image tower")
+    patches = _shape(tensors, "positional_embedding", "image tower")[0] - 1
+    return ImageConfig(
+        size=math.isqrt(patches) * patch,
+        patch=patch,
+        width=width,
+        layers=_count(tensors, r"transformer\.resblocks\.(\d+)\."),
+        heads={768: 12, 1024: 16, 1280: 16}.get(width, 0),
+        projection=_shape(tensors, "proj", "image tower")[1],
+    )
+
+
+def resampler_config(tensors: Mapping[str, Any]) -> ResamplerConfig:
+    """The resampler that these tensors belong to, its heads taken as 64 wide. Its input is as wide as the image tower."""
+    queries, width = _shape(tensors, "latents", "resampler")[1:]
+    inner = _shape(tensors, "layers.0.0.to_q.weight", "resampler")[0]
+    return ResamplerConfig(
+        width=width,
+        depth=_count(tensors, r"layers\.(\d+)\."),
+        heads=max(1, inner // HEAD),
+        head_width=min(HEAD, inner),
+        frames=queries // IMAGE_TOKENS,
     )

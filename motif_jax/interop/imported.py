@@ -1,7 +1,8 @@
 """The directory of an import: one .safetensors file per network in our names and layout, and imported.json.
 
-`denoiser`, `autoencoder` and `text` hold float32 weights by dotted path and serve as `init_from`; `raft.safetensors` keeps the
-authors' names and serves as `prepare.flow_weights`. Several imports may share a directory as long as each brings other networks.
+`denoiser`, `autoencoder`, `text`, `image` and `resampler` hold float32 weights by dotted path and serve as `init_from`;
+`raft.safetensors` keeps the authors' names and serves as `prepare.flow_weights`. Several imports may share a directory as long
+as each brings other networks.
 """
 
 import dataclasses
@@ -11,16 +12,22 @@ from typing import Any
 
 import numpy as np
 
-from motif_jax.config import AutoencoderConfig, DiffusionConfig, TextConfig, UNetConfig, UserError, build
+from motif_jax.config import AutoencoderConfig, DiffusionConfig, ImageConfig, ResamplerConfig, TextConfig, UNetConfig, UserError, build
 from motif_jax.interop import files, raft
 from motif_jax.interop.reference import Weights, read_checkpoint
 from motif_jax.interop.settings import Settings
 
 CONTENTS = "imported.json"
-KINDS = ("videocrafter", "dynamicrafter", "openclip", "autoencoder", "raft")
-_ONE = {"openclip": "text", "autoencoder": "autoencoder"}  # kinds that bring one network, maybe out of a whole checkpoint
-_CONFIGS = {"denoiser": UNetConfig, "autoencoder": AutoencoderConfig, "text": TextConfig}
-_GROUPS = {"denoiser": "unet", "autoencoder": "autoencoder", "text": "text"}  # their names in `Config`
+KINDS = ("videocrafter", "dynamicrafter", "openclip", "openclip_image", "autoencoder", "raft")
+# Kinds that bring one network, maybe out of a whole checkpoint.
+_ONE = {"openclip": "text", "openclip_image": "image", "autoencoder": "autoencoder"}
+_CONFIGS = {
+    "denoiser": UNetConfig,
+    "autoencoder": AutoencoderConfig,
+    "text": TextConfig,
+    "image": ImageConfig,
+    "resampler": ResamplerConfig,
+}
 
 
 def import_checkpoint(
@@ -58,7 +65,7 @@ def import_checkpoint(
 
 
 def _networks(kind: str, source: pathlib.Path, yaml: str | pathlib.Path | None) -> tuple[Weights, dict[str, Any]]:
-    settings, weights = read_checkpoint(source, yaml)
+    settings, weights = read_checkpoint(source, yaml, _ONE.get(kind))
     if kind in _ONE:
         if _ONE[kind] not in weights:
             raise UserError(f"{source}: holds no {kind} network, but {', '.join(weights)}; check --kind={kind}")
@@ -69,9 +76,10 @@ def _networks(kind: str, source: pathlib.Path, yaml: str | pathlib.Path | None) 
         other = "dynamicrafter" if kind == "videocrafter" else "videocrafter"
         has = "has" if settings.unet.image_cross_attention else "has no"
         raise UserError(f"{source}: its U-Net {has} image cross attention; import it with --kind={other}")
-    config = {name: dataclasses.asdict(getattr(settings, group)) for name, group in _GROUPS.items()}
-    if config["text"]["heads"] == 0:
-        del config["text"]["heads"]  # nothing says how many
+    config = {name: dataclasses.asdict(getattr(settings, "unet" if name == "denoiser" else name)) for name in _CONFIGS}
+    for name in ("text", "image"):
+        if config[name]["heads"] == 0:
+            del config[name]["heads"]  # nothing says how many
     return weights, config | {"diffusion": dataclasses.asdict(settings.diffusion)}
 
 
@@ -124,7 +132,8 @@ def imported_settings(directory: str | pathlib.Path) -> Settings:
     diffusion = build(DiffusionConfig, contents.get("diffusion", {}), "diffusion.", errors)
     if errors:
         raise UserError(f"{directory}/{CONTENTS}: " + "; ".join(errors))
-    settings = Settings(*found, diffusion)
-    if given["text"] and "heads" not in given["text"]:
-        settings = dataclasses.replace(settings, text=dataclasses.replace(settings.text, heads=0))
-    return settings
+    for i, name in enumerate(_CONFIGS):
+        if name in ("text", "image") and given[name] and "heads" not in given[name]:
+            found[i] = dataclasses.replace(found[i], heads=0)
+    unet, autoencoder, text, image, resampler = found
+    return Settings(unet, autoencoder, text, diffusion, image, resampler)

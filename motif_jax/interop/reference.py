@@ -9,28 +9,39 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from motif_jax.config import AutoencoderConfig, DiffusionConfig, TextConfig, UNetConfig, UserError
+from motif_jax.config import AutoencoderConfig, DiffusionConfig, ImageConfig, TextConfig, UNetConfig, UserError
 from motif_jax.diffusion.schedule import Schedule, make_schedule
-from motif_jax.interop import architecture, autoencoder, files, openclip, unet
+from motif_jax.interop import architecture, autoencoder, files, image, openclip, resampler, unet
 from motif_jax.interop.files import Lazy
 from motif_jax.interop.names import select
 from motif_jax.interop.settings import Settings, read_yaml
 from motif_jax.models.autoencoder import KlAutoencoder, PixelAutoencoder, make_autoencoder
+from motif_jax.models.image import ImageTower
 from motif_jax.models.networks import Network
+from motif_jax.models.resampler import Resampler
 from motif_jax.models.text import OpenClipTower, WordsTower, make_text_tower
 from motif_jax.models.unet3d import UNet3D
 
-TABLES = {"denoiser": unet, "autoencoder": autoencoder, "text": openclip}
+TABLES = {"denoiser": unet, "autoencoder": autoencoder, "text": openclip, "image": image, "resampler": resampler}
 # A tensor that says what a file without prefixes is, and what may precede its name there.
 _MARKS = {
     "denoiser": ("input_blocks.0.0.weight", ("",)),
     "autoencoder": ("encoder.conv_in.weight", ("",)),
     "text": ("token_embedding.weight", ("", "model.")),
+    "image": ("class_embedding", ("visual.",)),
 }
-# The schedule is computed anew; the other networks and averages of a checkpoint have no counterpart here.
+# How the shapes of its tensors tell what a network is, and where `Settings` says so.
+_INFERRED = {
+    "denoiser": ("unet", architecture.unet_config),
+    "autoencoder": ("autoencoder", architecture.autoencoder_config),
+    "text": ("text", architecture.text_config),
+    "image": ("image", architecture.image_config),
+    "resampler": ("resampler", architecture.resampler_config),
+}
+# The schedule is computed anew; averages, and what is left of the towers beside what runs, have no counterpart here.
 _IGNORED = re.compile(
     r"(betas|(sqrt_)?alphas_cumprod(_prev)?|sqrt_one_minus_alphas_cumprod|log_one_minus_alphas_cumprod|sqrt_recip(m1)?_alphas_cumprod|"
-    r"posterior_.*|scale_arr|logvar|lvlb_weights|scale_factor|model_ema\..*|embedder\..*|image_proj_model\..*|cond_stage_model\.(?!model\.).*)"
+    r"posterior_.*|scale_arr|logvar|lvlb_weights|scale_factor|model_ema\..*|embedder\.(?!model\.visual\.).*|cond_stage_model\.(?!model\.).*)"
 )
 # What the published models were trained with (VideoCrafter2; DynamiCrafter-512), where no YAML says so.
 VIDEOCRAFTER = DiffusionConfig(prediction="eps", zero_terminal_snr=False, base_scale=0.7)
@@ -47,12 +58,16 @@ class Reference:
     autoencoder.encode(x_NHWC in [-1, 1]) -> moments [N,h,w,2C]; autoencoder.decode(z_NhwC) -> [N,H,W,3]. The U-Net's latents are
     settings.autoencoder.scale_factor times the autoencoder's.
     text(tokens_BL) -> [B,L,D], the penultimate layer; a ValueError for a tower whose number of heads nothing tells.
+    image(x_BHW3 in [-1, 1]) -> [B,S,E], resampler(image_BSE) -> [B,J,D]: with DynamiCrafter's image cross attention the context is
+    [text, image tokens], 16 for each frame; J = 16 of its 256 model are repeated for each frame.
     A network that the file does not hold is None.
     """
 
     unet: UNet3D | None
     autoencoder: KlAutoencoder | PixelAutoencoder | None
     text: OpenClipTower | WordsTower | Callable | None
+    image: ImageTower | Callable | None
+    resampler: Resampler | None
     schedule: Schedule
     settings: Settings
 
@@ -71,21 +86,27 @@ def load_reference(checkpoint: str | pathlib.Path, yaml: str | pathlib.Path | No
         modules["autoencoder"] = make_autoencoder(settings.autoencoder, None)
     if settings.text.kind == "words":
         modules["text"] = make_text_tower(settings.text, None)
-    if "text" in modules and settings.text.heads == 0:
-        modules["text"] = _headless(f"{checkpoint}", settings.text.width)
+    for name, config in (("text", settings.text), ("image", settings.image)):
+        if name in modules and config.heads == 0:
+            modules[name] = _headless(f"{checkpoint}", name, config.width)
     d = settings.diffusion
     schedule = make_schedule(d.num_timesteps, d.beta_start, d.beta_end, d.zero_terminal_snr, d.base_scale)
-    return Reference(modules.get("denoiser"), modules.get("autoencoder"), modules.get("text"), schedule, settings)
+    return Reference(*(modules.get(name) for name in TABLES), schedule, settings)
 
 
-def _headless(checkpoint: str, width: int) -> Callable:
-    def text(tokens_BL: Any) -> Any:
+def _headless(checkpoint: str, name: str, width: int) -> Callable:
+    sizes, group = {
+        "text": ("width, layers, vocab_size and context_length", "cond_stage_config"),
+        "image": ("size, patch, width, layers and projection", "img_cond_stage_config"),
+    }[name]
+
+    def tower(_: Any) -> Any:
         raise UserError(
-            f"{checkpoint}: a text tower of width {width} is none of OpenCLIP's; its number of attention heads is not in the file: "
-            "add `heads`, with width, layers, vocab_size and context_length, to cond_stage_config.params of the YAML"
+            f"{checkpoint}: {name} tower of width {width}: none of OpenCLIP's; its number of attention heads is not in the file: "
+            f"add `heads`, with {sizes}, to {group}.params of the YAML"
         )
 
-    return text
+    return tower
 
 
 def bind(make: Callable, weights: Mapping[str, Any]) -> Any:
@@ -99,37 +120,49 @@ def constructors(settings: Settings, dtype: Any) -> dict[str, Callable]:
         "denoiser": lambda rngs: UNet3D(settings.unet, rngs=rngs, dtype=dtype),
         "autoencoder": lambda rngs: make_autoencoder(settings.autoencoder, rngs, dtype),
         "text": lambda rngs: make_text_tower(settings.text, rngs, dtype),
+        "image": lambda rngs: ImageTower(settings.image, rngs=rngs, dtype=dtype),
+        "resampler": lambda rngs: Resampler(settings.resampler, settings.image.width, settings.unet.context_dim, rngs=rngs, dtype=dtype),
     }
 
 
-def read_checkpoint(path: str | pathlib.Path, yaml: str | pathlib.Path | None = None) -> tuple[Settings, Weights]:
+def read_checkpoint(path: str | pathlib.Path, yaml: str | pathlib.Path | None = None, only: str | None = None) -> tuple[Settings, Weights]:
     """({network: {our path: array}}, not yet read, of the networks that a file holds) and what they are.
 
     The file may be a whole model or one network with or without its prefix. Every tensor's name and shape is checked against
-    the YAML, or without one against the architecture that the shapes imply. Raises UserError.
+    the YAML, or without one against the architecture that the shapes imply. only: the one network to read, if it is there.
+    Raises UserError, which lists the faults of every network.
     """
     settings = read_yaml(yaml) if yaml else None
     parts = _parts(files.read_tensors(path), path)
-    try:
-        if settings is None:
-            settings = _inferred(parts)
-        elif "text" in parts and settings.text == TextConfig():
-            # The reference's YAML never gives the size of the tower.
-            settings = dataclasses.replace(settings, text=architecture.text_config(parts["text"]))
-        make = constructors(settings, jnp.float32)
-        return settings, {name: TABLES[name].to_jax(parts[name], Network.of(make[name]).shapes, lazy=True) for name in parts}
-    except ValueError as error:
-        raise UserError(f"{path}: {error}" + (f"\n(the configuration is that of {yaml})" if yaml else "")) from error
+    if only in parts:
+        parts = {only: parts[only]}
+    errors: list[str] = []
 
+    def attempt(call: Callable, *args: Any, **options: Any) -> Any:
+        try:
+            return call(*args, **options)
+        except ValueError as error:
+            errors.append(str(error))
+            return None
 
-def _inferred(parts: Mapping[str, Mapping[str, Lazy]]) -> Settings:
-    network = architecture.unet_config(parts["denoiser"]) if "denoiser" in parts else UNetConfig()
-    return Settings(
-        network,
-        architecture.autoencoder_config(parts["autoencoder"]) if "autoencoder" in parts else AutoencoderConfig(),
-        architecture.text_config(parts["text"]) if "text" in parts else TextConfig(),
-        DYNAMICRAFTER if network.image_cross_attention else VIDEOCRAFTER,
-    )
+    unknown = list(parts)
+    if settings is not None:  # the reference's YAML never gives the sizes of the towers
+        unknown = [name for name, default in (("text", TextConfig()), ("image", ImageConfig())) if getattr(settings, name) == default]
+    inferred = {name: attempt(_INFERRED[name][1], parts[name]) for name in unknown if name in parts}
+    if settings is None:
+        network = inferred.get("denoiser") or UNetConfig()
+        trained = DYNAMICRAFTER if network.image_cross_attention else VIDEOCRAFTER
+        settings = Settings(network, AutoencoderConfig(), TextConfig(), trained)
+    settings = dataclasses.replace(settings, **{_INFERRED[name][0]: config for name, config in inferred.items() if config is not None})
+    if "proj_in.weight" in parts.get("resampler", {}) and "image" not in parts:
+        width = parts["resampler"]["proj_in.weight"].shape[-1]
+        settings = dataclasses.replace(settings, image=dataclasses.replace(settings.image, width=width))
+    make = constructors(settings, jnp.float32)
+    described = [name for name in parts if inferred.get(name, name) is not None]
+    weights = {name: attempt(TABLES[name].to_jax, parts[name], Network.of(make[name]).shapes, lazy=True) for name in described}
+    if errors:
+        raise UserError(f"{path}: " + "\n".join(errors) + (f"\n(the configuration is that of {yaml})" if yaml else ""))
+    return settings, weights
 
 
 def _parts(tensors: Mapping[str, Lazy], path: str | pathlib.Path) -> dict[str, dict[str, Lazy]]:
@@ -139,10 +172,12 @@ def _parts(tensors: Mapping[str, Lazy], path: str | pathlib.Path) -> dict[str, d
         for name, (mark, prefixes) in _MARKS.items():
             for prefix in prefixes:
                 if prefix + mark in tensors:
-                    return {name: select(tensors, prefix)}
+                    parts[name] = select(tensors, prefix)
+        if parts:
+            return parts
         first = ", ".join(sorted(tensors)[:3])
         raise UserError(
-            f"{path}: holds no U-Net, autoencoder or text tower in the reference's names ({', '.join(t.PREFIX for t in TABLES.values())}); "
+            f"{path}: holds no network in the reference's names ({', '.join(t.PREFIX for t in TABLES.values())}); "
             f"it holds {len(tensors)} tensors: {first}, ..."
         )
     prefixes = tuple(table.PREFIX for table in TABLES.values())

@@ -12,7 +12,8 @@ from typing import Any
 import yaml
 
 from motif_jax import config as configuration
-from motif_jax.config import AutoencoderConfig, Config, DiffusionConfig, TextConfig, UNetConfig, UserError
+from motif_jax.config import AutoencoderConfig, Config, DiffusionConfig, ImageConfig, ResamplerConfig, TextConfig, UNetConfig, UserError
+from motif_jax.models.attention import IMAGE_TOKENS
 
 # Defaults of the reference's U-Net where its YAML is silent, as far as they differ from ours.
 _UNET_DEFAULTS = {"temporal_conv": False, "temporal_attention": True, "addition_attention": False, "fps_cond": False}
@@ -32,13 +33,15 @@ _UNET_FIXED = {
     "resblock_updown": False,
     "conv_resample": True,
     "tempspatial_aware": False,
-    "image_cross_attention_scale_learnable": False,
     "dims": 2,
     "num_heads": -1,
     "temporal_transformer_depth": 1,
 }
 _UNET_IRRELEVANT = {"use_checkpoint", "temporal_length", "image_size", "use_fp16", "default_fs", "legacy", "kernel_size_t", "padding_t"}
-_TEXT_ARCH = "ViT-H-14"
+_ARCH = "ViT-H-14"  # of both OpenCLIP towers
+# The reference's names of the resampler's sizes, and what is fixed here.
+_RESAMPLER_NAMES = {"dim": "width", "depth": "depth", "heads": "heads", "dim_head": "head_width", "video_length": "frames"}
+_RESAMPLER_FIXED = {"num_queries": IMAGE_TOKENS, "ff_mult": 4}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,10 +52,12 @@ class Settings:
     autoencoder: AutoencoderConfig
     text: TextConfig
     diffusion: DiffusionConfig
+    image: ImageConfig = ImageConfig()
+    resampler: ResamplerConfig = ResamplerConfig()
 
     @classmethod
     def of(cls, config: Config) -> "Settings":
-        return cls(config.unet, config.autoencoder, config.text, config.diffusion)
+        return cls(config.unet, config.autoencoder, config.text, config.diffusion, config.image, config.resampler)
 
 
 def read_yaml(path: str | pathlib.Path) -> Settings:
@@ -78,9 +83,11 @@ def read_yaml(path: str | pathlib.Path) -> Settings:
     autoencoder = _autoencoder(model, errors)
     text = _text(group(model, "cond_stage_config", "params", need=False), errors)
     diffusion = _diffusion(model, errors)
+    image = _image(group(model, "img_cond_stage_config", "params", need=False), errors)
+    resampler = _resampler(group(model, "image_proj_stage_config", "params", need=False), errors)
     if errors:
         raise UserError(f"{path}: this YAML does not describe networks that are known here:\n  " + "\n  ".join(errors))
-    return Settings(unet, autoencoder, text, diffusion)
+    return Settings(unet, autoencoder, text, diffusion, image, resampler)
 
 
 def _build(cls: type, given: dict[str, Any], prefix: str, errors: list[str]) -> Any:
@@ -148,14 +155,32 @@ def _text(params: dict[str, Any], errors: list[str]) -> TextConfig | None:
     """The reference builds ViT-H/14 whatever its YAML says; towers of another size are named by TextConfig's fields, or `text_cfg`."""
     if params.get("layer", "penultimate") != "penultimate":
         errors.append(f"cond_stage_config.params.layer={params['layer']!r}: only 'penultimate' is supported")
-    if params.get("arch", _TEXT_ARCH) != _TEXT_ARCH:
-        errors.append(f"cond_stage_config.params.arch={params['arch']!r}: only {_TEXT_ARCH!r} is supported")
+    if params.get("arch", _ARCH) != _ARCH:
+        errors.append(f"cond_stage_config.params.arch={params['arch']!r}: only {_ARCH!r} is supported")
     sizes = params.get("text_cfg", params)
     given = {key: sizes[key] for key in ("vocab_size", "context_length", "width", "layers", "heads") if key in sizes}
     given |= {"kind": params["kind"]} if "kind" in params else {}
     if "max_length" in params:
         given.setdefault("context_length", params["max_length"])
     return _build(TextConfig, given, "cond_stage_config.params.", errors)
+
+
+def _image(params: dict[str, Any], errors: list[str]) -> ImageConfig | None:
+    """As for the text tower: another size than ViT-H/14 is named by ImageConfig's fields."""
+    if params.get("arch", _ARCH) != _ARCH:
+        errors.append(f"img_cond_stage_config.params.arch={params['arch']!r}: only {_ARCH!r} is supported")
+    given = {f.name: params[f.name] for f in dataclasses.fields(ImageConfig) if f.name in params}
+    return _build(ImageConfig, given, "img_cond_stage_config.params.", errors)
+
+
+def _resampler(params: dict[str, Any], errors: list[str]) -> ResamplerConfig | None:
+    for key, value in _RESAMPLER_FIXED.items():
+        if params.get(key, value) != value:
+            errors.append(f"image_proj_stage_config.params.{key}={params[key]!r}: only {value} is supported")
+    given = {ours: params[key] for key, ours in _RESAMPLER_NAMES.items() if key in params}
+    if params:
+        given.setdefault("frames", 1)  # the 256 model has one set of tokens for all frames
+    return _build(ResamplerConfig, given, "image_proj_stage_config.params.", errors)
 
 
 def _diffusion(model: dict[str, Any], errors: list[str]) -> DiffusionConfig | None:
@@ -183,12 +208,12 @@ def _diffusion(model: dict[str, Any], errors: list[str]) -> DiffusionConfig | No
 def to_yaml(settings: Settings) -> str:
     """The YAML of exported weights, in VideoCrafter's dialect for eps, in DynamiCrafter's for what only that can express."""
     u, a, t, d = settings.unet, settings.autoencoder, settings.text, settings.diffusion
-    videocrafter = d.prediction == "eps"
+    videocrafter = d.prediction == "eps" and not u.image_cross_attention
     unet = {f.name: getattr(u, f.name) for f in dataclasses.fields(u) if f.name not in ("temporal_dropout", "norm_groups", "fps_cond")}
     unet = {k: list(v) if isinstance(v, tuple) else v for k, v in unet.items()}
     unet["fps_cond" if videocrafter else "fs_condition"] = u.fps_cond
     if not u.image_cross_attention:
-        del unet["image_cross_attention"]
+        del unet["image_cross_attention"], unet["image_cross_attention_scale_learnable"]
     unet |= {key: _UNET_FIXED[key] for key in ("use_linear", "temporal_selfatt_only", "use_relative_position", "use_causal_attention")}
     unet |= {} if u.norm_groups == 32 else {"norm_groups": u.norm_groups}
     params = {
@@ -213,10 +238,13 @@ def to_yaml(settings: Settings) -> str:
     params["unet_config"] = {"target": "lvdm.modules.networks.openaimodel3d.UNetModel", "params": unet}
     params["first_stage_config"] = _autoencoder_yaml(a)
     params["cond_stage_config"] = _text_yaml(t)
+    if u.image_cross_attention:
+        params |= {"img_cond_stage_config": _image_yaml(settings.image), "image_proj_stage_config": _resampler_yaml(settings)}
     head = "# Written with the weights beside it.\n"
     if d.prediction not in ("eps", "v", "x0"):
         head += f"# The reference has no parameterization {d.prediction!r}; its networks load the weights all the same.\n"
-    return head + yaml.safe_dump({"model": {"target": "lvdm.models.ddpm3d.LatentDiffusion", "params": params}}, sort_keys=False)
+    target = "lvdm.models.ddpm3d." + ("LatentVisualDiffusion" if u.image_cross_attention else "LatentDiffusion")
+    return head + yaml.safe_dump({"model": {"target": target, "params": params}}, sort_keys=False)
 
 
 def _autoencoder_yaml(a: AutoencoderConfig) -> dict[str, Any]:
@@ -237,3 +265,17 @@ def _text_yaml(t: TextConfig) -> dict[str, Any]:
         {} if published else {**sizes, "layers": t.layers} | ({"heads": t.heads} if t.heads else {})
     )
     return {"target": "lvdm.modules.encoders.condition.FrozenOpenCLIPEmbedder", "params": params}
+
+
+def _image_yaml(i: ImageConfig) -> dict[str, Any]:
+    if i.kind == "random":
+        return {"target": "motif_jax.models.image.ImageTower", "params": dataclasses.asdict(i)}
+    sizes = {name: value for name, value in dataclasses.asdict(i).items() if value} if i != ImageConfig() else {}
+    return {"target": "lvdm.modules.encoders.condition.FrozenOpenCLIPImageEmbedderV2", "params": {"freeze": True, **sizes}}
+
+
+def _resampler_yaml(settings: Settings) -> dict[str, Any]:
+    r = dataclasses.asdict(settings.resampler)
+    params = {key: r[ours] for key, ours in _RESAMPLER_NAMES.items() if ours != "frames" or r["frames"] > 1} | _RESAMPLER_FIXED
+    params |= {"embedding_dim": settings.image.width, "output_dim": settings.unet.context_dim}
+    return {"target": "lvdm.modules.encoders.resampler.Resampler", "params": params}

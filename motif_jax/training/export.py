@@ -5,8 +5,10 @@ from typing import Any
 
 from motif_jax.config import UserError
 from motif_jax.interop import files
+from motif_jax.interop import resampler as resampler_table
 from motif_jax.interop.buffers import schedule_buffers
 from motif_jax.interop.imported import imported_settings, is_imported
+from motif_jax.interop.names import select
 from motif_jax.interop.reference import TABLES
 from motif_jax.interop.settings import Settings, to_yaml
 from motif_jax.training import weights
@@ -19,7 +21,7 @@ def export(
 ) -> tuple[pathlib.Path, int, list[str]]:
     """Writes `output` (.safetensors, or .ckpt, which needs PyTorch) and the same name with .yaml.
 
-    kind: see `weights.load`. frozen: also the autoencoder, the text tower and, of a model that predicts eps, the
+    kind: see `weights.load`. frozen: also the autoencoder, the towers and, of a model that predicts eps, the
     schedule's tables: VideoCrafter's whole checkpoint. Returns the YAML's path, the number of tensors and
     remarks on what the reference reads differently. Raises UserError; then neither file is there.
     """
@@ -37,9 +39,14 @@ def export(
             )
         settings = Settings.of(config)
     found = weights.load(directory, kind)
-    names = ["denoiser"]
+    resampler = select(found["denoiser"], resampler_table.PREFIX) if "denoiser" in found else {}
+    if resampler:
+        unet = {name: value for name, value in found["denoiser"].items() if not name.startswith(resampler_table.PREFIX)}
+        found |= {"denoiser": unet, "resampler": resampler}
+    names = ["denoiser"] + ["resampler"] * bool(resampler)
     if frozen:  # those that have weights
         names += ["autoencoder"] * (settings.autoencoder.kind == "kl") + ["text"] * (settings.text.kind == "openclip")
+        names += ["image"] * (settings.unet.image_cross_attention and settings.image.kind == "openclip")
     missing = [name for name in names if name not in found]
     if missing:
         raise UserError(f"{directory}: holds no weights of the {' and '.join(missing)}")
