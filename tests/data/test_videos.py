@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from motif_jax.data import videos
-from motif_jax.data.videos import VideoError, choose_clip, cover, read_clip, read_image, save_video
+from motif_jax.data.videos import VideoError, choose_clip, cover, read_clip, read_image, read_video, save_video
 
 BITS = 8  # a numbered frame shows its number as black and white bars, which survive every codec
 
@@ -281,6 +281,42 @@ def test_truncated_file(tmp_path, name):
     path = write(tmp_path / name, noise, **options)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     assert kind_of(path) == "truncated"
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.gif"])
+def test_a_whole_video(tmp_path, name):
+    frames = numbered(23)
+    if name == "a.gif":
+        save_video(tmp_path / name, frames, 10)
+    else:
+        write(tmp_path / name, frames)
+    clip = read_video(tmp_path / name)
+    assert clip.frames.shape == (23, 48, 64, 3) and clip.fps == pytest.approx(10)
+    assert [number(f) for f in clip.frames] == list(range(23))
+
+
+def test_a_whole_video_shows_a_long_frame_for_as_long(tmp_path):
+    pts = [100, 200, 300, 600, 700, 800, 900]
+    path = write(tmp_path / "vfr.mkv", numbered(7), "ffv1", "yuv420p", pts=pts)
+    # Between frames 2 and 3 lie 300 ms; a point of the grid in the middle goes to the nearer one.
+    assert [number(f) for f in read_video(path).frames] == [0, 1, 2, 2, 3, 3, 4, 5, 6]
+
+
+def test_whole_videos_that_are_none(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (60, 48, 64, 3), np.uint8)
+    cut = write(tmp_path / "cut.mp4", noise, container_options={"movflags": "faststart"})
+    cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
+    (tmp_path / "empty.mp4").touch()
+    (tmp_path / "text.mp4").write_text("no video")
+    for name, kind in (
+        ("cut.mp4", "truncated"),
+        ("empty.mp4", "cannot be read"),
+        ("text.mp4", "cannot be read"),
+        ("no.mp4", "missing file"),
+    ):
+        with pytest.raises(VideoError) as refused:
+            read_video(tmp_path / name)
+        assert refused.value.kind == kind
 
 
 def test_index_cut_off(tmp_path):
