@@ -83,9 +83,9 @@ def compare(a: str, b: str, votes: Sequence[Vote], samples: int, seed: int) -> d
     for_a = np.array([sum(s) for s in scores])
     verdicts = np.where(for_a * 2 == totals, 0.5, for_a * 2 > totals)
     clusters = [group[0].image or group[0].pair for group in pairs]
-    scenarios = [group[0].scenario or cluster for group, cluster in zip(pairs, clusters, strict=True)]
+    scenarios = [group[0].scenario for group in pairs] if all(group[0].scenario for group in pairs) else []
     weights = preference.cluster_weights(clusters, samples, seed)
-    by_scenario = preference.cluster_weights(scenarios, samples, seed)
+    by_scenario = preference.cluster_weights(scenarios, samples, seed) if len(set(scenarios)) >= MIN_CLUSTERS else None
 
     def rate(hits: np.ndarray, counts: np.ndarray) -> dict[str, Any]:
         share, *bootstrap = preference.share_interval(hits, counts, weights)

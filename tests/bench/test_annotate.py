@@ -1,0 +1,192 @@
+"""`annotate build` and `export`: what a study folder holds, what it gives away, and which mistakes it names."""
+
+import csv
+import json
+import math
+
+import av
+import numpy as np
+import pytest
+
+from motif_jax.bench import __main__ as bench
+from motif_jax.bench import study, study_clips
+from motif_jax.data import videos
+
+
+def annotate(*arguments) -> None:
+    bench.main(["annotate", *map(str, arguments)])
+
+
+def probe(path) -> tuple:
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        metadata = {**container.metadata, **stream.metadata}
+        return stream.codec_context.name, stream.width, stream.height, stream.frames, stream.average_rate, tuple(sorted(metadata.items()))
+
+
+def test_all_videos_differ_in_nothing_but_what_they_show(small_study):
+    files = sorted((small_study / "page" / "media").iterdir())
+    clips = [f for f in files if f.suffix == ".mp4"]
+    assert len(clips) == 6 + 4 + 3 and len(files) == len(clips) + 3
+    assert len({probe(f) for f in clips}) == 1
+    codec, width, height, frames, rate, _ = probe(clips[0])
+    assert (codec, width, height, frames, rate) == ("h264", 64, 64, 8, 8)
+    assert {f.stat().st_mtime for f in files} == {0}
+    assert all(len(f.stem) == 16 and set(f.stem) <= set("0123456789abcdef") for f in files)
+
+
+def test_clips_show_what_the_key_says(small_study, material):
+    """The first second of both systems, the faster one thinned to 8 frames a second; 30 dB: two generations of H.264 at crf 17."""
+    key = study.load(small_study)
+    originals = {
+        "zebrafish": lambda p: videos.read_clip(material.folder / "zebrafish" / f"{p}_0.mp4", 8, 64, 64, lambda _: (0, 1)).frames,
+        "quokka": lambda p: videos.read_clip(material.folder / "quokka" / f"{p}.gif", 8, 64, 64, lambda _: (0, 2)).frames,
+    }
+    checked = 0
+    for name, clip in key.clips.items():
+        shown = videos.read_clip(small_study / "page" / "media" / name, 8, 64, 64, lambda _: (0, 1)).frames
+        wanted = originals[clip.model](clip.pair)
+        mse = np.square(shown.astype(float) - wanted).mean()
+        psnr = 10 * math.log10(255**2 / mse)
+        assert (psnr > 30) == (not clip.damage), (clip, psnr)
+        checked += not clip.damage
+    assert checked == 6
+
+
+def test_nothing_that_is_shipped_names_a_system(small_study, material):
+    secrets = [*material.systems, "pair0", "squares", str(material.folder), "secret"]
+    for path in (small_study / "page").rglob("*"):
+        assert not any(s in path.name for s in secrets)
+        if path.is_file():
+            data = path.read_bytes()
+            assert not [s for s in secrets if s.encode() in data], path
+    key = json.loads((small_study / "key.json").read_text())
+    assert key["models"] == list(material.systems)
+
+
+def test_examples_and_gold_items_have_a_damaged_video(small_study):
+    key = study.load(small_study)
+    assert [t.reason for t in key.training] == list(study.REASONS) and {t.better for t in key.training} == {"left", "right"}
+    golds = [t for tasks in key.sheets.values() for t in tasks if t.kind == "gold"]
+    for t in [*key.training, *golds]:
+        damaged, sound = (t.right, t.left) if t.better == "left" else (t.left, t.right)
+        assert key.clips[damaged].damage and not key.clips[sound].damage
+        assert key.clips[damaged].pair == key.clips[sound].pair == key.pairs[t.pair].id
+    assert len({key.clips[t.left].model for t in key.training}) == 2
+
+
+@pytest.mark.parametrize("name", ["recoloured", "frozen", "shuffled", "coarse", "torn"])
+def test_damage_is_damage(name):
+    """Every damage leaves size and type, and changes a moving picture by far more than an encoder does."""
+    frames = np.random.default_rng(0).integers(0, 255, (1, 48, 40, 3), np.uint8)
+    frames = np.concatenate([np.roll(frames, 5 * t, axis=2) for t in range(8)])
+    out = getattr(study_clips, name)(frames, np.random.default_rng(1))
+    assert out.shape == frames.shape and out.dtype == np.uint8
+    assert np.abs(out.astype(float) - frames).mean() > 10
+    if name == "frozen":
+        assert (out == frames[0]).all()
+    if name == "shuffled":
+        assert sorted(f.tobytes() for f in out) == sorted(f.tobytes() for f in frames)
+
+
+def test_three_systems_all_against_all(material, tmp_path):
+    options = (f"--videos=third={material.folder / 'quokka'}", "--size=32x48", "--annotators=3", "--no_training", "--gold=0", "--ties")
+    key = study.load(material.build(tmp_path / "study", *options))
+    assert key.comparisons == [("zebrafish", "quokka"), ("zebrafish", "third"), ("quokka", "third")]
+    assert not key.training and key.ties and sum(t.kind == "pair" for tasks in key.sheets.values() for t in tasks) == 3 * 3 * 3
+    assert probe(next((tmp_path / "study" / "page" / "media").glob("*.mp4")))[1:3] == (48, 32)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--frames=11"], r"--frames=11: .*pair0_0.mp4 has only 8"),
+        (["--fps=5"], "no whole multiple"),
+        (["--fps=16"], "no whole multiple"),
+        (["--size=33"], "--size=33"),
+        (["--annotators=0"], "--annotators=0: at least 1"),
+        (["--pairs=zebrafish:nobody"], "--pairs=zebrafish:nobody"),
+        (["--videos=quokka=elsewhere"], "every name once"),
+        (["--videos=third={folder}/empty"], "3 of 9 videos are missing: third has none of pair0"),
+        (["--videos=third={folder}/broken"], r"2 of 9 files cannot be used: .*pair1.mp4: cannot be read"),
+    ],
+)
+def test_mistakes_are_one_line(material, tmp_path, options, message):
+    (material.folder / "empty").mkdir(exist_ok=True)
+    broken = material.folder / "broken"
+    broken.mkdir(exist_ok=True)
+    (broken / "pair0.mp4").write_bytes((material.folder / "zebrafish" / "pair0_0.mp4").read_bytes())
+    for n in (1, 2):
+        (broken / f"pair{n}.mp4").write_bytes(b"no video")
+    with pytest.raises(SystemExit, match=message):
+        material.build(tmp_path / "study", *(o.format(folder=material.folder) for o in options))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_study_is_never_overwritten(small_study, material):
+    with pytest.raises(SystemExit, match="exists already"):
+        material.build(small_study)
+
+
+def answer(task, annotator="anna", sheet="1-1", **more) -> dict:
+    record = {"task": task.id, "annotator": annotator, "sheet": sheet, "choice": "left", "reasons": ["text_alignment"]}
+    return record | {"comment": "", "seconds": 12.5, "plays": 2, "time": "2026-01-01T00:00:00Z"} | more
+
+
+def test_export_says_which_system_won(small_study, tmp_path):
+    key = study.load(small_study)
+    tasks = key.sheets["1-1"]
+    downloaded = {"study": key.id, "annotator": "anna", "votes": [answer(t) for t in [*key.training, *tasks]]}
+    (tmp_path / "anna.json").write_text(json.dumps(downloaded))
+    for name in ("votes.csv", "votes.json"):  # the same file twice counts once
+        annotate(
+            "export", f"--study={small_study}", "--votes", tmp_path / "anna.json", tmp_path / "anna.json", f"--output={tmp_path / name}"
+        )
+    rows = json.loads((tmp_path / "votes.json").read_text())
+    with (tmp_path / "votes.csv").open(newline="") as file:
+        assert [r["pair"] for r in csv.DictReader(file)] == [r["pair"] for r in rows]
+    assert len(rows) == len(key.training) + len(tasks)
+    for row, task in zip(rows[len(key.training) :], tasks, strict=True):
+        assert row["task"] == task.id and row["kind"] == task.kind and row["seconds"] == 12.5
+        assert (row["left"], row["right"]) == tuple(
+            key.clips[n].model + (" (gold)" if key.clips[n].damage else "") for n in (task.left, task.right)
+        )
+        assert row["image"] == row["pair"].replace("pair", "image") and row["scenario"] == "squares"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"comment": "x" * 10_000_000}, "comment: expected 0 to 1000"),
+        ({"annotator": "x" * 10_000_000}, "annotator: expected 1 to 100"),
+        ({"annotator": " "}, "annotator"),
+        ({"annotator": "a\x00b"}, "no text"),
+        ({"comment": "\ud800"}, "no text"),
+        ({"task": "'; DROP TABLE votes"}, "no such task"),
+        ({"task": ["x"]}, "no such task"),
+        ({"sheet": "9-9"}, "sheet"),
+        ({"choice": "tie"}, "choice: expected left or right"),
+        ({"choice": ["left"]}, "choice"),
+        ({"reasons": []}, "at least one"),
+        ({"reasons": ["charm"]}, "reasons"),
+        ({"reasons": "text_alignment"}, "reasons"),
+        ({"plays": 0}, "watched to the end"),
+        ({"plays": True}, "plays"),
+        ({"seconds": float("nan")}, "seconds"),
+        ({"seconds": "12"}, "seconds"),
+    ],
+)
+def test_a_downloaded_file_with_a_bad_vote_loses_that_vote_only(small_study, tmp_path, capsys, change, message):
+    key = study.load(small_study)
+    first, second = key.sheets["1-1"][:2]
+    (tmp_path / "v.json").write_text(json.dumps({"study": key.id, "votes": [answer(first) | change, answer(second), "nonsense"]}))
+    annotate("export", f"--study={small_study}", f"--votes={tmp_path / 'v.json'}", f"--output={tmp_path / 'out.json'}")
+    said = capsys.readouterr().out
+    assert message in said and len(said) < 2000
+    assert [v["task"] for v in json.loads((tmp_path / "out.json").read_text())] == [second.id]
+
+
+def test_votes_of_another_study_are_refused(small_study, tmp_path):
+    (tmp_path / "v.json").write_text(json.dumps({"study": "other", "votes": []}))
+    with pytest.raises(SystemExit, match="another study"):
+        annotate("export", f"--study={small_study}", f"--votes={tmp_path / 'v.json'}", f"--output={tmp_path / 'out.json'}")
