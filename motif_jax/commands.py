@@ -1,5 +1,8 @@
 """How every entry point runs: one clear line instead of a traceback for whatever the user can mend."""
 
+import os
+import pathlib
+import platform
 import sys
 from collections.abc import Callable
 
@@ -8,6 +11,14 @@ from absl import app, flags, logging
 from motif_jax.config import Config, UserError, from_config_dict
 
 HELP = frozenset({"--help", "-help", "-h", "--helpshort", "--helpfull", "-?"})
+
+
+def keep_compiled_programs() -> None:
+    """Lets JAX keep what it compiles in ~/.cache/motif_jax, where the next start finds it; JAX_COMPILATION_CACHE_DIR says otherwise.
+
+    One directory a host: a CPU cannot run what was compiled for another. For before JAX is imported.
+    """
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path("~/.cache/motif_jax").expanduser() / platform.node()))
 
 
 def run(name: str, main: Callable[[list[str]], None]) -> None:
@@ -23,6 +34,8 @@ def run(name: str, main: Callable[[list[str]], None]) -> None:
         except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:  # from a configuration file or an override of it
             reason = str(error.args[0] if error.args else error).strip("'\"").replace("\\n", " ")
             sys.exit(f"{name}: --config: {' '.join(reason.split())}")
+
+    keep_compiled_programs()
 
     def guarded(arguments: list[str]) -> None:
         if not flags.FLAGS["verbosity"].present:

@@ -191,10 +191,56 @@ def test_synthetic_benchmark(environment, trained):
     assert "How often it does what it is told" in (trained / "report.html").read_text()
 
 
+def test_benchmark_of_a_users_list(environment, trained, tmp_path):
+    """generate in two jobs and a repeat that finds all there, then score of what it made."""
+    from PIL import Image
+
+    folder = tmp_path / "TI2V-Bench"
+    folder.mkdir()
+    lines = ["image,prompt"]
+    for n in range(2):
+        Image.fromarray(np.random.default_rng(n).integers(0, 256, (40, 60, 3), dtype=np.uint8)).save(folder / f"dot{n}.jpg")
+        lines.append(f"TI2V-Bench/dot{n}.jpg,The red circle moves left.")
+    (tmp_path / "prompt.csv").write_text("\n".join(lines))
+    made = tmp_path / "made"
+    command = (
+        "motif_jax.bench",
+        "generate",
+        f"--workdir={trained}",
+        f"--list={tmp_path}",
+        f"--output={made}",
+        "--seeds=0,1",
+        "--batch_size=2",
+    )
+    for task in (0, 1):
+        assert "2 videos, 0 done before" in run(environment, *command, f"--task_index={task}", "--task_count=2")
+    before = {p.name: p.read_bytes() for p in made.iterdir()}
+    assert {f"dot{n}_the_red_circle_moves_left_{s}.mp4" for n in (0, 1) for s in (0, 1)} | {"manifest.json"} == set(before)
+    assert "4 videos, 4 done before" in run(environment, *command)
+    assert {p.name: p.read_bytes() for p in made.iterdir()} == before
+    assert "made otherwise (guidance" in run(environment, *command, "--guidance=2", expect=1)
+    text = run(environment, "motif_jax.bench", "score", f"--list={tmp_path}", f"--videos=ours={made}", f"--output={tmp_path / 'scores'}")
+    assert "| ours | 2 |" in text and "| static | 2 | 0.0 | 0.00 |" in text
+    found = json.loads((tmp_path / "scores" / "scores.json").read_text())
+    assert found["models"]["ours"]["videos"] == 4 and not found["problems"]
+
+
 @pytest.mark.parametrize("module", ["main", "prepare", "sample", "convert", "bench"])
 def test_help(environment, module):
     text = run(environment, f"motif_jax.{module}", "--help")
     assert f"python -m motif_jax.{module}" in text and "--" in text
+
+
+def test_compiled_programs_are_kept_where_the_user_says(monkeypatch, tmp_path):
+    from motif_jax import commands
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    commands.keep_compiled_programs()
+    assert pathlib.Path(os.environ["JAX_COMPILATION_CACHE_DIR"]).is_relative_to(tmp_path / ".cache" / "motif_jax")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "elsewhere")
+    commands.keep_compiled_programs()
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"] == "elsewhere"
 
 
 BAD_CALLS = {

@@ -4,16 +4,17 @@ import argparse
 import importlib
 import sys
 
+from motif_jax import commands
 from motif_jax.config import UserError
 
 # Each module has `add_arguments(parser)` and `run(arguments)`, and is loaded only when its command is called.
 COMMANDS = {
+    "ablation": ("motif_jax.bench.ablation", "arms of the ablation against each other on the synthetic world"),
     "annotate": ("motif_jax.bench.annotate", "let people judge: build a study of video pairs, serve it, export the votes"),
     "generate": ("motif_jax.bench.generate", "videos of every pair of a list, for one or more seeds, from a trained run"),
     "report": ("motif_jax.bench.preference_report", "what the votes say: win rates, reasons, agreement, as a page and a json"),
     "score": ("motif_jax.bench.score", "motion, steadiness and likeness to the image of any model's videos, as a page and tables"),
     "synthetic": ("motif_jax.bench.synthetic", "how often samples of the synthetic world do what their sentence says"),
-    "ablation": ("motif_jax.bench.ablation", "arms of the ablation against each other on the synthetic world"),
 }
 
 
@@ -26,6 +27,7 @@ def main(argv: list[str]) -> None:
     )
     overview.add_argument("command", choices=COMMANDS, metavar="COMMAND")
     name = overview.parse_args(argv[:1]).command
+    commands.keep_compiled_programs()
     command = importlib.import_module(COMMANDS[name][0])
     parser = argparse.ArgumentParser(
         prog=f"{overview.prog} {name}", description=command.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
