@@ -49,9 +49,10 @@ class PrepareConfig:
     frame_stride_max: int = _f(6, "largest distance between sampled frames, in source frames", low=1)
     clips_per_video: int = _f(1, "clips cut from each video", low=1)
     clips_per_shard: int = _f(64, "records per ArrayRecord shard", low=1)
-    flow: str = _f("raft_small", "flow estimator", choices=("raft_small", "raft_large", "exact"))
-    flow_weights: str = _f("", "RAFT weights, .safetensors or .pth, original or torchvision names; '' only with flow=exact")
+    flow: str = _f("raft_small", "flow estimator; dis needs no weights", choices=("raft_small", "raft_large", "dis", "exact"))
+    flow_weights: str = _f("", "RAFT weights, .safetensors or .pth, original or torchvision names; '' only with flow=dis or exact")
     flow_iterations: int = _f(12, "RAFT refinement iterations", low=1)
+    flow_dtype: str = _f("float32", "type of RAFT's convolutions; correlation and positions stay float32", choices=("float32", "bfloat16"))
     flow_stride: int = _f(8, "pixels per cell of the stored flow; 8 is RAFT's and the latents' grid", low=1)
     image_format: str = _f("jpeg", "how frames are stored", choices=("jpeg", "png"))
     jpeg_quality: int = _f(90, "JPEG quality", low=1, high=100)
@@ -355,6 +356,10 @@ def _contradictions(c: Config) -> list[str]:
     check(
         c.prepare.flow == "exact" or c.prepare.flow_stride % 8 == 0,
         f"prepare.flow_stride={c.prepare.flow_stride}: RAFT's grid is 8 pixels; smaller cells exist for flow=exact only",
+    )
+    check(
+        c.prepare.motion_max == 0.0 or c.prepare.motion_min < c.prepare.motion_max,
+        f"prepare.motion_max={c.prepare.motion_max}: must exceed prepare.motion_min={c.prepare.motion_min}, or be 0 (off)",
     )
     check(
         c.batch_size % c.grad_accumulation == 0,

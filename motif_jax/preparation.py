@@ -12,11 +12,16 @@ import pathlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from motif_jax.config import Config, UserError
-from motif_jax.data import captions, pipeline, shards
+from motif_jax.data import captions, shards, verification
 from motif_jax.data.shards import Shard, Skipped
 from motif_jax.data.sources import FlowEstimator, Source, SpriteClips, VideoClips, identity
+from motif_jax.data.storage import Path, location
+
+if TYPE_CHECKING:
+    from motif_jax.towers import Towers
 
 _SECONDS_BETWEEN_LINES = 5.0
 
@@ -73,23 +78,40 @@ def prepare(
     else:
         written = _run_on_beam(config, source, output, mine, beam_options)
 
-    missing = shards.finish(job.directory, job.plan, job.plan_id, job.source.layout, job.source.settings)
+    missing = job.finish()
     summary = job.summary(written, len(mine) - written, missing)
     log(_summary_line(summary, job.directory, time.monotonic() - began))
     if missing:
         log(f"{missing} of {len(job.plan)} shards belong to other tasks and are not there yet; the last task to end completes the dataset")
     elif preview:
-        _write_previews(config, job.directory, preview, log)
+        from motif_jax import preview as pages  # loads JAX
+
+        if not isinstance(job.directory, pathlib.Path):
+            raise UserError(f"--preview reads local files: copy {job.directory} to a disk and prepare there once more (docs/data.md)")
+        pages.write(config, job.directory, preview, job.towers.decode if job.towers else None, summary.skipped, log)
     return summary
+
+
+def verify(output: str | os.PathLike, log: Log = _say) -> None:
+    """Reads everything that a finished dataset holds. Raises UserError naming every file that is missing, damaged or outdated."""
+    directory = location(str(output))
+    bad = verification.verify(directory)
+    for line in bad:
+        log(line)
+    if bad:
+        names = ", ".join(line.split()[0] for line in bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
+        raise UserError(f"{directory}: {len(bad)} files are not as they should be ({names}); the command that made them repairs these only")
+    log(f"{directory}: every record is as it was written")
 
 
 class Job:
     """A source, its division into shards and the directory they go to: the same for every task and every run."""
 
     def __init__(self, config: Config, source: str, output: str | os.PathLike, estimator: FlowEstimator | None = None, log: Log = _say):
-        self.source = open_source(config, source, estimator)
+        self.towers = _make_towers(config)
+        self.source = open_source(config, source, estimator, self.towers)
         self.plan = shards.plan_shards(self.source.items, config.prepare.clips_per_shard)
-        self.directory, self._log = pathlib.Path(output), log
+        self.directory, self._log = location(str(output)), log
         for problem in self.source.problems:
             log(f"skipped {problem.video}: {problem.kind}: {problem.reason}")
         if not self.plan:
@@ -101,7 +123,7 @@ class Job:
         """Writes shard `index` unless it is there and whole; whether it did."""
         shard = self.plan[index]
         fingerprint = shards.digest([self.plan_id, [identity(item) for item in shard.items]])
-        wrong = shards.check_shard(self.directory, shard, fingerprint)
+        wrong = verification.check_shard(self.directory, shard, fingerprint, self.source.layout)
         if not wrong:
             if progress:
                 progress.kept(len(shard.items))
@@ -112,6 +134,10 @@ class Job:
         outcomes = self.source.outcomes(shard.items)
         shards.write_shard(self.directory, shard, self.plan_id, fingerprint, progress.watch(outcomes) if progress else outcomes)
         return True
+
+    def finish(self) -> int:
+        """Completes the dataset if every shard is there; returns how many are missing."""
+        return shards.finish(self.directory, self.plan, self.plan_id, self.source.layout, self.source.settings)
 
     def summary(self, written: int, kept: int, missing: int) -> Summary:
         """What there is now, by the manifests of all tasks."""
@@ -150,14 +176,24 @@ def _run_on_beam(config: Config, source: str, output: str | os.PathLike, indices
     return sum(c.committed or c.attempted or 0 for c in counters)
 
 
-def open_source(config: Config, source: str, estimator: FlowEstimator | None = None) -> Source:
+def open_source(config: Config, source: str, estimator: FlowEstimator | None = None, towers: "Towers | None" = None) -> Source:
     """The clips that `source` (see `prepare`) gives under `config`. Raises UserError when it gives none."""
     if source.startswith("synthetic:"):
-        return SpriteClips(config, source, estimator or (None if config.prepare.flow == "exact" else _make_estimator(config)))
+        return SpriteClips(config, source, estimator or (None if config.prepare.flow == "exact" else _make_estimator(config)), towers)
     listed = captions.read_source(source)
     if config.prepare.flow == "exact" and estimator is None:
-        raise UserError("prepare.flow='exact': only a synthetic:NAME source knows its exact flow; use raft_small or raft_large for videos")
-    return VideoClips(config, listed, estimator or _make_estimator(config))
+        raise UserError(
+            "prepare.flow='exact': only a synthetic:NAME source knows its exact flow; use raft_small, raft_large or dis for videos"
+        )
+    return VideoClips(config, listed, estimator or _make_estimator(config), towers)
+
+
+def _make_towers(config: Config) -> "Towers | None":
+    if not (config.prepare.latents or config.prepare.text_embeddings):
+        return None
+    from motif_jax.towers import Towers  # loads JAX
+
+    return Towers(config)
 
 
 def _make_estimator(config: Config) -> FlowEstimator:
@@ -165,14 +201,14 @@ def _make_estimator(config: Config) -> FlowEstimator:
 
     p = config.prepare
     try:
-        return make_flow_estimator(p.flow, p.flow_weights, p.flow_iterations, p.flow_stride)
+        return make_flow_estimator(p.flow, p.flow_weights, p.flow_iterations, p.flow_stride, dtype=p.flow_dtype)
     except FileNotFoundError as error:
         raise UserError(f"prepare.flow_weights={p.flow_weights!r}: there is no such file") from error
     except (ValueError, OSError) as error:
         raise UserError(f"prepare.flow={p.flow!r}: {error}") from error
 
 
-def _claim(directory: pathlib.Path, clips: Source, plan: Sequence[Shard]) -> str:
+def _claim(directory: Path, clips: Source, plan: Sequence[Shard]) -> str:
     """Writes plan.json, or compares with the one that is there; returns the plan's fingerprint."""
     listed = hashlib.sha256()
     for shard in plan:
@@ -180,6 +216,7 @@ def _claim(directory: pathlib.Path, clips: Source, plan: Sequence[Shard]) -> str
             listed.update(json.dumps([shard.split, item.clip_id, item.caption, item.mask is not None]).encode())
     wanted = {"settings": clips.settings, "clips": {split: len(items) for split, items in clips.items.items()}, "list": listed.hexdigest()}
     wanted["fingerprint"] = shards.digest(wanted)
+    wanted |= {"layout": clips.layout.to_dict(), "shards": dict(collections.Counter(shard.split for shard in plan))}
     path = directory / "plan.json"
     try:
         (directory / "manifests").mkdir(parents=True, exist_ok=True)
@@ -202,35 +239,6 @@ def _claim(directory: pathlib.Path, clips: Source, plan: Sequence[Shard]) -> str
             f"--output={directory} holds a dataset made differently: {'; '.join(differs)}. Use another --output, or delete this one"
         )
     return wanted["fingerprint"]
-
-
-def _write_previews(config: Config, directory: pathlib.Path, count: int, log: Log) -> None:
-    """preview/<clip_id>.png for the first `count` training clips: frames, flow, and the heatmap the configured loss would use."""
-    import numpy as np
-
-    from motif_jax.motion import heatmap, pictures
-
-    manifest, loss = shards.read_manifest(directory), config.loss
-    dataset = pipeline.Dataset(manifest, "train")
-    (directory / "preview").mkdir(exist_ok=True)
-
-    def heat(clip: pipeline.Example, reading: str) -> np.ndarray:
-        x = heatmap.intensity(clip.flow[None], manifest.layout.height, manifest.layout.width, reading)
-        return np.asarray(heatmap.sigma(x, loss.sharpness, loss.threshold))[0]
-
-    shares = []
-    for i in range(min(count, len(dataset))):
-        clip = dataset[i]
-        heats = {reading: heat(clip, reading) for reading in heatmap.READINGS}
-        shares.append({reading: pictures.moving_share(h) for reading, h in heats.items()})
-        path = directory / "preview" / f"{clip.clip_id}.png"
-        pictures.save_png(path, pictures.clip_sheet(clip.frames, clip.flow, heats[loss.intensity], clip.caption))
-        log(f"{path}: {100 * shares[-1][loss.intensity]:.1f} % moves: {clip.caption}")
-    mean = {reading: 100 * sum(s[reading] for s in shares) / len(shares) for reading in heatmap.READINGS}
-    log(
-        f"share of moving pixels in {len(shares)} clips: {mean[loss.intensity]:.1f} % (flow over {loss.threshold:g} by loss.intensity="
-        f"{loss.intensity!r}); by the others: {', '.join(f'{r} {m:.1f} %' for r, m in mean.items() if r != loss.intensity)}"
-    )
 
 
 class _Progress:
@@ -268,7 +276,7 @@ class _Progress:
         )
 
 
-def _summary_line(summary: Summary, directory: pathlib.Path, seconds: float) -> str:
+def _summary_line(summary: Summary, directory: Path, seconds: float) -> str:
     clips = ", ".join(f"{split} {n}" for split, n in summary.clips.items())
     reasons = ", ".join(f"{kind}: {n}" for kind, n in sorted(summary.skipped.items()))
     return (

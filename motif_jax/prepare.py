@@ -2,7 +2,8 @@
 
 SRC is a captions file (.csv with the columns video,caption, or .jsonl with the same keys; paths relative to it), a folder of
 videos with same-named .txt captions, or `synthetic:NAME[:count]`, the built-in world. Run it again after an interruption: it
-continues. Many machines share the work with --task_index=I --task_count=N. --preview=N draws N clips with their flow.
+continues. Many machines share the work with --task_index=I --task_count=N; SLURM arrays, Kubernetes indexed jobs and TPU pods say
+both themselves. --preview=N draws N clips with their flow. --verify reads everything again and names what is broken.
 """
 
 import shlex
@@ -17,29 +18,47 @@ from motif_jax.config import UserError
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "configs/X.py[:args]", lock_config=True)
 SOURCE = flags.DEFINE_string("source", None, "captions file, folder of videos, or synthetic:NAME[:count]")
-OUTPUT = flags.DEFINE_string("output", None, "dataset directory; data.path of a training run")
-TASK_INDEX = flags.DEFINE_integer("task_index", 0, "which share of the shards this call makes", lower_bound=0)
-TASK_COUNT = flags.DEFINE_integer("task_count", 1, "number of shares", lower_bound=1)
+OUTPUT = flags.DEFINE_string("output", None, "dataset directory, also gs:// or s3://; data.path of a training run")
+TASK_INDEX = flags.DEFINE_integer("task_index", None, "which share of the shards this call makes (default: as the cluster says, or 0)")
+TASK_COUNT = flags.DEFINE_integer("task_count", None, "number of shares (default: as the cluster says, or 1)", lower_bound=1)
 RUNNER = flags.DEFINE_enum("runner", "local", ["local", "beam"], "work through the shards here, or hand them to Apache Beam")
 BEAM = flags.DEFINE_string("beam_options", "", "options of the Beam pipeline, such as '--runner=FlinkRunner --parallelism=8'")
 PREVIEW = flags.DEFINE_integer("preview", 0, "draw this many clips under DIR/preview", lower_bound=0)
-flags.mark_flags_as_required(["config", "source", "output"])
+VERIFY = flags.DEFINE_bool("verify", False, "make nothing: read every record of --output and exit with 1 if anything is broken")
+flags.mark_flag_as_required("output")
+flags.register_multi_flags_validator(
+    ["config", "source", "verify"],
+    lambda v: v["verify"] or (v["config"] and v["source"] is not None),
+    "--config and --source must be given",
+)
 
 
 def main(argv: list[str]) -> None:
     commands.no_more(argv)
     for stop in (signal.SIGTERM, signal.SIGINT):
         signal.signal(stop, lambda *_: sys.exit("motif_jax.prepare: stopped; the same command continues"))
+    if VERIFY.value:
+        from motif_jax import preparation
+
+        preparation.verify(OUTPUT.value)
+        return
     config = commands.configuration(CONFIG)
+    index, count = _share()
     beam_options = shlex.split(BEAM.value) if RUNNER.value == "beam" else None
     from motif_jax import preparation
 
     try:
-        preparation.prepare(
-            config, SOURCE.value, OUTPUT.value, TASK_INDEX.value, TASK_COUNT.value, PREVIEW.value, beam_options=beam_options
-        )
+        preparation.prepare(config, SOURCE.value, OUTPUT.value, index, count, PREVIEW.value, beam_options=beam_options)
     except OSError as error:  # a full disk, a share that went away
         raise UserError(f"{error}; what is done is kept, the same command continues") from error
+
+
+def _share() -> tuple[int, int]:
+    if TASK_INDEX.value is None and TASK_COUNT.value is None:
+        from motif_jax.dist import tasks
+
+        return tasks.share()
+    return TASK_INDEX.value or 0, TASK_COUNT.value or 1
 
 
 if __name__ == "__main__":

@@ -21,14 +21,15 @@ Tokenizer = Callable[[Sequence[str]], np.ndarray]
 
 @dataclass(frozen=True)
 class Example:
-    """One record as it is shown to people; `fps` are the clip's own frames per second."""
+    """One record as it is shown to people; `fps` are the clip's own frames per second. Frames are None where only latents are stored."""
 
     clip_id: str
     caption: str
     fps: float
-    frames: UInt8[np.ndarray, "T H W 3"]
+    frames: UInt8[np.ndarray, "T H W 3"] | None
     flow: Float16[np.ndarray, "T h w 2"]
-    motion_mask: UInt8[np.ndarray, "T h w"] | None
+    motion_mask: UInt8[np.ndarray, "T h w"] | None = None
+    latent_moments: Float16[np.ndarray, "T h2 w2 C2"] | None = None
 
 
 class Dataset:
@@ -66,7 +67,8 @@ class Dataset:
     def __getitem__(self, index: int) -> Example:
         clip = records.decode_clip(self.layout, self._source[index])
         fps = clip["fps"] / clip["frame_stride"]
-        return Example(clip["clip_id"], clip["caption"], fps, clip["frames"], clip["flow"], clip.get("motion_mask"))
+        optional = (clip.get(name) for name in ("motion_mask", "latent_moments"))
+        return Example(clip["clip_id"], clip["caption"], fps, clip.get("frames"), clip["flow"], *optional)
 
 
 def open_dataset(data: DataConfig, split: str = "train") -> Dataset:
@@ -95,7 +97,8 @@ def make_iterator(
     batch_size is the global one; `rows` are the positions in it that this process reads (default: all), so that processes
     together see exactly what one would, each clip in its place. Every epoch is a new permutation of all records. Yields frames
     uint8 [R,T,H,W,3], tokens int32 [R,L], flow float16 [R,T,h,w,2], fps float32 [R] (frames shown per second: source rate over
-    stride), and motion_mask uint8 [R,T,h,w] if stored.
+    stride), and motion_mask uint8 [R,T,h,w] if stored. Where they are stored, latent_moments float16 [R,T,h,w,2C] take the place
+    of frames and text_embedding float16 [R,L,D] that of tokens.
     """
     import grain
 
@@ -141,13 +144,15 @@ class _Read:
 
     def __init__(self, dataset: Dataset, tokenizer: Tokenizer, rows: Sequence[int]) -> None:
         self._source, self._layout, self._tokenizer, self._rows = dataset.source, dataset.layout, tokenizer, rows
-        self._arrays = ("frames", *dataset.layout.arrays())
+        stored = dataset.layout.arrays()
+        self._arrays = (*stored, *(() if "latent_moments" in stored else ("frames",)))
 
     def __call__(self, indices: Sequence[int]) -> Batch:
         names = ("caption", "fps", "frame_stride", *self._arrays)
         clips = [records.decode_clip(self._layout, self._source[int(indices[row])], names) for row in self._rows]
         batch = {name: np.stack([clip[name] for clip in clips]) for name in self._arrays}
-        batch["tokens"] = np.asarray(self._tokenizer([clip["caption"] for clip in clips]), np.int32)
+        if "text_embedding" not in batch:
+            batch["tokens"] = np.asarray(self._tokenizer([clip["caption"] for clip in clips]), np.int32)
         batch["fps"] = np.array([clip["fps"] / clip["frame_stride"] for clip in clips], np.float32)
         return batch
 

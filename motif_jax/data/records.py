@@ -15,6 +15,8 @@ from jaxtyping import UInt8
 
 Values = list[bytes] | list[float] | list[int]
 
+TEXTS = ("clip_id", "video", "caption")
+INTEGERS = ("frame_stride", "first_frame")
 _PNG_LEVEL = 1  # with one fixed filter: several times faster than the default, about 10 % larger
 
 
@@ -29,6 +31,9 @@ class Layout:
     image_format: str = "jpeg"
     jpeg_quality: int = 90
     motion_mask: bool = False
+    pixels: bool = True  # whether the frames themselves are stored
+    latent: tuple[int, ...] = ()  # rows, columns and channels of a frame's posterior moments; () when they are not stored
+    text: tuple[int, ...] = ()  # length and width of the sentence's embedding, likewise
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -40,30 +45,41 @@ class Layout:
         fields = {"flow": ((self.frames, *self.grid, 2), "<f2")}
         if self.motion_mask:
             fields["motion_mask"] = ((self.frames, *self.grid), "|u1")
+        if self.latent:
+            fields["latent_moments"] = ((self.frames, *self.latent), "<f2")
+        if self.text:
+            fields["text_embedding"] = (tuple(self.text), "<f2")
         return fields
+
+    def names(self) -> tuple[str, ...]:
+        """Every field of a record."""
+        return (*TEXTS, *INTEGERS, "fps", *(("frames",) if self.pixels else ()), *self.arrays())
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
-
-TEXTS = ("clip_id", "video", "caption")
-INTEGERS = ("frame_stride", "first_frame")
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Layout":
+        """The inverse of `to_dict`, also after a journey through JSON."""
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
 def encode_clip(layout: Layout, clip: Mapping[str, Any]) -> bytes:
     """The record of a clip.
 
     `clip`: clip_id, video, caption str; fps float (of the source), frame_stride, first_frame int; frames uint8 [T,H,W,3]; flow
-    [T,h,w,2] in pixels at the clip's size, stored as float16; motion_mask uint8 [T,h,w] if the layout has it.
-    Raises ValueError when an array has another shape than the layout says or the flow is not finite in float16.
+    [T,h,w,2] in pixels at the clip's size, latent_moments [T,h,w,2C] and text_embedding [L,D], all stored as float16;
+    motion_mask uint8 [T,h,w]. The layout says which of them are stored.
+    Raises ValueError when an array has another shape than the layout says or is not finite in float16.
     """
-    frames = np.asarray(clip["frames"])
-    if frames.shape != (layout.frames, layout.height, layout.width, 3) or frames.dtype != np.uint8:
-        raise ValueError(f"frames {frames.dtype} {frames.shape}: must be uint8 {(layout.frames, layout.height, layout.width, 3)}")
     values: dict[str, Values] = {name: [clip[name].encode()] for name in TEXTS}
     values |= {name: [int(clip[name])] for name in INTEGERS}
     values["fps"] = [float(clip["fps"])]
-    values["frames"] = [encode_image(frame, layout.image_format, layout.jpeg_quality) for frame in frames]
+    if layout.pixels:
+        frames = np.asarray(clip["frames"])
+        if frames.shape != (layout.frames, layout.height, layout.width, 3) or frames.dtype != np.uint8:
+            raise ValueError(f"frames {frames.dtype} {frames.shape}: must be uint8 {(layout.frames, layout.height, layout.width, 3)}")
+        values["frames"] = [encode_image(frame, layout.image_format, layout.jpeg_quality) for frame in frames]
     for name, (shape, dtype) in layout.arrays().items():
         with np.errstate(over="ignore"):
             array = np.ascontiguousarray(clip[name]).astype(dtype)
@@ -84,7 +100,7 @@ def decode_clip(layout: Layout, record: bytes, names: tuple[str, ...] | None = N
     arrays = layout.arrays()
     clip: dict[str, Any] = {}
     try:
-        for name in names or (*TEXTS, *INTEGERS, "fps", "frames", *arrays):
+        for name in names or layout.names():
             if name == "frames":
                 clip[name] = _decode_frames(layout, values[name])
             elif name in arrays:
@@ -135,7 +151,9 @@ def tfds_features(layout: Layout) -> Any:
     picture = tfds.features.Image(shape=(layout.height, layout.width, 3), encoding_format=layout.image_format)
     fields = {name: tfds.features.Text() for name in TEXTS}
     fields |= {name: tfds.features.Scalar(np.int64) for name in INTEGERS}
-    fields |= {"fps": tfds.features.Scalar(np.float32), "frames": tfds.features.Sequence(picture, length=layout.frames)}
+    fields["fps"] = tfds.features.Scalar(np.float32)
+    if layout.pixels:
+        fields["frames"] = tfds.features.Sequence(picture, length=layout.frames)
     for name, (shape, dtype) in layout.arrays().items():
         # Without encoding="bytes" TFDS would store one protobuf number per value: twice the size, hundreds of times slower.
         fields[name] = tfds.features.Tensor(shape=shape, dtype=np.dtype(dtype).type, encoding="bytes")

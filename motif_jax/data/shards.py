@@ -1,4 +1,4 @@
-"""Shards on disk: a deterministic plan, files that appear complete or not at all, and manifests to check them against.
+"""Shards: a deterministic plan, files that appear complete or not at all, and manifests to check them against.
 
 A dataset directory holds `motif-SPLIT.array_record-IIIII-of-NNNNN`, one manifest per shard under manifests/, plan.json (what was
 asked for), and, once every shard is there, TFDS's metadata and dataset.json. Reading one starts at `read_manifest`.
@@ -18,13 +18,16 @@ from typing import Any
 
 from motif_jax.config import UserError
 from motif_jax.data import records
+from motif_jax.data.storage import Path, size, upload
 
 NAME = "motif"  # TFDS takes a dataset's name from its file names
 SPLITS = ("train", "validation")
-VERSION = "1.0.0"
+VERSION = "1.0.0"  # of the records: a shard of another version is made again
 # One record per chunk: the chunk is what a random access reads. Frames are compressed already.
 _WRITER_OPTIONS = "group_size:1,uncompressed"
 _STALE_SECONDS = 24 * 3600
+# What a manifest is read as when it lacks a key: one of a version that had none.
+_EMPTY_MANIFEST = {"schema": "unknown", "plan": "", "fingerprint": "", "records": 0, "bytes": -1, "sha256": "", "skipped": []}
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class Shard:
 
     @property
     def name(self) -> str:
-        return f"{NAME}-{self.split}.array_record-{self.index:05d}-of-{self.count:05d}"
+        return shard_name(self.split, self.index, self.count)
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,10 @@ class Manifest:
         return sum(n for _, n, _ in self.shards.get(split, ()))
 
 
+def shard_name(split: str, index: int, count: int) -> str:
+    return f"{NAME}-{split}.array_record-{index:05d}-of-{count:05d}"
+
+
 def digest(value: Any) -> str:
     """sha256 of a JSON value, the same for equal values."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
@@ -80,8 +87,11 @@ def plan_shards(items: Mapping[str, Sequence[Any]], per_shard: int) -> list[Shar
     return shards
 
 
-def write_file(path: pathlib.Path, text: str) -> None:
+def write_file(path: Path, text: str) -> None:
     """Writes a small file so that it is there in full or not at all, also after a power cut."""
+    if not isinstance(path, pathlib.Path):
+        path.write_text(text)
+        return
     temporary = _temporary(path)
     try:
         temporary.write_text(text)
@@ -90,7 +100,7 @@ def write_file(path: pathlib.Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def write_shard(directory: pathlib.Path, shard: Shard, plan: str, fingerprint: str, outcomes: Iterable[bytes | Skipped]) -> dict[str, Any]:
+def write_shard(directory: Path, shard: Shard, plan: str, fingerprint: str, outcomes: Iterable[bytes | Skipped]) -> dict[str, Any]:
     """Writes a shard's records in the order they come, then its manifest, which it returns.
 
     `plan` and `fingerprint` name what was asked of the dataset and of this shard. Until this returns, nothing under the final
@@ -114,6 +124,7 @@ def write_shard(directory: pathlib.Path, shard: Shard, plan: str, fingerprint: s
             _disk(writer.close)
         manifest = {
             "shard": shard.name,
+            "schema": VERSION,
             "plan": plan,
             "fingerprint": fingerprint,
             "records": count,
@@ -128,26 +139,19 @@ def write_shard(directory: pathlib.Path, shard: Shard, plan: str, fingerprint: s
     return manifest
 
 
-def check_shard(directory: pathlib.Path, shard: Shard, fingerprint: str) -> str:
-    """ "" when the shard is done and every byte of it is right, else what is wrong with it."""
-    manifest = shard_manifest(directory, shard.name)
-    if manifest is None or not (directory / shard.name).exists():
-        return "missing"
-    if manifest["fingerprint"] != fingerprint:
-        return "made from other videos"
-    return _damage(directory / shard.name, manifest["bytes"], manifest["sha256"])
-
-
-def shard_manifest(directory: pathlib.Path, name: str) -> dict[str, Any] | None:
+def shard_manifest(directory: Path, name: str) -> dict[str, Any] | None:
     """A shard's manifest; None when there is none or it cannot be read, which a new run mends."""
     try:
-        return json.loads(_manifest_path(directory, name).read_text())
-    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
+        manifest = json.loads(_manifest_path(directory, name).read_text())
+        return _EMPTY_MANIFEST | manifest
+    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError, TypeError):
         return None
 
 
-def sweep(directory: pathlib.Path) -> None:
+def sweep(directory: Path) -> None:
     """Removes temporary files of processes that are gone: dead on this machine, or silent for a day on another one."""
+    if not isinstance(directory, pathlib.Path):
+        return  # nothing half done is ever there
     for path in [*directory.glob(".tmp-*"), *directory.glob("manifests/.tmp-*")]:
         owner = re.match(r"\.tmp-(\d+)@(.+?)@", path.name)
         dead = owner and owner[2] == socket.gethostname() and not _alive(int(owner[1]))
@@ -158,13 +162,13 @@ def sweep(directory: pathlib.Path) -> None:
             pass  # another task swept it
 
 
-def finish(directory: pathlib.Path, shards: Sequence[Shard], plan: str, layout: records.Layout, settings: dict[str, Any]) -> int:
+def finish(directory: Path, shards: Sequence[Shard], plan: str, layout: records.Layout, settings: dict[str, Any]) -> int:
     """Writes TFDS's metadata and dataset.json if every shard is there; returns how many are missing.
 
     Any task may call this, also several at once: they write the same bytes. Raises UserError when no training clip is left.
     """
     manifests = [shard_manifest(directory, s.name) for s in shards]
-    missing = sum(m is None or m["plan"] != plan or not (directory / m["shard"]).exists() for m in manifests)
+    missing = sum(m is None or m["plan"] != plan or m["schema"] != VERSION or not (directory / m["shard"]).exists() for m in manifests)
     if missing:
         return missing
     splits: dict[str, list[dict[str, Any]]] = {}
@@ -196,6 +200,8 @@ def read_manifest(directory: str | os.PathLike) -> Manifest:
 
     Raises UserError that names what is missing or damaged, with the remedy.
     """
+    if "://" in str(directory):
+        raise UserError(f"data.path={directory}: training reads local files; copy or mount the directory first (docs/data.md)")
     directory = pathlib.Path(directory)
     again = "run the same motif_jax.prepare again, which rewrites what is missing or damaged and nothing else"
     try:
@@ -209,11 +215,13 @@ def read_manifest(directory: str | os.PathLike) -> Manifest:
         ) from error
     except (OSError, json.JSONDecodeError) as error:
         raise UserError(f"dataset {directory}: dataset.json cannot be read ({error}); {again}") from error
+    if dataset["version"] != VERSION:
+        raise UserError(f"dataset {directory} is of schema version {dataset['version']}, this code reads {VERSION}; {again}")
     bad = []
     for shard in (s for split in dataset["splits"].values() for s in split):
-        damage = _damage(directory / shard["shard"], shard["bytes"])
-        if damage:
-            bad.append(f"{shard['shard']} is {damage}")
+        fault = damage(directory / shard["shard"], shard["bytes"])
+        if fault:
+            bad.append(f"{shard['shard']} is {fault}")
     if bad:
         raise UserError(f"dataset {directory}: {'; '.join(bad[:5])}{f' and {len(bad) - 5} more' if len(bad) > 5 else ''}; {again}")
     shards = {
@@ -222,27 +230,25 @@ def read_manifest(directory: str | os.PathLike) -> Manifest:
     return Manifest(
         directory,
         dataset["fingerprint"],
-        records.Layout(**dataset["layout"]),
+        records.Layout.from_dict(dataset["layout"]),
         {split: found for split, found in shards.items() if found},
         dataset["skipped"],
         dataset["settings"],
     )
 
 
-def _write_tfds_metadata(directory: pathlib.Path, layout: records.Layout, splits: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+def _write_tfds_metadata(directory: Path, layout: records.Layout, splits: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
     """features.json and dataset_info.json, which make the directory readable by `tfds.builder_from_directory`."""
     import tensorflow_datasets as tfds
 
-    identity = tfds.core.dataset_info.DatasetIdentity(
-        name=NAME, version=tfds.core.Version(VERSION), data_dir=str(directory), module_name="motif_jax"
-    )
+    identity = tfds.core.dataset_info.DatasetIdentity(name=NAME, version=tfds.core.Version(VERSION), data_dir="", module_name="motif_jax")
     info = tfds.core.DatasetInfo(
         builder=identity,
         features=records.tfds_features(layout),
         description="Video clips with captions and optical flow (pixels at the clip's size, from each frame to the next).",
     )
     info.set_file_format(tfds.core.FileFormat.ARRAY_RECORD)
-    template = tfds.core.ShardedFileTemplate(data_dir=directory, dataset_name=NAME, filetype_suffix="array_record")
+    template = tfds.core.ShardedFileTemplate(data_dir=pathlib.Path(), dataset_name=NAME, filetype_suffix="array_record")
     info.set_splits(
         tfds.core.splits.SplitDict(
             [
@@ -262,17 +268,21 @@ def _write_tfds_metadata(directory: pathlib.Path, layout: records.Layout, splits
             write_file(directory / path.name, path.read_text())
 
 
-def _manifest_path(directory: pathlib.Path, name: str) -> pathlib.Path:
+def _manifest_path(directory: Path, name: str) -> Path:
     return directory / "manifests" / f"{name}.json"
 
 
-def _temporary(path: pathlib.Path) -> pathlib.Path:
+def _temporary(path: Path) -> pathlib.Path:
     # A name that neither TFDS nor a second task on another machine takes for its own.
-    return path.with_name(f".tmp-{os.getpid()}@{socket.gethostname()}@{path.name}")
+    name = f".tmp-{os.getpid()}@{socket.gethostname()}@{path.name}"
+    return path.with_name(name) if isinstance(path, pathlib.Path) else pathlib.Path(tempfile.gettempdir()) / name
 
 
-def _publish(temporary: pathlib.Path, path: pathlib.Path) -> None:
-    """Renames once the bytes are on the disk, and waits until the new name is, too."""
+def _publish(temporary: pathlib.Path, path: Path) -> None:
+    """Renames once the bytes are on the disk, and waits until the new name is, too; or uploads, which an object store does whole."""
+    if not isinstance(path, pathlib.Path):
+        upload(temporary, path)
+        return
     _sync(temporary)
     os.replace(temporary, path)
     _sync(path.parent)
@@ -294,17 +304,18 @@ def _disk(call: Callable[..., Any], *arguments: Any) -> Any:
         raise OSError(f"writing a shard failed: {error}") from error
 
 
-def _damage(path: pathlib.Path, size: int, sha256: str | None = None) -> str:
+def damage(path: Path, expected: int, sha256: str | None = None) -> str:
+    """What is wrong with a file's length, or its bytes; "" when nothing is."""
     try:
-        found = path.stat().st_size
+        found = size(path)
     except FileNotFoundError:
         return "missing"
-    if found != size:
-        return f"{'truncated' if found < size else 'too long'} ({found} of {size} bytes)"
+    if found != expected:
+        return f"{'truncated' if found < expected else 'too long'} ({found} of {expected} bytes)"
     return "damaged (its sha256 is not that of its manifest)" if sha256 and _sha256(path) != sha256 else ""
 
 
-def _sha256(path: pathlib.Path) -> str:
+def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -6,6 +6,7 @@ Everything a record holds is a function of its item and the source's settings, w
 import collections
 import dataclasses
 import hashlib
+import math
 import os
 import pathlib
 import posixpath
@@ -19,11 +20,12 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from motif_jax.config import Config, UserError
-from motif_jax.data import records, sprites, videos
+from motif_jax.data import records, scenes, sprites, videos
 from motif_jax.data.captions import Entry, Problem
 from motif_jax.data.shards import Skipped
 
 DEFAULT_SYNTHETIC_CLIPS = 1000
+_ATTEMPTS = 8  # clips that are drawn from a video until one crosses no cut
 _PIXELS_AT_ONCE = 2**24  # of a synthetic world, which makes many clips in one go
 
 
@@ -47,6 +49,17 @@ class FlowEstimator(Protocol):
     def describe(self) -> dict[str, Any]: ...
 
 
+class Towers(Protocol):
+    """See `motif_jax.towers.Towers`."""
+
+    latent: tuple[int, ...]
+    text: tuple[int, ...]
+
+    def encode(self, frames_THW3: UInt8[np.ndarray, "T H W 3"], caption: str) -> dict[str, np.ndarray]: ...
+
+    def describe(self) -> dict[str, Any]: ...
+
+
 class Source(Protocol):
     """What the offline job needs to know about its input."""
 
@@ -62,7 +75,9 @@ class Source(Protocol):
 class VideoClips:
     """Clips cut from the videos of a captions file or a folder; `listed` is what `captions.read_source` made of it."""
 
-    def __init__(self, config: Config, listed: tuple[list[Entry], list[Problem]], estimator: FlowEstimator) -> None:
+    def __init__(
+        self, config: Config, listed: tuple[list[Entry], list[Problem]], estimator: FlowEstimator, towers: Towers | None = None
+    ) -> None:
         entries, self.problems = listed
         self._data, self._prepare, self._seed = config.data, config.prepare, config.seed
         masks = any(e.mask for e in entries)
@@ -73,41 +88,42 @@ class VideoClips:
         numbers = range(config.prepare.clips_per_video)
         items = [Item(_clip_id(e, k), e.video, e.caption, k, e.path, e.mask) for e in entries for k in numbers]
         self.items = _split(items, config.prepare.validation_share)
-        self._estimator = estimator
-        self.layout = _layout(config, masks)
-        self.settings = _settings(config, "videos", estimator)
+        self._recorder = Recorder(config, masks, estimator, towers)
+        self.layout = self._recorder.layout
+        self.settings = _settings(config, "videos", estimator, towers)
 
     def outcomes(self, items: Sequence[Item]) -> Iterator[bytes | Skipped]:
-        for item, decoded in zip(items, _ahead(self._decode, items), strict=True):
-            if isinstance(decoded, Skipped):
-                yield decoded
-                continue
-            clip, mask = decoded
-            flow = _estimate(self._estimator, clip.frames)
-            try:
-                named = {"clip_id": item.clip_id, "video": item.video, "caption": item.caption}
-                yield records.encode_clip(self.layout, vars(clip) | named | {"flow": flow, "motion_mask": mask})
-            except ValueError as error:
-                yield Skipped(item.clip_id, item.video, "unusable flow", str(error))
+        return _ahead(self._outcome, items)
 
-    def _decode(self, item: Item) -> tuple[videos.Clip, np.ndarray | None] | Skipped:
-        data, p = self._data, self._prepare
-
-        def choose(available: int) -> tuple[int, int]:
-            return videos.choose_clip(available, data.frames, p.frame_stride_min, p.frame_stride_max, self._seed, item.video, item.number)
-
+    def _outcome(self, item: Item) -> bytes | Skipped:
+        d = self._data
         try:
-            clip = videos.read_clip(item.path, data.frames, data.height, data.width, choose)
+            clip = self._within_a_scene(item)
         except videos.VideoError as error:
             return Skipped(item.clip_id, item.video, error.kind, str(error))
-        if item.mask is None:
-            return clip, None
-        try:
-            same = videos.read_clip(item.mask, data.frames, data.height, data.width, lambda _: (clip.first_frame, clip.frame_stride))
-        except videos.VideoError as error:
-            return Skipped(item.clip_id, item.video, "unusable mask", str(error))
-        grey = same.frames.astype(np.float32).mean(-1, keepdims=True)
-        return clip, np.rint(pool(grey, p.flow_stride)[..., 0]).astype(np.uint8)
+        values = vars(clip) | {"clip_id": item.clip_id, "video": item.video, "caption": item.caption}
+        if item.mask is not None:
+            try:
+                same = videos.read_clip(item.mask, d.frames, d.height, d.width, lambda _: (clip.first_frame, clip.frame_stride))
+            except videos.VideoError as error:
+                return Skipped(item.clip_id, item.video, "unusable mask", str(error))
+            grey = same.frames.astype(np.float32).mean(-1, keepdims=True)
+            values["motion_mask"] = np.rint(pool(grey, self._prepare.flow_stride)[..., 0]).astype(np.uint8)
+        return self._recorder.record(values)
+
+    def _within_a_scene(self, item: Item) -> videos.Clip:
+        """The first of a few drawn clips that crosses no cut. Raises VideoError."""
+        d, p = self._data, self._prepare
+        for attempt in range(_ATTEMPTS if p.cut_threshold else 1):
+            key = (self._seed, item.video, item.number, *([attempt] if attempt else []))
+
+            def choose(available: int, key: tuple = key) -> tuple[int, int]:
+                return videos.choose_clip(available, d.frames, p.frame_stride_min, p.frame_stride_max, *key)
+
+            clip = videos.read_clip(item.path, d.frames, d.height, d.width, choose, thumbnails=p.cut_threshold > 0)
+            if clip.thumbnails is None or not len(scenes.cuts(clip.thumbnails, p.cut_threshold)):
+                return clip
+        raise videos.VideoError("scene cut", f"in each of {_ATTEMPTS} clips that were tried")
 
 
 class SpriteClips:
@@ -116,7 +132,7 @@ class SpriteClips:
     The motion mask of a cell is its share of moving pixels.
     """
 
-    def __init__(self, config: Config, source: str, estimator: FlowEstimator | None = None) -> None:
+    def __init__(self, config: Config, source: str, estimator: FlowEstimator | None = None, towers: Towers | None = None) -> None:
         name, _, count = source.removeprefix("synthetic:").partition(":")
         if name not in sprites.WORLDS:
             raise UserError(f"source {source!r}: no synthetic world {name!r}; there are {', '.join(sorted(sprites.WORLDS))}")
@@ -129,16 +145,16 @@ class SpriteClips:
         self.problems: list[Problem] = []
         self.items = _split([Item(clip_id, clip_id, "", i) for i, clip_id in enumerate(ids)], config.prepare.validation_share)
         self._held_out = {item.number for item in self.items["validation"]}
-        self._estimator = estimator
-        self.layout = _layout(config, motion_mask=True)
-        self.settings = _settings(config, f"synthetic:{name}", estimator)
+        self._recorder = Recorder(config, True, estimator, towers)
+        self.layout = self._recorder.layout
+        self.settings = _settings(config, f"synthetic:{name}", estimator, towers)
 
     def outcomes(self, items: Sequence[Item]) -> Iterator[bytes | Skipped]:
         at_once = max(1, _PIXELS_AT_ONCE // (self._data.frames * self._data.height * self._data.width))
         for start in range(0, len(items), at_once):
             yield from self._records(items[start : start + at_once])
 
-    def _records(self, items: Sequence[Item]) -> Iterator[bytes]:
+    def _records(self, items: Sequence[Item]) -> Iterator[bytes | Skipped]:
         d = self._data
         split = "validation" if items[0].number in self._held_out else "train"  # the same for all: a shard is of one split
         try:
@@ -148,9 +164,7 @@ class SpriteClips:
         masks = np.rint(255 * pool((clips["flow"] != 0).any(-1, keepdims=True), self._stride)[..., 0]).astype(np.uint8)
         exact = pool(clips["flow"], self._stride)
         for n, item in enumerate(items):
-            frames = clips["frames"][n]
-            yield records.encode_clip(
-                self.layout,
+            yield self._recorder.record(
                 {
                     "clip_id": item.clip_id,
                     "video": item.video,
@@ -158,11 +172,61 @@ class SpriteClips:
                     "fps": clips["fps"],
                     "frame_stride": 1,
                     "first_frame": 0,
-                    "frames": frames,
-                    "flow": exact[n] if self._estimator is None else _estimate(self._estimator, frames),
+                    "frames": clips["frames"][n],
+                    "flow": exact[n],
                     "motion_mask": masks[n],
-                },
+                }
             )
+
+
+class Recorder:
+    """A decoded clip in; its record, or why it is left out: the same steps for every source.
+
+    Several threads may call it: the flow of one clip is computed while others are decoded and compressed.
+    """
+
+    def __init__(self, config: Config, motion_mask: bool, estimator: FlowEstimator | None, towers: Towers | None) -> None:
+        d, p = config.data, config.prepare
+        self._prepare, self._estimator, self._towers = p, estimator, towers
+        latent, text = (towers.latent, towers.text) if towers else ((), ())
+        pixels = p.frames or not latent
+        self.layout = records.Layout(
+            d.frames, d.height, d.width, p.flow_stride, p.image_format, p.jpeg_quality, motion_mask, pixels, latent, text
+        )
+
+    def record(self, clip: dict[str, Any]) -> bytes | Skipped:
+        """`clip` is what `records.encode_clip` takes; its flow is estimated where there is an estimator."""
+        if self._estimator is not None:
+            clip["flow"] = self._estimate(clip["frames"])
+        reason = self._refuse(motion(clip["flow"], self.layout.height, self.layout.width))
+        if reason:
+            return Skipped(clip["clip_id"], clip["video"], *reason)
+        if self._towers is not None:
+            clip |= self._towers.encode(clip["frames"], clip["caption"])
+        try:
+            return records.encode_clip(self.layout, clip)
+        except ValueError as error:
+            return Skipped(clip["clip_id"], clip["video"], "unusable values", str(error))
+
+    def _estimate(self, frames: np.ndarray) -> np.ndarray:
+        try:
+            return self._estimator.flow(frames)
+        except ValueError as error:  # about the clips' size, so the next clip would fail as well
+            raise UserError(f"flow: {error}") from error
+
+    def _refuse(self, moved: float) -> tuple[str, str] | None:
+        p = self._prepare
+        if moved < p.motion_min:
+            return "too little motion", f"{moved:.4f} of the diagonal a frame, prepare.motion_min={p.motion_min:g}"
+        if p.motion_max and moved > p.motion_max:
+            return "too much motion", f"{moved:.4f} of the diagonal a frame, prepare.motion_max={p.motion_max:g}"
+        return None
+
+
+def motion(flow_Thw2: Float[np.ndarray, "T h w 2"], height: int, width: int) -> float:
+    """Mean |flow| over the image diagonal; the last field repeats the one before and does not count."""
+    u, v = np.moveaxis(np.asarray(flow_Thw2[:-1], np.float32), -1, 0)
+    return float(np.hypot(u, v).mean() / math.hypot(height, width))
 
 
 def pool(field: Float[np.ndarray, "*B H W C"], stride: int) -> Float[np.ndarray, "*B h w C"]:
@@ -176,25 +240,14 @@ def identity(item: Item) -> list[Any]:
     return [item.clip_id, item.caption, *(p.stat().st_size if p and p.exists() else None for p in (item.path, item.mask))]
 
 
-def _estimate(estimator: FlowEstimator, frames: np.ndarray) -> np.ndarray:
-    try:
-        return estimator.flow(frames)
-    except ValueError as error:  # about the clips' size, so the next clip would fail as well
-        raise UserError(f"flow: {error}") from error
-
-
-def _layout(config: Config, motion_mask: bool) -> records.Layout:
-    d, p = config.data, config.prepare
-    return records.Layout(d.frames, d.height, d.width, p.flow_stride, p.image_format, p.jpeg_quality, motion_mask)
-
-
-def _settings(config: Config, source: str, estimator: FlowEstimator | None) -> dict[str, Any]:
+def _settings(config: Config, source: str, estimator: FlowEstimator | None, towers: Towers | None) -> dict[str, Any]:
     """All that decides the bytes besides the list of clips; weights count by content, not by where they lie."""
     settings = {"source": source, "seed": config.seed}
     settings |= {f"data.{k}": getattr(config.data, k) for k in ("frames", "height", "width")}
     settings |= {f"prepare.{k}": v for k, v in dataclasses.asdict(config.prepare).items() if k != "flow_weights"}
     described = {} if estimator is None else estimator.describe()
-    return settings | {f"estimator.{k}": v for k, v in described.items() if k != "flow_weights"}
+    settings |= {f"estimator.{k}": v for k, v in described.items() if k != "flow_weights"}
+    return settings | ({} if towers is None else towers.describe())
 
 
 def _clip_id(entry: Entry, number: int) -> str:
@@ -214,8 +267,8 @@ def _split(items: Sequence[Item], validation_share: float) -> dict[str, list[Ite
 
 
 def _ahead(function: Callable[[Item], Any], items: Sequence[Item]) -> Iterator[Any]:
-    """function(item) in the order of the items, worked out by a few threads a few items ahead (decoding frees the interpreter)."""
-    workers = min(8, os.cpu_count() or 1)
+    """function(item) in the order of the items, worked out by threads a few items ahead (what takes long frees the interpreter)."""
+    workers = min(32, 2 + (os.cpu_count() or 1))
     with ThreadPoolExecutor(workers) as threads:
         waiting: collections.deque = collections.deque()
         try:

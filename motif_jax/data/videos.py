@@ -19,6 +19,7 @@ from av.sidedata.sidedata import Type as SideDataType
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
+THUMBNAIL = (64, 36)  # width, height
 # A pause longer than this many seconds and ten frames is a jump of the clock (a cut, a paused recorder), not a still.
 _LONGEST_STILL = 1.0
 
@@ -33,12 +34,16 @@ class VideoError(ValueError):
 
 @dataclass(frozen=True)
 class Clip:
-    """T frames and how they were taken: every `frame_stride`-th from `first_frame` of a video of `fps` frames a second."""
+    """T frames and how they were taken: every `frame_stride`-th from `first_frame` of a video of `fps` frames a second.
+
+    `thumbnails` are small pictures of every source frame from the first to the last of them, if asked for.
+    """
 
     frames: UInt8[np.ndarray, "T H W 3"]
     fps: float
     frame_stride: int
     first_frame: int
+    thumbnails: UInt8[np.ndarray, "N h w 3"] | None = None
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,9 @@ def choose_clip(available: int, frames: int, stride_min: int, stride_max: int, *
     return stable_draw(available - (frames - 1) * stride, "start", *key), stride
 
 
-def read_clip(path: str | os.PathLike, frames: int, height: int, width: int, choose: Callable[[int], tuple[int, int]]) -> Clip:
+def read_clip(
+    path: str | os.PathLike, frames: int, height: int, width: int, choose: Callable[[int], tuple[int, int]], thumbnails: bool = False
+) -> Clip:
     """Decodes one clip from the first video stream that can give it.
 
     `choose(available)` returns (first frame, stride) for a video of that many frames (see `choose_clip`). Frames are
@@ -93,7 +100,7 @@ def read_clip(path: str | os.PathLike, frames: int, height: int, width: int, cho
         first_error = None
         for stream in streams:
             try:
-                return _read_stream(path, stream, frames, height, width, choose)
+                return _read_stream(path, stream, frames, height, width, choose, thumbnails)
             except VideoError as error:
                 first_error = first_error or error
         raise first_error
@@ -132,16 +139,17 @@ def read_video(path: str | os.PathLike) -> Clip:
     return Clip(np.stack([pictures[i] for i in timeline.frame_at]), timeline.fps, 1, 0)
 
 
-def _read_stream(path: Any, stream: int, frames: int, height: int, width: int, choose: Callable) -> Clip:
+def _read_stream(path: Any, stream: int, frames: int, height: int, width: int, choose: Callable, thumbnails: bool) -> Clip:
     def clip_of(timeline: Timeline) -> Clip | None:
         first, stride = choose(len(timeline.frame_at))
         if first < 0 or stride < 1 or first + (frames - 1) * stride >= len(timeline.frame_at):
             raise VideoError("too short", f"{len(timeline.frame_at)} frames, asked for frames {first} to {first + (frames - 1) * stride}")
         wanted = timeline.frame_at[first + stride * np.arange(frames)]
-        found = _decode(path, stream, timeline, set(wanted.tolist()), height, width)
+        small: list[np.ndarray] | None = [] if thumbnails else None
+        found = _decode(path, stream, timeline, set(wanted.tolist()), height, width, small)
         if found is None:
             return None
-        return Clip(np.stack([found[i] for i in wanted.tolist()]), timeline.fps, stride, first)
+        return Clip(np.stack([found[i] for i in wanted.tolist()]), timeline.fps, stride, first, np.stack(small) if small else None)
 
     # Packets are only read, not decoded, to learn the timeline. Some formats time or split packets in ways that do not
     # map to frames one to one (raw streams, interlaced fields); for those everything is decoded once instead.
@@ -222,24 +230,31 @@ def _frames(container: Any, stream: Any):
                 raise VideoError("does not decode", "a packet is damaged") from error
 
 
-def _decode(path: Any, index: int, timeline: Timeline, wanted: set[int], height: int, width: int) -> dict[int, np.ndarray] | None:
-    """Frame number -> picture; None when the stream does not hold the frames that its packets promised."""
+def _decode(
+    path: Any, index: int, timeline: Timeline, wanted: set[int], height: int, width: int, small: list | None
+) -> dict[int, np.ndarray] | None:
+    """Frame number -> picture; None when the stream does not hold the frames that its packets promised.
+
+    Thumbnails of all frames between the wanted ones go into the list `small`, if there is one.
+    """
     names = {p: i for i, p in enumerate(timeline.pts)} if timeline.pts else None
     if names is not None and min(wanted) > 0:
         # A seek can land behind the frame or where the decoder cannot start cleanly; then the way leads through the whole file.
         try:
-            found = _decode_from(path, index, timeline.pts[min(wanted)], names, wanted, height, width)
+            found = _decode_from(path, index, timeline.pts[min(wanted)], names, wanted, height, width, small)
             if found is not None:
                 return found
         except (VideoError, av.error.FFmpegError):
             pass
-    return _decode_from(path, index, None, names, wanted, height, width)
+    return _decode_from(path, index, None, names, wanted, height, width, small)
 
 
 def _decode_from(
-    path: Any, index: int, seek: int | None, names: dict[int, int] | None, wanted: set[int], height: int, width: int
+    path: Any, index: int, seek: int | None, names: dict[int, int] | None, wanted: set[int], height: int, width: int, small: list | None
 ) -> dict[int, np.ndarray] | None:
-    found, damaged = {}, False
+    found, damaged, first = {}, False, min(wanted)
+    if small is not None:
+        small.clear()  # of a reading that failed
     with av.open(os.fspath(path)) as container:
         stream = container.streams[index]
         if seek is not None:
@@ -249,6 +264,8 @@ def _decode_from(
             i = n if names is None else names.get(frame.pts)
             # The decoder hides damage by painting over it, and what it painted lives on until the next key frame.
             damaged = bool(frame.is_corrupt) or (damaged and not frame.key_frame)
+            if small is not None and i is not None and i >= first:
+                small.append(frame.reformat(*THUMBNAIL, format="rgb24", interpolation="AREA").to_ndarray())
             if i in wanted:
                 if damaged:
                     raise VideoError("does not decode", f"frame {i} is damaged")

@@ -50,9 +50,9 @@ def _torchvision(name: str) -> str:
 
 
 @functools.cache
-def _abstract(variant: str, precision: str = "highest") -> tuple[nnx.GraphDef, nnx.State]:
+def _abstract(variant: str, precision: str = "highest", dtype: str = "float32") -> tuple[nnx.GraphDef, nnx.State]:
     """Structure and shapes of a RAFT."""
-    return nnx.split(nnx.eval_shape(lambda: RAFT(variant, rngs=nnx.Rngs(0), precision=precision)))
+    return nnx.split(nnx.eval_shape(lambda: RAFT(variant, rngs=nnx.Rngs(0), precision=precision, dtype=dtype)))
 
 
 def names(variant: str, layout: str = "original") -> dict[str, tuple]:
@@ -90,8 +90,10 @@ def detect(tensors: Mapping[str, np.ndarray]) -> tuple[str, str, str]:
     return ("large" if any(name.startswith(mask) for name in bare) else "small"), layout, prefix
 
 
-def from_reference(tensors: Mapping[str, np.ndarray], variant: str | None = None, precision: str = "highest") -> RAFT:
-    """A RAFT holding `tensors` (either layout, any float type; cast to float32).
+def from_reference(
+    tensors: Mapping[str, np.ndarray], variant: str | None = None, precision: str = "highest", dtype: str = "float32"
+) -> RAFT:
+    """A RAFT holding `tensors` (either layout, any float type; cast to float32) that computes in `dtype`.
 
     `variant` ("small", "large") is checked against the file when given. Raises one ValueError listing every tensor that is
     missing, left over, misshapen, or a duplicate that differs from its twin.
@@ -100,7 +102,7 @@ def from_reference(tensors: Mapping[str, np.ndarray], variant: str | None = None
     if variant is not None and found != variant:
         raise ValueError(f"these are weights of RAFT {found}, but RAFT {variant} was asked for; choose raft_{found} or another file")
     left = {name.removeprefix(prefix): np.asarray(tensor) for name, tensor in tensors.items()}
-    graph, state = _abstract(found, precision)
+    graph, state = _abstract(found, precision, dtype)
     flat = dict(nnx.to_flat_state(state))
     bad, filled = [], {}
     for name, path in names(found, layout).items():
@@ -143,7 +145,7 @@ def to_reference(model: RAFT, layout: str = "original", prefix: str = "") -> dic
     return tensors
 
 
-def load_raft(path: str | pathlib.Path, variant: str | None = None, precision: str = "highest") -> RAFT:
+def load_raft(path: str | pathlib.Path, variant: str | None = None, precision: str = "highest", dtype: str = "float32") -> RAFT:
     """The RAFT of a weight file, see `files.read_tensors` and `from_reference`; errors name the file.
 
     Raises FileNotFoundError, or ValueError for a file that is damaged, of another kind or not RAFT's.
@@ -152,7 +154,7 @@ def load_raft(path: str | pathlib.Path, variant: str | None = None, precision: s
         raise FileNotFoundError(f"no RAFT weights at {path}")
     tensors = {name: np.array(tensor) for name, tensor in files.read_tensors(path).items()}
     try:
-        return from_reference(tensors, variant, precision)
+        return from_reference(tensors, variant, precision, dtype)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 

@@ -1,6 +1,7 @@
 """Optical flow of whole clips for the offline job.
 
 In: the uint8 frames of one clip. Out: flow in pixels on the stored grid, frame l -> l+1, as float32 numpy.
+Several threads may ask at once: RAFT works on as many clips side by side as the process has devices.
 """
 
 import hashlib
@@ -15,7 +16,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
+from motif_jax.dist.replicas import Replicas
 from motif_jax.interop.raft import load_raft
+from motif_jax.motion import dis
 from motif_jax.motion.raft import CELL, pad
 
 VARIANTS = {"raft_small": "small", "raft_large": "large"}
@@ -39,14 +42,15 @@ class RaftEstimator:
         stride: int = CELL,
         pairs: int = 0,
         enlarge_below: int = ENLARGE_BELOW,
+        dtype: str = "float32",
     ):
         """`stride` is the side of a stored cell in pixels (a multiple of 8).
 
         `pairs` is the number of frame pairs refined together; 0 takes 1 on CPU, where larger blocks fall out of the cache, else 8.
-        Clips with a side under `enlarge_below` pixels are enlarged for the network.
+        Clips with a side under `enlarge_below` pixels are enlarged for the network. `dtype` is that of its convolutions.
         """
         if name not in VARIANTS:
-            raise ValueError(f"flow estimator {name!r}: must be one of {', '.join(VARIANTS)}")
+            raise ValueError(f"flow estimator {name!r}: must be one of {', '.join([*VARIANTS, 'dis'])}")
         if not str(weights):
             raise ValueError(f"{name} needs weights: set prepare.flow_weights to a .safetensors or .pth file of RAFT {VARIANTS[name]}")
         if iterations < 1 or pairs < 0:
@@ -54,10 +58,10 @@ class RaftEstimator:
         if stride < CELL or stride % CELL:
             raise ValueError(f"stride={stride}: RAFT's grid is {CELL} pixels, the stored cell must be a multiple of it")
         pairs = pairs or (1 if jax.default_backend() == "cpu" else 8)
-        self.name, self.iterations, self.stride = name, iterations, stride
-        self._graph, self._state = nnx.split(load_raft(weights, VARIANTS[name]))
-        self._flow = jax.jit(
-            partial(_clip_flow, self._graph, iterations=iterations, stride=stride, pairs=pairs, enlarge_below=enlarge_below)
+        self.name, self.iterations, self.stride, self.dtype = name, iterations, stride, dtype
+        graph, state = nnx.split(load_raft(weights, VARIANTS[name], dtype=dtype))
+        self._flow = Replicas(
+            partial(_clip_flow, graph, iterations=iterations, stride=stride, pairs=pairs, enlarge_below=enlarge_below), state
         )
         self._file, self._sha256 = pathlib.Path(weights).name, hashlib.sha256(pathlib.Path(weights).read_bytes()).hexdigest()
 
@@ -76,7 +80,7 @@ class RaftEstimator:
         cells = [math.ceil(side / CELL) * CELL for side in frames.shape[1:3]]
         if any(side % self.stride for side in cells):
             raise ValueError(f"frames of {frames.shape[1]} x {frames.shape[2]} pixels do not divide into cells of {self.stride} pixels")
-        return np.asarray(self._flow(self._state, frames))
+        return self._flow(frames)
 
     def describe(self) -> dict[str, Any]:
         """What the flow depends on, for a dataset's metadata; the weights are named by file and SHA-256."""
@@ -84,24 +88,53 @@ class RaftEstimator:
             "flow": self.name,
             "flow_iterations": self.iterations,
             "flow_stride": self.stride,
+            "flow_dtype": self.dtype,
             "flow_weights": self._file,
             "flow_weights_sha256": self._sha256,
         }
 
 
+class DisEstimator:
+    """OpenCV's DIS flow between consecutive frames, averaged over cells: for machines without accelerator or weights.
+
+    Its heatmaps overlap RAFT's by a third at best (docs/data.md).
+    """
+
+    def __init__(self, stride: int = CELL):
+        self.stride = stride
+
+    def flow(self, frames_THW3: UInt8[np.ndarray, "T H W 3"]) -> Float[np.ndarray, "T h w 2"]:
+        """As `RaftEstimator.flow`; the border is replicated up to whole cells."""
+        count, height, width, _ = frames_THW3.shape
+        fields = dis.flow(frames_THW3)
+        fields = np.pad(fields, [(0, 0), (0, -height % self.stride), (0, -width % self.stride), (0, 0)], mode="edge")
+        rows, columns = fields.shape[1] // self.stride, fields.shape[2] // self.stride
+        cells = fields.reshape(count - 1, rows, self.stride, columns, self.stride, 2).mean((2, 4), dtype=np.float32)
+        return np.concatenate([cells, cells[-1:]])
+
+    def describe(self) -> dict[str, Any]:
+        """What the flow depends on, for a dataset's metadata."""
+        import cv2
+
+        return {"flow": "dis", "flow_stride": self.stride, "flow_preset": "medium", "opencv": cv2.__version__}
+
+
 def make_flow_estimator(
     name: str,
-    weights: str | pathlib.Path,
+    weights: str | pathlib.Path = "",
     iterations: int = 12,
     stride: int = CELL,
     pairs: int = 0,
     enlarge_below: int = ENLARGE_BELOW,
-) -> RaftEstimator:
-    """The estimator `name` ("raft_small", "raft_large") with weights from a file; see `RaftEstimator`.
+    dtype: str = "float32",
+) -> RaftEstimator | DisEstimator:
+    """The estimator `name`: "raft_small" or "raft_large" with weights from a file (see `RaftEstimator`), or "dis".
 
     Raises ValueError for an unknown name, weights that do not fit it or settings out of range, FileNotFoundError for a missing file.
     """
-    return RaftEstimator(name, weights, iterations, stride, pairs, enlarge_below)
+    if name == "dis":
+        return DisEstimator(stride)
+    return RaftEstimator(name, weights, iterations, stride, pairs, enlarge_below, dtype)
 
 
 def _clip_flow(graph: Any, state: Any, frames_THW3: Array, *, iterations: int, stride: int, pairs: int, enlarge_below: int) -> Array:

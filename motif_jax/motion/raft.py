@@ -69,6 +69,7 @@ class InstanceNorm(nnx.Module):
     """Zero mean and unit variance per sample and channel, no parameters."""
 
     def __call__(self, x_BHWC: Array) -> Array:
+        x_BHWC = x_BHWC.astype(jnp.float32)
         x_BHWC = x_BHWC - x_BHWC.mean((1, 2), keepdims=True)
         return x_BHWC * jax.lax.rsqrt(jnp.square(x_BHWC).mean((1, 2), keepdims=True) + 1e-5)
 
@@ -157,7 +158,8 @@ class ConvGRU(nnx.Module):
     """
 
     def __init__(self, v: Variant, **shared: Any):
-        self.hidden, self.context, self.kernels, self.precision = v.hidden, v.context, v.kernels, shared["precision"]
+        self.hidden, self.context, self.kernels = v.hidden, v.context, v.kernels
+        self.precision, self.dtype = shared["precision"], shared["dtype"]
         for suffix, kernel in v.kernels.items():
             for gate in "zrq":
                 setattr(self, f"conv{gate}{suffix}", _conv(v.hidden + v.context + v.motion + 2, v.hidden, kernel, **shared))
@@ -167,8 +169,10 @@ class ConvGRU(nnx.Module):
 
     def _convolve(self, x_BhwC: Array, kernel: Array) -> Array:
         padding = [(k // 2, k // 2) for k in kernel.shape[:2]]
+        x_BhwC, kernel = x_BhwC.astype(self.dtype), kernel.astype(self.dtype)
         layout = ("NHWC", "HWIO", "NHWC")
-        return jax.lax.conv_general_dilated(x_BhwC, kernel, (1, 1), padding, dimension_numbers=layout, precision=self.precision)
+        y_BhwC = jax.lax.conv_general_dilated(x_BhwC, kernel, (1, 1), padding, dimension_numbers=layout, precision=self.precision)
+        return y_BhwC.astype(jnp.float32)
 
     def constant(self, context_BhwC: Array) -> dict[str, Array]:
         """The context's share of z, r and q (stacked on the channels), bias included, per GRU step."""
@@ -212,16 +216,17 @@ class UpdateBlock(nnx.Module):
 
 
 class RAFT(nnx.Module):
-    """RAFT of one `variant` ("small", "large"). Convolutions run in float32 at `precision` on every backend.
+    """RAFT of one `variant` ("small", "large"). Convolutions run in `dtype`, float32 ones at `precision` on every backend.
 
+    Norms, correlations, hidden state and positions are float32 whatever the dtype.
     Frames must be at least 64 pixels on a side; the authors' code needs 128 (at 64 its coarsest level divides by zero).
     """
 
-    def __init__(self, variant: str, *, rngs: nnx.Rngs, precision: str = "highest"):
+    def __init__(self, variant: str, *, rngs: nnx.Rngs, precision: str = "highest", dtype: str = "float32"):
         if variant not in VARIANTS:
             raise ValueError(f"RAFT variant {variant!r}: must be one of {', '.join(VARIANTS)}")
         v = VARIANTS[variant]
-        shared = {"rngs": rngs, "precision": precision}
+        shared = {"rngs": rngs, "precision": precision, "dtype": jnp.dtype(dtype)}
         self.variant, self.precision = variant, precision
         self.fnet = Encoder(v, v.fnet_width, "instance", **shared)
         self.cnet = Encoder(v, v.hidden + v.context, "batch" if v.context_norm else "none", **shared)
@@ -229,11 +234,11 @@ class RAFT(nnx.Module):
 
     def features(self, frames_BHW3: Num[Array, "B H W 3"]) -> Float[Array, "B h w C"]:
         """Matching features of frames (0..255, sides multiples of 8) on the 1/8 grid."""
-        return self.fnet(_centre(frames_BHW3))
+        return self.fnet(_centre(frames_BHW3)).astype(jnp.float32)
 
     def context(self, frames_BHW3: Num[Array, "B H W 3"]) -> Float[Array, "B h w C"]:
         """Context features of first frames: the initial hidden state (tanh) and the constant input (relu), concatenated."""
-        hidden, context = jnp.split(self.cnet(_centre(frames_BHW3)), [VARIANTS[self.variant].hidden], -1)
+        hidden, context = jnp.split(self.cnet(_centre(frames_BHW3)).astype(jnp.float32), [VARIANTS[self.variant].hidden], -1)
         return jnp.concatenate([jnp.tanh(hidden), nnx.relu(context)], -1)
 
     def refine(
@@ -269,7 +274,7 @@ class RAFT(nnx.Module):
             return CELL * upsample_bilinear(flow_Bhw2)
         for layer in self.update_block.mask:
             h_BhwC = layer(h_BhwC)
-        return CELL * upsample_convex(flow_Bhw2, 0.25 * h_BhwC)
+        return CELL * upsample_convex(flow_Bhw2, 0.25 * h_BhwC.astype(jnp.float32))
 
     def __call__(
         self, first_BHW3: Num[Array, "B H W 3"], second_BHW3: Num[Array, "B H W 3"], iterations: int = 12

@@ -21,6 +21,7 @@ from motif_jax.dist import startup
 from motif_jax.dist.mesh import batch_rows, check_fits, global_batch, make_mesh, place, shard_like_params
 from motif_jax.dist.preemption import Interrupted, StopSignal
 from motif_jax.models.networks import Networks, Params
+from motif_jax.towers import check_towers
 from motif_jax.training import checkpoint, finetune, workdir
 from motif_jax.training import state as train_state
 from motif_jax.training.evaluation import validate
@@ -102,6 +103,7 @@ def _train(config: Config, directory: pathlib.Path) -> None:
     meta = {"version": motif_jax.__version__, "run": workdir.run_fingerprint(config)}
     checkpoints = checkpoint.Checkpoints(directory, config.checkpoint)
     weights = initial_weights(config, networks, trained=restored is None)
+    check_towers(config, dataset.manifest, weights.frozen)
     if restored is None:
         params = finetune.add_updates(config, weights.denoiser, jax.random.key(config.seed))
         state, step, visited = create(place(params, shardings.params)), 0, False

@@ -8,6 +8,7 @@ import json
 import pathlib
 from collections.abc import Callable
 
+import jax
 import numpy as np
 from jaxtyping import UInt8
 
@@ -52,11 +53,14 @@ class SampleSheets:
         if self._examples:
             self._generate = make_generator(networks, empty_L)
             self._tokens = tokenizer([e.caption for e in self._examples])
-            self._truth = np.stack([e.frames for e in self._examples])
+            self._decode = jax.jit(lambda frozen, moments: networks.decode(frozen["autoencoder"], networks.latents(moments, None)))
+            self._truth: np.ndarray | None = None
 
     def write(self, step: int, params: Params, frozen: dict[str, Params]) -> None:
         if not self._examples:
             return
+        if self._truth is None:
+            self._truth = self._true_clips(frozen)
         fps = np.asarray([e.fps for e in self._examples], np.float32)
         clips = on_host(self._generate(params, frozen, self._truth[:, 0], self._tokens, fps, np.arange(len(fps), dtype=np.int32)))
         if self._writer is None:
@@ -73,3 +77,9 @@ class SampleSheets:
             f"step {step}  mean flow of samples {motion['sample/mean_flow']:.3f} px, of the data {motion['sample/mean_flow_data']:.3f} px",
             flush=True,
         )
+
+    def _true_clips(self, frozen: dict[str, Params]) -> UInt8[np.ndarray, "B T H W 3"]:
+        """The examples' frames, or what the autoencoder makes of their latents where only those are stored."""
+        if self._examples[0].frames is not None:
+            return np.stack([e.frames for e in self._examples])
+        return on_host(self._decode(frozen, np.stack([e.latent_moments for e in self._examples])))

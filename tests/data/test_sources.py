@@ -94,7 +94,7 @@ def test_an_unusable_flow_is_one_clip_lost(tmp_path):
     save_video(tmp_path / "b.mp4", np.full((20, 64, 96, 3), 200, np.uint8), 30)
     save_video(tmp_path / "a.mp4", np.full((20, 64, 96, 3), 20, np.uint8), 30)
     found = decoded(sources.VideoClips(CONFIG, listed(tmp_path, "a.mp4,dark", "b.mp4,light"), Broken()))
-    assert isinstance(found[0], Skipped) and found[0].kind == "unusable flow" and found[1]["video"] == "b.mp4"
+    assert isinstance(found[0], Skipped) and found[0].kind == "unusable values" and found[1]["video"] == "b.mp4"
 
 
 def test_masks(tmp_path):

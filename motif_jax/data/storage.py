@@ -1,0 +1,100 @@
+"""Where a dataset directory lies: on a disk, or in an object store that fsspec knows (gs://, s3://, ...).
+
+`location` gives a `pathlib.Path` or a `RemotePath`, which has the few methods of it that shards need. Objects appear whole or
+not at all, so that they need no renaming.
+"""
+
+import contextlib
+import pathlib
+import posixpath
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+from motif_jax.config import UserError
+
+
+@dataclass(frozen=True)
+class RemotePath:
+    """An object, or the prefix of many, in `files`, an fsspec file system."""
+
+    files: Any
+    path: str
+
+    def __truediv__(self, name: str) -> "RemotePath":
+        return RemotePath(self.files, f"{self.path}/{name}")
+
+    def __str__(self) -> str:
+        return self.files.unstrip_protocol(self.path)
+
+    @property
+    def name(self) -> str:
+        return posixpath.basename(self.path)
+
+    def exists(self) -> bool:
+        return self.files.exists(self.path)
+
+    def mkdir(self, parents: bool = False, exist_ok: bool = False) -> None:
+        """Nothing: an object's name brings its directories."""
+
+    def glob(self, pattern: str) -> list["RemotePath"]:
+        return [RemotePath(self.files, path) for path in self.files.glob(f"{self.path}/{pattern}")]
+
+    def read_text(self) -> str:
+        return self.files.cat_file(self.path).decode()
+
+    def write_text(self, text: str) -> None:
+        self.files.pipe_file(self.path, text.encode())
+
+    def open(self, mode: str = "rb") -> BinaryIO:
+        return self.files.open(self.path, mode)
+
+    def unlink(self, missing_ok: bool = False) -> None:
+        try:
+            self.files.rm_file(self.path)
+        except FileNotFoundError:
+            if not missing_ok:
+                raise
+
+
+Path = pathlib.Path | RemotePath
+
+
+def location(name: str) -> Path:
+    """The directory `name`, a path or a URL. Raises UserError when the store's package is missing or it cannot be reached."""
+    if "://" not in name:
+        return pathlib.Path(name)
+    import fsspec
+
+    try:
+        # Other tasks write beside us: a remembered listing would hide what they have done.
+        files, path = fsspec.core.url_to_fs(name, use_listings_cache=False)
+        files.exists(path)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"{name}: {error}; pip install 'motif_jax[gs]' or 'motif_jax[s3]'") from error
+    except Exception as error:  # the stores' clients share no class of errors (no credentials, no such host, ...)
+        raise UserError(f"{name} cannot be reached: {type(error).__name__}: {error}") from error
+    return RemotePath(files, path.rstrip("/"))
+
+
+def size(path: Path) -> int:
+    """Bytes of a file. Raises FileNotFoundError."""
+    return path.stat().st_size if isinstance(path, pathlib.Path) else path.files.info(path.path)["size"]
+
+
+def upload(local: pathlib.Path, path: RemotePath) -> None:
+    """Copies a local file into the store."""
+    path.files.put_file(str(local), path.path)
+
+
+@contextlib.contextmanager
+def local_copy(path: Path) -> Iterator[pathlib.Path]:
+    """The file on a disk: itself, or a copy for the time of the block."""
+    if isinstance(path, pathlib.Path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        copy = pathlib.Path(scratch) / path.name
+        path.files.get_file(path.path, str(copy))
+        yield copy

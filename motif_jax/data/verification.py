@@ -1,0 +1,80 @@
+"""Finished shards against their manifests: a directory in; what is missing, damaged or of another version, in words, out."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from motif_jax.config import UserError
+from motif_jax.data import records
+from motif_jax.data.shards import VERSION, Shard, damage, digest, shard_manifest, shard_name
+from motif_jax.data.storage import Path, local_copy
+
+
+def check_shard(directory: Path, shard: Shard, fingerprint: str, layout: records.Layout) -> str:
+    """ "" when the shard is done and every byte of it is right, else what is wrong with it."""
+    manifest = shard_manifest(directory, shard.name)
+    if manifest is None or not (directory / shard.name).exists():
+        return "missing"
+    if manifest["schema"] == VERSION and manifest["fingerprint"] != fingerprint:
+        return "made from other videos"
+    return _fault(directory / shard.name, manifest, layout, every_record=False)
+
+
+def verify(directory: Path) -> list[str]:
+    """Reads every record of every shard of a finished dataset; "NAME is ..." for each file that is not as it should be.
+
+    Raises UserError when the directory holds no dataset.
+    """
+    try:
+        plan = json.loads((directory / "plan.json").read_text())
+        layout, count = records.Layout.from_dict(plan["layout"]), plan["shards"]
+    except FileNotFoundError as error:
+        raise UserError(f"no dataset in {str(directory)!r}: there is no plan.json; make one with motif_jax.prepare") from error
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise UserError(f"{directory / 'plan.json'} cannot be read ({error!r}); delete it and run motif_jax.prepare again") from error
+    bad, hashes = [], []
+    for name in (shard_name(split, i, n) for split, n in count.items() for i in range(n)):
+        manifest = shard_manifest(directory, name)
+        if manifest is None:
+            fault = "without a manifest" if (directory / name).exists() else "missing"
+        elif manifest["plan"] != plan["fingerprint"] and manifest["schema"] == VERSION:
+            fault = "of another plan"
+        else:
+            fault = _fault(directory / name, manifest, layout, every_record=True)
+            hashes.append(manifest["sha256"])
+        if fault:
+            bad.append(f"{name} is {fault}")
+    if not bad:
+        bad += [f"{name} is missing" for name in ("dataset.json", "features.json", "dataset_info.json") if not (directory / name).exists()]
+    if not bad and json.loads((directory / "dataset.json").read_text())["fingerprint"] != digest([layout.to_dict(), hashes]):
+        bad.append("dataset.json is not of these shards")
+    return bad
+
+
+def _fault(path: Path, manifest: Mapping[str, Any], layout: records.Layout, every_record: bool) -> str:
+    """What is wrong with a shard: its schema, its bytes, or what its records (every one, or the first) hold."""
+    if manifest["schema"] != VERSION:
+        return f"of schema version {manifest['schema']} (this is {VERSION})"
+    return damage(path, manifest["bytes"], manifest["sha256"]) or _unreadable(path, manifest["records"], layout, every_record)
+
+
+def _unreadable(path: Path, count: int, layout: records.Layout, every_record: bool) -> str:
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    with local_copy(path) as file:
+        reader = ArrayRecordReader(str(file))
+        try:
+            if reader.num_records() != count:
+                return f"damaged ({reader.num_records()} records, its manifest says {count})"
+            for i in range(count if every_record else min(count, 1)):
+                try:
+                    found = set(records.decode_example(reader.read([i])[0]))
+                    if found != set(layout.names()):
+                        return f"of another schema (record {i} differs in {', '.join(sorted(found ^ set(layout.names())))})"
+                    if every_record:
+                        records.decode_clip(layout, reader.read([i])[0])
+                except (ValueError, RuntimeError) as error:
+                    return f"damaged (record {i}: {error})"
+        finally:
+            reader.close()
+    return ""

@@ -1,0 +1,119 @@
+"""Pictures of a finished dataset: a sheet per clip and a page with histograms, under DIR/preview, for people to look at."""
+
+import collections
+import html
+import io
+import pathlib
+from collections.abc import Callable, Mapping
+
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from motif_jax.config import Config
+from motif_jax.data import pipeline, records, shards
+from motif_jax.motion import heatmap, pictures
+
+Decode = Callable[[np.ndarray], UInt8[np.ndarray, "T H W 3"]]
+
+_STYLE = "body{font:16px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}img{max-width:100%}"
+_STYLE += "table{border-collapse:collapse}td,th{padding:.1rem .8rem .1rem 0;text-align:left}figure{margin:2rem 0}"
+
+
+def write(
+    config: Config, directory: pathlib.Path, count: int, decode: Decode | None, skipped: Mapping[str, int], log: Callable[[str], None]
+) -> pathlib.Path:
+    """Writes preview/<clip_id>.png for the first `count` training clips, and preview/index.html about all of them.
+
+    A sheet shows frames, flow, the heatmap that the configured loss would use, and the share of pixels that move. `decode` makes
+    frames of latents where only those are stored; `skipped` counts what was left out by reason.
+    """
+    manifest, loss = shards.read_manifest(directory), config.loss
+    dataset = pipeline.Dataset(manifest, "train")
+    folder = directory / "preview"
+    folder.mkdir(exist_ok=True)
+
+    def heat(flow: np.ndarray, reading: str) -> np.ndarray:
+        x = heatmap.intensity(flow[None], manifest.layout.height, manifest.layout.width, reading)
+        return np.asarray(heatmap.sigma(x, loss.sharpness, loss.threshold))[0]
+
+    shares, sheets = [], []
+    for i in range(min(count, len(dataset))):
+        clip = dataset[i]
+        frames = clip.frames if clip.frames is not None else decode(clip.latent_moments)
+        heats = {reading: heat(clip.flow, reading) for reading in heatmap.READINGS}
+        shares.append({reading: pictures.moving_share(h) for reading, h in heats.items()})
+        path = folder / f"{clip.clip_id}.png"
+        pictures.save_png(path, pictures.clip_sheet(frames, clip.flow, heats[loss.intensity], clip.caption))
+        sheets.append((path.name, clip.caption))
+        log(f"{path}: {100 * shares[-1][loss.intensity]:.1f} % moves: {clip.caption}")
+    mean = {reading: 100 * sum(s[reading] for s in shares) / len(shares) for reading in heatmap.READINGS}
+    log(
+        f"share of moving pixels in {len(shares)} clips: {mean[loss.intensity]:.1f} % (flow over {loss.threshold:g} by loss.intensity="
+        f"{loss.intensity!r}); by the others: {', '.join(f'{r} {m:.1f} %' for r, m in mean.items() if r != loss.intensity)}"
+    )
+    found = _measure(dataset, lambda flow: pictures.moving_share(heat(flow, loss.intensity)))
+    page = folder / "index.html"
+    page.write_text(_page(config, manifest, found, skipped, sheets))
+    log(f"{page}: strides, motion and captions of {len(dataset)} clips")
+    return page
+
+
+def _measure(dataset: pipeline.Dataset, moving: Callable[[np.ndarray], float]) -> dict[str, Float[np.ndarray, " N"]]:
+    """Stride, share of moving pixels and caption length of every clip; frames are not decoded for it."""
+    found = collections.defaultdict(list)
+    for record in (dataset.source[i] for i in range(len(dataset))):
+        clip = records.decode_clip(dataset.layout, record, ("frame_stride", "caption", "flow"))
+        found["frame stride"].append(clip["frame_stride"])
+        found["moving pixels, %"].append(100 * moving(clip["flow"]))
+        found["words in the caption"].append(len(clip["caption"].split()))
+    return {name: np.array(values, np.float64) for name, values in found.items()}
+
+
+def _page(
+    config: Config,
+    manifest: shards.Manifest,
+    found: Mapping[str, np.ndarray],
+    skipped: Mapping[str, int],
+    sheets: list[tuple[str, str]],
+) -> str:
+    layout = manifest.layout
+    clips = ", ".join(f"{split} {manifest.count(split):,}" for split in manifest.shards)
+    rows = [
+        ("clips", clips),
+        ("clip", f"{layout.frames} frames of {layout.height}x{layout.width}, flow in cells of {layout.flow_stride} pixels"),
+        ("stored", ", ".join(name for name in layout.names() if name not in (*records.TEXTS, *records.INTEGERS, "fps"))),
+        *((name, values) for name, values in sorted(manifest.settings.items()) if name.startswith(("source", "estimator", "prepare.flow"))),
+        ("moving", f"intensity {config.loss.intensity!r} above {config.loss.threshold:g}, the configured loss's reading"),
+    ]
+    table = "".join(f"<tr><th>{html.escape(name)}</th><td>{html.escape(str(value))}</td></tr>" for name, value in rows)
+    left_out = "".join(f"<tr><th>{html.escape(kind)}</th><td>{n:,}</td></tr>" for kind, n in sorted(skipped.items()))
+    figures = "".join(
+        f'<figure><img src="{html.escape(name)}" alt="{html.escape(caption)}"><figcaption>{html.escape(caption)}</figcaption></figure>'
+        for name, caption in sheets
+    )
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(config.name)}: dataset</title><style>{_STYLE}</style>'
+        f"<h1>{html.escape(config.name)}: dataset</h1><table>{table}</table>"
+        f"<h2>Training clips</h2>{_histograms(found)}"
+        f"<h2>Left out</h2>{f'<table>{left_out}</table>' if left_out else '<p>Nothing.</p>'}"
+        "<h2>First clips</h2><p>Rows: frames; optical flow (colour is direction, saturation is speed); heatmap over the frames, with the "
+        f"share of moving pixels.</p>{figures}</html>\n"
+    )
+
+
+def _histograms(found: Mapping[str, np.ndarray]) -> str:
+    """One SVG of a histogram each, side by side."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 3), layout="constrained")
+    for axes, (name, values) in zip(figure.subplots(1, len(found)), found.items(), strict=True):
+        whole = bool((values == np.rint(values)).all())
+        bins = np.arange(values.min(), values.max() + 2) - 0.5 if whole and np.ptp(values) < 40 else 30
+        axes.hist(values, bins, color="#3b6ea5")
+        axes.set_xlabel(f"{name} (mean {values.mean():.1f})")
+        axes.set_ylabel("clips")
+        if whole:
+            axes.xaxis.get_major_locator().set_params(integer=True)
+    text = io.StringIO()
+    figure.savefig(text, format="svg", metadata={"Date": None})
+    return text.getvalue()[text.getvalue().index("<svg") :]

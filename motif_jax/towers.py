@@ -1,0 +1,111 @@
+"""The frozen networks of the offline job: frames and a caption in; what the train step would compute of them, in float16, out.
+
+The weights come from `init_from`, as in training. Their checksum is part of the dataset's settings, and a training run with
+other frozen weights refuses the dataset (`check_towers`).
+"""
+
+import dataclasses
+import functools
+import hashlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Float16, UInt8
+
+from motif_jax.config import Config, UserError
+from motif_jax.data.shards import Manifest
+from motif_jax.data.tokens import make_tokenizer
+from motif_jax.dist.replicas import Replicas
+from motif_jax.models.networks import Networks, Params
+from motif_jax.training.weights import initial_weights
+
+NAMES = {"autoencoder": "latents", "text": "text embeddings"}  # network -> what a dataset holds of it
+
+
+def checksum(params: Params) -> str:
+    """sha256 over names, shapes and float32 values, in the order of the names."""
+    digest = hashlib.sha256()
+    for name in sorted(params):
+        value = np.ascontiguousarray(params[name], np.float32)
+        digest.update(f"{name} {value.shape}\n".encode())
+        digest.update(value)
+    return digest.hexdigest()
+
+
+def describe(config: Config, name: str, params: Params) -> dict[str, Any]:
+    """What the output of the network `name` depends on; the vocabulary's place does not count."""
+    fields = {f"{name}.{k}": v for k, v in dataclasses.asdict(getattr(config, name)).items() if k not in ("tokenizer", "scale_factor")}
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()} | {f"{name}.sha256": checksum(params)}
+
+
+def check_towers(config: Config, dataset: Manifest, frozen: dict[str, Params]) -> None:
+    """Raises UserError when a dataset's latents or embeddings are not of the run's own frozen networks."""
+    stored = [name for name, shape in (("autoencoder", dataset.layout.latent), ("text", dataset.layout.text)) if shape]
+    if "autoencoder" in stored and config.image_tokens:
+        raise UserError("unet.image_cross_attention looks at pixels, and this dataset holds latents: prepare one without prepare.latents")
+    for name in stored:
+        wanted = describe(config, name, frozen[name])
+        settings = dataset.settings
+        differs = [f"{k} was {settings.get(k)!r} and is now {v!r}" for k, v in wanted.items() if settings.get(k) != v]
+        if differs:
+            raise UserError(
+                f"the dataset's {NAMES[name]} were made by another network: {'; '.join(differs)}. Use the init_from and the "
+                f"{name} settings that it was prepared with, or prepare again"
+            )
+
+
+class Towers:
+    """The autoencoder's encoder and the text tower, as far as `config.prepare` asks for them."""
+
+    def __init__(self, config: Config) -> None:
+        """Raises UserError when `init_from` does not hold the weights, or the vocabulary cannot be read."""
+        p, d = config.prepare, config.data
+        networks = Networks.of(config)
+        frozen = initial_weights(config, networks, trained=False).frozen
+        self._wanted = [name for name, asked in (("autoencoder", p.latents), ("text", p.text_embeddings)) if asked]
+        self._settings = {"dtype": config.dtype}
+        for name in self._wanted:
+            self._settings |= describe(config, name, frozen[name])
+
+        def moments(params: Params, frames_THW3: jax.Array) -> jax.Array:
+            encode = networks.autoencoder.bind(params).encode
+            return jax.lax.map(lambda x_HW3: encode(x_HW3[None].astype(jnp.float32) / 127.5 - 1.0)[0], frames_THW3).astype(jnp.float16)
+
+        def pixels(params: Params, moments_ThwM: jax.Array) -> jax.Array:
+            return networks.decode(params, networks.latents(moments_ThwM[None], None))[0]
+
+        def embedding(params: Params, tokens_L: jax.Array) -> jax.Array:
+            return networks.embed(params, tokens_L[None])[0].astype(jnp.float16)
+
+        self.latent = self.text = ()
+        if p.latents:
+            self._moments = Replicas(moments, frozen["autoencoder"])
+            self._pixels = functools.cache(lambda: Replicas(pixels, frozen["autoencoder"]))
+            frames = jax.ShapeDtypeStruct((d.frames, d.height, d.width, 3), np.uint8)
+            self.latent = jax.eval_shape(moments, networks.autoencoder.shapes, frames).shape[1:]
+        if p.text_embeddings:
+            try:
+                self._tokenizer = make_tokenizer(config.text)
+            except ValueError as error:
+                raise UserError(str(error)) from error
+            self._embedding = Replicas(embedding, frozen["text"])
+            self.text = (config.text.context_length, config.text.width)
+
+    def encode(self, frames_THW3: UInt8[np.ndarray, "T H W 3"], caption: str) -> dict[str, Float16[np.ndarray, "..."]]:
+        """The record's fields: latent_moments [T,h,w,2C] and text_embedding [L,D], as far as asked for."""
+        fields = {}
+        if self.latent:
+            fields["latent_moments"] = self._moments(frames_THW3)
+        if self.text:
+            fields["text_embedding"] = self._embedding(np.asarray(self._tokenizer([caption])[0], np.int32))
+        return fields
+
+    def decode(self, moments_ThwM: Float[np.ndarray, "T h w C2"]) -> UInt8[np.ndarray, "T H W 3"]:
+        """The frames that stored moments stand for, as the autoencoder shows them."""
+        return self._pixels()(moments_ThwM)
+
+    def describe(self) -> dict[str, Any]:
+        """What the fields depend on, for a dataset's settings."""
+        return self._settings

@@ -1,0 +1,187 @@
+"""Latents and text embeddings in records: a run on them is the run on frames and sentences; other weights are refused."""
+
+import dataclasses
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+from flax import nnx
+
+from motif_jax import preparation
+from motif_jax.config import UserError
+from motif_jax.data import pipeline, shards
+from motif_jax.data.tokens import make_tokenizer
+from motif_jax.interop import autoencoder
+from motif_jax.interop.imported import import_checkpoint
+from motif_jax.models.autoencoder import make_autoencoder
+from motif_jax.models.networks import Networks
+from motif_jax.towers import Towers, check_towers, checksum
+from motif_jax.training.optimizer import make_optimizer
+from motif_jax.training.samples import SampleSheets
+from motif_jax.training.state import create
+from motif_jax.training.step import empty_sentence, make_train_step
+from motif_jax.training.weights import initial_weights
+
+KL = {"kind": "kl", "factor": 4, "z_channels": 4, "ch": 32, "ch_mult": [1, 1, 1], "num_res_blocks": 1, "scale_factor": 0.2}
+SOURCE = "synthetic:shapes:12"
+
+
+def save_import(config, folder, seed):
+    """A random autoencoder in the authors' names, imported as a real one would be."""
+    module = make_autoencoder(config.autoencoder, nnx.Rngs(seed))
+    tensors = autoencoder.to_torch(nnx.to_pure_dict(nnx.state(module, nnx.Param)))
+    path = folder.with_suffix(".safetensors")
+    safetensors.numpy.save_file({autoencoder.PREFIX + k: np.ascontiguousarray(v, np.float32) for k, v in tensors.items()}, path)
+    import_checkpoint("autoencoder", path, folder)
+    return str(folder)
+
+
+def prepare(config, directory):
+    lines: list[str] = []
+    preparation.prepare(config, SOURCE, directory, log=lines.append)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(directory))), lines
+
+
+@pytest.fixture(scope="module")
+def kl(tiny, tmp_path_factory):
+    """The tiny configuration with an imported KL autoencoder, latents 4x4x4."""
+
+    def make(seed=3, **stored):
+        shape = tiny(autoencoder=KL, unet={"in_channels": 8, "out_channels": 4})
+        folder = save_import(shape, tmp_path_factory.mktemp("import") / "weights", seed)
+        return tiny(autoencoder=KL, unet={"in_channels": 8, "out_channels": 4}, init_from=folder, prepare=stored)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def stored(kl, tmp_path_factory):
+    """A dataset of frames, latents and embeddings."""
+    return prepare(kl(latents=True, text_embeddings=True, frames=True), tmp_path_factory.mktemp("data") / "all")[0]
+
+
+def first_batch(config, dataset):
+    batches = pipeline.make_iterator(dataset, config.batch_size, 0, 0, make_tokenizer(config.text))
+    try:
+        return next(batches)
+    finally:
+        batches.close()
+
+
+def test_a_run_on_latents_is_the_run_on_frames(kl, stored, tmp_path):
+    """The same clips in the same order, the same noise: two updates differ by the rounding to float16 alone."""
+    plain, _ = prepare(kl(), tmp_path / "plain")
+    networks = Networks.of(plain)
+    frozen = initial_weights(plain, networks, trained=False).frozen
+    step = jax.jit(make_train_step(networks, make_optimizer(plain), empty_sentence(plain, make_tokenizer(plain.text))))
+    found = []
+    for config in (plain, stored):
+        dataset = pipeline.open_dataset(config.data)
+        check_towers(config, dataset.manifest, frozen)
+        batch = first_batch(config, dataset)
+        state = create(networks.denoiser.init(jax.random.key(0)), make_optimizer(plain), True)
+        for _ in range(2):
+            state, metrics = step(state, frozen, batch)
+        found.append((batch, metrics, state))
+    (a, m, s), (b, n, t) = found
+    assert a.keys() - b.keys() == {"frames", "tokens"} and b.keys() - a.keys() == {"latent_moments", "text_embedding"}
+    np.testing.assert_array_equal(a["flow"], b["flow"])
+    assert b["latent_moments"].shape == (4, 4, 4, 4, 8) and b["latent_moments"].dtype == np.float16
+    # float16 keeps 11 bits: 5e-4 of each latent, of which the loss is a mean of squares.
+    for name in ("loss", "grad_norm", "heatmap_mean"):
+        np.testing.assert_allclose(m[name], n[name], rtol=2e-3, err_msg=name)
+    assert float(m["loss"]) != float(n["loss"])
+    moved = [float(jnp.abs(x - y).max()) for x, y in zip(jax.tree.leaves(s.params), jax.tree.leaves(t.params), strict=True)]
+    assert max(moved) < 0.1 * plain.learning_rate, max(moved)  # an update of Adam moves each weight by about the rate
+
+
+def test_stored_moments_are_the_autoencoders(stored):
+    clip = pipeline.open_dataset(stored.data)[0]
+    networks = Networks.of(stored)
+    frozen = initial_weights(stored, networks, trained=False).frozen
+    expected = networks.encode(frozen["autoencoder"], clip.frames[None], None)[0]
+    mean = clip.latent_moments[..., :4].astype(np.float32) * KL["scale_factor"]
+    np.testing.assert_allclose(mean, expected, atol=1e-3 * float(jnp.abs(expected).max()))
+    decoded = Towers(stored).decode(clip.latent_moments)
+    np.testing.assert_allclose(decoded, networks.decode(frozen["autoencoder"], expected[None])[0], atol=1)  # grey levels
+
+
+def test_frames_are_dropped_unless_asked_for(kl, stored, tmp_path):
+    config, _ = prepare(kl(latents=True), tmp_path / "latents")
+    lean, full = pipeline.open_dataset(config.data), pipeline.open_dataset(stored.data)
+    assert lean[0].frames is None and full[0].frames.shape == (4, 16, 16, 3)
+    np.testing.assert_array_equal(lean[0].latent_moments, full[0].latent_moments)
+    assert lean.layout.names() == (
+        "clip_id",
+        "video",
+        "caption",
+        "frame_stride",
+        "first_frame",
+        "fps",
+        "flow",
+        "motion_mask",
+        "latent_moments",
+    )
+    assert "frames" not in first_batch(config, lean) and "tokens" in first_batch(config, lean)
+
+
+def test_tfds_reads_latents_without_tensorflow(stored, tmp_path):
+    ours = pipeline.open_dataset(stored.data)
+    np.savez(tmp_path / "ours.npz", moments=np.stack([ours[i].latent_moments for i in range(len(ours))]))
+    code = f"""
+import sys
+import numpy as np
+import tensorflow_datasets as tfds
+ours, theirs = np.load({str(tmp_path / "ours.npz")!r})["moments"], tfds.builder_from_directory({stored.data.path!r}).as_data_source("train")
+for moments, clip in zip(ours, theirs, strict=True):
+    assert (clip["latent_moments"] == moments).all() and clip["latent_moments"].dtype == np.float16
+    assert clip["text_embedding"].shape == (8, 16) and clip["text_embedding"].dtype == np.float16
+assert "tensorflow" not in sys.modules
+print("equal")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd="/", capture_output=True, text=True)
+    assert done.stdout == "equal\n", done.stderr
+
+
+def test_other_weights_are_another_dataset(kl, stored, tmp_path):
+    """Refused as a continuation of the job, and by a run that would decode with them."""
+    other = kl(seed=4, latents=True, text_embeddings=True, frames=True)
+    with pytest.raises(UserError, match=r"autoencoder\.sha256 was '[0-9a-f]{64}' and is now"):
+        preparation.prepare(other, SOURCE, stored.data.path, log=lambda line: None)
+    frozen = initial_weights(other, Networks.of(other), trained=False).frozen
+    with pytest.raises(UserError, match="latents were made by another network"):
+        check_towers(other, shards.read_manifest(stored.data.path), frozen)
+    with pytest.raises(UserError, match=r"set --config\.init_from"):
+        Towers(dataclasses.replace(other, init_from=""))
+
+
+def test_the_checksum_knows_names_shapes_and_values():
+    one = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(2, np.float32)}
+    others = [one | {"a": one["a"].reshape(3, 2)}, one | {"b": np.array([1, 2], np.float32)}, {"a": one["a"], "c": one["b"]}]
+    assert checksum(one) == checksum(dict(reversed(one.items()))) == checksum({k: jnp.asarray(v) for k, v in one.items()})
+    assert len({checksum(x) for x in (one, *others)}) == 4
+
+
+def test_sheets_and_previews_show_decoded_latents(kl, tmp_path):
+    config, _ = prepare(kl(latents=True), tmp_path / "data")
+    preparation.prepare(config, SOURCE, tmp_path / "data", preview=1, log=lambda line: None)
+    assert len(list((tmp_path / "data" / "preview").glob("*.png"))) == 1
+    config = dataclasses.replace(config, sample=dataclasses.replace(config.sample, every=1, count=2))
+    networks, tokenizer = Networks.of(config), make_tokenizer(config.text)
+    frozen = initial_weights(config, networks, trained=False).frozen
+
+    class Writer:
+        def write(self, step, scalars):
+            self.scalars = scalars
+
+        def write_image(self, step, name, picture):
+            self.picture = picture
+
+    writer = Writer()
+    sheets = SampleSheets(config, networks, tokenizer, empty_sentence(config, tokenizer), tmp_path / "run", writer)
+    sheets.write(1, networks.denoiser.init(jax.random.key(0)), frozen)
+    assert (tmp_path / "run/samples/1/00.gif").exists() and np.isfinite(writer.scalars["sample/mean_flow_data"])
