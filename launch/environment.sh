@@ -10,7 +10,7 @@ if [ ! -x "$venv/bin/python" ]; then
 fi
 # shellcheck disable=SC1091
 source "$venv/bin/activate"
-stamp="$venv/installed-$(printf '%s' "$extras" | tr -c 'a-z' '-')"
+stamp="$venv/installed-$(printf '%s' "$extras" | tr -c '[:lower:]' '-')"
 if [ ! -e "$stamp" ] || [ requirements.txt -nt "$stamp" ] || [ setup.py -nt "$stamp" ]; then
   echo "installing motif_jax${extras:+[$extras]} into $venv"
   python -m pip install --quiet --disable-pip-version-check --editable ".${extras:+[$extras]}"

@@ -36,7 +36,12 @@ def _checksum(x: jax.Array) -> jax.Array:
 
 def checksums(state: dict[str, Any]) -> dict[str, str]:
     """One hexadecimal number per field of the state, over the bits of its arrays in whatever order."""
-    sums = jax.device_get({name: [_checksum(x) for x in jax.tree.leaves(tree)] for name, tree in state.items()})
+
+    def one(x: jax.Array) -> jax.Array:
+        # Several programs under way at once can wait for each other for ever in XLA's CPU collectives.
+        return jax.block_until_ready(_checksum(x)) if jax.default_backend() == "cpu" else _checksum(x)
+
+    sums = jax.device_get({name: [one(x) for x in jax.tree.leaves(tree)] for name, tree in state.items()})
     return {name: hashlib.sha256(np.sort(np.asarray(found, np.uint32)).tobytes()).hexdigest() for name, found in sums.items()}
 
 

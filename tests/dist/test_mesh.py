@@ -9,13 +9,13 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from motif_jax.config import MeshConfig
-from motif_jax.dist.mesh import AXES, make_mesh, partition
+from motif_jax.dist.mesh import AXES, check_fits, make_mesh, partition
 
 EIGHT_DEVICES = """
 import jax, numpy as np
 from jax.sharding import PartitionSpec as P
 from motif_jax.config import MeshConfig
-from motif_jax.dist.mesh import global_batch, make_mesh, partition, shard_like_params
+from motif_jax.dist.mesh import batch_rows, global_batch, make_mesh, partition, shard_like_params
 
 mesh = make_mesh(MeshConfig(data=-1, fsdp=2, tensor=2))
 assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "context": 1, "tensor": 2}, mesh.shape
@@ -27,9 +27,19 @@ tree["mu"] = dict(tree["params"])
 shardings = shard_like_params(tree, {"a.kernel"}, mesh)
 assert shardings["mu"]["a.kernel"].spec == shardings["params"]["a.kernel"].spec == P("fsdp", "tensor")
 assert shardings["count"].spec == P()
-batch = global_batch({"x": np.arange(16.0).reshape(8, 2)}, mesh)["x"]
+batch = global_batch({"x": np.arange(16.0).reshape(8, 2)}, mesh, 8)["x"]
 assert {s.data.shape for s in batch.addressable_shards} == {(2, 2)}
 np.testing.assert_array_equal(batch, np.arange(16.0).reshape(8, 2))
+frames = np.arange(64.0).reshape(4, 8, 2)
+flow = global_batch({"flow": frames}, make_mesh(MeshConfig(data=2, context=4)), 4)["flow"]
+assert {s.data.shape for s in flow.addressable_shards} == {(2, 2, 2)}
+np.testing.assert_array_equal(flow, frames)
+# Devices 2 and 3 alone, as a process of four would have them; one mesh gives them rows of their own, the other all rows.
+mine = jax.devices()[2:4]
+patched = lambda self, shape: {d: i for d, i in self.devices_indices_map(shape).items() if d in mine}
+jax.sharding.NamedSharding.addressable_devices_indices_map = patched
+assert batch_rows(make_mesh(MeshConfig(data=8)), 16) == [4, 5, 6, 7]
+assert batch_rows(make_mesh(MeshConfig(tensor=8)), 3) == [0, 1, 2]
 print("fine")
 """
 
@@ -43,6 +53,19 @@ def test_one_device_is_a_mesh_of_one():
 def test_wrong_number_of_devices_is_named():
     with pytest.raises(ValueError, match=r"data=3, fsdp=1, context=1, tensor=1\) needs 3 devices, but there are 1"):
         make_mesh(MeshConfig(data=3), jax.devices()[:1])
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "accumulation", "frames", "message"),
+    [(3, 2, 4, "batch_size=3: must be a multiple of 2"), (4, 2, 0, None)],
+)
+def test_a_batch_must_fit_the_mesh(batch_size, accumulation, frames, message):
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    if message is None:
+        check_fits(mesh, batch_size, accumulation, frames)
+    else:
+        with pytest.raises(ValueError, match=message):
+            check_fits(mesh, batch_size, accumulation, frames)
 
 
 def test_unknown_parameter_is_an_error():

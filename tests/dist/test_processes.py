@@ -1,0 +1,171 @@
+"""Real jobs of two processes on this machine, through launch/local_pod.sh: equal to one process, stopped, killed, continued by fewer."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+STEPS = 16  # 13 batches make an epoch
+CONFIG = [
+    "--config=configs/quickstart.py",
+    "--config.backbone=dit",
+    "--config.dit.width=32",
+    "--config.dit.depth=1",
+    "--config.dit.num_head_channels=16",
+    "--config.dit.patch=(8, 1, 1)",
+    "--config.prepare.validation_share=0.2",
+    "--config.data.height=16",
+    "--config.data.width=16",
+    "--config.diffusion.loss_space=x0",
+    "--config.batch_size=4",
+    f"--config.steps={STEPS}",
+    "--config.log_every=1",
+    "--config.checkpoint.every=4",
+    f"--config.eval.every={STEPS}",
+    "--config.eval.batches=1",
+    "--config.sample.every=0",
+]
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "PYTHON": sys.executable,
+        "GRACE": "20",
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
+    }
+
+
+@pytest.fixture(scope="module")
+def data(environment, tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "sprites"
+    arguments = [a for a in CONFIG if not a.startswith("--config.backbone")]
+    command = [sys.executable, "-m", "motif_jax.prepare", *arguments, "--source=synthetic:quickstart:64", f"--output={path}"]
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+    return path
+
+
+def start(environment, processes, data, workdir, *more):
+    """A job in a process group of its own, so that nothing of it outlives a failed test."""
+    arguments = [*CONFIG, f"--workdir={workdir}", f"--config.data.path={data}", *more]
+    command = ["bash", "launch/local_pod.sh", str(processes)] if processes > 1 else [sys.executable, "-m", "motif_jax.main"]
+    return subprocess.Popen(
+        [*command, *arguments],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def end(job, timeout=180):
+    try:
+        return job.communicate(timeout=timeout)[0]
+    except subprocess.TimeoutExpired:
+        os.killpg(job.pid, signal.SIGKILL)
+        raise
+
+
+def children(job):
+    """Process ids of the processes of a running job, by their index."""
+    found = {}
+    for pid in pathlib.Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split():
+        variables = pathlib.Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        index = next((v for v in variables if v.startswith(b"MOTIF_PROCESS_INDEX=")), None)
+        if index:
+            found[int(index.split(b"=")[1])] = int(pid)
+    return found
+
+
+def lines(workdir):
+    path = workdir / "metrics.jsonl"
+    found = [json.loads(text) for text in path.read_text().splitlines()] if path.exists() else []
+    return {line["step"]: line for line in found if "loss" in line}
+
+
+def wait_for_step(job, workdir, step):
+    limit = time.monotonic() + 150
+    while max(lines(workdir), default=0) < step:
+        assert job.poll() is None and time.monotonic() < limit, end(job)
+        time.sleep(0.05)
+
+
+def parameters(workdir):
+    from motif_jax.training.checkpoint import read_arrays
+
+    return read_arrays(workdir / "checkpoints" / str(STEPS), ("params", "ema"), np.ndarray)
+
+
+def assert_same_run(found, expected):
+    """Clips, noise and steps are the same; sums over the batch are taken in another order, and AdamW divides by small numbers."""
+    assert lines(found).keys() == lines(expected).keys() == set(range(1, STEPS + 1))
+    for step, line in lines(expected).items():
+        assert lines(found)[step]["loss"] == pytest.approx(line["loss"], rel=1e-4), step
+    a, b = parameters(found), parameters(expected)
+    for field in ("params", "ema"):
+        for name, value in b[field].items():
+            scale = np.abs(value).max() + 1e-6
+            np.testing.assert_allclose(a[field][name] / scale, value / scale, atol=2e-3, err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def single(environment, data, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("runs") / "one"
+    job = start(environment, 1, data, workdir)
+    text = end(job)
+    assert job.returncode == 0, text
+    return workdir
+
+
+def test_two_processes_equal_one(environment, data, single, tmp_path):
+    job = start(environment, 2, data, tmp_path)
+    text = end(job)
+    assert job.returncode == 0 and f"done: {STEPS} steps" in text and "in 2 processes" in text, text
+    assert_same_run(tmp_path, single)
+
+
+def test_a_stopped_and_killed_job_continues_with_fewer_processes(environment, data, single, tmp_path):
+    """SIGTERM to one of two: both save and leave. kill -9 of one of two: the job fails by itself. One process does the rest."""
+    job = start(environment, 2, data, tmp_path)
+    wait_for_step(job, tmp_path, 2)
+    os.kill(children(job)[1], signal.SIGTERM)
+    text = end(job)
+    assert job.returncode == 0 and "the same command continues" in text, text
+
+    job = start(environment, 2, data, tmp_path)
+    wait_for_step(job, tmp_path, 9)
+    os.kill(children(job)[1], signal.SIGKILL)
+    killed = time.monotonic()
+    text = end(job)
+    assert job.returncode != 0 and "continuing at step" in text, text
+    assert time.monotonic() - killed < 60  # rather than for ever in a collective
+    assert "process 0 of 2" in text or "JAX distributed service detected fatal errors" in text, text
+
+    job = start(environment, 1, data, tmp_path)
+    text = end(job)
+    assert job.returncode == 0 and "continuing at step 8" in text, text
+    assert_same_run(tmp_path, single)
+
+
+def test_processes_that_disagree_are_named(environment, data, tmp_path):
+    port = str(20000 + os.getpid() % 20000)
+    jobs = []
+    for index, rate in enumerate(("1e-3", "2e-3")):
+        variables = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "MOTIF_PROCESS_COUNT": "2", "MOTIF_PROCESS_INDEX": str(index)}
+        jobs.append(start(environment | variables, 1, data, tmp_path, f"--config.learning_rate={rate}"))
+    texts = [end(job) for job in jobs]
+    assert all(job.returncode != 0 for job in jobs)
+    assert any("the processes do not run the same thing" in text and "the configuration: process 1 on" in text for text in texts), texts
+    assert not (tmp_path / "checkpoints").exists()

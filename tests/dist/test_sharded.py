@@ -1,0 +1,60 @@
+"""Sharded equals unsharded, on eight fake devices: one process takes real train steps on every mesh, and the tests read its numbers."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from motif_jax.config import to_json
+
+MESHES = ["(8, 1, 1, 1)", "(1, 8, 1, 1)", "(2, 2, 2, 1)", "(1, 2, 1, 4)"]  # data, fsdp, context, tensor
+
+
+@pytest.fixture(scope="module")
+def found(tiny, tmp_path_factory):
+    # Transformers in the middle block only: compilation is all that this costs.
+    config = tiny(batch_size=8, data={"height": 32, "width": 32}, unet={"attention_resolutions": []})
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        # LLVM's optimiser is most of the compile time here and changes no sum's order that matters.
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
+    }
+    script = pathlib.Path(__file__).with_name("sharded.py")
+    command = [sys.executable, script, to_json(config), tmp_path_factory.mktemp("eight")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_loss_and_gradient_are_those_of_one_device(found, mesh):
+    assert found[mesh]["loss"] < 1e-5
+    assert found[mesh]["gradient"] < 1e-5
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_the_step_compiles_once(found, mesh):
+    assert found[mesh]["compilations"] == 1
+
+
+def test_a_device_holds_its_part_of_the_parameters(found):
+    """Of the elements of all kernels; axes that do not divide a kernel leave it whole, hence a little more than 1 / (fsdp * tensor)."""
+    shares = [found[mesh]["local"] for mesh in MESHES]
+    assert shares[0] == 1.0 and shares[1] < 0.2 and shares[2] < 0.6 and shares[3] < 0.2
+
+
+def test_remat_changes_memory_and_not_the_gradient(found):
+    assert found["remat"]["gradient"] < 1e-5
+    assert found["remat"]["memory"] < 0.9
+
+
+def test_resuming_on_eight_devices_is_exact(found):
+    assert found["resumed"] == {"metrics": True, "state": True}
+
+
+def test_a_checkpoint_moves_to_four_devices_and_to_one(found):
+    assert found["four"]["state"] and found["one"]["state"]
+    assert found["one"]["loss"] < 1e-5

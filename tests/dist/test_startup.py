@@ -1,0 +1,58 @@
+"""What starts a job, read off the environment; what processes disagree about."""
+
+import pytest
+
+from motif_jax.config import UserError
+from motif_jax.dist import startup
+
+SLURM = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "16", "SLURM_PROCID": "3", "SLURM_LOCALID": "3"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "kind"),
+    [
+        ({}, ""),
+        ({"MOTIF_PROCESS_COUNT": "2", "MOTIF_PROCESS_INDEX": "0", **SLURM}, "explicit"),
+        ({**SLURM, "SLURM_STEP_NODELIST": "node[001-002]"}, "slurm"),
+        (SLURM, ""),  # the batch script itself, before srun
+        ({**SLURM, "SLURM_NTASKS": "1", "SLURM_STEP_NODELIST": "node001"}, ""),
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, "mpi"),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}, "kubernetes"),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, ""),  # a pod of no job, such as a notebook
+        ({"TPU_WORKER_HOSTNAMES": "host-0,host-1", "KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}, "tpu"),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, ""),
+    ],
+)
+def test_cluster(environment, kind):
+    assert startup.cluster({"JAX_PLATFORMS": "cpu"} | environment) == kind
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"MOTIF_PROCESS_INDEX": "1"}, "set JAX_COORDINATOR_ADDRESS, MOTIF_PROCESS_COUNT as well"),
+        ({"JAX_COORDINATOR_ADDRESS": "h:1", "MOTIF_PROCESS_COUNT": "two", "MOTIF_PROCESS_INDEX": "0"}, "'two'.*must be whole numbers"),
+        ({"JAX_COORDINATOR_ADDRESS": "h:1", "MOTIF_PROCESS_COUNT": "2", "MOTIF_PROCESS_INDEX": "2"}, "process_id"),
+    ],
+)
+def test_variables_that_cannot_be(environment, message):
+    with pytest.raises(UserError, match=message):
+        startup.join(environment)
+
+
+def test_the_odd_one_out_is_named():
+    everyone = [{"host": f"h{i}", "the data": "aaaa", "the code": "1" if i != 2 else "2"} for i in range(4)]
+    assert startup.compare(everyone) == ["the code: process 2 on h2 has 2; 3 of 4 have 1"]
+    assert startup.compare(everyone[:2]) == []
+
+
+def test_a_fact_that_only_some_have():
+    assert startup.compare([{"host": "a", "x": "1"}, {"host": "b"}, {"host": "c", "x": "1"}]) == [
+        "x: process 1 on b has nothing; 2 of 3 have 1"
+    ]
+
+
+def test_code_version_follows_the_sources():
+    version = startup.code_version()
+    assert "dist/startup.py" in version and '"jax"' in version
+    assert len(startup.digest(version)) == 64

