@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -127,6 +128,41 @@ def test_three_tasks_equal_one(tmp_path, clips):
         assert [summary.missing > 0 for summary, _ in results] == [True, True, False]
         assert any("belong to other tasks" in line for line in results[0][1])
         assert files(one) == files(three) and "dataset.json" in files(one)
+
+
+def test_ten_workers_of_which_some_do_the_same_shards(tmp_path, config_file):
+    """Seven tasks at once, and three of them a second time beside the first."""
+    source, single, many = "synthetic:shapes:240", tmp_path / "single", tmp_path / "many"
+    assert subprocess.run(command(config_file, f"--source={source}", f"--output={single}"), cwd=ROOT).returncode == 0
+    shares = [*range(7), 0, 3, 6]
+    arguments = [f"--source={source}", f"--output={many}", "--task_count=7"]
+    workers = [subprocess.Popen(command(config_file, *arguments, f"--task_index={i}"), cwd=ROOT) for i in shares]
+    assert [worker.wait() for worker in workers] == [0] * 10
+    assert files(many) == files(single) and "dataset.json" in files(many)
+
+
+def test_killed_ten_times_at_random(tmp_path, config_file):
+    """A job that is ever slower to finish than its next kill, until it is left alone; the moments come from a fixed seed."""
+    source, output = "synthetic:shapes:1500", tmp_path / "out"
+    arguments = command(pathlib.Path(f"{config_file}:5"), f"--source={source}", f"--output={output}")
+    random, kills = np.random.default_rng(0), 0
+    while kills < 10:
+        process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.DEVNULL)
+        while not output.exists() and process.poll() is None:
+            time.sleep(0.01)
+        try:
+            process.wait(random.uniform(0.1, 1.2))
+            shutil.rmtree(output)  # it was faster: again from the start
+        except subprocess.TimeoutExpired:
+            process.kill()
+            kills += 1
+            process.wait()
+    assert subprocess.run(arguments, cwd=ROOT).returncode == 0
+    assert (
+        subprocess.run(command(pathlib.Path(f"{config_file}:5"), f"--source={source}", f"--output={tmp_path / 'a'}"), cwd=ROOT).returncode
+        == 0
+    )
+    assert files(output) == files(tmp_path / "a")
 
 
 def test_running_again_writes_nothing(tmp_path, clips):
@@ -288,6 +324,26 @@ def test_a_full_disk_is_one_line_and_keeps_what_is_done(tmp_path, config_file):
     assert done.returncode != 0 and "Traceback" not in done.stderr, done.stderr
     assert "the same command continues" in done.stderr
     assert not list((tmp_path / "out").glob("*.array_record-*"))
+
+
+def test_a_full_disk(tmp_path, config_file):
+    """A real one, of one megabyte: one line, whole shards are kept, and with more room the same command completes the dataset."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("mounting is not permitted here")
+    try:
+        arguments = command(config_file, "--source=synthetic:shapes:200", f"--output={disk / 'out'}")
+        done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 1 and "Traceback" not in done.stderr and "the same command continues" in done.stderr, done.stderr
+        kept = sorted((disk / "out").glob("motif-*"))
+        assert 0 < len(kept) < 10 and not list((disk / "out").rglob(".tmp-*"))
+        subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
+        done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0 and f"and {len(kept)} kept in" in done.stdout, done.stdout + done.stderr
+        assert subprocess.run([*arguments[:3], "--verify", f"--output={disk / 'out'}"], cwd=ROOT).returncode == 0
+    finally:
+        subprocess.run(["umount", disk], check=True)
 
 
 # What was written

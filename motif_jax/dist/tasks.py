@@ -23,7 +23,7 @@ def share(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
     if "SLURM_ARRAY_TASK_ID" in environment:
         number, first, last, count = (_number(environment, f"SLURM_ARRAY_TASK_{name}") for name in ("ID", "MIN", "MAX", "COUNT"))
         step = max(1, (last - first) // max(count - 1, 1))
-        if first + step * (count - 1) != last:
+        if first + step * (count - 1) != last or (number - first) % step:
             raise UserError(
                 f"a SLURM array of {count} tasks from {first} to {last} has gaps: pass --task_index and --task_count, or run the whole "
                 "array again, which skips what is done"

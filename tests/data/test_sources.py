@@ -182,3 +182,30 @@ def test_unknown_worlds(name, message):
 def test_pool_is_the_mean():
     field = np.arange(2 * 4 * 6 * 1.0).reshape(2, 4, 6, 1)
     np.testing.assert_array_equal(sources.pool(field, 2)[1, 1, 2, 0], field[1, 2:4, 4:6].mean())
+
+
+@pytest.mark.parametrize(
+    ("limits", "kept", "reasons"),
+    [
+        ({}, {"slow", "medium", "fast"}, set()),
+        ({"motion_min": 0.15}, {"medium", "fast"}, {"too little motion"}),
+        ({"motion_max": 0.25}, {"slow", "medium"}, {"too much motion"}),
+        ({"motion_min": 0.15, "motion_max": 0.25}, {"medium"}, {"too little motion", "too much motion"}),
+    ],
+)
+def test_clips_of_too_little_or_too_much_motion_are_left_out(tmp_path, limits, kept, reasons):
+    """The estimator reads |flow| off the brightness: a tenth, two tenths and three tenths of the diagonal."""
+
+    class Brightness(Ramp):
+        def flow(self, frames):
+            flow = np.zeros((len(frames), 4, 6, 2), np.float32)
+            flow[..., 0] = np.rint(frames.mean() / 10) / 10 * np.hypot(32, 48)
+            flow[-1] = 1e4  # the repeated field does not count
+            return flow
+
+    for i, name in enumerate(("slow", "medium", "fast"), 1):
+        save_video(tmp_path / f"{name}.mp4", np.full((20, 64, 96, 3), 10 * i, np.uint8), 30)
+    config = dataclasses.replace(CONFIG, prepare=dataclasses.replace(CONFIG.prepare, **limits))
+    found = decoded(sources.VideoClips(config, listed(tmp_path, "slow.mp4,a", "medium.mp4,b", "fast.mp4,c"), Brightness()))
+    assert {clip["video"].removesuffix(".mp4") for clip in found if not isinstance(clip, Skipped)} == kept
+    assert {clip.kind for clip in found if isinstance(clip, Skipped)} == reasons

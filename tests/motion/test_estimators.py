@@ -2,10 +2,12 @@
 
 import importlib.util
 import json
+import os
 import pathlib
 import subprocess
 import sys
 
+import cv2
 import jax
 import numpy as np
 import pytest
@@ -129,6 +131,58 @@ def test_bad_arguments_say_what_to_do(weights, tmp_path):
     ]:
         with pytest.raises(ValueError, match=message):
             estimator.flow(frames)
+
+
+def test_bfloat16_is_near_float32(weights):
+    """After one iteration; formula weights amplify rounding from one to the next."""
+    frames = clip(3, 64, 72)
+    exact, rough = (make_flow_estimator("raft_small", weights["small"], 1, enlarge_below=0, dtype=d) for d in ("float32", "bfloat16"))
+    assert rough.describe()["flow_dtype"] == "bfloat16" and rough.flow(frames).dtype == np.float32
+    error = np.abs(rough.flow(frames) - exact.flow(frames))
+    # bfloat16 has 8 bits: some percent of a flow that passes through twenty convolutions.
+    assert 0 < error.mean() < 0.05 * np.abs(exact.flow(frames)).mean(), error.mean()
+
+
+def test_dis_cells_are_means_of_opencvs_flow():
+    frames = clip(4, 64, 72)
+    estimator = make_flow_estimator("dis", stride=16)
+    flow = estimator.flow(frames)
+    assert flow.shape == (4, 4, 5, 2) and flow.dtype == np.float32  # 72 is padded to 80
+    np.testing.assert_array_equal(flow[3], flow[2])
+    opencv = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+    for t in range(3):
+        full = opencv.calc(*(cv2.cvtColor(f, cv2.COLOR_RGB2GRAY) for f in frames[t : t + 2]), None)
+        np.testing.assert_allclose(flow[t, 1, 2], full[16:32, 32:48].mean((0, 1)), rtol=1e-5)
+        # The window moves by 3 to the right and 2t + 1 down: the texture goes the other way.
+        np.testing.assert_allclose(np.median(flow[t], (0, 1)), (-3, -2 * t - 1), atol=0.3)
+    assert estimator.describe()["flow"] == "dis" and json.loads(json.dumps(estimator.describe())) == estimator.describe()
+
+
+def test_any_number_of_devices_gives_the_same_bytes(weights, tmp_path):
+    """Six clips from four threads on two devices, against one device and one thread."""
+    clips = np.stack([clip(3, 64, 64, seed) for seed in range(6)])
+    np.save(tmp_path / "clips.npy", clips)
+    code = (
+        "import sys, numpy as np, jax\n"
+        "from concurrent.futures import ThreadPoolExecutor\n"
+        "from motif_jax.motion.estimators import make_flow_estimator\n"
+        "estimator, seen = make_flow_estimator('raft_small', sys.argv[1], 2, enlarge_below=0), set()\n"
+        "call = estimator._flow._function\n"
+        "def watched(params, *arrays):\n"
+        "    out = call(params, *arrays)\n"
+        "    seen.update(out.devices())\n"
+        "    return out\n"
+        "estimator._flow._function = watched\n"
+        "with ThreadPoolExecutor(4) as threads:\n"
+        "    np.save(sys.argv[3], list(threads.map(estimator.flow, np.load(sys.argv[2]))))\n"
+        "assert len(seen) == len(jax.local_devices()) == 2, seen\n"
+    )
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    arguments = [str(weights["small"]), str(tmp_path / "clips.npy"), str(tmp_path / "flow.npy")]
+    root = pathlib.Path(__file__).parents[2]
+    subprocess.run([sys.executable, "-c", code, *arguments], cwd=root, check=True, env=environment)
+    estimator = make_flow_estimator("raft_small", weights["small"], 2, enlarge_below=0)
+    np.testing.assert_array_equal(np.load(tmp_path / "flow.npy"), [estimator.flow(c) for c in clips])
 
 
 @pytest.mark.shared

@@ -1,0 +1,76 @@
+"""Object stores: the same bytes as on a disk, continued after damage, read back whole."""
+
+import pathlib
+import uuid
+
+import fsspec
+import pytest
+
+from motif_jax import preparation
+from motif_jax.config import Config, DataConfig, PrepareConfig, UserError
+from motif_jax.data import pipeline, shards
+from motif_jax.data.storage import location
+from motif_jax.data.verification import verify
+
+CONFIG = Config(
+    data=DataConfig(frames=2, height=16, width=16),
+    prepare=PrepareConfig(flow="exact", image_format="png", clips_per_shard=5, validation_share=0.2),
+)
+
+
+def prepare(directory, **options) -> preparation.Summary:
+    return preparation.prepare(CONFIG, "synthetic:shapes:30", directory, log=lambda line: None, **options)
+
+
+@pytest.fixture
+def s3(monkeypatch):
+    """An S3 server on this machine."""
+    pytest.importorskip("s3fs")
+    server = pytest.importorskip("moto.server").ThreadedMotoServer(port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    for name, value in (("ENDPOINT_URL", f"http://{host}:{port}"), ("ACCESS_KEY_ID", "x"), ("SECRET_ACCESS_KEY", "x")):
+        monkeypatch.setenv(f"AWS_{name}", value)
+    fsspec.filesystem("s3", skip_instance_cache=True).mkdir("bucket")
+    yield "s3://bucket"
+    server.stop()
+
+
+@pytest.fixture
+def memory():
+    return "memory://"
+
+
+@pytest.mark.parametrize("kind", ["memory", "s3"])
+def test_an_object_store_holds_what_a_disk_would(tmp_path, kind, request):
+    url = f"{request.getfixturevalue(kind)}/{uuid.uuid4().hex}/data"
+    on_disk = prepare(tmp_path / "disk")
+    assert [prepare(url, task_index=i, task_count=2).missing > 0 for i in (0, 1)] == [True, False]
+    store = location(url)
+    store.files.get(store.path, str(tmp_path / "copy"), recursive=True)
+
+    def files(directory: pathlib.Path):
+        return {str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+
+    assert files(tmp_path / "copy") == files(tmp_path / "disk") and verify(store) == []
+    with pytest.raises(UserError, match="training reads local files"):
+        shards.read_manifest(url)
+    copy = pipeline.open_dataset(DataConfig(path=str(tmp_path / "copy"), frames=2, height=16, width=16))
+    assert len(copy) == on_disk.clips["train"] and copy[0].frames.shape == (2, 16, 16, 3)
+
+    name = sorted(p.name for p in store.glob("motif-train*"))[1]
+    whole = store.files.cat_file(f"{store.path}/{name}")
+    for damaged, words in ((whole[:-9], "truncated"), (whole[:5000] + b"?" + whole[5001:], "sha256")):
+        store.files.pipe_file(f"{store.path}/{name}", damaged)
+        (line,) = verify(store)
+        assert line.startswith(name) and words in line
+        assert prepare(url).written == 1 and verify(store) == []
+    (store / name).unlink()
+    (store / name).unlink(missing_ok=True)
+    assert verify(store) == [f"{name} is missing"]
+
+
+def test_stores_that_cannot_be_used():
+    with pytest.raises(UserError, match="nonsense"):
+        location("nonsense://bucket/data")
+    assert location("here/or/there") == pathlib.Path("here/or/there")

@@ -1,0 +1,122 @@
+"""--verify and the repair after it: every kind of damage is named, and the next run of the job writes that shard alone."""
+
+import hashlib
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+from array_record.python.array_record_module import ArrayRecordWriter
+
+from motif_jax import preparation
+from motif_jax.config import Config, DataConfig, PrepareConfig, UserError
+from motif_jax.data import records, shards
+from motif_jax.data.verification import verify
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+CONFIG = Config(
+    data=DataConfig(frames=2, height=16, width=16),
+    prepare=PrepareConfig(flow="exact", image_format="png", clips_per_shard=5, validation_share=0.2),
+)
+
+
+def prepare(directory) -> tuple[preparation.Summary, list[str]]:
+    lines: list[str] = []
+    return preparation.prepare(CONFIG, "synthetic:shapes:30", directory, log=lines.append), lines
+
+
+def files(directory):
+    return {str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+
+
+def flip(path, manifest):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 3] ^= 4
+    path.write_bytes(data)
+
+
+def truncate(path, manifest):
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def empty(path, manifest):
+    path.write_bytes(b"")
+
+
+def older(path, manifest):
+    """As an earlier version of this code would have left it."""
+    manifest.write_text(json.dumps({k: v for k, v in json.loads(manifest.read_text()).items() if k != "schema"} | {"schema": "0.9.0"}))
+
+
+def other_fields(path, manifest):
+    """Whole, and in agreement with its manifest, but its records lack a field."""
+    found = [records.decode_example(record) for record in ArrayRecordDataSource(str(path))]
+    writer = ArrayRecordWriter(str(path), "group_size:1,uncompressed")
+    for values in found:
+        values = {k: [bytes(x) if isinstance(x, memoryview) else x for x in v] for k, v in values.items() if k != "motion_mask"}
+        writer.write(records.encode_example(values))
+    writer.close()
+    agrees = {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | agrees))
+
+
+DAMAGE = [
+    (flip, "sha256"),
+    (truncate, "truncated"),
+    (empty, "truncated (0 of"),
+    (lambda path, manifest: path.unlink(), "missing"),
+    (lambda path, manifest: manifest.unlink(), "without a manifest"),
+    (lambda path, manifest: manifest.write_text("{"), "without a manifest"),
+    (older, f"of schema version 0.9.0 (this is {shards.VERSION})"),
+    (other_fields, "of another schema (record 0 differs in motion_mask)"),
+]
+
+
+@pytest.mark.parametrize(("damage", "words"), DAMAGE)
+def test_damage_is_named_and_repaired_alone(tmp_path, damage, words):
+    prepare(tmp_path)
+    assert verify(tmp_path) == []
+    whole = files(tmp_path)
+    path = sorted(tmp_path.glob("motif-train*"))[1]
+    others = {p: p.stat().st_mtime_ns for p in tmp_path.glob("motif-*") if p != path}
+    damage(path, tmp_path / "manifests" / f"{path.name}.json")
+    assert [line for line in verify(tmp_path) if line.startswith(f"{path.name} is ") and words in line], verify(tmp_path)
+    assert len(verify(tmp_path)) == 1
+    with pytest.raises(UserError, match=rf"1 files are not as they should be \({path.name}\)"):
+        preparation.verify(tmp_path, log=lambda line: None)
+    summary, lines = prepare(tmp_path)
+    assert summary.written == 1 and (path.name in "".join(lines) or words in ("missing", "without a manifest"))
+    assert {p: p.stat().st_mtime_ns for p in others} == others
+    assert files(tmp_path) == whole and verify(tmp_path) == []
+
+
+def test_what_belongs_to_the_whole_dataset(tmp_path):
+    with pytest.raises(UserError, match=r"there is no plan\.json"):
+        verify(tmp_path)
+    prepare(tmp_path)
+    (tmp_path / "features.json").unlink()
+    assert verify(tmp_path) == ["features.json is missing"]
+    prepare(tmp_path)
+    dataset = json.loads((tmp_path / "dataset.json").read_text())
+    (tmp_path / "dataset.json").write_text(json.dumps(dataset | {"fingerprint": "0"}))
+    assert verify(tmp_path) == ["dataset.json is not of these shards"]
+    (tmp_path / "dataset.json").write_text(json.dumps(dataset | {"version": "0.9.0"}))
+    with pytest.raises(UserError, match=r"is of schema version 0\.9\.0, this code reads"):
+        shards.read_manifest(tmp_path)
+    (tmp_path / "plan.json").write_text("{")
+    with pytest.raises(UserError, match=r"plan\.json cannot be read"):
+        verify(tmp_path)
+
+
+def test_the_command(tmp_path):
+    """Needs neither configuration nor source; exits with 1 and one line that names the shard."""
+    prepare(tmp_path)
+    command = [sys.executable, "-m", "motif_jax.prepare", "--verify", f"--output={tmp_path}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "every record is as it was written" in done.stdout, done.stderr
+    path = sorted(tmp_path.glob("motif-train*"))[0]
+    flip(path, None)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and path.name in done.stderr and "Traceback" not in done.stderr
