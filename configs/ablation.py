@@ -14,6 +14,15 @@ import runpy
 from ml_collections import ConfigDict
 
 QUICKSTART = pathlib.Path(__file__).with_name("quickstart.py")
+# The image through the cross attention of a small frozen tower, as in DynamiCrafter; the paper's best arm is x-cat alone.
+TOKENS = {"unet.image_cross_attention": True}
+TOKENS |= {"image.kind": "random", "image.size": 32, "image.patch": 8, "image.width": 64, "image.layers": 2, "image.heads": 4}
+TOKENS |= {"resampler.width": 64, "resampler.depth": 2, "resampler.heads": 4, "resampler.head_width": 16, "resampler.frames": 8}
+
+# Another backbone and objective: a video diffusion transformer with flow matching.
+TRANSFORMER = {"backbone": "dit", "dit.width": 128, "dit.depth": 4, "dit.num_head_channels": 32, "dit.patch": (8, 1, 1)}
+TRANSFORMER |= {"diffusion.prediction": "flow", "steps": 1500, "checkpoint.every": 500, "checkpoint.keep_every": 500}
+
 ARMS = {
     "none": {"loss.heatmap": "none"},
     "flow": {},  # MotiF
@@ -23,6 +32,11 @@ ARMS = {
     "lambda0.5": {"loss.motion_weight": 0.5},
     "lambda2": {"loss.motion_weight": 2.0},
     "lambda5": {"loss.motion_weight": 5.0},
+    "cx_attn": {**TOKENS, "condition.image": "none", "unet.in_channels": 192},
+    "cx_attn+x_cat": TOKENS,
+    "dit_none": {**TRANSFORMER, "loss.heatmap": "none"},
+    "dit_flow": TRANSFORMER,
+    "dit_inverse": {**TRANSFORMER, "loss.heatmap": "inverse"},
 }
 
 
