@@ -15,10 +15,13 @@ from motif_jax.models.attention import IMAGE_TOKENS
 HEAD = 64  # width of an attention head where shapes do not tell
 
 
-def _shape(tensors: Mapping[str, Any], name: str, what: str) -> tuple[int, ...]:
+def _shape(tensors: Mapping[str, Any], name: str, what: str, axes: int | None = None) -> tuple[int, ...]:
     if name not in tensors:
         raise UserError(f"holds no {what} in the reference's names: there is no {name}")
-    return tuple(tensors[name].shape)
+    shape = tuple(tensors[name].shape)
+    if axes is not None and len(shape) != axes:
+        raise UserError(f"holds no {what} as the reference has it: {name} is {list(shape)}, which should have {axes} axes")
+    return shape
 
 
 def _count(tensors: Mapping[str, Any], pattern: str) -> int:
@@ -96,21 +99,21 @@ def text_config(tensors: Mapping[str, Any]) -> TextConfig:
 
 def image_config(tensors: Mapping[str, Any]) -> ImageConfig:
     """The image tower that these tensors belong to; `heads` is 0, unknown, for widths that none of OpenCLIP's towers here has."""
-    width, _, patch, _ = _shape(tensors, "conv1.weight", "image tower")
-    patches = _shape(tensors, "positional_embedding", "image tower")[0] - 1
+    width, _, patch, _ = _shape(tensors, "conv1.weight", "image tower", 4)
+    patches = _shape(tensors, "positional_embedding", "image tower", 2)[0] - 1
     return ImageConfig(
         size=math.isqrt(patches) * patch,
         patch=patch,
         width=width,
         layers=_count(tensors, r"transformer\.resblocks\.(\d+)\."),
         heads={768: 12, 1024: 16, 1280: 16}.get(width, 0),
-        projection=_shape(tensors, "proj", "image tower")[1],
+        projection=_shape(tensors, "proj", "image tower", 2)[1],
     )
 
 
 def resampler_config(tensors: Mapping[str, Any]) -> ResamplerConfig:
     """The resampler that these tensors belong to, its heads taken as 64 wide. Its input is as wide as the image tower."""
-    queries, width = _shape(tensors, "latents", "resampler")[1:]
+    queries, width = _shape(tensors, "latents", "resampler", 3)[1:]
     inner = _shape(tensors, "layers.0.0.to_q.weight", "resampler")[0]
     return ResamplerConfig(
         width=width,

@@ -1,13 +1,17 @@
 """Where a run's weights come from (an import, another run) and where they go (a PyTorch file)."""
 
 import dataclasses
+import importlib.util
+import inspect
 import lzma
+import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+import yaml
 
 from motif_jax.config import CheckpointConfig, UserError, from_config_dict, to_dict, to_json
 from motif_jax.interop import unet
@@ -18,6 +22,8 @@ from motif_jax.training import weights
 from motif_jax.training.checkpoint import Checkpoints
 from motif_jax.training.export import export
 from motif_jax.training.state import TrainState
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def changed(config, **fields):
@@ -74,8 +80,8 @@ def test_raw_and_averaged_weights(run, tmp_path):
 
 
 def test_the_yaml_describes_the_run(run, tmp_path, tiny):
-    yaml, _, _ = export(run[0], tmp_path / "x.safetensors")
-    found, config = read_yaml(yaml), tiny()
+    path, _, _ = export(run[0], tmp_path / "x.safetensors")
+    found, config = read_yaml(path), tiny()
     assert (found.unet, found.autoencoder, found.text) == (config.unet, config.autoencoder, config.text)
     assert found.diffusion == config.diffusion
 
@@ -85,6 +91,42 @@ def test_pytorch_loads_it_strictly(run, tmp_path):
     export(run[0], tmp_path / "x.ckpt", "raw")
     found = torch.load(tmp_path / "x.ckpt", weights_only=True)["state_dict"]
     same({name: tensor.numpy() for name, tensor in found.items()}, torch_layout(run[1]))
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
+def test_an_independent_pytorch_network_computes_the_same(make_run, tmp_path, suffix):
+    """The averaged weights of a run with image channels, loaded strictly into a U-Net made from the YAML beside them."""
+    torch = pytest.importorskip("torch")
+    spec = importlib.util.spec_from_file_location("torch_unet", ROOT / "benchmarks/torch_unet.py")
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    unet_config = {
+        "model_channels": 32,
+        "channel_mult": [1, 2],
+        "attention_resolutions": [1, 2],
+        "addition_attention": True,
+        "norm_groups": 32,
+    }
+    directory, _, average = make_run(unet=unet_config)
+    path, _, remarks = export(directory, tmp_path / f"x{suffix}")
+    assert not remarks
+    given = yaml.safe_load(path.read_text())["model"]["params"]["unet_config"]["params"]
+    theirs = module.UNet(**{name: given[name] for name in inspect.signature(module.UNet).parameters if name in given}).eval()
+    if suffix == ".ckpt":
+        state = torch.load(tmp_path / "x.ckpt", weights_only=True)["state_dict"]
+    else:
+        state = safetensors.numpy.load_file(tmp_path / "x.safetensors")
+    theirs.load_state_dict({name.removeprefix(unet.PREFIX): torch.as_tensor(tensor) for name, tensor in state.items()}, strict=True)
+
+    rng = np.random.default_rng(3)
+    x, context = rng.normal(size=(2, 4, 4, 4, 96)).astype(np.float32), rng.normal(size=(2, 8, 16)).astype(np.float32)
+    t, fps = np.asarray([17, 981]), np.asarray([8.0, 24.0], np.float32)
+    with torch.no_grad():
+        inputs = (np.moveaxis(x, -1, 1), t, context, fps)
+        expected = np.moveaxis(theirs(*(torch.from_numpy(np.ascontiguousarray(a)) for a in inputs)).numpy(), 1, -1)
+    networks = Networks.of(weights.read_config(directory))
+    with jax.default_matmul_precision("highest"):
+        found = jax.jit(networks.denoise)(average, x[..., :48], t, context, fps, x[..., 48:])
+    assert np.linalg.norm(found - expected) <= 1e-5 * np.linalg.norm(expected)
 
 
 def test_a_run_without_an_average(make_run, tmp_path):
@@ -146,10 +188,10 @@ def test_new_input_channels_start_at_zero(run, tmp_path, tiny):
     """4 -> 8 of the paper, here 48 -> 96: old columns copied, new ones zero, nothing else changed."""
     kernel = "input_blocks.0.0.kernel"
     old = dict(run[2]) | {kernel: run[2][kernel][:, :, :48]}
-    yaml, _, _ = export(run[0], tmp_path / "x.safetensors")
-    yaml.write_text(yaml.read_text().replace("in_channels: 96", "in_channels: 48"))
+    path, _, _ = export(run[0], tmp_path / "x.safetensors")
+    path.write_text(path.read_text().replace("in_channels: 96", "in_channels: 48"))
     safetensors.numpy.save_file(torch_layout(old), tmp_path / "x.safetensors")
-    import_checkpoint("videocrafter", tmp_path / "x.safetensors", tmp_path / "in", yaml)
+    import_checkpoint("videocrafter", tmp_path / "x.safetensors", tmp_path / "in", path)
     config = changed(tiny(), init_from=str(tmp_path / "in"))
     found = weights.initial_weights(config, Networks.of(config)).denoiser
     np.testing.assert_array_equal(found[kernel][:, :, :48], old[kernel])
