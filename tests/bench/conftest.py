@@ -1,7 +1,10 @@
-"""A small study of two invented systems, for the tests of `annotate`: built once."""
+"""A small study of two invented systems, built once, and the server as a process, for the tests of `annotate`."""
 
 import json
 import pathlib
+import signal
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,3 +60,32 @@ def material(tmp_path_factory) -> Material:
 def small_study(material, tmp_path_factory) -> pathlib.Path:
     """The folder of a study: three pairs, two annotators, one sheet in two copies of five tasks, and four examples in front."""
     return material.build(tmp_path_factory.mktemp("small") / "study", "--annotators=2", "--size=64", "--repeats=1", "--gold=1")
+
+
+class Server:
+    """`annotate serve` as a process of its own, on a free port."""
+
+    def __init__(self, study: pathlib.Path, votes: pathlib.Path, *options: str) -> None:
+        command = [sys.executable, "-m", "motif_jax.bench", "annotate", "serve", f"--study={study}", f"--votes={votes}", "--port=0"]
+        self.process = subprocess.Popen([*command, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        self.url = self.process.stdout.readline().strip()
+        if not self.url:
+            raise AssertionError(self.process.stderr.read())
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.kill()
+
+    def kill(self):
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+        self.process.stdout.close()
+        self.process.stderr.close()
+
+
+@pytest.fixture
+def serve() -> type[Server]:
+    """serve(study folder, file of votes, *options): a context manager; `url` is the link that was printed."""
+    return Server

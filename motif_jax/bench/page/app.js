@@ -36,8 +36,7 @@ async function post(path, data) {
 const browserStore = {
   async open(annotator, sheet) {
     const answers = recall(answersSlot(annotator)) || [];
-    const trained = answers.filter((a) => study.training.some((t) => t.task === a.task)).map((a) => a.task);
-    return { sheet, tasks: study.sheets[sheet], done: answers.map((a) => a.task), trained };
+    return { sheet, tasks: study.sheets[sheet], done: answers.map((a) => a.task), trained: [] };
   },
   async save(record) {
     const answers = recall(answersSlot(record.annotator)) || [];
@@ -75,8 +74,8 @@ async function open(annotator, sheet) {
   }
   notice("");
   if (found.sheet === null) return finish(true);
-  const training = study.training.filter((t) => !found.trained.includes(t.task));
-  session = { who: { annotator, sheet: found.sheet }, tasks: [...training, ...found.tasks], done: new Set(found.done) };
+  const tasks = [...study.training, ...found.tasks];
+  session = { who: { annotator, sheet: found.sheet }, tasks, done: new Set([...found.done, ...found.trained]) };
   sessionStorage.setItem(slot("session"), JSON.stringify(session.who));
   keep(slot("name"), annotator);
   $("download").hidden = study.server;
@@ -86,10 +85,12 @@ async function open(annotator, sheet) {
 function advance() {
   const left = session.tasks.filter((t) => !session.done.has(t.task));
   if (!left.length) return finish(false);
-  const done = session.tasks.length - left.length;
-  $("bar").max = session.tasks.length;
+  // Examples are counted for themselves: the second sheet has none.
+  const [first, all] = left[0].better ? ["Example ", study.training] : ["", session.tasks.slice(study.training.length)];
+  const done = all.filter((t) => session.done.has(t.task)).length;
+  $("bar").max = all.length;
   $("bar").value = done;
-  $("count").textContent = `${done + 1} of ${session.tasks.length}`;
+  $("count").textContent = `${first}${done + 1} of ${all.length}`;
   const before = recall(draftSlot());
   draft = before && before.task === left[0].task ? before : { task: left[0].task, choice: "", reasons: [], comment: "", plays: 0, seconds: 0 };
   show("work");
@@ -124,6 +125,7 @@ function preload(task) {
 }
 
 function update() {
+  if (!draft) return; // a video may still report when everything is over
   const watched = draft.plays > 0;
   const answered = draft.choice === "tie" || (draft.choice && draft.reasons.length);
   const open = phase === "answer";
@@ -149,6 +151,7 @@ function finish(nothing) {
 // ---- videos: both from the start, both to the end, again --------------------------------------------------------------------------
 
 function replay() {
+  if (!draft) return;
   for (const video of videos) video.currentTime = 0;
   play();
 }
