@@ -63,10 +63,6 @@ class Run:
         moment = next(s.mu for s in jax.tree.leaves(self.state.opt_state, is_leaf=lambda s: hasattr(s, "mu")) if hasattr(s, "mu"))
         return {k: np.asarray(v, np.float64) for k, v in moment.items()}
 
-    def temporary_bytes(self):
-        compiled = self.train_step.lower(self.state, FROZEN, self.batch(0)).compile()
-        return compiled.memory_analysis().temp_size_in_bytes
-
 
 def distance(found, expected):
     """(norm of the difference over the norm, the largest such number of any one parameter)."""
@@ -102,13 +98,6 @@ def main(config, directory):
             "local": local,
         }
         runs[sizes] = run
-
-    remat = Run(config, (1, 1, 1, 1), remat="block")
-    remat.step(0)
-    result["remat"] = {
-        "gradient": distance(remat.gradient(), expected)[0],
-        "memory": remat.temporary_bytes() / single.temporary_bytes(),
-    }
 
     # Saved on eight devices after three steps; the fourth step is then taken by this run, by itself restored, and by fewer devices.
     run = runs[2, 2, 2, 1]

@@ -15,8 +15,8 @@ MESHES = ["(8, 1, 1, 1)", "(1, 8, 1, 1)", "(2, 2, 2, 1)", "(1, 2, 1, 4)"]  # dat
 
 @pytest.fixture(scope="module")
 def found(tiny, tmp_path_factory):
-    # Transformers in the middle block only: compilation is all that this costs.
-    config = tiny(batch_size=8, data={"height": 32, "width": 32}, unet={"attention_resolutions": []})
+    # Transformers in the middle block only, no dropout: compilation is nearly all that this costs.
+    config = tiny(batch_size=8, unet={"attention_resolutions": [], "temporal_dropout": 0.0})
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         # LLVM's optimiser is most of the compile time here and changes no sum's order that matters.
@@ -44,11 +44,6 @@ def test_a_device_holds_its_part_of_the_parameters(found):
     """Of the elements of all kernels; axes that do not divide a kernel leave it whole, hence a little more than 1 / (fsdp * tensor)."""
     shares = [found[mesh]["local"] for mesh in MESHES]
     assert shares[0] == 1.0 and shares[1] < 0.2 and shares[2] < 0.6 and shares[3] < 0.2
-
-
-def test_remat_changes_memory_and_not_the_gradient(found):
-    assert found["remat"]["gradient"] < 1e-5
-    assert found["remat"]["memory"] < 0.9
 
 
 def test_resuming_on_eight_devices_is_exact(found):

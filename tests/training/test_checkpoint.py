@@ -1,0 +1,157 @@
+"""Checkpoints: back bit for bit, whole or parts; damage is found, named and set aside only on request; a full disk loses nothing."""
+
+import os
+import subprocess
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from motif_jax.config import CheckpointConfig
+from motif_jax.training import checkpoint
+from motif_jax.training import state as train_state
+from motif_jax.training.checkpoint import CheckpointError, Checkpoints
+from motif_jax.training.optimizer import make_optimizer
+
+SHARDING = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+
+def make_state(tiny, seed, size=64):
+    key = jax.random.key(seed)
+    params = {f"{name}.kernel": jax.random.normal(jax.random.fold_in(key, i), (size, 8)) for i, name in enumerate("abc")}
+    return train_state.create(params, make_optimizer(tiny()), True)
+
+
+def template(state):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SHARDING), state)
+
+
+def assert_equal(a, b):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.fixture
+def saved(tiny, tmp_path):
+    """Three checkpoints; returns (workdir, states by step)."""
+    states = {step: make_state(tiny, step) for step in (10, 20, 30)}
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(keep=3))
+    for step, state in states.items():
+        checkpoints.save(step, state, {"step": step}, {"note": "x"})
+    checkpoints.close()
+    return tmp_path, states
+
+
+def damage(workdir, step):
+    """Flips bits in the middle of the largest file of a checkpoint's arrays."""
+    path = max((p for p in (workdir / "checkpoints" / str(step) / "state").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 64] = bytes(b ^ 255 for b in content[middle : middle + 64])
+    path.write_bytes(content)
+
+
+def test_restored_bit_for_bit(saved):
+    workdir, states = saved
+    assert checkpoint.latest_step(workdir) == 30
+    checkpoints = Checkpoints(workdir, CheckpointConfig(keep=3))
+    for step, state in states.items():
+        found, data, meta = checkpoints.restore(step, template(state))
+        assert_equal(found, state)
+        assert data == {"step": step} and meta["note"] == "x"
+    checkpoints.close()
+
+
+@pytest.mark.parametrize("kind", [jax.Array, np.ndarray])
+def test_parameters_only(saved, kind):
+    workdir, states = saved
+    found = checkpoint.read_arrays(workdir / "checkpoints" / "20", ("params",), kind)
+    assert set(found) == {"params"} and all(isinstance(x, kind) for x in found["params"].values())
+    assert_equal(found["params"], states[20].params)
+
+
+def test_damage_is_named(saved):
+    workdir, states = saved
+    damage(workdir, 30)
+    checkpoints = Checkpoints(workdir, CheckpointConfig(keep=3))
+    with pytest.raises(CheckpointError, match=r"checkpoints/30 cannot be restored(.|\n)*checkpoint\.fallback=True"):
+        checkpoints.restore(30, template(states[30]))
+    checkpoints.close()
+    with pytest.raises(CheckpointError, match="checkpoints/30"):
+        checkpoint.read_arrays(workdir / "checkpoints" / "30", ("params", "ema", "opt_state"))
+
+
+def test_content_is_compared_with_its_checksum(saved, monkeypatch):
+    """Also where every file can be read: here the reader is given another checkpoint's arrays."""
+    workdir, _ = saved
+    state, other = workdir / "checkpoints" / "30" / "state", workdir / "checkpoints" / "20" / "state"
+    state.rename(workdir / "away")
+    subprocess.run(["cp", "-r", other, state], check=True)
+    with pytest.raises(CheckpointError, match="content of params is not what was saved"):
+        checkpoint.read_arrays(workdir / "checkpoints" / "30", ("params",))
+
+
+def test_damaged_ones_are_set_aside_on_request(saved):
+    workdir, _ = saved
+    for step in (20, 30):
+        damage(workdir, step)
+    reasons = checkpoint.set_damaged_aside(workdir)
+    assert len(reasons) == 2 and "checkpoints/30" in reasons[0] and "checkpoints/20" in reasons[1]
+    assert checkpoint.latest_step(workdir) == 10
+    assert sorted(p.name for p in (workdir / "damaged").iterdir()) == ["20", "30"]
+    assert checkpoint.set_damaged_aside(workdir) == []
+
+
+def test_nothing_is_left_to_fall_back_to(saved):
+    workdir, _ = saved
+    for step in (10, 20, 30):
+        damage(workdir, step)
+    with pytest.raises(CheckpointError, match="holds no checkpoint that can be read"):
+        checkpoint.set_damaged_aside(workdir)
+
+
+def test_unfinished_saves_are_no_checkpoints(saved):
+    workdir, _ = saved
+    (workdir / "checkpoints" / "40.orbax-checkpoint-tmp-1").mkdir()
+    assert checkpoint.unfinished(workdir) == ["40.orbax-checkpoint-tmp-1"]
+    assert checkpoint.latest_step(workdir) == 30
+
+
+def test_which_are_kept(tiny, tmp_path):
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(keep=2, keep_every=4))
+    for step in range(1, 8):
+        checkpoints.save(step, make_state(tiny, step), {"step": step}, {})
+    checkpoints.close()
+    assert sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir()) == [4, 6, 7]
+
+
+def test_checksums_see_values_and_places():
+    x = jnp.arange(12.0).reshape(3, 4)
+    one = checkpoint.checksums({"a": {"k": x}})
+    assert one == checkpoint.checksums({"a": {"k": x + 0}})
+    for other in (x.at[1, 2].add(1e-6), x[::-1], x[:, ::-1], x.at[0, 0].set(-0.0)):
+        assert checkpoint.checksums({"a": {"k": other}}) != one
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 2 MB."""
+    directory = tmp_path / "disk"
+    directory.mkdir()
+    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", directory], capture_output=True).returncode:
+        pytest.skip("needs permission to mount a tmpfs")
+    yield directory
+    subprocess.run(["umount", "-l", directory], check=True)
+
+
+def test_a_full_disk_is_one_clear_error_and_loses_nothing(tiny, small_disk):
+    state = make_state(tiny, 1)
+    checkpoints = Checkpoints(small_disk, CheckpointConfig(keep=1))
+    checkpoints.save(1, state, {"step": 1}, {})
+    checkpoints.wait()
+    checkpoints.save(2, make_state(tiny, 2, size=64 * 1024), {"step": 2}, {})  # 25 MB
+    with pytest.raises(CheckpointError, match=rf"cannot write checkpoints in {small_disk}/checkpoints(.|\n)*Make room"):
+        checkpoints.wait()
+    assert checkpoint.latest_step(small_disk) == 1
+    assert_equal(checkpoint.read_arrays(small_disk / "checkpoints" / "1", ("params",))["params"], state.params)
