@@ -56,9 +56,7 @@ class Problem:
 def load(path: pathlib.Path, settings: Settings) -> tuple[np.ndarray, float]:
     """(uint8 [T, H, W, 3], frames per second) of a video file or a folder of frames. Raises VideoError."""
     if path.is_dir():
-        numbered = [p for p in path.iterdir() if p.suffix.lower() in IMAGES]
-        numbered.sort(key=lambda p: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", p.name)])
-        pictures = [read_image(p) for p in numbered[: settings.frames]]
+        pictures = [read_image(p) for p in _frame_files(path)[: settings.frames]]
         if len({p.shape for p in pictures}) > 1:
             raise VideoError("changes size", "its frames are not all of one size")
         frames, fps = np.stack(pictures), settings.frame_rate
@@ -72,6 +70,12 @@ def load(path: pathlib.Path, settings: Settings) -> tuple[np.ndarray, float]:
     if min(frames.shape[1:3]) < WINDOW:
         raise VideoError("too small", f"{frames.shape[2]}x{frames.shape[1]}")
     return frames, fps
+
+
+def _frame_files(folder: pathlib.Path) -> list[pathlib.Path]:
+    """By the numbers in their names: frame10 comes after frame9."""
+    files = [p for p in folder.iterdir() if p.suffix.lower() in IMAGES]
+    return sorted(files, key=lambda p: [int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", p.name)])
 
 
 class Scorer:
@@ -103,13 +107,12 @@ class Scorer:
                         key, row = future.result()
                     except VideoError as error:
                         results.append(error)
-                        continue
-                    results.append(row)
-                    if key not in self._known:
-                        self._known[key] = row
-                        plain = {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()}
-                        cache.write(json.dumps({"key": key, "row": plain}) + "\n")
-                        cache.flush()
+                    else:
+                        results.append(row)
+                        if key not in self._known:
+                            self._known[key] = row
+                            cache.write(json.dumps({"key": key, "row": _no_nan(row)}) + "\n")
+                            cache.flush()
                     if n % 20 == 0 or n == len(futures):
                         progress(f"{n} of {len(futures)} videos")
             finally:
@@ -118,14 +121,17 @@ class Scorer:
 
     def _one(self, pair: Pair, video: Any) -> tuple[str, Row]:
         digest = hashlib.sha256(json.dumps([VERSION, dataclasses.asdict(self._settings)], sort_keys=True).encode())
-        digest.update(pair.image.read_bytes())
         if self._clip is not None:
             digest.update(pair.prompt.encode())
-        if isinstance(video, pathlib.Path):
-            for file in sorted(video.iterdir()) if video.is_dir() else [video]:
-                digest.update(f"{file.name if video.is_dir() else ''}:{file.stat().st_size}:".encode() + file.read_bytes())
-        else:
-            digest.update(repr(video).encode())
+        try:
+            digest.update(pair.image.read_bytes())
+            if isinstance(video, pathlib.Path):
+                for file in _frame_files(video) if video.is_dir() else [video]:
+                    digest.update(f"{file.name if video.is_dir() else ''}:{file.stat().st_size}:".encode() + file.read_bytes())
+            else:
+                digest.update(repr(video).encode())
+        except OSError as error:
+            raise VideoError("cannot be read", str(error)) from error
         key = digest.hexdigest()
         if key in self._known:
             return key, self._known[key]

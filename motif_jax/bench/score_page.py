@@ -194,6 +194,8 @@ def _strips(pairs: Sequence[Pair], rows: Sequence[Mapping[str, Any]], load: Call
             chosen = frames[np.linspace(0, len(frames) - 1, min(COLUMNS, len(frames))).round().astype(int)]
             image = read_image(pair.image, *frames.shape[1:3])
             lines.append(pictures.strip(np.stack([_small(f) for f in [image, *chosen]]), f"{model}, seed {row['seed']}", COLUMNS + 1))
+        if not lines:
+            continue
         buffer = io.BytesIO()
         Image.fromarray(pictures.stack(lines)).save(buffer, format="JPEG", quality=85)
         strip = _picture(buffer.getvalue(), "image/jpeg", pair.prompt)
