@@ -4,6 +4,7 @@ In: TI2V-Bench as it lies on Hugging Face (images and prompt.csv), a jsonl file,
 """
 
 import csv
+import io
 import json
 import pathlib
 import re
@@ -52,7 +53,7 @@ def read_pairs(path: str | pathlib.Path) -> list[Pair]:
     """The pairs of a .jsonl or .csv file, or of a folder that holds one (`prompt.csv` before others).
 
     jsonl: keys `image` (or `image_file`, `file_name`), `prompt`, and perhaps `id` and `scenario`. csv: the column that names image files
-    and the one called prompt, text or caption, or without such a header the other one. Images are looked for beside the list and in
+    and the one called prompt, text or caption, without such a header the one with most text. Images are looked for beside the list and in
     images/ and TI2V-Bench/ there, with or without their ending. Raises UserError listing every bad line.
     """
     file = pathlib.Path(path)
@@ -111,7 +112,11 @@ def _jsonl_rows(text: str) -> tuple[list[tuple[int, dict[str, str]]], list[str]]
 
 
 def _csv_rows(text: str, folder: pathlib.Path) -> tuple[list[tuple[int, dict[str, str]]], list[str]]:
-    cells = [(number, row) for number, row in enumerate(csv.reader(text.splitlines()), 1) if any(c.strip() for c in row)]
+    reader = csv.reader(io.StringIO(text, newline=""))
+    try:
+        cells = [(reader.line_num, row) for row in reader if any(c.strip() for c in row)]
+    except csv.Error as error:
+        return [], [f"line {reader.line_num}: {error}"]
     columns = min((len(row) for _, row in cells), default=0)
     if columns < 2:
         return [], ["a csv list needs a column of images and one of prompts"]
@@ -119,7 +124,8 @@ def _csv_rows(text: str, folder: pathlib.Path) -> tuple[list[tuple[int, dict[str
     image = max(range(columns), key=lambda c: sum(is_image[c]))
     head = [] if is_image[image][0] else [c.strip().lower() for c in cells[0][1]]
     named = {name: head.index(name) for name in ("prompt", "text", "caption", "id", "scenario") if name in head}
-    prompt = next((named[n] for n in ("prompt", "text", "caption") if n in named), next(c for c in range(columns) if c != image))
+    longest = max((c for c in range(columns) if c != image), key=lambda c: sum(len(row[c]) for _, row in cells))
+    prompt = next((named[n] for n in ("prompt", "text", "caption") if n in named), longest)
     rows = []
     for number, row in cells[1 if head else 0 :]:
         if prompt == columns - 1:  # a sentence with commas that nobody quoted

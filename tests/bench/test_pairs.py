@@ -27,6 +27,7 @@ HUGGING_FACE = [
     'image,prompt\nTI2V-Bench/dog1.jpg,A dog runs.\nTI2V-Bench/sky.png,"Clouds, slowly."\n',
     "image_path,text\nTI2V-Bench/dog1.jpg,A dog runs.\nTI2V-Bench/sky.png,Clouds, slowly.\n",  # unquoted commas
     'TI2V-Bench/dog1.jpg,A dog runs.\r\nTI2V-Bench/sky.png,"Clouds, slowly."\r\n',  # no header
+    ',file,sentence\n0,dog1.jpg,A dog runs.\n1,sky.png,"Clouds,\nslowly."\n',  # numbered lines, unknown names, a broken line
     'prompt,image\nA dog runs.,dog1\n"Clouds, slowly.",sky\n',  # columns swapped, stems only
     '\ufeffid,prompt,scenario,image\ndog1_a_dog_runs,A dog runs.,,dog1.jpg\nsky_clouds_slowly,"Clouds, slowly.",,sky.png\n',
 ]
