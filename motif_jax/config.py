@@ -258,7 +258,9 @@ class Config:
     learning_rate: float = _f(5e-5, "peak learning rate", low=0.0)
     init_from: str = _f("", "start from these weights: an imported checkpoint directory or another run's work directory")
     dtype: str = _f("bfloat16", "activation type; parameters, noise and loss are float32", choices=("float32", "bfloat16"))
-    remat: str = _f("none", "what the backward pass recomputes", choices=("none", "block"))
+    remat: str = _f(
+        "none", "what the backward pass recomputes: nothing, blocks, blocks but for dense layers", choices=("none", "block", "dots")
+    )
     attention: str = _f("auto", "attention kernel", choices=("auto", "reference", "xla", "cudnn"))
     finetune: str = _f("all", "which of the denoiser's parameters are trained", choices=("all", "temporal", "input", "lora"))
     lora_rank: int = _f(16, "finetune='lora': rank of the updates of the attention projections", low=1)

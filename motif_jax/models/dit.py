@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Num
 
 from motif_jax.config import DiTConfig
 from motif_jax.models.attention import Attention
-from motif_jax.models.layers import Dense, Initializer, LayerNorm, sinusoids
+from motif_jax.models.layers import Dense, Initializer, LayerNorm, recompute, sinusoids
 
 TIMESTEP_WIDTH = 256
 
@@ -106,10 +106,8 @@ class VideoDiT(nnx.Module):
         return y.reshape(B, *grid, pt, ph, pw, -1).transpose(0, 1, 4, 2, 5, 3, 6, 7).reshape(B, T, h, w, -1)
 
     def _run(self, block: Block, *args: Array) -> Array:
-        if self.remat == "none":
-            return block(*args)
         graph, state = nnx.split(block)
-        return jax.checkpoint(lambda state, *args: nnx.merge(graph, state)(*args))(state, *args)
+        return recompute(lambda state, *args: nnx.merge(graph, state)(*args), self.remat)(state, *args)
 
 
 def _positions(grid: tuple[int, int, int], width: int) -> Float[Array, "N C"]:

@@ -7,14 +7,13 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Num
 
 from motif_jax.config import UNetConfig
 from motif_jax.models.attention import SpatialTransformer, TemporalTransformer
-from motif_jax.models.layers import Conv, Dense, Dropout, GroupNorm, Initializer, Silu, apply, sinusoids
+from motif_jax.models.layers import CLIPS, REMAT, Conv, Dense, Dropout, GroupNorm, Initializer, Silu, apply, constrain, recompute, sinusoids
 
 NORM_EPSILON = 1e-5  # of every norm here; the transformers' group norms have 1e-6
 INIT_ATTENTION_HEADS = 8  # fixed in the reference, whatever the width
@@ -107,13 +106,13 @@ def _per_frame(layer: Callable, x_BThwC: Array) -> Array:
 class UNet3D(nnx.Module):
     """The denoising network of VideoCrafter2 (`unet_config`); see `__call__` for its arrays.
 
-    remat: "block" recomputes every residual block and transformer in the backward pass, "none" keeps all activations.
+    remat: what the backward pass recomputes of every residual block and transformer, "none" or a key of `layers.REMAT`.
     Raises ValueError for a `remat` it does not know.
     """
 
     def __init__(self, config: UNetConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32, remat: str = "none", attention: str = "auto"):
-        if remat not in ("none", "block"):
-            raise ValueError(f"remat={remat!r}: must be 'none' or 'block'")
+        if remat not in ("none", *REMAT):
+            raise ValueError(f"remat={remat!r}: must be 'none' or one of {', '.join(map(repr, REMAT))}")
         self.config, self.dtype, self.remat = config, dtype, remat
         kwargs = {"init": Initializer(rngs), "dtype": dtype}
         streams = itertools.count()  # one dropout stream per dropout layer
@@ -213,7 +212,7 @@ class UNet3D(nnx.Module):
 
         def run(layers: nnx.List, x: Array) -> Array:
             for layer in layers:
-                x = self._run(layer, x, emb_BE, context_BLD, dropout_rng)
+                x = constrain(self._run(layer, x, emb_BE, context_BLD, dropout_rng), CLIPS, "context")
             return x
 
         x, skips = x_BThwC.astype(self.dtype), []
@@ -239,9 +238,7 @@ class UNet3D(nnx.Module):
                 return _per_frame(layer, x)
             case _:
                 return layer(x)
-        if self.remat == "block":
-            call = jax.checkpoint(lambda x, *args: layer(x, *args))
-        return call(x, *args)
+        return recompute(lambda x, *args: call(x, *args), self.remat)(x, *args)
 
     def _check(self, x_BThwC: Array, context_BLD: Array) -> None:
         config, (_, _, h, w, channels) = self.config, x_BThwC.shape

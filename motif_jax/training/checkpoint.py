@@ -45,6 +45,11 @@ def checksums(state: dict[str, Any]) -> dict[str, str]:
     return {name: hashlib.sha256(np.sort(np.asarray(found, np.uint32)).tobytes()).hexdigest() for name, found in sums.items()}
 
 
+def state_checksums(state: Any) -> dict[str, str]:
+    """`checksums` of a TrainState. The first call compiles one small program per shape."""
+    return checksums({name: getattr(state, name) for name in FIELDS})
+
+
 def _compare(directory: pathlib.Path, found: dict[str, str], meta: dict) -> None:
     wrong = [name for name, value in found.items() if meta["checksums"].get(name) != value]
     if wrong:
@@ -151,7 +156,7 @@ class Checkpoints:
     def save(self, step: int, state: Any, data: dict, meta: dict) -> None:
         """Starts a save; returns once the arrays are copied. Raises CheckpointError, also for what an earlier save met."""
         args = self._args
-        meta = meta | {"checksums": checksums({name: getattr(state, name) for name in FIELDS})}
+        meta = meta | {"checksums": state_checksums(state)}
         with self._reported():
             self._manager.save(
                 step,
@@ -166,7 +171,7 @@ class Checkpoints:
             found = self._manager.restore(
                 step, args=args.Composite(state=args.StandardRestore(template), data=args.JsonRestore(), meta=args.JsonRestore())
             )
-            _compare(directory, checksums({name: getattr(found.state, name) for name in FIELDS}), found.meta)
+            _compare(directory, state_checksums(found.state), found.meta)
         except Exception as error:
             raise CheckpointError(
                 f"checkpoint {directory} cannot be restored: {error}\n"

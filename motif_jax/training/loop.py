@@ -96,7 +96,7 @@ def _train(config: Config, directory: pathlib.Path) -> None:
     template, create = make_state(config, networks, mesh, optimizer)
     replicated = NamedSharding(mesh, PartitionSpec())
     shardings = jax.tree.map(lambda s: s.sharding, template)
-    train_step = jax.jit(make_train_step(networks, optimizer, empty_L), donate_argnums=0, out_shardings=(shardings, replicated))
+    train_step = jax.jit(make_train_step(networks, optimizer, empty_L, mesh), donate_argnums=0, out_shardings=(shardings, replicated))
     eval_step = jax.jit(make_eval_step(networks, empty_L), out_shardings=replicated)
 
     position = {"global_batch": config.batch_size, "seed": config.seed, "dataset": dataset.fingerprint}
@@ -107,6 +107,7 @@ def _train(config: Config, directory: pathlib.Path) -> None:
     if restored is None:
         params = finetune.add_updates(config, weights.denoiser, jax.random.key(config.seed))
         state, step, visited = create(place(params, shardings.params)), 0, False
+        checkpoint.state_checksums(state)  # compiled here, so that the first save does not hold up the loop
         if first_process:
             workdir.write_overview(directory, state.params)
         sizes = [sum(math.prod(s.shape) for s in tree.values()) for tree in (template.params, finetune.trained(config, template.params))]

@@ -1,0 +1,58 @@
+"""Recomputation: the same gradient from fewer kept activations, on the transformer, whose blocks are all there is to save.
+
+What the compiled programme needs is not compared: XLA's CPU backend merges the recomputation with the first computation.
+"""
+
+import contextlib
+import io
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.ad_checkpoint import print_saved_residuals
+
+from motif_jax.models.networks import Networks
+
+BATCH = 4
+
+
+@pytest.fixture(scope="module")
+def found(tiny):
+    """{remat: (gradient, elements kept for the backward pass)}."""
+    rng = np.random.default_rng(0)
+    z = jnp.asarray(rng.normal(size=(BATCH, 4, 8, 8, 48)), jnp.float32)
+    results = {}
+    for remat in ("none", "block", "dots"):
+        dit = {"width": 32, "depth": 2, "num_head_channels": 16, "patch": [4, 1, 1]}
+        networks = Networks.of(tiny(remat=remat, backbone="dit", dit=dit, data={"height": 32, "width": 32}))
+        shapes = sorted(networks.denoiser.shapes.items())
+        weights = np.random.default_rng(1)
+        params = {k: jnp.asarray(weights.normal(0, 0.1, s.shape) + k.endswith("scale"), jnp.float32) for k, s in shapes}
+
+        def loss(params, networks=networks):
+            text = jnp.ones((BATCH, 8, 16))
+            return jnp.mean(networks.denoise(params, z, jnp.full(BATCH, 5), text, jnp.full(BATCH, 8.0), z) ** 2)
+
+        text = io.StringIO()
+        with contextlib.redirect_stdout(text):
+            print_saved_residuals(loss, params)
+        kept = [line for line in text.getvalue().splitlines() if "from the argument" not in line]
+        sizes = [math.prod(map(int, found.group(1).split(","))) for line in kept if (found := re.match(r"\w+\[([\d,]+)\]", line))]
+        results[remat] = jax.jit(jax.grad(loss))(params), sum(sizes)
+    return results
+
+
+@pytest.mark.parametrize("remat", ["block", "dots"])
+def test_equal_gradients(found, remat):
+    for name, expected in found["none"][0].items():
+        # The same sums in other fusions, relative to the largest entry.
+        np.testing.assert_allclose(found[remat][0][name], expected, atol=1e-5 * float(jnp.abs(expected).max()) + 1e-12, err_msg=name)
+
+
+def test_less_is_kept(found):
+    kept = {remat: size for remat, (_, size) in found.items()}
+    assert kept["block"] < 0.4 * kept["none"]
+    assert kept["block"] < kept["dots"] < 0.6 * kept["none"]
