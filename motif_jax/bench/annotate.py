@@ -176,6 +176,7 @@ def run_export(arguments: argparse.Namespace) -> None:
     from motif_jax.bench import votes
 
     found, refused = votes.read_all(arguments.votes, arguments.study)
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
     votes.write_votes(arguments.output, found)
     for line in refused:
         print(f"refused: {line[:300]}")

@@ -4,6 +4,7 @@ A sheet belongs to one annotator at a time, for as long as they keep voting; aft
 may take what is left of it. Nobody gets two copies of the same sheet, and no task is answered twice.
 """
 
+import contextlib
 import json
 import pathlib
 import secrets
@@ -37,13 +38,9 @@ def number(sheet: str) -> str:
 
 
 class Ballots:
-    """Opens or makes (unless new=False) the file. Raises UserError when it holds another study's votes or is no such file."""
+    """Opens or makes the file. Raises UserError when it holds another study's votes or is no such file."""
 
-    def __init__(
-        self, path: pathlib.Path, key: Key, lease: float = 3600.0, new: bool = True, clock: Callable[[], float] = time.time
-    ) -> None:
-        if not (new or path.is_file()):
-            raise UserError(f"{path}: missing")
+    def __init__(self, path: pathlib.Path, key: Key, lease: float = 3600.0, clock: Callable[[], float] = time.time) -> None:
         self.key, self.lease, self.clock = key, lease, clock
         self._tasks = key.tasks
         self._lock = threading.Lock()
@@ -121,7 +118,13 @@ class Ballots:
             self._db.execute("INSERT INTO votes VALUES (?, ?, ?, ?, ?, ?)", row)
             self._db.execute("UPDATE sheets SET seen = ? WHERE sheet = ?", (now, record["sheet"]))
 
-    def records(self) -> list[dict[str, Any]]:
-        """All records in the order of their arrival."""
-        with self._lock:
-            return [json.loads(record) for (record,) in self._db.execute("SELECT record FROM votes ORDER BY received, rowid")]
+
+def read_records(path: pathlib.Path, key: Key) -> list[dict[str, Any]]:
+    """All records of a ballot box in the order of their arrival; the server may be running. Raises UserError as `Ballots` does."""
+    try:
+        with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as db:
+            if (found := db.execute("SELECT id FROM study").fetchone()) != (key.id,):
+                raise UserError(f"{path}: holds the votes of another study ({found and found[0]}, not {key.id})")
+            return [json.loads(record) for (record,) in db.execute("SELECT record FROM votes ORDER BY received, rowid")]
+    except sqlite3.Error as error:
+        raise UserError(f"{path}: no file of votes of `annotate serve` ({error})") from error

@@ -22,7 +22,7 @@ from motif_jax.config import UserError
 
 WON, NEITHER, LOST = "#2a7f62", "#d9d9de", "#c0504d"
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:76rem;margin:2rem auto;padding:0 1rem;color:#222}
-img,video{max-width:100%}table{border-collapse:collapse;display:block;overflow-x:auto}td,th{padding:.2rem .6rem;
+img,video{max-width:100%}table{border-collapse:collapse;display:block;font-size:.86rem;overflow-x:auto}td,th{padding:.2rem .6rem;
 border-bottom:1px solid #ccc;text-align:right;vertical-align:top;white-space:nowrap}td:first-child,
 th:first-child{text-align:left}.note{color:#8a4b00}td:last-child{white-space:pre-wrap}
 .example{display:inline-block;width:30rem;max-width:100%;margin:.5rem 1rem .5rem 0;vertical-align:top}.example div{display:flex;gap:.4rem}
@@ -142,7 +142,9 @@ def _win_table(found: dict[str, Any]) -> str:
                 _interval(m["bootstrap_scenarios"]),
                 f"{m['p']:.2g}",
                 f"{m['p_holm']:.2g}",
-                f"{_percent(v['rate'])} {_interval(v['bootstrap'])}",
+                _percent(v["rate"]),
+                _interval(v["wilson"]),
+                _interval(v["bootstrap"]),
                 f"{_percent(d['independent'])} / {_percent(d['clustered'])}",
             )
         )
@@ -160,8 +162,8 @@ def _win_table(found: dict[str, Any]) -> str:
     )
     explained = (
         "<p>Win rate: majority verdict per pair; an even split is half a win for both and not in the test. p: exact, two-sided, against "
-        "one half; Holm: adjusted for all comparisons here. Detectable: the true win rate that this number of pairs shows with 80 % "
-        "probability, as if independent / given how alike pairs of one image are.</p>"
+        "one half; Holm: adjusted for all comparisons here. Votes: share of single votes, a tie being half of one. Detectable: the true "
+        "win rate that this number of pairs shows with 80 % probability, as if independent / given how alike pairs of one image are.</p>"
     )
     return _table(head, rows) + explained
 

@@ -53,6 +53,8 @@ def parallel(function: Callable, jobs: list, progress: Callable[[str], None]) ->
 
 def length(path: pathlib.Path) -> tuple[int, float]:
     """(frames, frames per second) of a video. Raises VideoError."""
+    if path.is_dir():
+        raise videos.VideoError("is a folder", "frames have no frame rate, a study needs video files")
     available = []
 
     def first_frame(count: int) -> tuple[int, int]:

@@ -176,7 +176,7 @@ def read_all(paths: list[pathlib.Path], study: pathlib.Path | None) -> tuple[lis
 
 def _rows(path: pathlib.Path, key: Key | None) -> list[Any] | tuple[Any, ...]:
     """A list of unblinded votes, or a tuple of blind records."""
-    from motif_jax.bench.ballots import Ballots
+    from motif_jax.bench.ballots import read_records
 
     if path.suffix not in (".csv", ".json", ".sqlite"):
         raise UserError(f"{path}: votes are read from .csv, .json and .sqlite")
@@ -192,7 +192,7 @@ def _rows(path: pathlib.Path, key: Key | None) -> list[Any] | tuple[Any, ...]:
     if key is None:
         raise UserError(f"{path}: does not say which system is which; give the study's folder with --study")
     if path.suffix == ".sqlite":
-        return tuple(Ballots(path, key, new=False).records())
+        return tuple(read_records(path, key))
     if not isinstance(found, dict) or not isinstance(found.get("votes"), list):
         raise UserError(f"{path}: expected what the page of a study offers for download, or what `annotate export` writes")
     if found.get("study") != key.id:

@@ -12,7 +12,7 @@ from collections import Counter
 import pytest
 
 from motif_jax.bench import study, votes
-from motif_jax.bench.ballots import Ballots, Taken, number
+from motif_jax.bench.ballots import Ballots, Taken, number, read_records
 from motif_jax.bench.server import HEADERS, application
 from motif_jax.config import UserError
 
@@ -104,7 +104,7 @@ def test_the_same_answer_twice_is_one_vote_and_another_one_is_refused(tmp_path, 
     box.vote(record)
     with pytest.raises(Taken, match="answer already"):
         box.vote(record | {"choice": "right"})
-    assert box.records() == [record]
+    assert read_records(tmp_path / "v.sqlite", key) == [record]
 
 
 def test_training_is_everybodys(tmp_path, key):
@@ -122,6 +122,10 @@ def test_votes_of_another_study_are_left_alone(tmp_path, key):
     (tmp_path / "text.sqlite").write_text("no database, but long enough to be taken for the head of one" * 20)
     with pytest.raises(UserError, match="cannot be used"):
         Ballots(tmp_path / "text.sqlite", key)
+    for path, message in (("text.sqlite", "no file of votes"), ("missing.sqlite", "no file of votes")):
+        with pytest.raises(UserError, match=message):
+            read_records(tmp_path / path, key)
+    assert not (tmp_path / "missing.sqlite").exists()
 
 
 @pytest.mark.parametrize("path", ["/", "/study.js", "/wrong-token/", "/index.html", f"/{TOKEN}x/", "/..%2f", f"/%2e%2e/{TOKEN}/"])
@@ -214,7 +218,7 @@ def test_a_hundred_annotators_at_once_lose_no_vote(tmp_path, serve):
     acknowledged = []
     with serve(tmp_path / "study", tmp_path / "v.sqlite") as server:
         asyncio.run(crowd(server.url, [f"annotator {n}" for n in range(100)], acknowledged))
-    kept = Ballots(tmp_path / "v.sqlite", key).records()
+    kept = read_records(tmp_path / "v.sqlite", key)
     assert len(kept) == len(acknowledged) == 400
     assert sorted(kept, key=lambda r: r["task"]) == sorted(acknowledged, key=lambda r: r["task"])
     found, _ = votes.read_all([tmp_path / "v.sqlite"], tmp_path / "study")
@@ -246,12 +250,12 @@ def test_kill_9_loses_no_acknowledged_vote_and_the_study_goes_on(tmp_path, serve
                 await asyncio.gather(killer(), crowd(server.url, names, acknowledged, stop))
 
             asyncio.run(work_until_killed())
-        kept = {r["task"]: r for r in Ballots(tmp_path / "v.sqlite", key).records()}
+        kept = {r["task"]: r for r in read_records(tmp_path / "v.sqlite", key)}
         assert len(acknowledged) >= enough and all(kept[r["task"]] == r for r in acknowledged)
     assert len(set(urls)) == 1  # the link stays the same
     with serve(tmp_path / "study", tmp_path / "v.sqlite") as server:
         asyncio.run(crowd(server.url, names, acknowledged))
-    kept = Ballots(tmp_path / "v.sqlite", key).records()
+    kept = read_records(tmp_path / "v.sqlite", key)
     assert len(kept) == len({r["task"] for r in kept}) == 400
 
 
