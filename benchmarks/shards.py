@@ -1,0 +1,231 @@
+"""The offline job step by step, reading its shards against other ways of reading, and its memory over many clips.
+
+    python benchmarks/shards.py [--video=FILE] [--weights=RAFT_SMALL_FILE] [--clips=200] [--memory_clips=1000]
+
+One table each: seconds per clip of 16 frames of 320x512 for decoding, JPEG, flow and shard writing; clips/s of reading latents
+(16x40x64x8 moments, 77x1024 embedding, flow) in random order through Grain, against the same records in WebDataset and TFRecord
+(sequential with a shuffle buffer of 50, which is all they offer; left out where the package is not installed) and against
+decoding and estimating flow on the fly; resident memory while `prepare` makes --memory_clips small clips. Exits with 1 when
+reading is under 100 x the flow on the fly or under 1 x another container, or when memory grows by more than a tenth.
+"""
+
+import argparse
+import dataclasses
+import importlib.util
+import io
+import itertools
+import os
+import pathlib
+import statistics
+import struct
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+
+import numpy as np
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+FRAMES, HEIGHT, WIDTH = 16, 320, 512
+SHUFFLE = 50  # elements of the shuffle buffers
+
+
+def seconds(call: Callable[[], object], rounds: int = 3) -> float:
+    """Median wall-clock time of a call."""
+    taken = []
+    for _ in range(rounds):
+        began = time.perf_counter()
+        call()
+        taken.append(time.perf_counter() - began)
+    return statistics.median(taken)
+
+
+def texture(frames: int, height: int, width: int, seed: int = 0) -> np.ndarray:
+    """A moving window on a picture of coarse cells, uint8 [T,H,W,3]."""
+    cells = np.random.default_rng(seed).integers(0, 256, (height // 8 + 2, (width + 2 * frames) // 8 + 2, 3), np.uint8)
+    cells = cells.repeat(8, 0).repeat(8, 1)
+    return np.stack([cells[:height, 2 * t : 2 * t + width] for t in range(frames)])
+
+
+def steps(video: pathlib.Path, weights: str, folder: pathlib.Path) -> float:
+    """Prints the table of steps; returns the seconds of decoding and flow on the fly, by the faster of the estimators."""
+    from motif_jax.data import records, shards, videos
+    from motif_jax.motion.estimators import make_flow_estimator
+
+    def decode() -> videos.Clip:
+        return videos.read_clip(video, FRAMES, HEIGHT, WIDTH, lambda n: (n // 3, 4))
+
+    clip = decode()
+    layout = records.Layout(FRAMES, HEIGHT, WIDTH, 8)
+    encoded = [records.encode_image(f, "jpeg") for f in clip.frames]
+    values = vars(clip) | {"clip_id": "a", "video": "a.mp4", "caption": "a texture moves", "flow": np.zeros((FRAMES, *layout.grid, 2))}
+    record = records.encode_clip(layout, values)
+    shard = shards.Shard("train", 0, 1, (0,))
+    (folder / "manifests").mkdir()
+    rows = {
+        "decode a clip": seconds(decode),
+        "decode a clip, watching for cuts": seconds(
+            lambda: videos.read_clip(video, FRAMES, HEIGHT, WIDTH, lambda n: (n // 3, 4), thumbnails=True)
+        ),
+        "16 JPEG encoded": seconds(lambda: [records.encode_image(f, "jpeg") for f in clip.frames]),
+        "16 JPEG decoded": seconds(lambda: records.decode_clip(layout, record, ("frames",))),
+        f"write a record of {len(record) / 1e3:.0f} kB, synced": seconds(lambda: shards.write_shard(folder, shard, "", "", [record] * 50))
+        / 50,
+        "flow by DIS": seconds(lambda: make_flow_estimator("dis").flow(clip.frames), 1),
+    }
+    if weights:
+        estimator = make_flow_estimator("raft_small", weights)
+        estimator.flow(clip.frames)
+        rows["flow by RAFT-small, 12 iterations"] = seconds(lambda: estimator.flow(clip.frames), 1)
+    print(f"| step ({sum(map(len, encoded)) / 1e3:.0f} kB of JPEG a clip) | s per clip | clips/s |\n|---|---|---|")
+    for name, value in rows.items():
+        print(f"| {name} | {value:.4f} | {1 / value:.1f} |", flush=True)
+    return rows["decode a clip"] + rows["flow by DIS"]
+
+
+def latents(count: int) -> tuple[object, list[bytes]]:
+    """(layout, records) as `prepare.latents` and `prepare.text_embeddings` make them at paper size."""
+    from motif_jax.data import records
+
+    layout = records.Layout(FRAMES, HEIGHT, WIDTH, 8, pixels=False, latent=(40, 64, 8), text=(77, 1024))
+    random = np.random.default_rng(0)
+    made = []
+    for i in range(count):
+        arrays = {name: random.standard_normal(shape, np.float32) for name, (shape, _) in layout.arrays().items()}
+        named = {"clip_id": str(i), "video": "v", "caption": "c", "fps": 24.0, "frame_stride": 2, "first_frame": 0}
+        made.append(records.encode_clip(layout, named | arrays))
+    return layout, made
+
+
+def reading(count: int, folder: pathlib.Path, on_the_fly: float) -> list[str]:
+    """Prints the table of containers; returns what falls short."""
+    import grain
+    from array_record.python.array_record_data_source import ArrayRecordDataSource
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    from motif_jax.data import records
+
+    layout, made = latents(count)
+    writer = ArrayRecordWriter(str(folder / "a.array_record"), "group_size:1,uncompressed")
+    for record in made:
+        writer.write(record)
+    writer.close()
+
+    def parse(record: bytes) -> dict:
+        return records.decode_clip(layout, bytes(record), ("latent_moments", "text_embedding", "flow"))
+
+    def through_grain() -> Iterable:
+        order = grain.MapDataset.range(count).seed(0).shuffle()
+        source = ArrayRecordDataSource([str(folder / "a.array_record")])
+        read = order.map(lambda i: parse(source[int(i)]))
+        return read.to_iter_dataset(grain.ReadOptions(num_threads=4, prefetch_buffer_size=8))
+
+    ways = {"ours: ArrayRecord through Grain, random order": through_grain}
+    if importlib.util.find_spec("webdataset") and importlib.util.find_spec("torch"):
+        import webdataset
+
+        with tarfile.open(folder / "a.tar", "w") as tar:
+            for i, record in enumerate(made):
+                member = tarfile.TarInfo(f"{i:06d}.clip")
+                member.size = len(record)
+                tar.addfile(member, io.BytesIO(record))
+        ways["WebDataset, shuffle buffer"] = lambda: (
+            parse(x["clip"]) for x in webdataset.WebDataset(str(folder / "a.tar"), shardshuffle=False).shuffle(SHUFFLE)
+        )
+    if importlib.util.find_spec("tfrecord") and importlib.util.find_spec("crc32c"):
+        import crc32c
+        from tfrecord.iterator_utils import shuffle_iterator
+        from tfrecord.reader import tfrecord_iterator
+
+        def masked(data: bytes) -> bytes:
+            value = crc32c.crc32c(data)
+            return struct.pack("<I", ((value >> 15 | value << 17) + 0xA282EAD8) & 0xFFFFFFFF)
+
+        with (folder / "a.tfrecord").open("wb") as file:
+            for record in made:
+                length = struct.pack("<Q", len(record))
+                file.write(length + masked(length) + record + masked(record))
+        path = str(folder / "a.tfrecord")
+        ways["TFRecord, shuffle buffer"] = lambda: (
+            parse(x) for x in shuffle_iterator(map(bytes, tfrecord_iterator(path)), SHUFFLE)
+        )  # its buffer is reused
+    taken: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(5):
+        for name, way in ways.items():
+            began = time.perf_counter()
+            assert sum(1 for _ in way()) == count
+            taken[name].append(time.perf_counter() - began)
+    rates = {name: count / statistics.median(times) for name, times in taken.items()}
+    rates["decode and DIS on the fly"] = 1 / on_the_fly
+    ours, *_ = rates.values()
+    print(f"\n| reading records of {len(made[0]) / 1e3:.0f} kB | clips/s | ours is faster by |\n|---|---|---|")
+    for name, rate in rates.items():
+        print(f"| {name} | {rate:.1f} | {ours / rate:.2f} |", flush=True)
+    return [f"{name}: {ours / rate:.2f} x" for name, rate in rates.items() if ours / rate < (100 if "fly" in name else 1)]
+
+
+def memory(count: int, folder: pathlib.Path) -> list[str]:
+    """Prints resident memory while `prepare` makes `count` clips of videos; returns a complaint when it grows."""
+    from motif_jax import preparation
+    from motif_jax.config import Config, DataConfig, PrepareConfig
+    from motif_jax.data.videos import save_video
+    from motif_jax.motion.estimators import make_flow_estimator
+
+    lines = ["video,caption"]
+    for i in range(10):
+        save_video(folder / f"{i}.mp4", texture(60, 128, 128, i), 24)
+        lines.append(f"{i}.mp4,texture {i}")
+    (folder / "list.csv").write_text("\n".join(lines) + "\n")
+    at: dict[int, float] = {}
+
+    class Watched:
+        """DIS that notes the memory of the process at every clip."""
+
+        def __init__(self) -> None:
+            self._estimator, self._calls = make_flow_estimator("dis"), itertools.count(1)
+
+        def flow(self, frames: np.ndarray) -> np.ndarray:
+            pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+            at[next(self._calls)] = pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+            return self._estimator.flow(frames)
+
+        def describe(self) -> dict:
+            return self._estimator.describe()
+
+    p = PrepareConfig(flow="dis", clips_per_video=-(-count // 10), clips_per_shard=50, validation_share=0.0)
+    config = dataclasses.replace(Config(), data=DataConfig(frames=8, height=96, width=96), prepare=p)
+    preparation.prepare(config, str(folder / "list.csv"), folder / "out", estimator=Watched(), log=lambda line: None)
+    done = sorted(at)[-1]
+    shown = [max(1, done // 10), done // 2, done]
+    print("\n| clips made | resident memory, MB |\n|---|---|")
+    for n in shown:
+        print(f"| {n} | {at[n]:.0f} |", flush=True)
+    growth = at[done] / at[shown[0]]
+    return [f"memory grew by {growth:.2f} x from clip {shown[0]} to {done}"] if growth > 1.1 else []
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--video", help="decode this file (default: a texture of 1280x720)")
+    parser.add_argument("--weights", default="", help="RAFT-small's, to time its flow too")
+    parser.add_argument("--clips", type=int, default=200, help="records to read")
+    parser.add_argument("--memory_clips", type=int, default=1000)
+    options = parser.parse_args()
+    from motif_jax.data.videos import save_video
+
+    print(f"{len(os.sched_getaffinity(0))} cores, load {os.getloadavg()[0]:.1f}\n")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = pathlib.Path(scratch)
+        video = pathlib.Path(options.video) if options.video else folder / "video.mp4"
+        if not options.video:
+            save_video(video, texture(200, 720, 1280), 24)
+        short = reading(options.clips, folder, steps(video, options.weights, folder)) + memory(options.memory_clips, folder)
+    if short:
+        sys.exit(f"benchmarks/shards.py: {'; '.join(short)}")
+
+
+if __name__ == "__main__":
+    main()
