@@ -70,17 +70,23 @@ def run_build(arguments: argparse.Namespace) -> None:
     if len(folders) < 2:
         raise UserError("--videos: a study compares two or more systems")
     asked = study.comparisons(list(folders), arguments.pairs or ["all"])
-    pairs = read_pairs(arguments.list)
-    files = {}
-    for name, folder in folders.items():
-        found = find_videos(folder, pairs).videos
-        for index, pair in enumerate(pairs):
-            seeds = [seed for id, seed in found if id == pair.id]
-            if seeds:
-                files[index, name] = found[pair.id, min(seeds)]
-    missing = [f"{name} has none of {pair.id}" for i, pair in enumerate(pairs) for name in folders if (i, name) not in files]
+    listed = read_pairs(arguments.list)
+    found = {name: find_videos(folder, listed).videos for name, folder in folders.items()}
+    shown = {id for videos in found.values() for id, _ in videos}
+    pairs = [pair for pair in listed if pair.id in shown]
+    if not pairs:
+        raise UserError(f"--videos: no folder has a video of any of the {len(listed)} pairs of {arguments.list}")
+    files, missing = {}, []
+    for index, pair in enumerate(pairs):
+        for name, videos in found.items():
+            if seeds := [seed for id, seed in videos if id == pair.id]:
+                files[index, name] = videos[pair.id, min(seeds)]
+            else:
+                missing.append(f"{name} has none of {pair.id}")
     if missing:
         raise UserError(f"--videos: {len(missing)} of {len(pairs) * len(folders)} videos are missing: {'; '.join(missing[:5])}")
+    if len(pairs) < len(listed):
+        print(f"{len(listed) - len(pairs)} of {len(listed)} pairs are left out: there is no video of them")
 
     temporary = arguments.output.with_name(f".tmp-{arguments.output.name}")
     shutil.rmtree(temporary, ignore_errors=True)

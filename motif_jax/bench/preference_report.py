@@ -305,6 +305,8 @@ def _examples(found: dict[str, Any], votes: Sequence[Vote], key: study.Key, medi
     parts = ["<h2>Examples</h2>"]
     (arguments.output / "media").mkdir(exist_ok=True)
     for row in found["comparisons"]:
+        if not {row["a"], row["b"]} <= set(key.models):
+            continue
         shares = {}
         for entry in key.pairs:
             own = [v for v in votes if v.kind == "pair" and v.pair == entry.id and {v.left, v.right} == {row["a"], row["b"]}]

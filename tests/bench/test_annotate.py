@@ -97,9 +97,20 @@ def test_three_systems_all_against_all(material, tmp_path):
     assert probe(next((tmp_path / "study" / "page" / "media").glob("*.mp4")))[1:3] == (48, 32)
 
 
+def test_pairs_without_any_video_are_left_out(material, tmp_path, capsys):
+    """As with the published samples: 51 of the benchmark's 320 pairs."""
+    lines = (material.folder / "list.jsonl").read_text()
+    longer = material.folder / "longer.jsonl"
+    longer.write_text(lines + '\n{"id": "other", "image": "image0.png", "prompt": "No video shows this."}')
+    key = study.load(material.build(tmp_path / "study", f"--list={longer}", "--size=32", "--no_training"))
+    assert [e.id for e in key.pairs] == ["pair0", "pair1", "pair2"]
+    assert "1 of 4 pairs are left out" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--list={folder}/none.jsonl"], "no folder has a video of any of the 1 pairs"),
         (["--frames=11"], r"--frames=11: .*pair0_0.mp4 has only 8"),
         (["--fps=5"], "no whole multiple"),
         (["--fps=16"], "no whole multiple"),
@@ -113,6 +124,7 @@ def test_three_systems_all_against_all(material, tmp_path):
 )
 def test_mistakes_are_one_line(material, tmp_path, options, message):
     (material.folder / "empty").mkdir(exist_ok=True)
+    (material.folder / "none.jsonl").write_text('{"id": "other", "image": "image0.png", "prompt": "No video shows this."}')
     broken = material.folder / "broken"
     broken.mkdir(exist_ok=True)
     (broken / "pair0.mp4").write_bytes((material.folder / "zebrafish" / "pair0_0.mp4").read_bytes())

@@ -150,15 +150,15 @@ function finish(nothing) {
 
 // ---- videos: both from the start, both to the end, again --------------------------------------------------------------------------
 
-function replay() {
+function replay(asked) {
   if (!draft) return;
   for (const video of videos) video.currentTime = 0;
-  play();
+  play(asked);
 }
 
-function play() {
-  if (document.hidden || videos.some((v) => v.readyState < 3)) return;
-  // A browser that refuses to start videos by itself leaves the button "Play".
+// A browser that refuses to start or even to load videos by itself leaves the button "Play": `asked` is its click.
+function play(asked) {
+  if (document.hidden || (!asked && videos.some((v) => v.readyState < 3))) return;
   Promise.all(videos.map((v) => v.play())).catch(() => {}).finally(update);
 }
 
@@ -197,8 +197,8 @@ function setUpVideos() {
 
 function toggle() {
   if (videos.some((v) => !v.paused)) for (const video of videos) video.pause();
-  else if (videos.some((v) => v.ended)) replay();
-  else play();
+  else if (videos.some((v) => v.ended)) replay(true);
+  else play(true);
   setTimeout(update, 50);
 }
 
@@ -323,7 +323,7 @@ function onKey(event) {
     submit();
   } else if (typing) return;
   else if (event.key === "p") toggle();
-  else if (event.key === "r") replay();
+  else if (event.key === "r") replay(true);
   else if (KEYS[event.key.toLowerCase()]) choose(KEYS[event.key.toLowerCase()]);
 }
 
@@ -341,7 +341,7 @@ function start() {
   });
   $("judge").addEventListener("input", read);
   $("pause").addEventListener("click", toggle);
-  $("replay").addEventListener("click", replay);
+  $("replay").addEventListener("click", () => replay(true));
   $("more").addEventListener("click", () => open(session.who.annotator, ""));
   $("download").addEventListener("click", download);
   document.addEventListener("keydown", onKey);
