@@ -218,7 +218,7 @@ def test_benchmark_of_a_users_list(environment, trained, tmp_path):
     assert {f"dot{n}_the_red_circle_moves_left_{s}.mp4" for n in (0, 1) for s in (0, 1)} | {"manifest.json"} == set(before)
     assert "4 videos, 4 done before" in run(environment, *command)
     assert {p.name: p.read_bytes() for p in made.iterdir()} == before
-    assert "made otherwise (guidance" in run(environment, *command, "--guidance=2", expect=1)
+    assert "made otherwise (guidance" in run(environment, *command, "--guidance=3", expect=1)
     text = run(environment, "motif_jax.bench", "score", f"--list={tmp_path}", f"--videos=ours={made}", f"--output={tmp_path / 'scores'}")
     assert "| ours | 2 |" in text and "| static | 2 | 0.0 | 0.00 |" in text
     found = json.loads((tmp_path / "scores" / "scores.json").read_text())
