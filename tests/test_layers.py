@@ -26,7 +26,7 @@ LAYERS = (
         "training.weights",
     ),
     ("training.step",),
-    ("training", "generation", "animation", "report", "towers", "preparation", "preview", "bench"),
+    ("training", "generation", "animation", "report", "towers", "preparation", "preview", "bench", "collectives", "compilation"),
     ("main", "prepare", "sample", "convert", "compile", "bench.__main__"),
 )
 LAYER = {f"{PACKAGE}.{name}": level for level, names in enumerate(LAYERS) for name in names} | {PACKAGE: 0}

@@ -60,10 +60,11 @@ def matmul_flops(function: Callable, *args: Any) -> int:
     args may be shapes. Elementwise work is left out, as usual for MFU; a while loop counts as one turn, of branches the largest
     counts.
     """
-    return _count(jax.make_jaxpr(function)(*args).jaxpr)
+    return jaxpr_flops(jax.make_jaxpr(function)(*args).jaxpr)
 
 
-def _count(jaxpr: core.Jaxpr) -> int:
+def jaxpr_flops(jaxpr: core.Jaxpr) -> int:
+    """`matmul_flops` of a function that is traced already."""
     total = 0
     for equation in jaxpr.eqns:
         name = equation.primitive.name
@@ -76,7 +77,7 @@ def _count(jaxpr: core.Jaxpr) -> int:
             features = kernel[equation.params["dimension_numbers"].rhs_spec[0]]
             total += 2 * math.prod(kernel) // features * math.prod(equation.outvars[0].aval.shape)
         else:
-            inner = [_count(sub) for sub in _inside(equation.params)]
+            inner = [jaxpr_flops(sub) for sub in _inside(equation.params)]
             if inner:
                 times = equation.params["length"] if name == "scan" else 1
                 total += max(inner) if name == "cond" else times * sum(inner)

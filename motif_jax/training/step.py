@@ -10,12 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from motif_jax import losses
 from motif_jax.config import Config, UserError
 from motif_jax.diffusion import objective
 from motif_jax.diffusion.schedule import Schedule, make_schedule
+from motif_jax.models.layers import use_mesh
 from motif_jax.models.networks import Networks, Params, image_condition
 from motif_jax.motion.heatmap import heatmap
 from motif_jax.training import finetune
@@ -122,9 +124,9 @@ def motion_heatmap(config: Config, batch: Batch, z_BThwC: Array, kind: str) -> F
 
 
 def make_train_step(
-    networks: Networks, optimizer: optax.GradientTransformation, empty_L: np.ndarray
+    networks: Networks, optimizer: optax.GradientTransformation, empty_L: np.ndarray, mesh: Mesh | None = None
 ) -> Callable[[TrainState, dict[str, Params], Batch], tuple[TrainState, dict[str, Array]]]:
-    """(state, frozen parameters, batch) -> (next state, metrics)."""
+    """(state, frozen parameters, batch) -> (next state, metrics); `mesh` says over which devices activations are laid out."""
     config = networks.config
     schedule = diffusion_schedule(config)
     learning_rate = make_learning_rate(config)
@@ -157,7 +159,8 @@ def make_train_step(
     def train_step(state: TrainState, frozen: dict[str, Params], batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         trained = finetune.trained(config, state.params)
-        grads, metrics = gradients(trained, state.params, frozen, batch, key)
+        with use_mesh(mesh):
+            grads, metrics = gradients(trained, state.params, frozen, batch, key)
         updates, opt_state = optimizer.update(grads, state.opt_state, trained)
         trained = optax.apply_updates(trained, updates)
         ema = update_ema(state.ema, trained, state.step, config.ema.decay, config.ema.warmup) if state.ema else state.ema

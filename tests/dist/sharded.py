@@ -39,7 +39,7 @@ class Run:
         self.state = create(place(params, self.shardings.params))
         empty = empty_sentence(self.config, make_tokenizer(self.config.text))
         replicated = NamedSharding(self.mesh, PartitionSpec())
-        step = make_train_step(networks, optimizer, empty)
+        step = make_train_step(networks, optimizer, empty, self.mesh)
         self.train_step = jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, replicated))
 
     def batch(self, seed):

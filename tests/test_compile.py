@@ -1,0 +1,116 @@
+"""Ahead-of-time compilation: the report of a step on eight fake devices, what is said when it cannot be, and a real TPU compile."""
+
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from motif_jax.compilation import batch_shapes, too_large
+from motif_jax.config import MeshConfig, from_config_dict, to_json
+from motif_jax.dist.mesh import make_mesh
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+LIBTPU = importlib.util.find_spec("libtpu") is not None
+
+EIGHT_DEVICES = """
+import json, sys, jax
+from motif_jax.compilation import compile_step
+from motif_jax.config import from_json
+
+report = compile_step(from_json(sys.argv[1]), jax.devices())
+print(report, file=sys.stderr)
+print(json.dumps(report.to_dict()))
+"""
+
+
+def run(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)], env=os.environ | environment, cwd=ROOT, capture_output=True, text=True, timeout=600
+    )
+
+
+@pytest.fixture(scope="module")
+def config(tiny):
+    return tiny(batch_size=8, mesh={"data": 2, "fsdp": 4}, unet={"attention_resolutions": []})
+
+
+def test_report_on_eight_devices(config):
+    fast = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    done = run("-c", EIGHT_DEVICES, to_json(config), JAX_PLATFORMS="cpu", XLA_FLAGS=fast)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["chips"] == 8 and report["mesh"] == {"data": 2, "fsdp": 4, "context": 1, "tensor": 1}
+    # Every weight is gathered over fsdp and every gradient summed over data: at least the bytes of all parameters, either way.
+    assert report["collectives"]["all-gather"]["bytes"] > 1e5
+    assert report["collectives"]["all-reduce"]["bytes"] > 1e5
+    # Forward and backward pass without recomputation: what MFU counts, but for the first layer's input gradient.
+    assert report["matmul_flops"] == pytest.approx(report["model_flops"], rel=0.1)
+    assert report["memory_bytes"] > report["argument_bytes"] > 0
+    assert report["mfu_bound"] is None  # a CPU has no stated peak
+    for text in ("8 x cpu, data=2 fsdp=4 context=1 tensor=1", "memory of a chip", "collectives       all-gather", "MFU bound         none"):
+        assert text in done.stderr
+
+
+def test_pretrained_towers_are_not_in_the_step():
+    """The paper's batch holds latents and text embeddings; the toy's frames and tokens."""
+    mesh = make_mesh(MeshConfig())
+    paper = {name: (s.shape, s.dtype.name) for name, s in batch_shapes(from_config_dict({}), mesh).items()}
+    assert paper == {
+        "latent_moments": ((64, 16, 40, 64, 8), "float16"),
+        "text_embedding": ((64, 77, 1024), "float16"),
+        "flow": ((64, 16, 40, 64, 2), "float16"),
+        "fps": ((64,), "float32"),
+    }
+
+
+def test_toys_read_frames_and_tokens(config):
+    assert set(batch_shapes(config, make_mesh(MeshConfig()))) == {"frames", "tokens", "flow", "fps"}
+
+
+@pytest.mark.parametrize(
+    "message, sizes",
+    [
+        ("RESOURCE_EXHAUSTED: ... Used 24.89G of 15.75G hbm. Exceeded hbm capacity by 9.14G.", "needs 24.89G of the 15.75G"),
+        ("RESOURCE_EXHAUSTED: ... HLO temporaries (720.00G) exceeds available HBM (95.74G).", "needs 720.00G of the 95.74G"),
+        ("RESOURCE_EXHAUSTED: something new", "needs more memory than there is"),
+    ],
+)
+def test_too_large(config, message, sizes):
+    mesh = make_mesh(MeshConfig())
+    text = too_large(message, config, mesh, "TPU v5 lite")
+    assert sizes in text and "\n" not in text
+    for remedy in ("remat='block'", "grad_accumulation=2 (8 clips at a time now)", "dtype='bfloat16'"):
+        assert remedy in text
+
+
+@pytest.mark.skipif(LIBTPU, reason="libtpu is installed")
+def test_without_the_compiler():
+    done = run("-m", "motif_jax.compile", "--config=configs/motif.py:tiny", "--topology=v5e:2x2")
+    assert done.returncode == 1
+    assert done.stderr.startswith("motif_jax.compile: the TPU compiler is not installed: pip install -e '.[tpu]'")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(not LIBTPU, reason="needs the TPU compiler: pip install -e '.[tpu]' in an environment of its own")
+class TestForTpu:
+    def test_unknown_topology(self):
+        done = run("-m", "motif_jax.compile", "--config=configs/motif.py:tiny", "--topology=v9:2x2")
+        assert done.returncode == 1
+        assert "motif_jax.compile: --topology=v9:2x2: " in done.stderr and "v5e:4x4" in done.stderr
+        assert "Traceback" not in done.stderr
+
+    def test_tiny(self, tmp_path):
+        small = ("batch_size=4", "mesh.data=2", "mesh.fsdp=2", "unet.channel_mult=(1,)", "data.frames=4")
+        overrides = [f"--config.{setting}" for setting in small]
+        target = ("--topology=v5e:2x2", f"--json={tmp_path / 'report.json'}")
+        done = run("-m", "motif_jax.compile", "--config=configs/motif.py:tiny", *target, *overrides)
+        assert done.returncode == 0, done.stderr
+        report = json.loads((tmp_path / "report.json").read_text())
+        assert report["chip"] == "TPU v5 lite" and report["chips"] == 4 and report["peak_tflops"] == 197.0
+        assert 0 < report["memory_bytes"] < report["hbm_bytes"] and report["collectives"]
+        assert 0 < report["mfu_bound"] < 1
+        assert "% of 197 TFLOP/s" in done.stdout
