@@ -24,7 +24,7 @@ WON, NEITHER, LOST = "#2a7f62", "#d9d9de", "#c0504d"
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:76rem;margin:2rem auto;padding:0 1rem;color:#222}
 img,video{max-width:100%}table{border-collapse:collapse;display:block;font-size:.86rem;overflow-x:auto}td,th{padding:.2rem .6rem;
 border-bottom:1px solid #ccc;text-align:right;vertical-align:top;white-space:nowrap}td:first-child,
-th:first-child{text-align:left}.note{color:#8a4b00}td:last-child{white-space:pre-wrap}
+th:first-child{text-align:left}.note{color:#8a4b00}.comments td{white-space:pre-wrap}
 .example{display:inline-block;width:30rem;max-width:100%;margin:.5rem 1rem .5rem 0;vertical-align:top}.example div{display:flex;gap:.4rem}
 .example figure{margin:0;flex:1}figcaption{font-size:.85rem}"""
 
@@ -234,7 +234,8 @@ def _annotators(found: dict[str, Any]) -> str:
 
 def _comments(votes: Sequence[Vote]) -> str:
     rows = [(v.annotator, v.pair, f"{v.left} | {v.right}", v.choice, v.comment) for v in votes if v.comment.strip()]
-    return "<h2>Comments</h2>" + _table(("annotator", "pair", "left | right", "choice", "comment"), rows) if rows else ""
+    table = _table(("annotator", "pair", "left | right", "choice", "comment"), rows)
+    return f"<h2>Comments</h2><div class=comments>{table}</div>" if rows else ""
 
 
 def _refused(refused: list[str]) -> str:
