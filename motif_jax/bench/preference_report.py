@@ -118,7 +118,9 @@ def _number(x: float | None, form: str = ".2f") -> str:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """An html table; every cell is escaped."""
+    """An html table; every cell is escaped. Raises ValueError when a row does not fit the head."""
+    if bad := [row for row in rows if len(row) != len(head)]:
+        raise ValueError(f"{len(head)} columns, but {bad[0]}")
     cells = [f"<tr>{''.join(f'<th scope=col>{html.escape(h)}' for h in head)}"]
     cells += [f"<tr>{''.join(f'<td>{html.escape(str(c))}' for c in row)}" for row in rows]
     return f"<table>{''.join(cells)}</table>"
@@ -129,43 +131,30 @@ def _rate_cell(r: dict[str, Any]) -> str:
 
 
 def _win_table(found: dict[str, Any]) -> str:
-    rows = []
+    majorities, single = [], []
     for r in found["comparisons"]:
         m, v, d = r["majority"], r["vote_share"], r["detectable"]
-        rows.append(
-            (
-                f"{r['a']} against {r['b']}",
-                f"{m['wins']} / {m['even']} / {m['losses']}",
-                _percent(m["rate"]),
-                _interval(m["wilson"]),
-                _interval(m["bootstrap"]),
-                _interval(m["bootstrap_scenarios"]),
-                f"{m['p']:.2g}",
-                f"{m['p_holm']:.2g}",
-                _percent(v["rate"]),
-                _interval(v["wilson"]),
-                _interval(v["bootstrap"]),
-                f"{_percent(d['independent'])} / {_percent(d['clustered'])}",
-            )
+        name = f"{r['a']} against {r['b']}"
+        counts = f"{m['wins']} / {m['even']} / {m['losses']}"
+        majorities.append(
+            (name, counts, *_rates(m), f"{m['p']:.2g}", f"{m['p_holm']:.2g}", *map(_percent, (d["independent"], d["clustered"])))
         )
-    head = (
-        "",
-        "won / even / lost",
-        "win rate %",
-        "Wilson",
-        "over images",
-        "over scenarios",
-        "p",
-        "p, Holm",
-        "share of votes %",
-        "detectable %",
+        single.append((name, r["votes"], *_rates(v)))
+    intervals = ("Wilson", "over images", "over scenarios")
+    detectable = ("detectable %", "clustered %")
+    return (
+        "<h3>Majority of each pair</h3>"
+        + _table(("", "won / even / lost", "win rate %", *intervals, "p", "p, Holm", *detectable), majorities)
+        + "<p>An even split is half a win for both, and not in the test. p: exact, two-sided, against one half; Holm: adjusted for all "
+        "comparisons here. Detectable: the true win rate that this number of pairs shows with 80 % probability, first as if they were "
+        "independent, then (clustered) given how alike pairs of one image are.</p><h3>Single votes</h3>"
+        + _table(("", "votes", "for the first %", *intervals), single)
+        + "<p>A tie is half a vote for both.</p>"
     )
-    explained = (
-        "<p>Win rate: majority verdict per pair; an even split is half a win for both and not in the test. p: exact, two-sided, against "
-        "one half; Holm: adjusted for all comparisons here. Votes: share of single votes, a tie being half of one. Detectable: the true "
-        "win rate that this number of pairs shows with 80 % probability, as if independent / given how alike pairs of one image are.</p>"
-    )
-    return _table(head, rows) + explained
+
+
+def _rates(r: dict[str, Any]) -> list[str]:
+    return [_percent(r["rate"]), *map(_interval, (r["wilson"], r["bootstrap"], r["bootstrap_scenarios"]))]
 
 
 def _reason_table(found: dict[str, Any]) -> str:
