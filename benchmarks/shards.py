@@ -222,7 +222,8 @@ def main() -> None:
         video = pathlib.Path(options.video) if options.video else folder / "video.mp4"
         if not options.video:
             save_video(video, texture(200, 720, 1280), 24)
-        short = reading(options.clips, folder, steps(video, options.weights, folder)) + memory(options.memory_clips, folder)
+        short = memory(options.memory_clips, folder)  # first, in a small process
+        short += reading(options.clips, folder, steps(video, options.weights, folder))
     if short:
         sys.exit(f"benchmarks/shards.py: {'; '.join(short)}")
 

@@ -76,13 +76,13 @@ def _page(
     skipped: Mapping[str, int],
     sheets: list[tuple[str, str]],
 ) -> str:
-    layout = manifest.layout
+    layout, shown = manifest.layout, ("source", "prepare.flow")
     clips = ", ".join(f"{split} {manifest.count(split):,}" for split in manifest.shards)
     rows = [
         ("clips", clips),
         ("clip", f"{layout.frames} frames of {layout.height}x{layout.width}, flow in cells of {layout.flow_stride} pixels"),
         ("stored", ", ".join(name for name in layout.names() if name not in (*records.TEXTS, *records.INTEGERS, "fps"))),
-        *((name, values) for name, values in sorted(manifest.settings.items()) if name.startswith(("source", "estimator", "prepare.flow"))),
+        *((name, values) for name, values in sorted(manifest.settings.items()) if name in shown or name.startswith("estimator.")),
         ("moving", f"intensity {config.loss.intensity!r} above {config.loss.threshold:g}, the configured loss's reading"),
     ]
     table = "".join(f"<tr><th>{html.escape(name)}</th><td>{html.escape(str(value))}</td></tr>" for name, value in rows)

@@ -1,6 +1,7 @@
 """Latents and text embeddings in records: a run on them is the run on frames and sentences; other weights are refused."""
 
 import dataclasses
+import json
 import subprocess
 import sys
 
@@ -20,6 +21,7 @@ from motif_jax.interop.imported import import_checkpoint
 from motif_jax.models.autoencoder import make_autoencoder
 from motif_jax.models.networks import Networks
 from motif_jax.towers import Towers, check_towers, checksum
+from motif_jax.training import loop
 from motif_jax.training.optimizer import make_optimizer
 from motif_jax.training.samples import SampleSheets
 from motif_jax.training.state import create
@@ -185,3 +187,16 @@ def test_sheets_and_previews_show_decoded_latents(kl, tmp_path):
     sheets = SampleSheets(config, networks, tokenizer, empty_sentence(config, tokenizer), tmp_path / "run", writer)
     sheets.write(1, networks.denoiser.init(jax.random.key(0)), frozen)
     assert (tmp_path / "run/samples/1/00.gif").exists() and np.isfinite(writer.scalars["sample/mean_flow_data"])
+
+
+def test_a_whole_run_on_latents(tiny, tmp_path):
+    """Trains, validates, samples and reports without a frame in the dataset; an autoencoder of other blocks is refused."""
+    config = tiny(prepare={"latents": True, "text_embeddings": True, "validation_share": 0.4}, sample={"every": 2}, steps=2)
+    config, _ = prepare(config, tmp_path / "data")
+    loop.train(config, tmp_path / "run")
+    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert {"loss", "eval/loss", "sample/mean_flow_data"} <= set().union(*metrics)
+    assert (tmp_path / "run" / "samples" / "2" / "sheet.png").exists() and "--preview" in (tmp_path / "run" / "report.html").read_text()
+    other = dataclasses.replace(config, text=dataclasses.replace(config.text, vocab_size=300))
+    with pytest.raises(UserError, match=r"text\.vocab_size was 512 and is now 300"):
+        loop.train(other, tmp_path / "other")

@@ -198,9 +198,11 @@ class Recorder:
         """`clip` is what `records.encode_clip` takes; its flow is estimated where there is an estimator."""
         if self._estimator is not None:
             clip["flow"] = self._estimate(clip["frames"])
-        reason = self._refuse(motion(clip["flow"], self.layout.height, self.layout.width))
-        if reason:
-            return Skipped(clip["clip_id"], clip["video"], *reason)
+        moved, p = motion(clip["flow"], self.layout.height, self.layout.width), self._prepare
+        kind = "too little motion" if moved < p.motion_min else "too much motion" if moved > (p.motion_max or math.inf) else ""
+        if kind:
+            reason = f"{kind}: {moved:.4f} of the diagonal a frame; prepare.motion_min={p.motion_min:g}, motion_max={p.motion_max:g}"
+            return Skipped(clip["clip_id"], clip["video"], kind, reason)
         if self._towers is not None:
             clip |= self._towers.encode(clip["frames"], clip["caption"])
         try:
@@ -213,14 +215,6 @@ class Recorder:
             return self._estimator.flow(frames)
         except ValueError as error:  # about the clips' size, so the next clip would fail as well
             raise UserError(f"flow: {error}") from error
-
-    def _refuse(self, moved: float) -> tuple[str, str] | None:
-        p = self._prepare
-        if moved < p.motion_min:
-            return "too little motion", f"{moved:.4f} of the diagonal a frame, prepare.motion_min={p.motion_min:g}"
-        if p.motion_max and moved > p.motion_max:
-            return "too much motion", f"{moved:.4f} of the diagonal a frame, prepare.motion_max={p.motion_max:g}"
-        return None
 
 
 def motion(flow_Thw2: Float[np.ndarray, "T h w 2"], height: int, width: int) -> float:

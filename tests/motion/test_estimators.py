@@ -214,3 +214,24 @@ def test_small_clips_are_enlarged_for_the_network(shared):
 
     # Half the motion is what is left of fine detail at 64 pixels; without enlargement the error exceeds the motion itself.
     assert error(enlarged) < 0.5 < 1 < error(plain), (error(enlarged), error(plain))
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("network", ["small", "largeRANDOM"])
+def test_the_mean_is_the_pooling_nearest_to_full_resolution(shared, network):
+    """Of what could stand for a cell of 8 x 8 pixels: the heatmap of its flow against the mean of the heatmap of its pixels."""
+    errors = {"mean": 0.0, "median": 0.0, "centre": 0.0, "longest": 0.0}
+    for pair in ("sintel_0016", "dog", "juggle_s4", "car"):
+        full = 4 * np.load(shared / f"raft/flow_{network}_{pair}.npz")["flow_12"]  # as at a stride of four frames
+        rows, columns = full.shape[0] // 8, full.shape[1] // 8
+        cells = full[: 8 * rows, : 8 * columns].reshape(rows, 8, columns, 8, 2).transpose(0, 2, 1, 3, 4).reshape(rows, columns, 64, 2)
+
+        def heat(flow, rows=rows, columns=columns):
+            return 1 / (1 + np.exp(100 * (0.05 - np.linalg.norm(flow, axis=-1) / np.hypot(8 * rows, 8 * columns))))
+
+        truth, length = heat(cells).mean(-1), np.linalg.norm(cells, axis=-1)
+        longest = np.take_along_axis(cells, length.argmax(-1)[..., None, None], 2)[..., 0, :]
+        pooled = {"mean": cells.mean(2), "median": np.median(cells, 2), "centre": cells[:, :, [27, 28, 35, 36]].mean(2), "longest": longest}
+        for name, flow in pooled.items():
+            errors[name] += np.abs(heat(flow) - truth).mean() / 4
+    assert min(errors, key=errors.get) == "mean" and errors["mean"] < 0.004, errors

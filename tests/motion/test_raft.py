@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 from flax import nnx
 from PIL import Image
 from scipy import ndimage
 
-from motif_jax.interop.raft import from_reference, load_raft
+from motif_jax.interop.raft import from_reference, load_raft, to_reference
 from motif_jax.motion import raft
 
 TESTDATA = pathlib.Path(__file__).parents[1] / "testdata"
@@ -49,6 +50,20 @@ def test_equals_the_authors_code_on_real_frames(shared, variant, pair, iteration
     expected = np.load(shared / "raft" / f"flow_{SHARED_FLOWS[variant]}_{pair}.npz")[f"flow_{iterations}"]
     error = np.abs(run(model, *frames, iterations) - expected)
     mean, largest = (CAR if pair == "car" else GATES)[iterations]
+    assert error.mean() <= mean and error.max() <= largest, f"mean {error.mean():.2e}, max {error.max():.2e} px"
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("variant", ["small", pytest.param("large", marks=pytest.mark.slow)])
+def test_equals_the_authors_code_in_torchvisions_layout(shared, tmp_path, variant):
+    """The same weights, written under torchvision's names and read again."""
+    tensors = to_reference(load_raft(shared / "raft" / f"{SHARED_WEIGHTS[variant]}.safetensors"), "torchvision")
+    assert not any(name.startswith(("fnet", "module", "cnet")) for name in tensors)
+    safetensors.numpy.save_file(tensors, tmp_path / "torchvision.safetensors")
+    frames = [np.asarray(Image.open(shared / "raft/pairs" / f"dog_{i}.png")) for i in (1, 2)]
+    expected = np.load(shared / "raft" / f"flow_{SHARED_FLOWS[variant]}_dog.npz")["flow_12"]
+    error = np.abs(run(load_raft(tmp_path / "torchvision.safetensors", variant), *frames, 12) - expected)
+    mean, largest = GATES[12]
     assert error.mean() <= mean and error.max() <= largest, f"mean {error.mean():.2e}, max {error.max():.2e} px"
 
 
