@@ -44,7 +44,7 @@ def import_checkpoint(
     contents = _contents(output) if (output / CONTENTS).exists() else {"networks": {}}
     _check_output(output, contents["networks"], networks)
     about = {"kind": kind, "source": source.name, "source_sha256": files.sha256(source)}
-    made = [] if output.exists() else [output]
+    made = [directory for directory in (output, *output.parents) if not directory.exists()]  # inside out
     try:
         output.mkdir(parents=True, exist_ok=True)
         for name, tensors in networks.items():
@@ -57,7 +57,7 @@ def import_checkpoint(
             temporary.write_text(json.dumps(contents, indent=2, sort_keys=True) + "\n")
     except BaseException as error:
         for path in made:
-            path.rmdir() if path == output else path.unlink(missing_ok=True)
+            path.rmdir() if path.is_dir() else path.unlink(missing_ok=True)
         if isinstance(error, OSError):
             raise UserError(f"{output}: cannot be written: {error}") from error
         raise

@@ -138,9 +138,9 @@ def read_checkpoint(path: str | pathlib.Path, yaml: str | pathlib.Path | None = 
         parts = {only: parts[only]}
     errors: list[str] = []
 
-    def attempt(call: Callable, *args: Any, **options: Any) -> Any:
+    def attempt(call: Callable, *args: Any) -> Any:
         try:
-            return call(*args, **options)
+            return call(*args)
         except ValueError as error:
             errors.append(str(error))
             return None
@@ -158,8 +158,12 @@ def read_checkpoint(path: str | pathlib.Path, yaml: str | pathlib.Path | None = 
         width = parts["resampler"]["proj_in.weight"].shape[-1]
         settings = dataclasses.replace(settings, image=dataclasses.replace(settings.image, width=width))
     make = constructors(settings, jnp.float32)
+
+    def fill(name: str) -> dict[str, Lazy]:
+        return TABLES[name].to_jax(parts[name], Network.of(make[name]).shapes, lazy=True)
+
     described = [name for name in parts if inferred.get(name, name) is not None]
-    weights = {name: attempt(TABLES[name].to_jax, parts[name], Network.of(make[name]).shapes, lazy=True) for name in described}
+    weights = {name: attempt(fill, name) for name in described}
     if errors:
         raise UserError(f"{path}: " + "\n".join(errors) + (f"\n(the configuration is that of {yaml})" if yaml else ""))
     return settings, weights

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 
@@ -249,6 +250,38 @@ def test_the_command(tmp_path, networks, model):
     code, out, err = command("import", "--kind=videocrafter", f"--input={source}", f"--output={tmp_path}/other")
     assert code == 1 and not out and err.startswith("motif_jax.convert: ") and err.count("\n") == 1 and "incomplete" in err
     assert not (tmp_path / "other").exists()
+
+
+STOPPED = """
+import runpy, sys, time
+from motif_jax.interop import files
+write, done = files.write_safetensors, []
+
+def slow(path, tensors):
+    if done:
+        with files.replacing(path) as temporary:
+            temporary.write_bytes(b"half of it")
+            print("writing", flush=True)
+            time.sleep(60)
+    done.append(path)
+    return write(path, tensors)
+
+files.write_safetensors = slow
+runpy.run_module("motif_jax.convert", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_import_leaves_nothing_behind(tmp_path, model, stop):
+    """The signal comes while the second network is half written."""
+    source = save(tmp_path / "x.safetensors", model)
+    arguments = ["import", "--kind=videocrafter", f"--input={source}", f"--output={tmp_path}/deep/in"]
+    with subprocess.Popen([sys.executable, "-c", STOPPED, *arguments], cwd=ROOT, stdout=-1, stderr=-1, text=True) as process:
+        assert process.stdout.readline() == "writing\n", process.stderr.read()
+        process.send_signal(stop)
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == 1 and "stopped" in error and "Traceback" not in error, error
+    assert os.listdir(tmp_path) == ["x.safetensors"]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 The golden weights are at the tiny size of ../shared/golden/videocrafter2/README.md: a whole checkpoint, sampled for ten steps.
 """
 
+import functools
+import json
 import lzma
 
 import jax
@@ -16,7 +18,9 @@ from flax import nnx
 from motif_jax.config import AutoencoderConfig, TextConfig, UNetConfig, UserError
 from motif_jax.diffusion import samplers
 from motif_jax.diffusion.guidance import classifier_free
+from motif_jax.diffusion.schedule import make_schedule
 from motif_jax.interop import autoencoder, load_reference, names, openclip, reference, unet
+from motif_jax.interop.files import read_tensors
 from motif_jax.interop.settings import Settings, to_yaml
 from motif_jax.models.text import make_text_tower
 from motif_jax.models.unet3d import UNet3D
@@ -65,49 +69,96 @@ def difference(found, expected):
     return float(np.linalg.norm(np.asarray(found, np.float64) - expected) / np.linalg.norm(expected))
 
 
-def sample(loaded, golden, timesteps, concat, rescale, unscale):
-    """Ten DDIM steps with the reference's guidance of 7.5, both passes as one batch."""
-    graph, state = nnx.split(loaded.unet)
-    text = jnp.concatenate([golden["text_cond"], golden["text_uncond"]])
-    fps = jnp.tile(golden["fps"], 2)
+@pytest.fixture(scope="module")
+def networks(checkpoints, golden):
+    """channels -> (the loaded checkpoint, its U-Net compiled once for both passes of guidance over two clips)."""
+    text = np.load(golden / "ddim_tiny.npz")
+    context = jnp.concatenate([text["text_cond"], text["text_uncond"]])
+    fps = jnp.tile(text["fps"], 2)
+
+    @functools.cache
+    def load(channels):
+        loaded = load_reference(*checkpoints[channels])
+        graph, params = nnx.split(loaded.unet)
+        with jax.default_matmul_precision("highest"):
+            run = jax.jit(lambda params, x, t: nnx.merge(graph, params)(x, t, context, fps))
+            compiled = run.lower(params, jnp.zeros((4, 4, 8, 16, channels)), jnp.zeros(4, jnp.int32)).compile()
+        return loaded, functools.partial(compiled, params)
+
+    return load
+
+
+# run: channels, prediction, zero terminal SNR, base_scale, spacing, guidance rescale, eta, dynamic rescale divided out of the result
+RUNS = {
+    "eps_vc_scale": (4, "eps", False, 0.7, "uniform", 0.0, 0.0, True),
+    "eps_vc_scale_eta1": (4, "eps", False, 0.7, "uniform", 0.0, 1.0, True),
+    "eps_vc_noscale": (4, "eps", False, 1.0, "uniform", 0.0, 0.0, True),
+    "v_dc": (8, "v", True, 0.7, "trailing", 0.0, 0.0, False),
+    "v_dc_rescale0.7": (8, "v", True, 0.7, "trailing", 0.7, 0.0, False),
+    "v_dc_rescale0.7_eta1": (8, "v", True, 0.7, "trailing", 0.7, 1.0, False),
+    "v_dc_uniform": (8, "v", True, 0.7, "uniform", 0.0, 0.0, False),
+    "eps_x8": (8, "eps", False, 1.0, "uniform", 0.0, 0.0, True),
+}
+
+
+@pytest.mark.shared
+@pytest.mark.slow
+@pytest.mark.parametrize("run", RUNS)
+def test_sampling_runs_of_the_reference(run, networks, golden):
+    """Ten DDIM steps with guidance 7.5 through the real network: VideoCrafter's and DynamiCrafter's samplers."""
+    channels, prediction, zero, base_scale, spacing, rescale, eta, unscale = RUNS[run]
+    loaded, unet = networks(channels)
+    stored = np.load(golden / ("ddim_tiny.npz" if channels == 4 else "ddim_v_tiny.npz"))
+    schedule = make_schedule(zero_terminal_snr=zero, base_scale=base_scale)
+    concat = last(stored["v/c_concat"]) if channels == 8 else np.zeros((2, 4, 8, 16, 0), np.float32)
+    noise = last(np.load(golden / "ddim_tiny.npz")["eps_vc_scale_eta1/noise"], 2) if eta else None
 
     def denoise(x, t):
-        x = x if concat is None else jnp.concatenate([x, concat], axis=-1)
-        output = nnx.merge(graph, state)(jnp.concatenate([x, x]), jnp.concatenate([t, t]), text, fps)
-        return classifier_free(output[: len(x)], output[len(x) :], 7.5, rescale)
+        x = jnp.concatenate([x, concat], axis=-1)
+        output = unet(jnp.concatenate([x, x]), jnp.concatenate([t, t]))
+        return classifier_free(output[:2], output[2:], 7.5, rescale)
 
-    prediction = loaded.settings.diffusion.prediction
-    return jax.jit(lambda x: samplers.ddim(denoise, loaded.schedule, x, timesteps, prediction, unscale=unscale, trajectory=True))
-
-
-@pytest.mark.shared
-@pytest.mark.slow
-def test_videocrafter_trajectory(checkpoints, golden):
-    """Text tower, U-Net, schedule with dynamic rescale, DDIM, and the decoder of the frames that come out."""
-    run, prompts = np.load(golden / "ddim_tiny.npz"), np.load(golden / "text_tiny_io.npz")
-    loaded = load_reference(*checkpoints[4])
-    with jax.default_matmul_precision("highest"):
-        text = loaded.text(jnp.asarray(prompts["tokens"]))
-        assert difference(text, prompts["penultimate_ln"]) <= 1e-5
-        timesteps = samplers.ddim_timesteps(1000, 10, "uniform")
-        x, path, _ = sample(loaded, run, timesteps, None, 0.0, True)(last(run["xT"]))
+    with jax.disable_jit():  # the loop runs step by step around the compiled network
+        x, path, _ = samplers.ddim(
+            denoise,
+            schedule,
+            last(stored[f"{run}/x_inter"][0]),
+            samplers.ddim_timesteps(1000, 10, spacing),
+            prediction,
+            eta,
+            unscale=unscale,
+            noise=noise,
+            trajectory=True,
+        )
+    assert difference(path[0], last(stored[f"{run}/x_inter"][1])) <= 1e-5
+    assert difference(x, last(stored[f"{run}/final"])) <= 1e-4
+    if run == "eps_vc_scale":
         frames = nnx.jit(lambda a, z: a.decode(z))(loaded.autoencoder, x[0, :2] / loaded.settings.autoencoder.scale_factor)
-    assert difference(path[0], last(run["eps_vc_scale/x_inter"][1])) <= 1e-5
-    assert difference(x, last(run["eps_vc_scale/final"])) <= 1e-4
-    assert difference(frames, last(run["eps_vc_scale/decoded_b0_f01"][0], 0)) <= 1e-4
+        assert difference(frames, last(stored["eps_vc_scale/decoded_b0_f01"][0], 0)) <= 1e-4
 
 
 @pytest.mark.shared
 @pytest.mark.slow
-def test_dynamicrafter_trajectory(checkpoints, golden):
-    """Image channels, zero terminal SNR, v prediction, trailing steps and guidance rescale; the last scale stays in the result."""
-    run, conditions = np.load(golden / "ddim_v_tiny.npz"), np.load(golden / "ddim_tiny.npz")
-    loaded = load_reference(*checkpoints[8])
+@pytest.mark.parametrize("objective", ["train_v", "train_eps"])
+def test_training_outputs_of_the_reference(objective, networks, golden):
+    stored = np.load(golden / "ddim_v_tiny.npz")
+    x = np.concatenate([last(stored[f"{objective}/xt"]), last(stored["v/c_concat"])], -1)
+    output = networks(8)[1](jnp.concatenate([x, x]), jnp.tile(jnp.asarray(stored["train_v/t"], jnp.int32), 2))[:2]
+    assert difference(output, last(stored[f"{objective}/model_out"])) <= 1e-5
+
+
+@pytest.mark.shared
+@pytest.mark.slow
+def test_settings_of_both_checkpoints(networks, golden):
+    """The schedule that `load_reference` gives is that of the runs above, the text that of its tower."""
+    for channels, zero in ((4, False), (8, True)):
+        loaded, _ = networks(channels)
+        assert loaded.settings.diffusion.prediction == ("v" if zero else "eps")
+        for found, expected in zip(loaded.schedule, make_schedule(zero_terminal_snr=zero, base_scale=0.7), strict=True):
+            np.testing.assert_array_equal(found, expected)
+    prompts = np.load(golden / "text_tiny_io.npz")
     with jax.default_matmul_precision("highest"):
-        timesteps = samplers.ddim_timesteps(1000, 10, "trailing")
-        x, path, _ = sample(loaded, conditions, timesteps, last(run["v/c_concat"]), 0.7, False)(last(run["v/xT"]))
-    assert difference(path[0], last(run["v_dc_rescale0.7/x_inter"][1])) <= 1e-5
-    assert difference(x, last(run["v_dc_rescale0.7/final"])) <= 1e-4
+        assert difference(loaded.text(jnp.asarray(prompts["tokens"])), prompts["penultimate_ln"]) <= 1e-5
 
 
 @pytest.mark.shared
@@ -115,6 +166,11 @@ def test_the_published_kind_of_file(golden, checkpoints, tmp_path):
     """A PyTorch checkpoint with schedule buffers, as the reference saves it, holds the same weights."""
     pytest.importorskip("torch")
     (tmp_path / "model.ckpt").write_bytes(lzma.open(golden / "model_tiny.ckpt.xz").read())
+    listed = json.loads((golden / "model_tiny_keys.json").read_text())
+    tensors = read_tensors(tmp_path / "model.ckpt")
+    assert {name: (list(tensor.shape), str(tensor.dtype)) for name, tensor in tensors.items()} == {
+        name: (shape, dtype.removeprefix("torch.")) for name, (shape, dtype) in listed.items()
+    }
     settings, weights = reference.read_checkpoint(tmp_path / "model.ckpt", checkpoints[4][1])
     assert settings == TINY
     for name, part in reference.read_checkpoint(*checkpoints[4])[1].items():
