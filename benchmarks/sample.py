@@ -1,0 +1,84 @@
+"""Seconds per video: our sampler against DDIM in PyTorch with the same weights, steps and guidance.
+
+    python benchmarks/sample.py [--config=configs/motif.py:tiny] [--steps=10] [--rounds=3]
+
+Both sides run the network on text and no text in one batch, with the first frame's latent in memory, and end with latents on
+the host. The two results from the same noise are compared before anything is timed.
+"""
+
+import argparse
+
+import jax
+import numpy as np
+import torch
+from side_by_side import alternate, load_config, machine, random_params, torch_twin
+
+from motif_jax.diffusion import samplers
+from motif_jax.diffusion.guidance import classifier_free
+from motif_jax.models.networks import Networks, image_condition
+from motif_jax.training.step import diffusion_schedule
+
+LIMIT = 1e-3  # relative L2 of the two videos; differences of 1e-6 a step grow along the trajectory
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="configs/motif.py:tiny")
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args()
+    config = load_config(arguments.config)
+    networks = Networks.of(config)
+    params = random_params(networks)
+    theirs = torch_twin(config, networks, params)
+    schedule, guidance = diffusion_schedule(config), config.sample.guidance
+    steps = samplers.ddim_timesteps(config.diffusion.num_timesteps, arguments.steps, "trailing")
+    rng = np.random.default_rng(2)
+    z, frames = config.autoencoder.z_channels, config.data.frames
+    grid = (config.latent_height, config.latent_width)
+    noise = rng.normal(size=(1, frames, *grid, z)).astype(np.float32)
+    first = rng.normal(size=(1, *grid, z)).astype(np.float32)
+    text = rng.normal(size=(2, config.text.context_length, config.text.width)).astype(np.float32)  # with and without a sentence
+    fps = np.full(2, 8.0, np.float32)
+
+    @jax.jit
+    def generate(params, noise, first, text, fps):
+        image = jax.numpy.repeat(image_condition(first, frames, "repeat"), 2, 0)
+
+        def denoise(x, t):
+            both = networks.denoise(params, jax.numpy.repeat(x, 2, 0), jax.numpy.repeat(t, 2), text, fps, image)
+            return classifier_free(both[:1], both[1:], guidance, 0.0)
+
+        return samplers.ddim(denoise, schedule, noise, steps, config.diffusion.prediction, 0.0)
+
+    alphas = np.asarray(schedule.sqrt_alphas_cumprod, np.float64)
+    image_torch = torch.from_numpy(np.moveaxis(first, -1, 1).copy())[:, :, None].expand(-1, -1, frames, -1, -1)
+
+    @torch.no_grad()
+    def generate_torch() -> np.ndarray:
+        x = torch.from_numpy(np.moveaxis(noise, -1, 1).copy())
+        for i, t in reversed(list(enumerate(steps))):
+            batch = torch.cat([x, image_torch], 1).repeat(2, 1, 1, 1, 1)
+            v, v_null = theirs(batch, torch.full((2,), int(t)), torch.from_numpy(text), torch.from_numpy(fps)).chunk(2)
+            v = v_null + guidance * (v - v_null)
+            a = alphas[t]
+            x0, eps = a * x - (1 - a * a) ** 0.5 * v, a * v + (1 - a * a) ** 0.5 * x
+            after = alphas[steps[i - 1] if i else 0]  # ends at the first timestep, as the reference does
+            x = after * x0 + (1 - after * after) ** 0.5 * eps
+        return np.moveaxis(x.numpy(), 1, -1)
+
+    def ours() -> np.ndarray:
+        return np.asarray(generate(params, noise, first, text, fps))
+
+    found, want = ours(), generate_torch()
+    error = np.linalg.norm(found - want) / np.linalg.norm(want)
+    print(f"{machine()}\nthe two videos differ by {error:.1e} (relative L2)")
+    if not error <= LIMIT:
+        raise SystemExit(f"more than {LIMIT:g}: nothing was timed")
+    a, b = alternate(ours, generate_torch, arguments.rounds)
+    print("| configuration | DDIM steps | ours, s per video | PyTorch, s | PyTorch / ours |\n|---|---|---|---|---|")
+    print(f"| {arguments.config} | {len(steps)} | {a:.2f} | {b:.2f} | {b / a:.2f} |")
+
+
+if __name__ == "__main__":
+    main()
