@@ -6,6 +6,7 @@ continues. Many machines share the work with --task_index=I --task_count=N; SLUR
 both themselves. --preview=N draws N clips with their flow. --verify reads everything again and names what is broken.
 """
 
+import os
 import shlex
 import signal
 import sys
@@ -49,6 +50,9 @@ def main(argv: list[str]) -> None:
 
     try:
         preparation.prepare(config, SOURCE.value, OUTPUT.value, index, count, PREVIEW.value, beam_options=beam_options)
+    except SystemExit as stopped:
+        print(stopped.code, file=sys.stderr, flush=True)
+        os._exit(1)  # what is half done is removed; a clip that a thread is still at may take a minute
     except OSError as error:  # a full disk, a share that went away
         raise UserError(f"{error}; what is done is kept, the same command continues") from error
 

@@ -263,14 +263,14 @@ def _split(items: Sequence[Item], validation_share: float) -> dict[str, list[Ite
 def _ahead(function: Callable[[Item], Any], items: Sequence[Item]) -> Iterator[Any]:
     """function(item) in the order of the items, worked out by threads a few items ahead (what takes long frees the interpreter)."""
     workers = min(32, 2 + (os.cpu_count() or 1))
-    with ThreadPoolExecutor(workers) as threads:
-        waiting: collections.deque = collections.deque()
-        try:
-            for item in items:
-                waiting.append(threads.submit(function, item))
-                if len(waiting) > 2 * workers:
-                    yield waiting.popleft().result()
-            while waiting:
+    threads = ThreadPoolExecutor(workers)
+    waiting: collections.deque = collections.deque()
+    try:
+        for item in items:
+            waiting.append(threads.submit(function, item))
+            if len(waiting) > 2 * workers:
                 yield waiting.popleft().result()
-        finally:
-            threads.shutdown(cancel_futures=True)
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        threads.shutdown(wait=False, cancel_futures=True)

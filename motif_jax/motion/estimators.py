@@ -95,10 +95,7 @@ class RaftEstimator:
 
 
 class DisEstimator:
-    """OpenCV's DIS flow between consecutive frames, averaged over cells: for machines without accelerator or weights.
-
-    Its heatmaps overlap RAFT's by a third at best (docs/data.md).
-    """
+    """OpenCV's DIS flow between consecutive frames, averaged over cells: for machines without accelerator or weights."""
 
     def __init__(self, stride: int = CELL):
         self.stride = stride
