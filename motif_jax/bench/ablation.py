@@ -23,7 +23,7 @@ from motif_jax.training.metrics import read_lines
 SPLITS = ("validation", "heldout", "several", "backgrounds")
 ALONG = "validation"  # the split judged at every checkpoint; the others at the last one only
 SHOWN = 6  # clips of the test split kept as pictures: the first ones, whatever they look like
-RATES = ("success", "direction_ok", "wrong_object")
+RATES = ("success", "direction_ok", "wrong_object", "lost")
 MEANS = ("speed_ratio", "path_error", "background_psnr", "area_ratio", "others_drift", "leak")
 ORDER = ("none", "flow", "inverse")  # first rows; the other arms follow by name
 
@@ -123,7 +123,8 @@ def summarise(runs: dict[tuple[str, str], pathlib.Path], world: str, seed: int, 
     result: dict[str, Any] = {"world": world, "seed": seed, "count": count, "arms": {}, "pairs": []}
 
     def measures(arm: str, numbers: list[str], split: str, step: int | None = None) -> dict[str, np.ndarray]:
-        return load([runs[arm, n] for n in numbers], step or last[arm], split, world, seed, count)
+        found = load([runs[arm, n] for n in numbers], step or last[arm], split, world, seed, count)
+        return found | {"lost": (found["presence"] < comparison.LOST).astype(float)}
 
     for arm, numbers in arms.items():
         row: dict[str, Any] = {"seeds": numbers, "step": last[arm], "splits": {}}
@@ -138,7 +139,7 @@ def summarise(runs: dict[tuple[str, str], pathlib.Path], world: str, seed: int, 
         for step in sorted(every):
             m = measures(arm, numbers, ALONG, step)
             moving = m["still"][0] == 0
-            row["curve"][step] = {n: comparison.estimate(m[n], moving) for n in ("direction_ok", "path_error", "background_psnr")}
+            row["curve"][step] = {n: comparison.estimate(m[n], moving) for n in ("direction_ok", "lost", "background_psnr")}
         row["ratio"] = figure6([runs[arm, n] for n in numbers])
         result["arms"][arm] = row
     names = list(arms)

@@ -20,9 +20,10 @@ RULE = (
 ROWS = {
     "direction_ok": ("direction %", 100, ".0f"),
     "wrong_object": ("wrong object %", 100, ".0f"),
+    "lost": ("object lost %", 100, ".0f"),
     "success": ("all measures at once %", 100, ".0f"),
     "still_kept": ("still kept %", 100, ".0f"),
-    "path_error": ("path error, % of width", 100, ".1f"),
+    "path_error": ("path error where found, % of width", 100, ".1f"),
     "speed_ratio": ("speed / true", 1, ".2f"),
     "background_psnr": ("background dB", 1, ".1f"),
     "area_ratio": ("colour's area / true (ghosts)", 1, ".2f"),
