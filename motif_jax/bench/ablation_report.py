@@ -112,7 +112,7 @@ def _curves(result: dict[str, Any]) -> str:
     panels = figure.subplots(1, 4)
     labels = {
         "direction_ok": "direction accuracy, seen combinations",
-        "path_error": "path error / width",
+        "lost": "share of clips that lose the object",
         "background_psnr": "background dB",
     }
     for k, (arm, row) in enumerate(result["arms"].items()):
