@@ -129,6 +129,19 @@ def test_dropout_share_and_mean():
     assert Dropout(0.1, 0)(x.astype(jnp.bfloat16), key).dtype == jnp.bfloat16
 
 
+def test_dropout_masks_are_independent():
+    """Of neighbours along every axis, of layers and of keys: both dropped as often as chance has it, rate squared."""
+    x, keys = jnp.ones((16, 40, 50, 40)), jax.random.split(jax.random.key(3))
+    first = np.asarray(Dropout(0.1, stream=5)(x, keys[0])) == 0
+    pairs = {
+        "layer": (first, np.asarray(Dropout(0.1, stream=6)(x, keys[0])) == 0),
+        "key": (first, np.asarray(Dropout(0.1, 5)(x, keys[1])) == 0),
+    }
+    pairs |= {axis: (np.delete(first, 0, axis), np.delete(first, -1, axis)) for axis in range(4)}
+    for name, (a, b) in pairs.items():
+        np.testing.assert_allclose((a & b).mean(), 0.01, atol=5 * (0.01 * 0.99 / a.size) ** 0.5, err_msg=str(name))  # five standard errors
+
+
 def test_initial_values_do_not_depend_on_jit():
     def make(seed):
         return nnx.to_pure_dict(nnx.state(Conv(3, 4, (3, 3), init=Initializer(nnx.Rngs(seed))), nnx.Param))
