@@ -10,11 +10,26 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from motif_jax.models.layers import Conv, Dense, Dropout, GroupNorm, Initializer, LayerNorm, apply, gelu, platform
+from motif_jax.models import splash
+from motif_jax.models.layers import (
+    CLIPS,
+    Conv,
+    Dense,
+    Dropout,
+    GroupNorm,
+    Initializer,
+    LayerNorm,
+    apply,
+    constrain,
+    gathered,
+    gelu,
+    platform,
+)
 
 IMAGE_TOKENS = 16  # per frame, from DynamiCrafter's resampler
 BLOCKWISE_FROM = 2**22  # query-key pairs of one head: 2560 pixels (a 320x512 frame) are beyond it, 1280 are not
 QUERY_BLOCK = 512
+SPLASH_FROM = 512  # queries and keys
 
 
 def attention(
@@ -27,16 +42,24 @@ def attention(
     """softmax(q k^T / sqrt(K)) v per head, softmax in float32; `causal` hides the keys after a query.
 
     implementation: "reference" is written out here; "xla" and "cudnn" are those of `jax.nn.dot_product_attention`;
-    "auto" takes cudnn on GPU for half precision and head widths it supports, xla on TPU, reference on CPU.
+    "splash" is TPU's kernel of that name where both sequences are long, else "xla"; "auto" takes cudnn on GPU for half precision
+    and head widths it supports, xla on TPU, reference on CPU.
     Where L * S is large, "reference" and "xla" take the queries in blocks and recompute each block's weights in the backward
-    pass, so that memory does not grow with L * S. Raises ValueError for a name it does not know.
+    pass, so that memory does not grow with L * S. Raises ValueError for a name it does not know, or a kernel of another platform.
     """
     if implementation == "auto":
         implementation = _choose(q_NLHK)
     if implementation == "cudnn":
         return jax.nn.dot_product_attention(q_NLHK, k_NSHK, v_NSHK, is_causal=causal, implementation="cudnn")
+    if implementation == "splash":
+        if platform() != "tpu":
+            raise ValueError(f"attention='splash' is a TPU kernel and this is {platform()}; use 'auto'")
+        # Short sequences (frames, words) do not fill its blocks.
+        implementation = "splash" if min(q_NLHK.shape[1], k_NSHK.shape[1]) >= SPLASH_FROM and not causal else "xla"
+    if implementation == "splash":
+        return splash.attend(q_NLHK, k_NSHK, v_NSHK)
     if implementation not in ("reference", "xla"):
-        raise ValueError(f"attention={implementation!r}: must be one of 'auto', 'reference', 'xla', 'cudnn'")
+        raise ValueError(f"attention={implementation!r}: must be one of 'auto', 'reference', 'xla', 'cudnn', 'splash'")
     attend = _reference if implementation == "reference" else functools.partial(jax.nn.dot_product_attention, implementation="xla")
     N, L, H, K = q_NLHK.shape
     block = max(size for size in range(1, QUERY_BLOCK + 1) if L % size == 0)
@@ -126,7 +149,7 @@ class Geglu(nnx.Module):
 
     def __call__(self, x: Float[Array, "*n C"]) -> Float[Array, "*n I"]:
         # Two products, not one that is split: the backward pass need not join the halves of a very wide activation.
-        kernel, bias = self.proj.kernel[...].astype(self.proj.dtype), self.proj.bias[...].astype(self.proj.dtype)
+        kernel, bias = gathered(self.proj.kernel, self.proj.dtype), self.proj.bias[...].astype(self.proj.dtype)
         inner, flat = kernel.shape[-1] // 2, x.reshape(-1, x.shape[-1])
         value = flat @ kernel[:, :inner] + bias[:inner]
         gate = flat @ kernel[:, inner:] + bias[inner:]
@@ -250,8 +273,9 @@ class TemporalTransformer(nnx.Module):
 
     def __call__(self, x_BThwC: Float[Array, "B T h w C"]) -> Float[Array, "B T h w C"]:
         B, T, h, w, C = x_BThwC.shape
-        y_NTC = self.norm(x_BThwC).reshape(B, T, h * w, C).swapaxes(1, 2).reshape(B * h * w, T, C)
-        y_NTC = self.proj_in(y_NTC)
+        # Over `context` the pixels are split here, no longer the frames: every device sees whole trajectories.
+        y_BPTC = constrain(self.norm(x_BThwC).reshape(B, T, h * w, C).swapaxes(1, 2), CLIPS, "context")
+        y_NTC = self.proj_in(y_BPTC.reshape(B * h * w, T, C))
         for block in self.transformer_blocks:
             y_NTC = y_NTC + block.attn1(block.norm1(y_NTC))
             y_NTC = y_NTC + block.attn2(block.norm2(y_NTC))

@@ -14,7 +14,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import motif_jax
-from motif_jax.config import Config, to_json
+from motif_jax.config import Config, UserError, to_json
 from motif_jax.data import pipeline
 from motif_jax.data.tokens import make_tokenizer
 from motif_jax.dist import startup
@@ -79,6 +79,9 @@ def _train(config: Config, directory: pathlib.Path) -> None:
         if first_process:
             print(text, flush=True)
 
+    needed = {"splash": "tpu", "cudnn": "gpu"}.get(config.attention)
+    if needed and jax.default_backend() != needed:
+        raise UserError(f"attention={config.attention!r}: runs on {needed} and this is {jax.default_backend()}; use 'auto'")
     dataset = pipeline.open_dataset(config.data, "train")
     mesh = make_mesh(config.mesh)
     check_fits(mesh, config.batch_size, config.grad_accumulation, config.data.frames)
