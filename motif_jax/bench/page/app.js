@@ -100,6 +100,7 @@ function advance() {
 
 function present(task, following) {
   phase = "answer";
+  held = over = false;
   $("prompt").textContent = task.prompt;
   $("example").hidden = !task.better;
   $("lesson").hidden = true;
@@ -150,16 +151,21 @@ function finish(nothing) {
 
 // ---- videos: both from the start, both to the end, again --------------------------------------------------------------------------
 
+let held = false; // the person pressed Pause
+let over = false; // this round has been counted
+
 function replay(asked) {
   if (!draft) return;
+  over = false;
   for (const video of videos) video.currentTime = 0;
   play(asked);
 }
 
 // A browser that refuses to start or even to load videos by itself leaves the button "Play": `asked` is its click.
 function play(asked) {
-  if (document.hidden || (!asked && videos.some((v) => v.readyState < 3))) return;
-  Promise.all(videos.map((v) => v.play())).catch(() => {}).finally(update);
+  if (asked) held = false;
+  if (held || document.hidden || (!asked && videos.some((v) => v.readyState < 3))) return;
+  Promise.all(videos.filter((v) => v.paused && !v.ended).map((v) => v.play())).catch(() => {}).finally(update);
 }
 
 function seen(video) {
@@ -168,36 +174,39 @@ function seen(video) {
   return seconds >= 0.9 * video.duration; // skipping to the end is not watching
 }
 
-function ended() {
-  if (!videos.every((v) => v.ended) || !draft) return;
-  if (videos.every(seen)) {
-    draft.plays += 1;
-    keepDraft();
-  }
-  setTimeout(replay, 400);
-  update();
-}
-
-function align() {
+// After every event of either video. A browser may stop one by itself, for one when it is sent back just as it ends: it is started again.
+function together() {
+  if (!draft) return;
   const [a, b] = videos;
-  if (!a.ended && !b.ended && Math.abs(a.currentTime - b.currentTime) > DESYNC) b.currentTime = a.currentTime;
+  if (a.ended && b.ended) {
+    if (over) return;
+    over = true;
+    if (videos.every(seen)) {
+      draft.plays += 1;
+      keepDraft();
+    }
+    setTimeout(replay, 400);
+    update();
+  } else {
+    if (!a.ended && !b.ended && !a.seeking && !b.seeking && Math.abs(a.currentTime - b.currentTime) > DESYNC) b.currentTime = a.currentTime;
+    if (a.paused || b.paused) play();
+  }
 }
 
 function setUpVideos() {
   for (const video of videos) {
     video.muted = true; // the attribute alone does not count in every browser
-    video.addEventListener("canplay", () => videos.every((v) => v.readyState >= 3 && v.paused && !v.ended) && play());
-    video.addEventListener("ended", ended);
+    for (const event of ["canplay", "timeupdate", "seeked", "pause", "ended"]) video.addEventListener(event, together);
     video.addEventListener("error", () => notice("A video could not be loaded. Please reload the page."));
     video.addEventListener("contextmenu", (event) => event.preventDefault());
   }
-  videos[0].addEventListener("timeupdate", align);
   document.addEventListener("visibilitychange", () => (document.hidden ? videos.forEach((v) => v.pause()) : draft && play()));
 }
 
 function toggle() {
-  if (videos.some((v) => !v.paused)) for (const video of videos) video.pause();
-  else if (videos.some((v) => v.ended)) replay(true);
+  held = videos.some((v) => !v.paused);
+  if (held) for (const video of videos) video.pause();
+  else if (videos.every((v) => v.ended)) replay(true);
   else play(true);
   setTimeout(update, 50);
 }
