@@ -20,7 +20,7 @@ setup(
     install_requires=[r for r in REQUIREMENTS if r],
     package_data={"motif_jax.bench": ["page/*"]},
     extras_require={
-        "tpu": ["jax[tpu]"],
+        "tpu": ["jax[tpu]"],  # on a TPU, or elsewhere for motif_jax.compile (docs/compile.md), in an environment of its own
         "gpu": ["jax[cuda12]"],
         "torch": ["torch>=2.6"],  # reading and writing .ckpt and .pth; .safetensors needs none
         "beam": ["apache-beam>=2.77,<3"],
