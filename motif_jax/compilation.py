@@ -28,10 +28,10 @@ from motif_jax.training.step import make_train_step
 # Some of the slices that Cloud TPU offers; chips of a host form 2x2, so every side but the last of a 3D torus is even.
 TOPOLOGIES = (
     *(f"{chip}:{shape}" for chip in ("v5e", "v6e") for shape in ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")),
-    *(f"{chip}:{shape}" for chip in ("v4", "v5p") for shape in ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8")),
+    *(f"v5p:{shape}" for shape in ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8")),
 )
 # GiB of a chip's memory that a program may use: what the compiler names when a program is too large.
-HBM_GIB = {"TPU v4": 31.25, "TPU v5 lite": 15.75, "TPU v5": 95.74, "TPU v6 lite": 31.25}
+HBM_GIB = {"TPU v5 lite": 15.75, "TPU v5": 95.74, "TPU v6 lite": 31.25}
 # libtpu looks for a TPU, its metadata server and its lock; here there is none, and nothing runs.
 ENVIRONMENT = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
@@ -81,11 +81,14 @@ class Report:
 
     def __str__(self) -> str:
         def gib(size: float) -> str:
-            return f"{size / 2**30:.2f} GiB"
+            return f"{size / 2**30:.2f} GiB" if size >= 2**29 else f"{size / 2**20:.2f} MiB"
+
+        def flop(count: float) -> str:
+            return f"{count / 1e12:.1f} TFLOP" if count >= 1e11 else f"{count / 1e9:.2f} GFLOP"
 
         shape = " ".join(f"{axis}={size}" for axis, size in self.mesh.items())
         share = f" of {gib(self.hbm_bytes)}, {100 * self.memory_bytes / self.hbm_bytes:.0f} %" if self.hbm_bytes else ""
-        time_per_step = f"{self.step_seconds:.3f} s" if self.step_seconds else "no estimate at this effort"
+        time_per_step = f"{self.step_seconds:.3g} s" if self.step_seconds else "no estimate at this effort"
         bound = (
             f"{100 * self.mfu_bound:.1f} % of {self.peak_tflops:g} TFLOP/s (bfloat16)"
             if self.mfu_bound
@@ -96,8 +99,8 @@ class Report:
             ("memory of a chip", f"{gib(self.memory_bytes)}{share}"),
             ("", f"arguments {gib(self.argument_bytes)}, temporaries {gib(self.temporary_bytes)},"),
             ("", f"further outputs {gib(self.output_bytes)}, program {gib(self.program_bytes)}"),
-            ("model FLOPs", f"{self.model_flops / 1e12:.1f} T a step; {self.matmul_flops / 1e12:.1f} T with recomputation"),
-            ("XLA's count", f"{self.xla_flops / 1e12:.2f} TFLOP and {gib(self.bytes_accessed)} accessed on a chip, one turn of each loop"),
+            ("model FLOPs", f"{flop(self.model_flops)} a step; {flop(self.matmul_flops)} executed, with recomputation"),
+            ("XLA's count", f"{flop(self.xla_flops)} and {gib(self.bytes_accessed)} accessed on a chip, one turn of each loop"),
             ("optimal time", f"{time_per_step} a step by XLA's estimate, without waiting for communication (loops: x {self.loops:.2f})"),
             ("MFU bound", bound),
             *(("collectives", f"{kind}: {t.count} of {gib(t.bytes)} in all on a chip") for kind, t in self.collectives.items()),

@@ -13,7 +13,7 @@ from ml_collections import config_flags
 from motif_jax import commands
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "configs/X.py[:args]", lock_config=True)
-TOPOLOGY = flags.DEFINE_string("topology", None, "TPU slice: v4, v5e, v5p or v6e, and its shape in chips, such as v5e:4x4 or v5p:2x2x4")
+TOPOLOGY = flags.DEFINE_string("topology", None, "TPU slice: v5e, v5p or v6e, and its shape in chips, such as v5e:4x4 or v5p:2x2x4")
 EFFORT = flags.DEFINE_float("effort", -1.0, "how hard XLA tries: -1 compiles fastest, 0 is its default", lower_bound=-1.0, upper_bound=1.0)
 JSON = flags.DEFINE_string("json", None, "also write the numbers to this file")
 flags.mark_flags_as_required(["config", "topology"])
