@@ -180,13 +180,13 @@ def _forward_on_cpu(x: Array, kernel: Array, stride: int, padding: tuple[tuple[i
 
 def _backward_on_cpu(stride: int, padding: tuple[tuple[int, int], ...], saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     x, kernel = saved
-    (dx,) = jax.vjp(lambda x: _convolve(x, kernel, stride, padding), x)[1](g)
+    (dx,) = jax.linear_transpose(lambda x: _convolve(x, kernel, stride, padding), x)(g)
     slices = max(1, min(8, round(x.size / CPU_SLICE), x.shape[0]))
     size = -(-x.shape[0] // slices)
     dkernel = jnp.zeros_like(kernel)
     for i in range(0, x.shape[0], size):
         part = x[i : i + size]
-        dkernel += jax.vjp(lambda kernel, part=part: _convolve(part, kernel, stride, padding), kernel)[1](g[i : i + size])[0]
+        dkernel += jax.linear_transpose(lambda kernel, part=part: _convolve(part, kernel, stride, padding), kernel)(g[i : i + size])[0]
     return dx, dkernel
 
 
