@@ -32,6 +32,7 @@ CONFIG = [
     "--config.eval.batches=1",
     "--config.sample.every=0",
 ]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ import pytest
 from motif_jax.config import to_json
 
 MESHES = ["(8, 1, 1, 1)", "(1, 8, 1, 1)", "(2, 2, 2, 1)", "(1, 2, 1, 4)"]  # data, fsdp, context, tensor
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
