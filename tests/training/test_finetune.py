@@ -1,19 +1,22 @@
 """Masks by path against the module tree; what is frozen stays, bit for bit, and costs no optimizer state; LoRA against its formula."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from motif_jax.config import UserError
+from motif_jax.config import UserError, to_json
 from motif_jax.data.tokens import make_tokenizer
 from motif_jax.models import lora
 from motif_jax.models.attention import TemporalTransformer
 from motif_jax.models.networks import Networks
 from motif_jax.models.unet3d import TemporalConv, UNet3D
-from motif_jax.training import finetune
+from motif_jax.training import finetune, weights
 from motif_jax.training import state as train_state
+from motif_jax.training.checkpoint import Checkpoints
 from motif_jax.training.optimizer import make_optimizer
 from motif_jax.training.step import empty_sentence, make_train_step
 
@@ -99,3 +102,24 @@ def test_only_the_chosen_parameters_change(tiny, part):
     changed = {name for name, value in state.params.items() if not np.array_equal(value, before[name])}
     assert changed == chosen
     assert set(state.best) == set(before) and all(state.best[n] is state.ema[n] for n in chosen)
+
+
+@pytest.mark.parametrize("kind", ["best", "raw"])
+def test_loaded_weights_hold_the_average_and_the_updates(tiny, tmp_path, kind):
+    """What sampling and export read of a LoRA run: the plain network's parameters."""
+    config = tiny(finetune="lora", lora_rank=2, backbone="dit", dit={"width": 16, "depth": 1, "num_head_channels": 8})
+    networks, optimizer = Networks.of(config), make_optimizer(config)
+    rng = np.random.default_rng(0)
+    params = {k: jnp.asarray(rng.normal(size=s.shape), jnp.float32) for k, s in sorted(finetune.shapes(config, networks).items())}
+    state = train_state.create(params, optimizer, True, finetune.trained(config, params))
+    state = dataclasses.replace(state, ema={k: 2 * v for k, v in state.ema.items()})
+    (tmp_path / "config.json").write_text(to_json(config))
+    checkpoints = Checkpoints(tmp_path, config.checkpoint)
+    checkpoints.save(1, state, {}, {})
+    checkpoints.close()
+    found = weights.load(tmp_path, kind)["denoiser"]
+    assert found.keys() == networks.denoiser.shapes.keys()
+    stem, factor = "blocks.0.attn1.to_q", 4 if kind == "best" else 1  # both factors of the product are doubled in the average
+    update = np.asarray(params[stem + ".lora_a"], np.float64) @ np.asarray(params[stem + ".lora_b"], np.float64)
+    np.testing.assert_allclose(found[stem + ".kernel"], params[stem + ".kernel"] + factor * update, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(found["patch_embed.kernel"], params["patch_embed.kernel"])
