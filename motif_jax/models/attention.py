@@ -231,7 +231,7 @@ class SpatialTransformer(nnx.Module):
                 )
             context_BLD, image_BID = context_BLD[:, :text], context_BLD[:, text:]
             image_NID = image_BID.reshape(B * T, IMAGE_TOKENS, -1)
-        y_NLC = self.proj_in(self.norm(x_BThwC.reshape(B * T, h, w, C)).reshape(B * T, h * w, C))
+        y_NLC = self.proj_in(self.norm(x_BThwC.reshape(B * T, h, w, C)).reshape(B * T, h * w, C)).astype(jnp.float32)
         for block in self.transformer_blocks:
             y_NLC = y_NLC + block.attn1(block.norm1(y_NLC))
             # All frames of a clip share its text: one set of keys and values per clip, not per frame.
@@ -275,7 +275,7 @@ class TemporalTransformer(nnx.Module):
         B, T, h, w, C = x_BThwC.shape
         # Over `context` the pixels are split here, no longer the frames: every device sees whole trajectories.
         y_BPTC = constrain(self.norm(x_BThwC).reshape(B, T, h * w, C).swapaxes(1, 2), CLIPS, "context")
-        y_NTC = self.proj_in(y_BPTC.reshape(B * h * w, T, C))
+        y_NTC = self.proj_in(y_BPTC.reshape(B * h * w, T, C)).astype(jnp.float32)
         for block in self.transformer_blocks:
             y_NTC = y_NTC + block.attn1(block.norm1(y_NTC))
             y_NTC = y_NTC + block.attn2(block.norm2(y_NTC))

@@ -141,7 +141,7 @@ class Conv(nnx.Module):
 
     def __call__(self, x: Float[Array, "N *hw I"]) -> Float[Array, "N *hw2 O"]:
         y = convolve(x.astype(self.dtype), gathered(self.kernel, self.dtype), self.stride, self.padding)
-        return y + self.bias[...].astype(self.dtype)
+        return (y + self.bias[...]).astype(self.dtype)
 
 
 def convolve(

@@ -72,7 +72,7 @@ class ResBlock(nnx.Module):
         emb = apply(self.emb_layers, emb_BE)
         y = (y.reshape(B, T, *y.shape[1:]) + emb[:, None, None, None]).reshape(y.shape)
         y = apply(self.out_layers, y, rng)
-        y = y + (x if self.skip_connection is None else self.skip_connection(x))
+        y = y.astype(jnp.float32) + (x if self.skip_connection is None else self.skip_connection(x))
         y = y.reshape(B, T, *y.shape[1:])
         return y if self.temopral_conv is None else self.temopral_conv(y, rng)
 
@@ -155,7 +155,7 @@ class UNet3D(nnx.Module):
                 ]
             )
 
-        blocks = [nnx.List([Conv(config.in_channels, base, (3, 3), **kwargs)])]
+        blocks = [nnx.List([Conv(config.in_channels, base, (3, 3), init=kwargs["init"])])]
         skips, channels, rate, last = [base], base, 1, len(config.channel_mult) - 1
         for level, mult in enumerate(config.channel_mult):
             for _ in range(config.num_res_blocks):
@@ -184,8 +184,9 @@ class UNet3D(nnx.Module):
                     rate //= 2
                 blocks.append(nnx.List(layers))
         self.output_blocks = nnx.List(blocks)
-        norm = GroupNorm(channels, config.norm_groups, NORM_EPSILON, dtype=dtype)
-        self.out = nnx.List([norm, Silu(), Conv(channels, config.out_channels, (3, 3), zero=True, **kwargs)])
+        # Both ends are float32: few channels, so it costs little.
+        norm = GroupNorm(channels, config.norm_groups, NORM_EPSILON)
+        self.out = nnx.List([norm, Silu(), Conv(channels, config.out_channels, (3, 3), zero=True, init=kwargs["init"])])
 
     def __call__(
         self,
@@ -211,11 +212,11 @@ class UNet3D(nnx.Module):
         context_BLD = context_BLD.astype(self.dtype)
 
         def run(layers: nnx.List, x: Array) -> Array:
-            for layer in layers:
-                x = constrain(self._run(layer, x, emb_BE, context_BLD, dropout_rng), CLIPS, "context")
+            for layer in layers:  # what they add up in x is float32, whatever they compute in
+                x = constrain(self._run(layer, x, emb_BE, context_BLD, dropout_rng).astype(jnp.float32), CLIPS, "context")
             return x
 
-        x, skips = x_BThwC.astype(self.dtype), []
+        x, skips = x_BThwC.astype(jnp.float32), []
         for i, layers in enumerate(self.input_blocks):
             x = run(layers, x)
             if i == 0 and self.config.addition_attention:

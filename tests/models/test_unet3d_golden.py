@@ -164,13 +164,13 @@ def test_sinusoids(units):
 
 
 def test_bfloat16(tiny_unet, reference_tensors, published, difference):
-    """Activations in bfloat16 at 32 channels: 2.6e-2 from the reference's float32 output.
+    """Activations in bfloat16 at 32 channels: 1.99e-2 from the reference's float32 output, of which the weights' rounding is a part.
 
-    Every convolution and product rounds its output; with the convolutions' outputs in float32 it would be 1.9e-2.
+    What flows from layer to layer is float32: sums that are rounded at every layer would make it 2.6e-2.
     """
     graph = nnx.split(nnx.eval_shape(lambda: UNet3D(tiny_unet, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)), nnx.Param)[0]
     params = make(tiny_unet, reference_tensors)[1]
     out = jax.jit(lambda params: nnx.merge(graph, params)(*arguments(published, published["x8"])))(params)
     assert out.dtype == jnp.float32
     found = difference(np.moveaxis(np.asarray(out), -1, 1), published["out8"])
-    assert 1e-4 < found <= 3e-2, found  # at float32 it is 2e-6
+    assert 1e-4 < found <= 2e-2, found  # at float32 it is 2e-6
