@@ -12,21 +12,22 @@ export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}" runs
 config=configs/ablation.py
 python -m motif_jax.prepare --config="$config" --source=synthetic:shapes:8000 --output="$runs/data"
 
-one_run() { # SLOT ARM/SEED: on one core, so that the numbers do not depend on how many runs there are at a time
-  local pin=() log="$runs/$2.log"
+one_run() ( # SLOT ARM/SEED: on one core, so that the numbers do not depend on how many runs there are at a time
+  log="$runs/$2.log" pin=()
   if command -v taskset > /dev/null; then pin=(taskset -c "$1"); fi
   mkdir -p "$runs/$2"
   echo "$(date +%T) $2"
+  trap 'echo "$2 failed; see $log" >&2; exit 255' ERR # 255 ends xargs
   "${pin[@]}" python -m motif_jax.main --config="configs/ablation.py:${2%/*}" --workdir="$runs/$2" \
-    --config.seed="${2#*/}" --config.data.path="$runs/data" > "$log" 2>&1 \
-    && "${pin[@]}" python -m motif_jax.bench ablation --runs="$runs" --only="$2" >> "$log" 2>&1 \
-    || { echo "$2 failed; see $log" >&2; exit 255; }
-}
+    --config.seed="${2#*/}" --config.data.path="$runs/data" > "$log" 2>&1
+  "${pin[@]}" python -m motif_jax.bench ablation --runs="$runs" --only="$2" >> "$log" 2>&1
+)
 export -f one_run
 
 others=$(python -c "import runpy; print(*(a for a in runpy.run_path('$config')['ARMS'] if a not in ('none', 'flow', 'inverse')))")
+# shellcheck disable=SC2016  # the inner shell expands them
 {
   for seed in ${SEEDS:-0 1 2}; do printf '%s\n' "none/$seed" "flow/$seed" "inverse/$seed"; done
   for arm in ${ARMS-$others}; do echo "$arm/0"; done
-} | xargs -P "$jobs" --process-slot-var=SLOT -I{} bash -c 'one_run "$SLOT" {}'
+} | xargs -P "$jobs" --process-slot-var=SLOT -I{} bash -c 'one_run "$SLOT" "$1"' _ {}
 python -m motif_jax.bench ablation --runs="$runs"
