@@ -227,7 +227,7 @@ def test_dropout_draws_from_its_key_alone(small):
 
 
 def test_bfloat16_contract(small, difference):
-    """Activations bfloat16, parameters, output and gradients float32; the output stays within 2 %."""
+    """Convolutions in bfloat16 but for the first and the last, parameters, output and gradients float32; the output stays within 2 %."""
     graph, params, args = small
     half = build(dtype=jnp.bfloat16)
     out = jax.jit(lambda params: nnx.merge(half, params)(*args))(params)
@@ -237,7 +237,7 @@ def test_bfloat16_contract(small, difference):
     assert {leaf.dtype for leaf in jax.tree.leaves(gradient)} == {jnp.dtype(jnp.float32)}
     text = str(jax.make_jaxpr(lambda params: nnx.merge(half, params)(*args))(params))
     convolutions = [line.split("=")[0] for line in text.splitlines() if " conv_general_dilated[" in line]
-    assert convolutions and all("bf16" in line for line in convolutions)
+    assert len(convolutions) > 10 and ["bf16" in line for line in convolutions] == [False, *[True] * (len(convolutions) - 2), False]
 
 
 def test_every_dropout_layer_has_its_own_stream(tiny_unet):
