@@ -127,7 +127,7 @@ def _train(config: Config, directory: pathlib.Path) -> None:
     del weights
 
     rows = batch_rows(mesh, config.batch_size)
-    writer = MetricWriter(directory, step) if first_process else None
+    writer = MetricWriter(directory, -1 if restored is None else step) if first_process else None  # -1: nothing was done before
     progress = Progress(writer, config, training_flops(config, networks), restored)
     validation = (
         pipeline.validation_batches(config.data, config.batch_size, config.eval.batches, tokenizer, rows) if config.eval.every else ()
