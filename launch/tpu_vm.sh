@@ -7,27 +7,9 @@
 #   ACCELERATOR=v5litepod-64: makes the slice as a queued resource first and waits for it; RUNTIME (default
 #   v2-alpha-tpuv5-lite), SPOT=1. Run the same command again after a preemption: it continues.
 set -euo pipefail
-dry=""
-if [ "${1:-}" = "--dry-run" ]; then dry=1; shift; fi
-if [ $# -lt 3 ]; then
-  sed -n '2,9s/^# //p' "$0" >&2
-  exit 2
-fi
-name="$1"
-shift
 cd "$(dirname "$0")/.."
-where=()
-[ -z "${ZONE:-}" ] || where+=(--zone="$ZONE")
-[ -z "${PROJECT:-}" ] || where+=(--project="$PROJECT")
-
-run() {
-  if [ -n "$dry" ]; then
-    printf '%q ' "$@"
-    echo
-  else
-    "$@"
-  fi
-}
+least_arguments=3
+source launch/tpu_hosts.sh
 
 if [ -n "${ACCELERATOR:-}" ]; then
   spot=()
@@ -42,10 +24,4 @@ if [ -n "${ACCELERATOR:-}" ]; then
   done
 fi
 
-archive="$(mktemp)"
-trap 'rm -f "$archive"' EXIT
-run git archive --format=tar.gz --output="$archive" HEAD
-run gcloud compute tpus tpu-vm scp "$archive" "$name":motif_jax.tar.gz --worker=all "${where[@]}"
-install='rm -rf motif_jax && mkdir motif_jax && tar -xzf motif_jax.tar.gz -C motif_jax && cd motif_jax && source launch/environment.sh tpu'
-printf -v arguments '%q ' "$@"
-run gcloud compute tpus tpu-vm ssh "$name" --worker=all "${where[@]}" --command="$install && exec python -m motif_jax.main $arguments"
+on_every_host tpu "exec python -m motif_jax.main $arguments"

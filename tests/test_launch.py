@@ -10,7 +10,10 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-SCRIPTS = ["ablation.sh", "environment.sh", "gke.sh", "local_pod.sh", "quickstart.sh", "test.sh", "tpu_vm.sh", "train_slurm.sbatch"]
+SCRIPTS = [
+    *("ablation.sh", "environment.sh", "flow_slurm.sbatch", "flow_tpu.sh", "gke.sh", "local_pod.sh"),
+    *("quickstart.sh", "test.sh", "tpu_hosts.sh", "tpu_vm.sh", "train_slurm.sbatch"),
+]
 ARGUMENTS = ["--config=configs/motif.py", "--workdir=/shared/run", "--config.unet.channel_mult=(1, 2)"]
 
 

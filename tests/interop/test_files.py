@@ -25,7 +25,7 @@ TENSORS = {
 }
 
 
-def same(found, expected):
+def assert_same(found, expected):
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         array = np.asarray(found[name])
@@ -35,14 +35,14 @@ def same(found, expected):
 
 def test_the_library_reads_what_we_write(tmp_path):
     digest = files.write_safetensors(tmp_path / "x.safetensors", TENSORS)
-    same(safetensors.numpy.load_file(tmp_path / "x.safetensors"), TENSORS)
+    assert_same(safetensors.numpy.load_file(tmp_path / "x.safetensors"), TENSORS)
     assert digest == files.sha256(tmp_path / "x.safetensors")
     assert os.listdir(tmp_path) == ["x.safetensors"]
 
 
 def test_we_read_what_the_library_writes(tmp_path):
     safetensors.numpy.save_file(TENSORS, tmp_path / "x.safetensors", metadata={"format": "pt"})
-    same(files.read_tensors(tmp_path / "x.safetensors"), TENSORS)
+    assert_same(files.read_tensors(tmp_path / "x.safetensors"), TENSORS)
 
 
 def test_a_tensor_is_read_when_it_is_asked_for(tmp_path):
@@ -102,7 +102,7 @@ def test_a_failed_write_leaves_the_old_file_alone(tmp_path):
 
 def test_deepspeed_names_lose_their_prefix(tmp_path):
     files.write_safetensors(tmp_path / "x.safetensors", {"_forward_module." + name: tensor for name, tensor in TENSORS.items()})
-    same(files.read_tensors(tmp_path / "x.safetensors"), TENSORS)
+    assert_same(files.read_tensors(tmp_path / "x.safetensors"), TENSORS)
 
 
 def test_without_pytorch(tmp_path, monkeypatch):
@@ -130,7 +130,7 @@ def test_pytorch_layouts(tmp_path, layout, zipped):
     state = {name: torch.from_numpy(tensor) for name, tensor in tensors.items()}
     state["brain"] = torch.from_numpy(TENSORS["brain"].astype(np.float32)).bfloat16()
     torch.save(LAYOUTS[layout](state), tmp_path / "x.pth", _use_new_zipfile_serialization=zipped)
-    same(files.read_tensors(tmp_path / "x.pth"), tensors | {"brain": TENSORS["brain"].astype(np.float32)})
+    assert_same(files.read_tensors(tmp_path / "x.pth"), tensors | {"brain": TENSORS["brain"].astype(np.float32)})
 
 
 def test_what_we_write_pytorch_reads(tmp_path):

@@ -10,6 +10,7 @@ import zlib
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from motif_jax.config import AutoencoderConfig, TextConfig, UNetConfig
 from motif_jax.interop import names
@@ -48,6 +49,25 @@ def reference_tensors():
         return {name: _tensor(prefix, name, shape) for name, shape in tensors.items()}
 
     return make
+
+
+@pytest.fixture(scope="module", autouse=True)
+def exact_products():
+    """Products of float32 in float32 on accelerators too, for comparisons within 1e-5."""
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
+@pytest.fixture(scope="session")
+def with_reference_weights(reference_tensors):
+    """(function that makes a module, prefix of its tensors, its name table) -> (graph, weights of the reference runs)."""
+
+    def load(make, prefix: str, table):
+        graph, template = nnx.split(nnx.eval_shape(make), nnx.Param)
+        template = nnx.to_pure_dict(template)
+        return graph, table.to_jax(reference_tensors(prefix, template), template)
+
+    return load
 
 
 def _tensor(prefix: str, name: str, shape: tuple[int, ...]) -> np.ndarray:

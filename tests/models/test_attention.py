@@ -12,12 +12,6 @@ from motif_jax.models.attention import Attention, attention
 from motif_jax.models.layers import Initializer
 
 
-@pytest.fixture(scope="module", autouse=True)
-def exact_products():
-    with jax.default_matmul_precision("highest"):
-        yield
-
-
 def inputs(N=2, L=6, S=5, H=3, K=4, seed=0):
     rng = np.random.default_rng(seed)
     return [rng.normal(size=(N, length, H, K)).astype(np.float32) for length in (L, S, S)]

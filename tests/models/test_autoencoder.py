@@ -13,17 +13,9 @@ from motif_jax.models.autoencoder import make_autoencoder, sample_latents
 TOLERANCE = 1e-5
 
 
-@pytest.fixture(scope="module", autouse=True)
-def exact_products():
-    with jax.default_matmul_precision("highest"):
-        yield
-
-
 @pytest.fixture(scope="module")
-def reference(tiny_autoencoder, reference_tensors):
-    graph, template = nnx.split(nnx.eval_shape(lambda: make_autoencoder(tiny_autoencoder, nnx.Rngs(0))), nnx.Param)
-    template = nnx.to_pure_dict(template)
-    return graph, interop.to_jax(reference_tensors("ae", template), template)
+def reference(tiny_autoencoder, with_reference_weights):
+    return with_reference_weights(lambda: make_autoencoder(tiny_autoencoder, nnx.Rngs(0)), "ae", interop)
 
 
 def last(x):

@@ -1,6 +1,6 @@
 """Every mistake that a port of the networks is known to make, made on purpose: the tolerance of 1e-5 catches each.
 
-The mistakes and how visible they are: ../shared/videocrafter2.md, section 6. A mistake is a function that spoils a fresh network;
+A mistake is a function that spoils a fresh network;
 what it computes then is compared with the stored outputs of the reference, as the right network is in the other tests.
 """
 
@@ -24,21 +24,11 @@ from motif_jax.models.unet3d import Downsample, ResBlock, TemporalConv, UNet3D
 TOLERANCE = 1e-5
 
 
-@pytest.fixture(scope="module", autouse=True)
-def exact_products():
-    with jax.default_matmul_precision("highest"):
-        yield
-
-
 @pytest.fixture(scope="module")
-def parts(tiny_unet, tiny_autoencoder, tiny_text, reference_tensors):
+def parts(tiny_unet, tiny_autoencoder, tiny_text, with_reference_weights):
     """Graph and weights of the three networks of the reference runs."""
 
-    def load(make, prefix, table):
-        graph, template = nnx.split(nnx.eval_shape(make), nnx.Param)
-        template = nnx.to_pure_dict(template)
-        return graph, table.to_jax(reference_tensors(prefix, template), template)
-
+    load = with_reference_weights
     return {
         "unet": load(lambda: UNet3D(tiny_unet, rngs=nnx.Rngs(0)), "unet", unet),
         "autoencoder": load(lambda: make_autoencoder(tiny_autoencoder, nnx.Rngs(0)), "ae", autoencoder),

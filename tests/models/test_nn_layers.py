@@ -14,12 +14,6 @@ from motif_jax.models.layers import Conv, Dense, Dropout, GroupNorm, Initializer
 RNG = np.random.default_rng(0)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def exact_products():
-    with jax.default_matmul_precision("highest"):
-        yield
-
-
 def normal(*shape):
     return RNG.normal(size=shape).astype(np.float32)
 

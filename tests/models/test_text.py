@@ -12,18 +12,10 @@ from motif_jax.models.text import make_text_tower
 TOLERANCE = 1e-5
 
 
-@pytest.fixture(scope="module", autouse=True)
-def exact_products():
-    with jax.default_matmul_precision("highest"):
-        yield
-
-
 @pytest.fixture(scope="module")
-def reference(tiny_text, reference_tensors):
-    graph, template = nnx.split(nnx.eval_shape(lambda: make_text_tower(tiny_text, nnx.Rngs(0))), nnx.Param)
-    template = nnx.to_pure_dict(template)
+def reference(tiny_text, with_reference_weights):
     # The reference's names carry the prefix of FrozenOpenCLIPEmbedder.
-    return graph, interop.to_jax(reference_tensors("text.model", template), template)
+    return with_reference_weights(lambda: make_text_tower(tiny_text, nnx.Rngs(0)), "text.model", interop)
 
 
 def test_penultimate_output_is_the_reference_s(reference, golden, difference):

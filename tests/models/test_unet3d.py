@@ -24,12 +24,6 @@ SMALL = UNetConfig(in_channels=5, out_channels=3, model_channels=16, channel_mul
                    num_head_channels=8, context_dim=6, norm_groups=4, dropout=0.2)  # fmt: skip
 
 
-@pytest.fixture(scope="module", autouse=True)
-def exact_products():
-    with jax.default_matmul_precision("highest"):
-        yield
-
-
 def channels_last(x_BCTHW):
     return jnp.asarray(np.moveaxis(x_BCTHW, 1, -1))
 

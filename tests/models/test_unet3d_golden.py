@@ -14,12 +14,6 @@ pytestmark = [pytest.mark.shared, pytest.mark.slow]
 TOLERANCE = 1e-5
 
 
-@pytest.fixture(scope="module", autouse=True)
-def exact_products():
-    with jax.default_matmul_precision("highest"):
-        yield
-
-
 @pytest.fixture(scope="module")
 def published(shared):
     return np.load(shared / "golden/videocrafter2/unet_tiny_io.npz")
@@ -30,15 +24,14 @@ def units(shared):
     return np.load(shared / "golden/videocrafter2/units_tiny_io.npz")
 
 
-def make(config, reference_tensors):
-    graph, template = nnx.split(nnx.eval_shape(lambda: UNet3D(config, rngs=nnx.Rngs(0))), nnx.Param)
-    template = nnx.to_pure_dict(template)
-    return graph, interop.to_jax(reference_tensors("unet", template), template)
+@pytest.fixture(scope="module")
+def make(with_reference_weights):
+    return lambda config: with_reference_weights(lambda: UNet3D(config, rngs=nnx.Rngs(0)), "unet", interop)
 
 
 @pytest.fixture(scope="module")
-def reference(tiny_unet, reference_tensors):
-    return make(tiny_unet, reference_tensors)
+def reference(tiny_unet, make):
+    return make(tiny_unet)
 
 
 def last(x, frames=None):
@@ -99,7 +92,7 @@ def test_activations_and_gradients(reference, published, difference, monkeypatch
 
 
 @pytest.mark.parametrize("case", ["out4", "out9", "out8_T3"])
-def test_other_inputs(case, tiny_unet, reference_tensors, published, difference):
+def test_other_inputs(case, tiny_unet, make, published, difference):
     """Four and nine channels as models of their own; a clip of another length."""
     x = {
         "out4": published["x8"][:, :4],
@@ -107,7 +100,7 @@ def test_other_inputs(case, tiny_unet, reference_tensors, published, difference)
         "out8_T3": published["x8"][:, :, :3],
     }
     config = type(tiny_unet)(**{**vars(tiny_unet), "in_channels": x[case].shape[1]})
-    graph, params = make(config, reference_tensors)
+    graph, params = make(config)
     out = jax.jit(lambda params: nnx.merge(graph, params)(*arguments(published, x[case])))(params)
     assert difference(np.moveaxis(np.asarray(out), -1, 1), published[case]) < TOLERANCE
 
@@ -163,13 +156,13 @@ def test_sinusoids(units):
         np.testing.assert_allclose(sinusoids(units["timestep_embedding/t"], width), units[f"timestep_embedding/{key}"], atol=7e-5)
 
 
-def test_bfloat16(tiny_unet, reference_tensors, published, difference):
+def test_bfloat16(tiny_unet, make, published, difference):
     """Activations in bfloat16 at 32 channels: 1.99e-2 from the reference's float32 output, of which the weights' rounding is a part.
 
     What flows from layer to layer is float32: sums that are rounded at every layer would make it 2.6e-2.
     """
     graph = nnx.split(nnx.eval_shape(lambda: UNet3D(tiny_unet, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)), nnx.Param)[0]
-    params = make(tiny_unet, reference_tensors)[1]
+    params = make(tiny_unet)[1]
     out = jax.jit(lambda params: nnx.merge(graph, params)(*arguments(published, published["x8"])))(params)
     assert out.dtype == jnp.float32
     found = difference(np.moveaxis(np.asarray(out), -1, 1), published["out8"])

@@ -59,7 +59,7 @@ def run(make_run):
     return make_run()
 
 
-def same(found, expected):
+def assert_same(found, expected):
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         np.testing.assert_array_equal(np.asarray(found[name]), tensor, err_msg=name)
@@ -72,9 +72,9 @@ def torch_layout(params):
 def test_raw_and_averaged_weights(run, tmp_path):
     directory, raw, average = run
     for kind, expected in (("raw", raw), ("ema", average), ("best", average)):
-        same(weights.load(directory, kind)["denoiser"], expected)
+        assert_same(weights.load(directory, kind)["denoiser"], expected)
         _, count, remarks = export(directory, tmp_path / f"{kind}.safetensors", kind)
-        same(safetensors.numpy.load_file(tmp_path / f"{kind}.safetensors"), torch_layout(expected))
+        assert_same(safetensors.numpy.load_file(tmp_path / f"{kind}.safetensors"), torch_layout(expected))
         assert count == len(expected)
         assert remarks == ["norms of 4 groups; the reference always has 32 and would compute something else"]
 
@@ -90,7 +90,7 @@ def test_pytorch_loads_it_strictly(run, tmp_path):
     torch = pytest.importorskip("torch")
     export(run[0], tmp_path / "x.ckpt", "raw")
     found = torch.load(tmp_path / "x.ckpt", weights_only=True)["state_dict"]
-    same({name: tensor.numpy() for name, tensor in found.items()}, torch_layout(run[1]))
+    assert_same({name: tensor.numpy() for name, tensor in found.items()}, torch_layout(run[1]))
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
@@ -131,7 +131,7 @@ def test_an_independent_pytorch_network_computes_the_same(make_run, tmp_path, su
 
 def test_a_run_without_an_average(make_run, tmp_path):
     directory, raw, _ = make_run(ema={"decay": 0.0})
-    same(weights.load(directory)["denoiser"], raw)
+    assert_same(weights.load(directory)["denoiser"], raw)
     with pytest.raises(UserError, match=r"keeps no average \(ema\.decay is 0\); use the raw weights"):
         export(directory, tmp_path / "x.safetensors", "ema")
     assert not list(tmp_path.iterdir())
@@ -167,12 +167,12 @@ def test_an_exported_run_comes_back_as_an_import(run, tmp_path, tiny):
     export(run[0], tmp_path / "x.safetensors")
     import_checkpoint("videocrafter", tmp_path / "x.safetensors", tmp_path / "in", tmp_path / "x.yaml")
     config = changed(tiny(), init_from=str(tmp_path / "in"))
-    same(weights.initial_weights(config, Networks.of(config)).denoiser, run[2])
+    assert_same(weights.initial_weights(config, Networks.of(config)).denoiser, run[2])
 
 
 def test_a_run_starts_from_another(run, tiny):
     config = changed(tiny(), init_from=str(run[0]))
-    same(weights.initial_weights(config, Networks.of(config)).denoiser, run[2])
+    assert_same(weights.initial_weights(config, Networks.of(config)).denoiser, run[2])
 
 
 def test_an_import_of_another_size_is_refused(run, tmp_path, tiny):
@@ -196,7 +196,7 @@ def test_new_input_channels_start_at_zero(run, tmp_path, tiny):
     found = weights.initial_weights(config, Networks.of(config)).denoiser
     np.testing.assert_array_equal(found[kernel][:, :, :48], old[kernel])
     assert not found.pop(kernel)[:, :, 48:].any()
-    same(found, {path: array for path, array in old.items() if path != kernel})
+    assert_same(found, {path: array for path, array in old.items() if path != kernel})
 
 
 @pytest.fixture(scope="module")

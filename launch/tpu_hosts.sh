@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# Sourced by tpu_vm.sh and flow_tpu.sh, with their arguments: reads [--dry-run] TPU_NAME, leaves the job's arguments in $arguments.
+#   name, where: the slice, for gcloud (ZONE, PROJECT). run CMD...: runs it, or prints it with --dry-run ($dry).
+#   on_every_host EXTRAS CMD: copies this checkout to ~/motif_jax of every host, installs it with these extras, and runs CMD there.
+dry=""
+if [ "${1:-}" = "--dry-run" ]; then dry=1; shift; fi
+if [ $# -lt "${least_arguments:?}" ]; then
+  sed -n '2,/^set /{s/^# //p}' "launch/${0##*/}" >&2
+  exit 2
+fi
+name="$1"
+shift
+printf -v arguments '%q ' "$@"
+export arguments
+where=()
+[ -z "${ZONE:-}" ] || where+=(--zone="$ZONE")
+[ -z "${PROJECT:-}" ] || where+=(--project="$PROJECT")
+
+run() {
+  if [ -n "$dry" ]; then
+    printf '%q ' "$@"
+    echo
+  else
+    "$@"
+  fi
+}
+
+on_every_host() {
+  local install
+  archive="$(mktemp)"
+  trap 'rm -f "$archive"' EXIT
+  run git archive --format=tar.gz --output="$archive" HEAD
+  run gcloud compute tpus tpu-vm scp "$archive" "$name":motif_jax.tar.gz --worker=all "${where[@]}"
+  install="rm -rf motif_jax && mkdir motif_jax && tar -xzf motif_jax.tar.gz -C motif_jax && cd motif_jax && source launch/environment.sh $1"
+  run gcloud compute tpus tpu-vm ssh "$name" --worker=all "${where[@]}" --command="$install && $2"
+}
