@@ -1,17 +1,19 @@
 """The configuration inside the package: frozen, validated dataclasses, made from a ConfigDict at one boundary.
 
 `from_config_dict` collects every mistake (unknown name, wrong type, value out of range, fields that contradict each
-other) and raises one `ConfigError` that lists them all. Only the standard library is imported here, so that every
-entry point can answer --help at once.
+other) and raises one `ConfigError` that lists them all. Nothing outside the standard library is imported here, so
+that every entry point can answer --help at once.
 """
 
 import dataclasses
-import difflib
 import json
-import typing
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
+
+from motif_jax.consistency import contradictions
+from motif_jax.fields import build
+from motif_jax.fields import described as _f
 
 
 class UserError(ValueError):
@@ -20,12 +22,6 @@ class UserError(ValueError):
 
 class ConfigError(UserError):
     """A configuration that cannot be used; the message lists every mistake, one a line."""
-
-
-def _f(default: Any, help: str, **rule: Any) -> Any:
-    """A field with its help text and rule (`choices`, `low`, `high`)."""
-    kind = {"default_factory": lambda: default} if isinstance(default, (list, dict)) else {"default": default}
-    return field(metadata={"help": help, **rule}, **kind)
 
 
 @dataclass(frozen=True)
@@ -305,153 +301,6 @@ class Config:
         return self.data.width // self.autoencoder.factor
 
 
-def _contradictions(c: Config) -> list[str]:
-    """Mistakes that only show when fields are read together."""
-    bad = []
-
-    def check(ok: bool, text: str) -> None:
-        if not ok:
-            bad.append(text)
-
-    factor, z = c.autoencoder.factor, c.autoencoder.z_channels
-    if c.autoencoder.kind == "pixel":
-        check(z == 3 * factor**2, f"autoencoder.z_channels={z}: a pixel autoencoder of factor {factor} has {3 * factor**2}")
-    else:
-        levels = 2 ** (len(c.autoencoder.ch_mult) - 1)
-        check(factor == levels, f"autoencoder.factor={factor}: ch_mult {c.autoencoder.ch_mult} gives {levels}")
-    u, dit = c.unet, c.dit
-    unet = c.backbone == "unet3d"
-    if unet:
-        check(u.out_channels == z, f"unet.out_channels={u.out_channels}: must equal autoencoder.z_channels={z}")
-        parts = f"noisy latent {z}" + f", image latent {z}" * (c.condition.image != "none") + ", mask 1" * (c.condition.image == "first")
-        check(u.in_channels == c.in_channels, f"unet.in_channels={u.in_channels}: must be {c.in_channels} ({parts})")
-        check(u.context_dim == c.text.width, f"unet.context_dim={u.context_dim}: must equal text.width={c.text.width}")
-        check(len(u.channel_mult) > 0, "unet.channel_mult=(): must name at least one level")
-        for width in [m * u.model_channels for m in u.channel_mult]:
-            check(width % u.norm_groups == 0, f"unet.norm_groups={u.norm_groups}: must divide the level width {width}")
-            check(width % u.num_head_channels == 0, f"unet.num_head_channels={u.num_head_channels}: must divide the level width {width}")
-    else:
-        check(len(dit.patch) == 3 and min(dit.patch) > 0, f"dit.patch={dit.patch}: must be (frames, rows, columns)")
-        check(dit.width % dit.num_head_channels == 0, f"dit.num_head_channels={dit.num_head_channels}: must divide dit.width={dit.width}")
-    if c.image_tokens:
-        i, frames = c.image, c.resampler.frames
-        check(i.size % i.patch == 0, f"image.patch={i.patch}: must divide image.size={i.size}")
-        check(i.width % i.heads == 0, f"image.heads={i.heads}: must divide image.width={i.width}")
-        check(frames in (1, c.data.frames), f"resampler.frames={frames}: must be data.frames={c.data.frames}, or 1 for shared tokens")
-    check(
-        c.condition.image != "none" or c.image_tokens,
-        "condition.image='none': the image would not enter the network; set unet.image_cross_attention=True (backbone 'unet3d')",
-    )
-    if bad:
-        return bad  # what follows divides by these
-    if not unet:
-        check(c.data.frames % dit.patch[0] == 0, f"data.frames={c.data.frames}: must be a multiple of dit.patch's {dit.patch[0]}")
-    for axis, side in enumerate(("height", "width")):
-        n = getattr(c.data, side)
-        unit = factor * (2 ** (len(u.channel_mult) - 1) if unet else dit.patch[1 + axis])
-        check(n % unit == 0, f"data.{side}={n}: must be a multiple of {unit} (autoencoder.factor times the backbone's downsampling)")
-        check(n % c.prepare.flow_stride == 0, f"data.{side}={n}: must be a multiple of prepare.flow_stride={c.prepare.flow_stride}")
-    check(
-        c.prepare.frame_stride_min <= c.prepare.frame_stride_max,
-        f"prepare.frame_stride_min={c.prepare.frame_stride_min}: must not exceed prepare.frame_stride_max={c.prepare.frame_stride_max}",
-    )
-    check(
-        c.prepare.flow == "exact" or c.prepare.flow_stride % 8 == 0,
-        f"prepare.flow_stride={c.prepare.flow_stride}: RAFT's grid is 8 pixels; smaller cells exist for flow=exact only",
-    )
-    check(
-        c.prepare.motion_max == 0.0 or c.prepare.motion_min < c.prepare.motion_max,
-        f"prepare.motion_max={c.prepare.motion_max}: must exceed prepare.motion_min={c.prepare.motion_min}, or be 0 (off)",
-    )
-    check(
-        c.batch_size % c.grad_accumulation == 0,
-        f"grad_accumulation={c.grad_accumulation}: must divide batch_size={c.batch_size}",
-    )
-    check(
-        c.diffusion.beta_start <= c.diffusion.beta_end,
-        f"diffusion.beta_start={c.diffusion.beta_start}: must not exceed diffusion.beta_end={c.diffusion.beta_end}",
-    )
-    check(
-        not (c.diffusion.zero_terminal_snr and c.diffusion.prediction == "eps"),
-        "diffusion.zero_terminal_snr=True: impossible with prediction='eps' (x_0 is undefined at the last step); "
-        "use 'v' or 'x0', or turn it off",
-    )
-    check(
-        c.diffusion.base_scale == 1.0 or c.diffusion.prediction != "flow",
-        f"diffusion.base_scale={c.diffusion.base_scale}: flow matching has no dynamic rescale; set 1.0",
-    )
-    check(
-        0.0 < c.diffusion.beta_start and c.diffusion.beta_end < 1.0,
-        f"diffusion.beta_start={c.diffusion.beta_start}, beta_end={c.diffusion.beta_end}: must lie between 0 and 1",
-    )
-    same_family = ("flow",) if c.diffusion.prediction == "flow" else ("v", "eps", "x0")
-    check(
-        c.diffusion.loss_space in ("", *same_family),
-        f"diffusion.loss_space={c.diffusion.loss_space!r}: with prediction={c.diffusion.prediction!r} one of {same_family}",
-    )
-    check(
-        [c.mesh.data, c.mesh.fsdp, c.mesh.context, c.mesh.tensor].count(-1) <= 1,
-        "mesh: at most one axis may be -1",
-    )
-    check(0 not in (c.mesh.data, c.mesh.fsdp, c.mesh.context, c.mesh.tensor), "mesh: an axis of 0 devices is impossible; use 1")
-    check(
-        c.sample.steps <= c.diffusion.num_timesteps,
-        f"sample.steps={c.sample.steps}: at most diffusion.num_timesteps={c.diffusion.num_timesteps}",
-    )
-    return bad
-
-
-def _coerce(value: Any, kind: Any, name: str, errors: list[str]) -> Any:
-    """`value` as `kind`; int is accepted for float, list for tuple, nothing else is converted."""
-    if typing.get_origin(kind) is tuple:
-        item = typing.get_args(kind)[0]
-        if isinstance(value, (list, tuple)) and all(isinstance(v, item) and not isinstance(v, bool) for v in value):
-            return tuple(value)
-        errors.append(f"{name}={value!r}: must be a list of {item.__name__}")
-        return None
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
-        return value
-    errors.append(f"{name}={value!r}: must be {kind.__name__}, not {type(value).__name__}")
-    return None
-
-
-def build(cls: type, given: Mapping[str, Any], prefix: str, errors: list[str]) -> Any:
-    """The dataclass `cls` of a mapping; what is wrong with a field is appended to `errors` under `prefix`, and its default stands."""
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    for key in given:
-        if key not in fields:
-            close = difflib.get_close_matches(key, fields, n=1)
-            errors.append(
-                f"{prefix}{key}: no such field" + (f"; did you mean {prefix}{close[0]}?" if close else f"; known: {', '.join(fields)}")
-            )
-    values = {}
-    for name, f in fields.items():
-        path = prefix + name
-        if name not in given:
-            continue
-        value = given[name]
-        if dataclasses.is_dataclass(f.type):
-            if isinstance(value, Mapping):
-                values[name] = build(f.type, value, path + ".", errors)
-            else:
-                errors.append(f"{path}={value!r}: must be a group of fields")
-            continue
-        before = len(errors)
-        value = _coerce(value, f.type, path, errors)
-        if len(errors) > before:
-            continue
-        rule = f.metadata
-        if "choices" in rule and value not in rule["choices"]:
-            errors.append(f"{path}={value!r}: must be one of {', '.join(map(repr, rule['choices']))}")
-        elif ("low" in rule and not value >= rule["low"]) or ("high" in rule and not value <= rule["high"]):
-            errors.append(f"{path}={value!r}: must be in [{rule.get('low', '-inf')}, {rule.get('high', 'inf')}]")
-        else:
-            values[name] = value
-    return cls(**values)
-
-
 def from_config_dict(given: Mapping[str, Any]) -> Config:
     """The validated `Config` of a nested mapping (an `ml_collections.ConfigDict` or parsed JSON).
 
@@ -463,7 +312,7 @@ def from_config_dict(given: Mapping[str, Any]) -> Config:
     config = build(Config, given, "", errors)
     # Fields that were rejected hold their defaults here, which could contradict each other for no fault of the user.
     if not errors:
-        errors = _contradictions(config)
+        errors = contradictions(config)
     if errors:
         raise ConfigError("the configuration has {} mistake{}:\n  {}".format(len(errors), "s"[: len(errors) > 1], "\n  ".join(errors)))
     return config

@@ -13,7 +13,7 @@ PACKAGE = "motif_jax"
 
 # Lowest first. A module belongs to the layer of its longest prefix here, and imports from its own layer or below.
 LAYERS = (
-    ("config", "commands", "diffusion", "losses", "motion.heatmap"),
+    ("config", "fields", "consistency", "commands", "diffusion", "losses", "motion.heatmap"),
     ("models", "data", "dist", "motion"),
     (
         "interop",
@@ -47,6 +47,7 @@ APART = [
     ("training.step", "dist"),
     ("training.step", "interop"),
 ]
+SETTINGS = ("config", "fields", "consistency")  # the standard library and each other
 ARRAY_PACKAGES = {"jax", "numpy", "jaxtyping", PACKAGE}
 NEVER_AT_IMPORT = {"torch", "tensorflow", "clu"}  # clu.metric_writers loads tensorflow
 HEAVY = NEVER_AT_IMPORT | {"transformers", "orbax", "matplotlib", "av", "cv2", "tensorflow_datasets", "grain"}
@@ -92,6 +93,10 @@ def within(module: str, name: str) -> bool:
     return module == f"{PACKAGE}.{name}" or module.startswith(f"{PACKAGE}.{name}.")
 
 
+def in_settings(module: str) -> bool:
+    return any(within(module, name) for name in SETTINGS)
+
+
 def layer(module: str) -> int | None:
     """The layer of the longest listed prefix; None for a module that no entry but the bare package covers."""
     prefix = module
@@ -117,7 +122,7 @@ def faults(tree: dict[str, str]) -> list[str]:
             arrays = any(within(module, part) for part in ARRAYS)
             if arrays and package not in ARRAY_PACKAGES | sys.stdlib_module_names:
                 found.append(f"{module}: imports {name}; array code needs jax and numpy only")
-            if within(module, "config") and package not in sys.stdlib_module_names:
+            if in_settings(module) and package not in sys.stdlib_module_names and not in_settings(name):
                 found.append(f"{module}: imports {name}; the configuration needs the standard library only")
             if within(module, "models") and at_import and package in HEAVY:
                 found.append(f"{module}: imports {name} on import, which models do not need")

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from motif_jax.config import AutoencoderConfig, DiffusionConfig, ImageConfig, ResamplerConfig, TextConfig, UNetConfig, UserError, build
+from motif_jax.config import AutoencoderConfig, DiffusionConfig, ImageConfig, ResamplerConfig, TextConfig, UNetConfig, UserError
+from motif_jax.fields import build
 from motif_jax.interop import files, raft
 from motif_jax.interop.reference import Weights, read_checkpoint
 from motif_jax.interop.settings import Settings

@@ -1,0 +1,102 @@
+"""What the fields of a `Config` demand of each other; each alone is checked where it is read."""
+
+import typing
+
+if typing.TYPE_CHECKING:
+    from motif_jax.config import Config
+
+
+def contradictions(c: "Config") -> list[str]:
+    """Mistakes that only show when fields are read together."""
+    bad = []
+
+    def check(ok: bool, text: str) -> None:
+        if not ok:
+            bad.append(text)
+
+    factor, z = c.autoencoder.factor, c.autoencoder.z_channels
+    if c.autoencoder.kind == "pixel":
+        check(z == 3 * factor**2, f"autoencoder.z_channels={z}: a pixel autoencoder of factor {factor} has {3 * factor**2}")
+    else:
+        levels = 2 ** (len(c.autoencoder.ch_mult) - 1)
+        check(factor == levels, f"autoencoder.factor={factor}: ch_mult {c.autoencoder.ch_mult} gives {levels}")
+    u, dit = c.unet, c.dit
+    unet = c.backbone == "unet3d"
+    if unet:
+        check(u.out_channels == z, f"unet.out_channels={u.out_channels}: must equal autoencoder.z_channels={z}")
+        parts = f"noisy latent {z}" + f", image latent {z}" * (c.condition.image != "none") + ", mask 1" * (c.condition.image == "first")
+        check(u.in_channels == c.in_channels, f"unet.in_channels={u.in_channels}: must be {c.in_channels} ({parts})")
+        check(u.context_dim == c.text.width, f"unet.context_dim={u.context_dim}: must equal text.width={c.text.width}")
+        check(len(u.channel_mult) > 0, "unet.channel_mult=(): must name at least one level")
+        for width in [m * u.model_channels for m in u.channel_mult]:
+            check(width % u.norm_groups == 0, f"unet.norm_groups={u.norm_groups}: must divide the level width {width}")
+            check(width % u.num_head_channels == 0, f"unet.num_head_channels={u.num_head_channels}: must divide the level width {width}")
+    else:
+        check(len(dit.patch) == 3 and min(dit.patch) > 0, f"dit.patch={dit.patch}: must be (frames, rows, columns)")
+        check(dit.width % dit.num_head_channels == 0, f"dit.num_head_channels={dit.num_head_channels}: must divide dit.width={dit.width}")
+    if c.image_tokens:
+        i, frames = c.image, c.resampler.frames
+        check(i.size % i.patch == 0, f"image.patch={i.patch}: must divide image.size={i.size}")
+        check(i.width % i.heads == 0, f"image.heads={i.heads}: must divide image.width={i.width}")
+        check(frames in (1, c.data.frames), f"resampler.frames={frames}: must be data.frames={c.data.frames}, or 1 for shared tokens")
+    check(
+        c.condition.image != "none" or c.image_tokens,
+        "condition.image='none': the image would not enter the network; set unet.image_cross_attention=True (backbone 'unet3d')",
+    )
+    if bad:
+        return bad  # what follows divides by these
+    if not unet:
+        check(c.data.frames % dit.patch[0] == 0, f"data.frames={c.data.frames}: must be a multiple of dit.patch's {dit.patch[0]}")
+    for axis, side in enumerate(("height", "width")):
+        n = getattr(c.data, side)
+        unit = factor * (2 ** (len(u.channel_mult) - 1) if unet else dit.patch[1 + axis])
+        check(n % unit == 0, f"data.{side}={n}: must be a multiple of {unit} (autoencoder.factor times the backbone's downsampling)")
+        check(n % c.prepare.flow_stride == 0, f"data.{side}={n}: must be a multiple of prepare.flow_stride={c.prepare.flow_stride}")
+    check(
+        c.prepare.frame_stride_min <= c.prepare.frame_stride_max,
+        f"prepare.frame_stride_min={c.prepare.frame_stride_min}: must not exceed prepare.frame_stride_max={c.prepare.frame_stride_max}",
+    )
+    check(
+        c.prepare.flow == "exact" or c.prepare.flow_stride % 8 == 0,
+        f"prepare.flow_stride={c.prepare.flow_stride}: RAFT's grid is 8 pixels; smaller cells exist for flow=exact only",
+    )
+    check(
+        c.prepare.motion_max == 0.0 or c.prepare.motion_min < c.prepare.motion_max,
+        f"prepare.motion_max={c.prepare.motion_max}: must exceed prepare.motion_min={c.prepare.motion_min}, or be 0 (off)",
+    )
+    check(
+        c.batch_size % c.grad_accumulation == 0,
+        f"grad_accumulation={c.grad_accumulation}: must divide batch_size={c.batch_size}",
+    )
+    check(
+        c.diffusion.beta_start <= c.diffusion.beta_end,
+        f"diffusion.beta_start={c.diffusion.beta_start}: must not exceed diffusion.beta_end={c.diffusion.beta_end}",
+    )
+    check(
+        not (c.diffusion.zero_terminal_snr and c.diffusion.prediction == "eps"),
+        "diffusion.zero_terminal_snr=True: impossible with prediction='eps' (x_0 is undefined at the last step); "
+        "use 'v' or 'x0', or turn it off",
+    )
+    check(
+        c.diffusion.base_scale == 1.0 or c.diffusion.prediction != "flow",
+        f"diffusion.base_scale={c.diffusion.base_scale}: flow matching has no dynamic rescale; set 1.0",
+    )
+    check(
+        0.0 < c.diffusion.beta_start and c.diffusion.beta_end < 1.0,
+        f"diffusion.beta_start={c.diffusion.beta_start}, beta_end={c.diffusion.beta_end}: must lie between 0 and 1",
+    )
+    same_family = ("flow",) if c.diffusion.prediction == "flow" else ("v", "eps", "x0")
+    check(
+        c.diffusion.loss_space in ("", *same_family),
+        f"diffusion.loss_space={c.diffusion.loss_space!r}: with prediction={c.diffusion.prediction!r} one of {same_family}",
+    )
+    check(
+        [c.mesh.data, c.mesh.fsdp, c.mesh.context, c.mesh.tensor].count(-1) <= 1,
+        "mesh: at most one axis may be -1",
+    )
+    check(0 not in (c.mesh.data, c.mesh.fsdp, c.mesh.context, c.mesh.tensor), "mesh: an axis of 0 devices is impossible; use 1")
+    check(
+        c.sample.steps <= c.diffusion.num_timesteps,
+        f"sample.steps={c.sample.steps}: at most diffusion.num_timesteps={c.diffusion.num_timesteps}",
+    )
+    return bad
