@@ -15,12 +15,11 @@ import numpy as np
 
 from motif_jax.bench import comparison
 from motif_jax.bench.judge import judge
-from motif_jax.bench.synthetic import sample_all
+from motif_jax.bench.synthetic import SPLITS, sample_all
 from motif_jax.config import UserError
 from motif_jax.data import sprites
 from motif_jax.training.metrics import read_lines
 
-SPLITS = ("validation", "heldout", "several", "backgrounds")
 ALONG = "validation"  # the split judged at every checkpoint; the others at the last one only
 SHOWN = 6  # clips of the test split kept as pictures: the first ones, whatever they look like
 RATES = ("success", "direction_ok", "wrong_object", "lost")

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float
 
+from motif_jax.bench.preference import cluster_weights, share_interval
+
 # The rule of preference, fixed before any test clip was sampled.
 MARGIN = 1 / 64  # path errors (over the width) that differ by less are a tie
 LOST = 0.9  # a clip that shows the object in a smaller share of its frames has the path error 1
@@ -44,15 +46,12 @@ def estimate(x: Float[np.ndarray, "S N"], use: Bool[np.ndarray, " N"] | None = N
     Values that are not finite are left out. With one seed the interval speaks of clips alone.
     """
     x = np.asarray(x, float)[:, slice(None) if use is None else use]
-    seeds, clips = x.shape
-    if not np.isfinite(x).any():
-        return {"mean": None, "low": None, "high": None, "seeds": [None] * seeds, "clips": clips}
-    rng = np.random.default_rng(0)
-    weight_N = rng.multinomial(clips, np.full(clips, 1 / clips), draws).astype(float)  # [draws, N]
-    weight_S = rng.multinomial(seeds, np.full(seeds, 1 / seeds), draws).astype(float)
+    clips = x.shape[1]
     known = np.isfinite(x)
-    total = np.einsum("ds,sn,dn->d", weight_S, np.where(known, x, 0.0), weight_N, optimize=True)
-    count = np.einsum("ds,sn,dn->d", weight_S, known.astype(float), weight_N, optimize=True)
-    low, high = np.quantile(total[count > 0] / count[count > 0], [0.025, 0.975])
     each = [float(row[ok].mean()) if ok.any() else None for row, ok in zip(x, known, strict=True)]
-    return {"mean": float(x[known].mean()), "low": float(low), "high": float(high), "seeds": each, "clips": clips}
+    if not known.any():
+        return {"mean": None, "low": None, "high": None, "seeds": each, "clips": clips}
+    seed, clip = (index.ravel() for index in np.indices(x.shape))
+    weights = cluster_weights(seed, draws, seed=0) * cluster_weights(clip, draws, seed=1)
+    mean, low, high = share_interval(np.where(known, x, 0.0).ravel(), known.ravel(), weights)
+    return {"mean": mean, "low": low, "high": high, "seeds": each, "clips": clips}
