@@ -11,6 +11,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from motif_jax import commands
+from motif_jax.config import UserError
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "configs/X.py[:args]", lock_config=True)
 TOPOLOGY = flags.DEFINE_string("topology", None, "TPU slice: v5e, v5p or v6e, and its shape in chips, such as v5e:4x4 or v5p:2x2x4")
@@ -22,6 +23,11 @@ flags.mark_flags_as_required(["config", "topology"])
 def main(argv: list[str]) -> None:
     commands.no_more(argv)
     config = commands.configuration(CONFIG)
+    if JSON.value:
+        try:
+            pathlib.Path(JSON.value).touch()  # before the minutes of compilation
+        except OSError as error:
+            raise UserError(f"--json={JSON.value}: cannot be written: {error}") from error
     from motif_jax import compilation
 
     devices = compilation.tpu_devices(TOPOLOGY.value)
