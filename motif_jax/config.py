@@ -48,7 +48,9 @@ class PrepareConfig:
     flow: str = _f("raft_small", "flow estimator; dis needs no weights", choices=("raft_small", "raft_large", "dis", "exact"))
     flow_weights: str = _f("", "RAFT weights, .safetensors or .pth, original or torchvision names; '' only with flow=dis or exact")
     flow_iterations: int = _f(12, "RAFT refinement iterations", low=1)
-    flow_dtype: str = _f("float32", "type of RAFT's convolutions; correlation and positions stay float32", choices=("float32", "bfloat16"))
+    flow_dtype: str = _f(
+        "float32", "type of RAFT's convolutions; correlation and positions stay float32", choices=("float32", "tensorfloat32", "bfloat16")
+    )
     flow_stride: int = _f(8, "pixels per cell of the stored flow; 8 is RAFT's and the latents' grid", low=1)
     image_format: str = _f("jpeg", "how frames are stored", choices=("jpeg", "png"))
     jpeg_quality: int = _f(90, "JPEG quality", low=1, high=100)

@@ -47,7 +47,8 @@ class RaftEstimator:
         """`stride` is the side of a stored cell in pixels (a multiple of 8).
 
         `pairs` is the number of frame pairs refined together; 0 takes 1 on CPU, where larger blocks fall out of the cache, else 8.
-        Clips with a side under `enlarge_below` pixels are enlarged for the network. `dtype` is that of its convolutions.
+        Clips with a side under `enlarge_below` pixels are enlarged for the network. `dtype` is that of its convolutions:
+        float32, bfloat16, or tensorfloat32, which is what a GPU makes of float32 where it may round to 10 bits (PyTorch's default).
         """
         if name not in VARIANTS:
             raise ValueError(f"flow estimator {name!r}: must be one of {', '.join([*VARIANTS, 'dis'])}")
@@ -59,7 +60,8 @@ class RaftEstimator:
             raise ValueError(f"stride={stride}: RAFT's grid is {CELL} pixels, the stored cell must be a multiple of it")
         pairs = pairs or (1 if jax.default_backend() == "cpu" else 8)
         self.name, self.iterations, self.stride, self.dtype = name, iterations, stride, dtype
-        graph, state = nnx.split(load_raft(weights, VARIANTS[name], dtype=dtype))
+        exact = {"precision": "default", "dtype": "float32"} if dtype == "tensorfloat32" else {"precision": "highest", "dtype": dtype}
+        graph, state = nnx.split(load_raft(weights, VARIANTS[name], **exact))
         self._flow = Replicas(
             partial(_clip_flow, graph, iterations=iterations, stride=stride, pairs=pairs, enlarge_below=enlarge_below), state
         )

@@ -227,7 +227,7 @@ class RAFT(nnx.Module):
             raise ValueError(f"RAFT variant {variant!r}: must be one of {', '.join(VARIANTS)}")
         v = VARIANTS[variant]
         shared = {"rngs": rngs, "precision": precision, "dtype": jnp.dtype(dtype)}
-        self.variant, self.precision = variant, precision
+        self.variant = variant
         self.fnet = Encoder(v, v.fnet_width, "instance", **shared)
         self.cnet = Encoder(v, v.hidden + v.context, "batch" if v.context_norm else "none", **shared)
         self.update_block = UpdateBlock(v, **shared)
@@ -246,26 +246,26 @@ class RAFT(nnx.Module):
         first_BhwC: Float[Array, "B h w C"],
         second_BhwC: Float[Array, "B h w C"],
         context_BhwD: Float[Array, "B h w D"],
-        iterations: int,
+        iterations: int | Array,
     ) -> tuple[Float[Array, "B h w 2"], Float[Array, "B h w E"]]:
         """Flow in grid cells after `iterations` updates from zero, and the last hidden state, from `features` and `context`."""
         v, update = VARIANTS[self.variant], self.update_block
         h_BhwC, context = context_BhwD[..., : v.hidden], context_BhwD[..., v.hidden :]
         constant = update.gru.constant(context)
-        pyramid = correlation_pyramid(first_BhwC, second_BhwC, self.precision)
+        pyramid = correlation_pyramid(first_BhwC, second_BhwC)
         _, h, w, _ = first_BhwC.shape
         grid_hw2 = jnp.stack(jnp.meshgrid(jnp.arange(w), jnp.arange(h)), -1).astype(jnp.float32)
 
-        def iterate(carry, _):
+        def iterate(_, carry):
             # Carrying the position, as the authors do, rounds the flow as they do.
             h_BhwC, position_Bhw2 = carry
             window = lookup(pyramid, position_Bhw2, v.radius)
             motion = update.encoder(position_Bhw2 - grid_hw2, window)
             h_BhwC = update.gru(h_BhwC, motion, constant)
-            return (h_BhwC, position_Bhw2 + update.flow_head(h_BhwC)), None
+            return h_BhwC, position_Bhw2 + update.flow_head(h_BhwC)
 
         start = jnp.broadcast_to(grid_hw2, (*first_BhwC.shape[:3], 2))
-        (h_BhwC, position_Bhw2), _ = jax.lax.scan(iterate, (h_BhwC, start), length=iterations)
+        h_BhwC, position_Bhw2 = jax.lax.fori_loop(0, iterations, iterate, (h_BhwC, start))
         return position_Bhw2 - grid_hw2, h_BhwC
 
     def upsample(self, flow_Bhw2: Float[Array, "B h w 2"], h_BhwC: Float[Array, "B h w E"]) -> Float[Array, "B 8*h 8*w 2"]:
@@ -277,7 +277,7 @@ class RAFT(nnx.Module):
         return CELL * upsample_convex(flow_Bhw2, 0.25 * h_BhwC.astype(jnp.float32))
 
     def __call__(
-        self, first_BHW3: Num[Array, "B H W 3"], second_BHW3: Num[Array, "B H W 3"], iterations: int = 12
+        self, first_BHW3: Num[Array, "B H W 3"], second_BHW3: Num[Array, "B H W 3"], iterations: int | Array = 12
     ) -> Float[Array, "B H W 2"]:
         """Full-resolution flow in pixels between frames (0..255) of any size from 64 x 64 up."""
         height, width = first_BHW3.shape[1:3]
@@ -308,9 +308,7 @@ def pad(frames_BHWC: Num[Array, "B H W C"]) -> Num[Array, "B H2 W2 C"]:
     return jnp.pad(frames_BHWC, ((0, 0), (top, bottom), (left, right), (0, 0)), mode="edge")
 
 
-def correlation_pyramid(
-    first_BhwC: Float[Array, "B h w C"], second_BhwC: Float[Array, "B h w C"], precision: str = "highest"
-) -> list[Float[Array, "B N h_l w_l"]]:
+def correlation_pyramid(first_BhwC: Float[Array, "B h w C"], second_BhwC: Float[Array, "B h w C"]) -> list[Float[Array, "B N h_l w_l"]]:
     """Dot products over sqrt(C) of every cell of the first map with every cell of the second, pooled 2x2 per level.
 
     The product is linear, so that pooling the second map replaces the paper's pooling of the (much larger) products. An odd last
@@ -323,7 +321,7 @@ def correlation_pyramid(
             rows, columns = second_BhwC.shape[1] // 2, second_BhwC.shape[2] // 2
             blocks = second_BhwC[:, : 2 * rows, : 2 * columns].reshape(b, rows, 2, columns, 2, c)
             second_BhwC = blocks.mean((2, 4))
-        levels.append(jnp.einsum("bnc,byxc->bnyx", first_BhwC.reshape(b, h * w, c) * c**-0.5, second_BhwC, precision=precision))
+        levels.append(jnp.einsum("bnc,byxc->bnyx", first_BhwC.reshape(b, h * w, c) * c**-0.5, second_BhwC, precision="highest"))
     return levels
 
 

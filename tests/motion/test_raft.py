@@ -1,5 +1,6 @@
 """RAFT: each piece against a numpy or scipy transcription, the whole against torchvision and the authors' code."""
 
+import functools
 import importlib.util
 import json
 import pathlib
@@ -24,11 +25,16 @@ SHARED_WEIGHTS = {"small": "raft_small_things", "large": "raft_large_RANDOM_fp16
 SHARED_FLOWS = {"small": "small", "large": "largeRANDOM"}
 
 
+@functools.cache
+def compiled(variant):
+    """A network of the variant as a function of its weights; compiled once per size of the frames."""
+    graph = nnx.split(nnx.eval_shape(lambda: raft.RAFT(variant, rngs=nnx.Rngs(0))))[0]
+    return jax.jit(lambda state, *arguments: nnx.merge(graph, state)(*arguments))
+
+
 def run(model, first, second, iterations):
     """The flow of one pair of frames as numpy [H, W, 2]."""
-    graph, state = nnx.split(model)
-    call = jax.jit(lambda state, *frames: nnx.merge(graph, state)(*frames, iterations))
-    return np.asarray(call(state, first[None], second[None])[0])
+    return np.asarray(compiled(model.variant)(nnx.split(model)[1], first[None], second[None], iterations)[0])
 
 
 # The authors' code (torch, CPU, float32) against our port. 1e-4 mean and 1e-3 max are about ten times the error of that code against
