@@ -4,7 +4,7 @@ The data state is the step. Batch s of the run is a function of (dataset, global
 saved, and a run may continue on another number of hosts. Nothing is filtered here; that is `prepare`'s business.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,7 +103,8 @@ def make_iterator(
     import grain
 
     data = dataset.data
-    order = grain.MapDataset.range(len(dataset)).seed(seed).shuffle().repeat(None)  # of indices: nothing is read yet
+    # Of indices: nothing is read yet. Grain's endless repeat has a length of 2^63 - 1, of which batches of one cannot be counted.
+    order = grain.MapDataset.range(len(dataset)).seed(seed).shuffle().repeat(2**60 // len(dataset))
     batches = order.batch(batch_size).map(_Read(dataset, tokenizer, range(batch_size) if rows is None else rows))
     # The buffer counts whole batches; Grain's default of 500 would hold gigabytes.
     options = grain.ReadOptions(num_threads=data.threads, prefetch_buffer_size=data.prefetch)
@@ -139,22 +140,38 @@ def examples(data: DataConfig, count: int) -> list[Example]:
     return [dataset[i] for i in range(min(count, len(dataset)))]
 
 
+class Collate:
+    """Records of one batch -> its arrays. Every record goes into its row as soon as it is read, while it is in the processor's cache."""
+
+    def __init__(self, layout: records.Layout, tokenizer: Tokenizer) -> None:
+        self._layout, self._tokenizer = layout, tokenizer
+        self._arrays = layout.arrays()
+        if not layout.latent:
+            self._arrays["frames"] = (layout.frames, layout.height, layout.width, 3), "|u1"
+
+    def __call__(self, found: Iterable[bytes], count: int) -> Batch:
+        names = ("caption", "fps", "frame_stride", *self._arrays)
+        batch = {name: np.empty((count, *shape), dtype) for name, (shape, dtype) in self._arrays.items()}
+        captions, batch["fps"] = [], np.empty(count, np.float32)
+        for row, record in enumerate(found):
+            clip = records.decode_clip(self._layout, record, names)
+            for name in self._arrays:
+                batch[name][row] = clip[name]
+            batch["fps"][row] = clip["fps"] / clip["frame_stride"]
+            captions.append(clip["caption"])
+        if "text_embedding" not in batch:
+            batch["tokens"] = np.asarray(self._tokenizer(captions), np.int32)
+        return batch
+
+
 class _Read:
     """Indices of a global batch -> the clips of some of its rows; a class, so that worker processes can receive it."""
 
     def __init__(self, dataset: Dataset, tokenizer: Tokenizer, rows: Sequence[int]) -> None:
-        self._source, self._layout, self._tokenizer, self._rows = dataset.source, dataset.layout, tokenizer, rows
-        stored = dataset.layout.arrays()
-        self._arrays = (*stored, *(() if "latent_moments" in stored else ("frames",)))
+        self._source, self._rows, self._collate = dataset.source, rows, Collate(dataset.layout, tokenizer)
 
     def __call__(self, indices: Sequence[int]) -> Batch:
-        names = ("caption", "fps", "frame_stride", *self._arrays)
-        clips = [records.decode_clip(self._layout, self._source[int(indices[row])], names) for row in self._rows]
-        batch = {name: np.stack([clip[name] for clip in clips]) for name in self._arrays}
-        if "text_embedding" not in batch:
-            batch["tokens"] = np.asarray(self._tokenizer([clip["caption"] for clip in clips]), np.int32)
-        batch["fps"] = np.array([clip["fps"] / clip["frame_stride"] for clip in clips], np.float32)
-        return batch
+        return self._collate((self._source[int(indices[row])] for row in self._rows), len(self._rows))
 
 
 class _Batches(Sequence):

@@ -82,6 +82,11 @@ def test_every_epoch_is_another_permutation(dataset):
     assert not (names(dataset, batches(dataset, 10, seed=1)) == order.reshape(-1, 4)[:10]).all()
 
 
+def test_batches_of_one_have_the_same_order(dataset):
+    one, four = batches(dataset, 8, batch_size=1), batches(dataset, 2)
+    assert names(dataset, one).ravel().tolist() == names(dataset, four).ravel().tolist()
+
+
 def test_resuming_gives_the_same_batches(dataset):
     straight = batches(dataset, 25)
     for step in (1, 10, 24):  # the epoch ends in batch 10
