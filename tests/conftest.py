@@ -1,10 +1,29 @@
-"""Shared fixtures: where the reference material lies, if it is there at all."""
+"""Shared fixtures, and what all processes of a test run share."""
 
+import functools
+import os
 import pathlib
+import shutil
+import tempfile
 
 import pytest
 
 SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared"
+
+
+def pytest_configure(config):
+    """Before JAX is imported: what one process or test has compiled, the others need not. A run starts with an empty cache."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = directory = tempfile.mkdtemp(prefix="compiled-")
+        config.add_cleanup(lambda: shutil.rmtree(directory, ignore_errors=True))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
+
+
+def pytest_collection_modifyitems(items):
+    """Modules with slow tests first: a process that starts one of them last would leave the others waiting."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(scope="session")
@@ -13,6 +32,16 @@ def shared() -> pathlib.Path:
     if not SHARED.is_dir():
         pytest.skip("needs the reference material in ../shared, which is not part of the project")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def quick_jit():
+    """jax.jit without LLVM's optimiser, which is most of what compiling a whole network for a CPU takes and changes roundings only."""
+    import jax
+
+    if jax.default_backend() != "cpu":
+        return jax.jit
+    return functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 @pytest.fixture(scope="session")
