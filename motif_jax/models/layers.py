@@ -148,6 +148,8 @@ def convolve(
     x: Float[Array, "N *hw I"], kernel: Float[Array, "*k I O"], stride: int, padding: tuple[tuple[int, int], ...]
 ) -> Float[Array, "N *hw2 O"]:
     """Cross-correlation over the spatial axes between batch and channels; the one place where a convolution is carried out."""
+    if platform() == "cpu":
+        kernel, padding = _inner_taps(x.shape[1:-1], kernel, stride, padding)
     window = kernel.shape[:-2]
     if math.prod(window) == 1 and stride == 1:
         y = x.reshape(-1, x.shape[-1]) @ kernel.reshape(kernel.shape[-2:])
@@ -157,15 +159,46 @@ def convolve(
         flat = x.reshape(*x.shape[:2], -1, x.shape[-1])
         y = convolve(flat, kernel.reshape(window[0], 1, *kernel.shape[-2:]), 1, (padding[0], (0, 0)))
         return y.reshape(*y.shape[:2], *x.shape[2:-1], y.shape[-1])
-    if platform() == "cpu":
-        return _convolve_on_cpu(x, kernel, stride, padding)
-    return _convolve(x, kernel, stride, padding)
+    if platform() != "cpu":
+        return _convolve(x, kernel, stride, padding)
+    if math.prod(x.shape[1:-1]) < math.prod(window):
+        return _convolve_small(x, kernel, stride, padding)
+    return _convolve_on_cpu(x, kernel, stride, padding)
 
 
 def _convolve(x: Array, kernel: Array, stride: int, padding: tuple[tuple[int, int], ...]) -> Array:
     spatial = "DHW"[-(kernel.ndim - 2) :]
     layout = (f"N{spatial}C", f"{spatial}IO", f"N{spatial}C")
     return jax.lax.conv_general_dilated(x, kernel, (stride,) * len(spatial), padding, dimension_numbers=layout)
+
+
+def _inner_taps(
+    spatial: tuple[int, ...], kernel: Array, stride: int, padding: tuple[tuple[int, int], ...]
+) -> tuple[Array, tuple[tuple[int, int], ...]]:
+    """(kernel, padding) without the taps that meet padding alone, which are most of them where the image is one pixel."""
+    cut, left = [], []
+    for n, k, (before, after) in zip(spatial, kernel.shape, padding, strict=False):
+        steps = (n + before + after - k) // stride
+        first, last = max(0, before - steps * stride), min(k, n + before)
+        cut.append(slice(first, last))
+        left.append((before - first, after - (k - last)))
+    return kernel[tuple(cut)], tuple(left)
+
+
+def _convolve_small(x: Array, kernel: Array, stride: int, padding: tuple[tuple[int, int], ...]) -> Array:
+    """As `_convolve`, as one matrix product over all taps.
+
+    Where the image is smaller than the window, XLA's CPU backend lets them change places and takes up to twenty times as long.
+    """
+    window = kernel.shape[:-2]
+    sizes = [(n + sum(p) - k) // stride + 1 for n, p, k in zip(x.shape[1:], padding, window, strict=False)]
+    padded = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+
+    def tap(offset: tuple[int, ...]) -> Array:
+        return padded[(slice(None), *(slice(o, o + stride * (n - 1) + 1, stride) for o, n in zip(offset, sizes, strict=True)))]
+
+    taps = jnp.concatenate([tap(offset) for offset in itertools.product(*map(range, window))], axis=-1)
+    return (taps.reshape(-1, taps.shape[-1]) @ kernel.reshape(-1, kernel.shape[-1])).reshape(*taps.shape[:-1], kernel.shape[-1])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))

@@ -37,6 +37,14 @@ def direct(x, kernel, stride, padding):
         ((1, 1), 1, ((0, 0), (0, 0)), (3, 4)),
         ((3, 1, 1), 1, ((1, 1), (0, 0), (0, 0)), (5, 3, 2)),
         ((1,), 1, ((0, 0),), (7,)),
+        # Images smaller than the window: on CPU one product, without the taps that see padding alone.
+        ((3, 3), 1, ((1, 1), (1, 1)), (2, 2)),
+        ((3, 3), 1, ((1, 1), (1, 1)), (1, 1)),
+        ((3, 3), 1, ((1, 1), (1, 1)), (1, 4)),
+        ((3, 3), 2, ((1, 1), (1, 1)), (2, 2)),
+        ((3, 3), 2, ((1, 1), (1, 1)), (1, 1)),
+        ((3, 3), 2, ((0, 1), (0, 1)), (2, 2)),
+        ((3, 1, 1), 1, ((1, 1), (0, 0), (0, 0)), (1, 1, 2)),
     ],
 )
 def test_convolutions_are_scipy_s(where, window, stride, padding, size):
