@@ -35,21 +35,28 @@ def load_config(name: str) -> Config:
 
 def random_params(networks: Networks) -> Params:
     """Weights of which none is zero: a fresh network puts out zeros and would not show a difference."""
-    rng = np.random.default_rng(0)
-    found = {}
-    for name, shape in networks.denoiser.shapes.items():
-        fan_in = max(1, int(np.prod(shape.shape[:-1])))
-        found[name] = jax.numpy.asarray(rng.normal(0, fan_in**-0.5, shape.shape) + name.endswith("scale"), jax.numpy.float32)
-    return found
+    pool = np.random.default_rng(0).standard_normal(2**22, np.float32)  # one for all: a billion draws would take a minute
+
+    def one(number: int, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        fan_in = max(1, int(np.prod(shape[:-1])))
+        return np.resize(np.roll(pool, 7919 * number), shape) / np.float32(fan_in**0.5) + np.float32(name.endswith("scale"))
+
+    return {name: one(i, name, s.shape) for i, (name, s) in enumerate(networks.denoiser.shapes.items())}
+
+
+def torch_unet(config: Config, params: Params) -> UNet:
+    """The PyTorch network of a configuration with our weights."""
+    unet = config.unet
+    given = {name: getattr(unet, name) for name in inspect.signature(UNet).parameters if hasattr(unet, name)}
+    with torch.device("meta"):
+        theirs = UNet(**given)
+    theirs.load_state_dict({name: torch.from_numpy(np.array(t)) for name, t in to_torch(params).items()}, strict=True, assign=True)
+    return theirs.eval()
 
 
 def torch_twin(config: Config, networks: Networks, params: Params) -> UNet:
-    """The PyTorch network of a configuration with our weights, after a check that both put out the same. Exits on a difference."""
-    unet = config.unet
-    given = {name: getattr(unet, name) for name in inspect.signature(UNet).parameters if hasattr(unet, name)}
-    theirs = UNet(**given)
-    theirs.load_state_dict({name: torch.from_numpy(np.array(t)) for name, t in to_torch(params).items()}, strict=True)
-    theirs.eval()
+    """`torch_unet` after a check that both put out the same. Exits on a difference."""
+    unet, theirs = config.unet, torch_unet(config, params)
     rng = np.random.default_rng(1)
     frames, latent = config.data.frames, (config.latent_height, config.latent_width)
     x = rng.normal(size=(1, frames, *latent, unet.in_channels)).astype(np.float32)

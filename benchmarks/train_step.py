@@ -1,22 +1,36 @@
 """Our train step against the same step in PyTorch: network, motion focal loss, AdamW, averaged weights.
 
     python benchmarks/train_step.py [--config=configs/motif.py:tiny --config=configs/motif.py:small] [--rounds=10] [--compile]
+    python benchmarks/train_step.py --config=configs/motif.py --batch=4 --remat=none --compile       # on a GPU
 
 Both sides start from latents, text embeddings and flow in memory, draw noise and timesteps, and end with new weights. Weights are
-equal and the outputs are compared before anything is timed. Without a GPU both compute in float32 on all cores.
+equal and the outputs are compared before anything is timed. Without a GPU both compute in float32 on all cores, by turns.
+
+On a GPU each side has the card for itself: PyTorch runs in a process of its own, which compiles while we compile, takes its steps
+and ends; then come ours. With dtype=bfloat16 PyTorch works under autocast, with fused AdamW and scaled_dot_product_attention. What is
+not compiled after --limit seconds is left out. Outputs are not compared there.
 """
 
 import argparse
 import copy
+import dataclasses
+import os
+import statistics
+import subprocess
+import sys
+import threading
+import time
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the card is shared
 
 import jax
 import numpy as np
 import torch
-from side_by_side import alternate, load_config, machine, random_params, torch_twin
+from side_by_side import alternate, load_config, machine, random_params, torch_twin, torch_unet
 
 from motif_jax.config import Config
 from motif_jax.diffusion.schedule import make_schedule
-from motif_jax.models.networks import Networks
+from motif_jax.models.networks import Networks, Params
 from motif_jax.training import state as train_state
 from motif_jax.training.optimizer import make_optimizer
 from motif_jax.training.step import make_train_step
@@ -36,35 +50,36 @@ def make_batch(config: Config) -> dict[str, np.ndarray]:
 
 
 class TorchStep:
-    """v-prediction with the image on all frames, the paper's heatmap and loss, AdamW, averaged weights (float32)."""
+    """v-prediction with the image on all frames, the paper's heatmap and loss, AdamW, averaged weights; parameters in float32."""
 
-    def __init__(self, config: Config, unet: torch.nn.Module, batch: dict[str, np.ndarray], compiled: bool) -> None:
-        self.config, self.unet = config, unet.train()
+    def __init__(self, config: Config, unet: torch.nn.Module, batch: dict[str, np.ndarray], compiled: bool, device: str = "cpu") -> None:
+        self.config, self.unet, self.device = config, unet.to(device).train(), device
         o = config.optimizer
         self.average = copy.deepcopy(list(unet.parameters()))
+        kind = {"fused": True} if device == "cuda" else {"foreach": True}
         self.optimizer = torch.optim.AdamW(
-            unet.parameters(), lr=config.learning_rate, betas=(o.b1, o.b2), eps=o.eps, weight_decay=o.weight_decay, foreach=True
+            unet.parameters(), lr=config.learning_rate, betas=(o.b1, o.b2), eps=o.eps, weight_decay=o.weight_decay, **kind
         )
         d = config.diffusion
         schedule = make_schedule(d.num_timesteps, d.beta_start, d.beta_end, d.zero_terminal_snr, d.base_scale)
-        self.alpha, self.sigma = (
-            torch.from_numpy(np.array(a)) for a in (schedule.sqrt_alphas_cumprod, schedule.sqrt_one_minus_alphas_cumprod)
-        )
         z = config.autoencoder.z_channels
         latents = config.autoencoder.scale_factor * batch["latent_moments"][..., :z].astype(np.float32)
-        self.z = torch.from_numpy(np.ascontiguousarray(np.moveaxis(latents, -1, 1)))
-        self.flow = torch.from_numpy(batch["flow"].astype(np.float32))
-        self.text, self.fps = (torch.from_numpy(batch[k].astype(np.float32)) for k in ("text_embedding", "fps"))
+        tables = np.array(schedule.sqrt_alphas_cumprod), np.array(schedule.sqrt_one_minus_alphas_cumprod)
+        arrays = (*tables, np.ascontiguousarray(np.moveaxis(latents, -1, 1)))
+        arrays += tuple(batch[k].astype(np.float32) for k in ("flow", "text_embedding", "fps"))
+        self.alpha, self.sigma, self.z, self.flow, self.text, self.fps = (torch.from_numpy(a).to(device) for a in arrays)
         self.forward = torch.compile(unet) if compiled else unet
 
     def __call__(self) -> None:
         config, z = self.config, self.z
-        t = torch.randint(0, config.diffusion.num_timesteps, (len(z),))
+        t = torch.randint(0, config.diffusion.num_timesteps, (len(z),), device=self.device)
         alpha, sigma = (a[t][:, None, None, None, None] for a in (self.alpha, self.sigma))
         noise = torch.randn_like(z)
         x = torch.cat([alpha * z + sigma * noise, z[:, :, :1].expand_as(z)], 1)
-        keep = torch.rand(len(z), 1, 1) >= config.condition.text_drop
-        residual = alpha * noise - sigma * z - self.forward(x, t, self.text * keep, self.fps)
+        keep = torch.rand(len(z), 1, 1, device=self.device) >= config.condition.text_drop
+        with torch.autocast(self.device, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+            output = self.forward(x, t, self.text * keep, self.fps).float()
+        residual = alpha * noise - sigma * z - output
         intensity = self.flow.norm(dim=-1) / np.hypot(config.data.height, config.data.width)
         m = torch.sigmoid(config.loss.sharpness * (intensity - config.loss.threshold))[:, None]
         loss = (residual**2).mean() + config.loss.motion_weight * ((m * residual) ** 2).mean()
@@ -76,33 +91,150 @@ class TorchStep:
         loss.item()
 
 
+class OurStep:
+    """The train step of the training loop, compiled when it is made; `start` gives it weights."""
+
+    def __init__(self, config: Config, networks: Networks, batch: dict[str, np.ndarray]) -> None:
+        self.networks, self.optimizer = networks, make_optimizer(config)
+        step = make_train_step(networks, self.optimizer, np.zeros(config.text.context_length, np.int32))
+        shapes = jax.eval_shape(self._create, networks.denoiser.shapes)
+        frozen = {name: network.shapes for name, network in networks.frozen.items()}
+        self.batch = batch
+        self.step = jax.jit(step, donate_argnums=0).lower(shapes, frozen, batch).compile()
+
+    def _create(self, params: Params) -> train_state.TrainState:
+        return train_state.create(params, self.optimizer, True)
+
+    def start(self, params: Params) -> None:
+        self.state = jax.jit(self._create, donate_argnums=0)(jax.device_put(params))
+        # Towers that need a file stand at zero: what they put out is of no consequence here.
+        frozen = {name: {k: np.zeros(s.shape, s.dtype) for k, s in n.shapes.items()} for name, n in self.networks.frozen.items()}
+        self.frozen, self.batch = jax.device_put((frozen, self.batch))
+
+    def __call__(self) -> None:
+        self.state, metrics = self.step(self.state, self.frozen, self.batch)
+        float(metrics["loss"])
+
+
+def median_seconds(step, rounds: int) -> float:
+    taken = []
+    for _ in range(rounds + 2):
+        began = time.perf_counter()
+        step()
+        taken.append(time.perf_counter() - began)
+    return statistics.median(taken[2:])
+
+
+def torch_side(config: Config, arguments: argparse.Namespace) -> None:
+    """The process of PyTorch: for eager and then compiled, says "ready" after a first step, waits for a line, says seconds and GiB."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_float32_matmul_precision("high")
+    step = TorchStep(config, torch_unet(config, random_params(Networks.of(config))), make_batch(config), False, device)
+    for way in ("eager", "torch.compile")[: 1 + arguments.compile]:
+        if way == "torch.compile":
+            step.forward = torch.compile(step.unet)
+        step()
+        print("ready", flush=True)
+        sys.stdin.readline()
+        seconds = median_seconds(step, arguments.rounds)
+        print(seconds, torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else 0.0, flush=True)
+
+
+def apart(name: str, config: Config, arguments: argparse.Namespace) -> None:
+    """Prints a row for each of PyTorch's ways, each side with the card to itself; whatever is not ready in time is left out."""
+    began = time.perf_counter()
+
+    def left() -> float:
+        return max(1.0, arguments.limit - (time.perf_counter() - began))
+
+    def say(text: str) -> None:
+        print(f"{time.perf_counter() - began:4.0f} s: {text}", flush=True)
+
+    given = [f"--{key}={value}" for key, value in vars(arguments).items() if key in ("rounds", "batch", "remat") and value]
+    command = [sys.executable, __file__, "--side=torch", f"--config={name}", *given, *(["--compile"] if arguments.compile else [])]
+    theirs = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+    networks, made = Networks.of(config), []
+
+    def make() -> None:
+        made.append(OurStep(config, networks, make_batch(config)))
+        memory = made[0].step.memory_analysis()
+        say(f"our step is compiled, needs {(memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**30:.1f} GiB")
+
+    compiling = threading.Thread(target=make, daemon=True)
+    compiling.start()
+    found = {}
+    for way in ("eager", "torch.compile")[: 1 + arguments.compile]:
+        timer = threading.Timer(left(), theirs.kill)
+        timer.start()
+        said = theirs.stdout.readline()
+        timer.cancel()
+        if said != "ready\n":
+            say(f"PyTorch ({way}) was not ready in {arguments.limit:g} s")
+            break
+        say(f"PyTorch ({way}) is ready")
+        theirs.stdin.write("go\n")
+        theirs.stdin.flush()
+        found[way], gib = map(float, theirs.stdout.readline().split())
+        say(f"PyTorch ({way}): {found[way]:.3f} s a step, {gib:.1f} GiB at most")
+    theirs.communicate()
+    compiling.join(left())
+    if not made:
+        say("our step is not compiled; it is left out")
+        sys.stdout.flush()
+        os._exit(1)  # XLA cannot be interrupted
+    made[0].start(random_params(networks))
+    seconds = median_seconds(made[0], arguments.rounds)
+    rate = training_flops(config, networks) / seconds / 1e12
+    say(f"ours: {seconds:.3f} s a step, {rate:.1f} model TFLOP/s, peak of the device {peak_tflops(jax.devices()[0].device_kind)}")
+    for way, theirs in found.items():
+        print(row(name, config, seconds, theirs, way), flush=True)
+
+
+def row(name: str, config: Config, ours: float, theirs: float, way: str) -> str:
+    cells = (
+        f"{name}, {config.dtype}, remat {config.remat}",
+        f"{config.batch_size}",
+        f"{ours:.3f}",
+        f"{theirs:.3f}",
+        f"{theirs / ours:.2f}",
+    )
+    return f"| {' | '.join(cells)} | {way} |"
+
+
+def by_turns(name: str, config: Config, arguments: argparse.Namespace) -> None:
+    """Prints the row of both sides in one process, by turns, after a comparison of the outputs."""
+    networks = Networks.of(config)
+    params, batch = random_params(networks), make_batch(config)
+    theirs = TorchStep(config, torch_twin(config, networks, params), batch, arguments.compile)
+    ours = OurStep(config, networks, batch)
+    ours.start(params)
+    print(row(name, config, *alternate(ours, theirs, arguments.rounds), "torch.compile" if arguments.compile else "eager"), flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", action="append", help="repeat for several")
     parser.add_argument("--rounds", type=int, default=10, help="timed steps of each side")
     parser.add_argument("--compile", action="store_true", help="torch.compile the PyTorch network")
+    parser.add_argument("--batch", type=int, help="clips, in place of the configuration's")
+    parser.add_argument("--remat", help="in place of the configuration's; PyTorch always keeps all activations")
+    parser.add_argument("--limit", type=float, default=220, help="on a GPU: seconds until everything is compiled")
+    parser.add_argument("--apart", action="store_true", help="as on a GPU, on any device")
+    parser.add_argument("--side", choices=("torch",), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    print(machine())
-    rows = ["| configuration | clips | ours, s | PyTorch, s | PyTorch / ours |", "|---|---|---|---|---|"]
+    if not arguments.side:
+        print(machine())
+        print("| configuration | clips | ours, s | PyTorch, s | PyTorch / ours | PyTorch's way |\n|---|---|---|---|---|---|", flush=True)
     for name in arguments.config or ["configs/motif.py:tiny", "configs/motif.py:small"]:
         config = load_config(name)
-        networks, optimizer = Networks.of(config), make_optimizer(config)
-        params, batch = random_params(networks), make_batch(config)
-        theirs = TorchStep(config, torch_twin(config, networks, params), batch, arguments.compile)
-        empty = np.zeros(config.text.context_length, np.int32)
-        step = jax.jit(make_train_step(networks, optimizer, empty), donate_argnums=0)
-        frozen = networks.init_frozen()
-        on_device = jax.device_put(batch)
-        carry = [jax.jit(lambda p, optimizer=optimizer: train_state.create(p, optimizer, True))(params)]
-
-        def ours(step=step, carry=carry, frozen=frozen, on_device=on_device) -> None:
-            carry[0], metrics = step(carry[0], frozen, on_device)
-            float(metrics["loss"])
-
-        a, b = alternate(ours, theirs, arguments.rounds)
-        rows.append(f"| {name} | {config.batch_size} | {a:.3f} | {b:.3f} | {b / a:.2f} |")
-        print(rows[-1], flush=True)
-    print("\n".join(rows))
+        given = {"batch_size": arguments.batch, "remat": arguments.remat}
+        config = dataclasses.replace(config, **{key: value for key, value in given.items() if value})
+        if arguments.side:
+            torch_side(config, arguments)
+        elif arguments.apart or jax.default_backend() != "cpu":
+            apart(name, config, arguments)
+        else:
+            by_turns(name, config, arguments)
 
 
 if __name__ == "__main__":
