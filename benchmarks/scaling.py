@@ -41,7 +41,7 @@ class Chip(NamedTuple):
 
     TPU: half of the published interconnect bandwidth of a chip in one direction (v5e 200, v5p 600, v6e 400 GB/s;
     docs.cloud.google.com/tpu), as slices smaller than a full torus have no links around the edge. GPU: NVLink 4, 450 GB/s.
-    utilisation: share of the peak at which the arithmetic is taken to run; for TPU the bound that XLA estimates (docs/compile.md).
+    utilisation: model FLOPs over the peak while nothing is waited for: XLA's bound for TPU (docs/compile.md), measured on one H200.
     """
 
     peak: float
@@ -53,9 +53,9 @@ class Chip(NamedTuple):
 CHIPS = {
     "v5e": Chip(197, 15.75, 100, 0.26),
     "v5p": Chip(459, 95.74, 300, 0.29),
-    "v6e": Chip(918, 31.25, 200, 0.27),
-    "H100": Chip(989, 76, 450, 0.40),
-    "H200": Chip(989, 134, 450, 0.40),
+    "v6e": Chip(918, 31.25, 200, 0.13),
+    "H100": Chip(989, 76, 450, 0.27),
+    "H200": Chip(989, 134, 450, 0.27),
 }
 # slice -> meshes worth comparing, (data, fsdp)
 MESHES = {
