@@ -22,8 +22,9 @@ from motif_jax.training.metrics import read_lines
 
 ALONG = "validation"  # the split judged at every checkpoint; the others at the last one only
 SHOWN = 6  # clips of the test split kept as pictures: the first ones, whatever they look like
-RATES = ("success", "direction_ok", "wrong_object", "lost")
+RATES = ("success", "direction_ok", "wrong_object", "lost", "ghost")
 MEANS = ("speed_ratio", "path_error", "background_psnr", "area_ratio", "others_drift", "leak")
+DIFFERENCES = ("direction_ok", "lost", "ghost", "background_psnr")  # of every pair of arms, paired by clip and seed
 ORDER = ("none", "flow", "inverse")  # first rows; the other arms follow by name
 
 
@@ -123,7 +124,8 @@ def summarise(runs: dict[tuple[str, str], pathlib.Path], world: str, seed: int, 
 
     def measures(arm: str, numbers: list[str], split: str, step: int | None = None) -> dict[str, np.ndarray]:
         found = load([runs[arm, n] for n in numbers], step or last[arm], split, world, seed, count)
-        return found | {"lost": (found["presence"] < comparison.LOST).astype(float)}
+        lost, ghost = found["presence"] < comparison.LOST, found["area_ratio"] > comparison.GHOSTS[1]
+        return found | {"lost": lost.astype(float), "ghost": ghost.astype(float)}
 
     for arm, numbers in arms.items():
         row: dict[str, Any] = {"seeds": numbers, "step": last[arm], "splits": {}}
@@ -154,11 +156,32 @@ def summarise(runs: dict[tuple[str, str], pathlib.Path], world: str, seed: int, 
                 pair[split] = {
                     "motion": comparison.estimate(comparison.prefer(m_a, m_b), moving),
                     "strict": comparison.estimate(comparison.prefer(m_a, m_b, strict=True), moving),
-                    "direction_difference": comparison.estimate(m_a["direction_ok"] - m_b["direction_ok"], moving),
-                    "background_difference": comparison.estimate(m_a["background_psnr"] - m_b["background_psnr"], moving),
-                }
+                } | {f"{n}_difference": comparison.estimate(m_a[n] - m_b[n], moving) for n in DIFFERENCES}
             result["pairs"].append(pair)
     return result
+
+
+def families(result: dict[str, Any]) -> list[str]:
+    """The prefixes under which arms "flow" were run: "" for the U-Net's, "dit_" for the transformer's."""
+    return [arm.removesuffix("flow") for arm in result["arms"] if arm == "flow" or arm.endswith("_flow")]
+
+
+def reference(result: dict[str, Any], arm: str) -> str:
+    """The arm that another is compared with: its family's flow; where that was not run, the first arm."""
+    prefix = max((p for p in families(result) if arm.startswith(p)), key=len, default=None)
+    return next(iter(result["arms"])) if prefix is None else f"{prefix}flow"
+
+
+def difference(result: dict[str, Any], a: str, b: str, split: str, name: str) -> dict[str, Any]:
+    """An estimate of the pair a, b seen from a: what stands for the pair b, a is turned around."""
+    nothing = {"mean": None, "low": None, "high": None}
+    for pair in result["pairs"]:
+        if (pair["a"], pair["b"]) == (a, b):
+            return pair[split][name]
+        if (pair["a"], pair["b"]) == (b, a):
+            e, whole = pair[split][name], 0.0 if name.endswith("difference") else 1.0
+            return nothing if e["mean"] is None else {"mean": whole - e["mean"], "low": whole - e["high"], "high": whole - e["low"]}
+    return nothing
 
 
 def figure6(runs: Sequence[pathlib.Path]) -> dict[int, dict[str, list[float]]]:

@@ -1,34 +1,34 @@
 """The report of the ablation: what `ablation.summarise` returned in; report.html, report.md and report.json out."""
 
 import html
-import io
 import pathlib
 from typing import Any
 
 import numpy as np
 
 from motif_jax import report
-from motif_jax.bench import ablation, comparison
-from motif_jax.data import sprites
+from motif_jax.bench import ablation, ablation_pictures, comparison
 
 RULE = (
     "Rule of preference, fixed before the test clips were sampled: the clip wins whose named object keeps nearer to its true path, by more "
     f"than {comparison.MARGIN:.3f} of the width (a clip that shows the object in less than {100 * comparison.LOST:.0f} % of its frames "
     f"counts as lost). Strict: no win with a background more than {comparison.VETO_DB:g} dB worse, or with a ghost or a smear that "
-    "the other clip has not. Ties count half. Brackets: 95 % bootstrap interval over clips and seeds."
+    "the other clip has not. Ties count half. Brackets: 95 % bootstrap interval over clips and seeds; with one seed it speaks of clips alone, "
+    "and another seed may differ by more."
 )
 ROWS = {
     "direction_ok": ("direction %", 100, ".0f"),
     "wrong_object": ("wrong object %", 100, ".0f"),
     "lost": ("object lost %", 100, ".0f"),
-    "success": ("all measures at once %", 100, ".0f"),
-    "still_kept": ("still kept %", 100, ".0f"),
+    "ghost": ("ghost or smear %", 100, ".0f"),
+    "background_psnr": ("background dB", 1, ".1f"),
+    "area_ratio": ("colour's area / true", 1, ".2f"),
     "path_error": ("path error where found, % of width", 100, ".1f"),
     "speed_ratio": ("speed / true", 1, ".2f"),
-    "background_psnr": ("background dB", 1, ".1f"),
-    "area_ratio": ("colour's area / true (ghosts)", 1, ".2f"),
     "others_drift": ("others' drift px", 1, ".1f"),
+    "still_kept": ("still kept %", 100, ".0f"),
     "leak": ("frames that copy the image %", 100, ".0f"),
+    "success": ("all measures at once %", 100, ".0f"),
 }
 TITLES = {
     "validation": "New clips of combinations seen in training",
@@ -36,45 +36,116 @@ TITLES = {
     "several": "Three shapes",
     "backgrounds": "Backgrounds of another kind",
 }
+SPLIT_NAMES = {"validation": "seen", "heldout": "never seen"}  # the splits on which pairs are compared
+Table = tuple[str, list[str], list[list[str]]]
 
 
 def cell(e: dict[str, Any], scale: float, form: str, interval: bool = True) -> str:
+    """The mean of an estimate and its interval as text; "-" where nothing was counted."""
     if e["mean"] is None:
         return "-"
     text = format(scale * e["mean"], form)
     return text + (f" [{scale * e['low']:{form}}, {scale * e['high']:{form}}]" if interval else "")
 
 
-def tables(result: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
+def claims(result: dict[str, Any]) -> list[list[str]]:
+    """What the paper says of its loss, for every backbone whose arms none, flow and inverse were run: claim, measured, does it hold."""
+    rows = []
+    for prefix in ablation.families(result):
+        none, flow, inverse = (prefix + arm for arm in ablation.ORDER)
+        if not all(arm in result["arms"] for arm in (none, flow, inverse)):
+            continue
+        for low, high in ((flow, none), (none, inverse)):
+            a, b = (last_ratios(result["arms"][arm]) for arm in (low, high))
+            gaps = [np.mean(b[k]) - np.mean(a[k]) for k in a if k != "all"]
+            apart = [min(b[k]) > max(a[k]) for k in a if k != "all"]
+            seeds = max(np.ptp(found[k]) for found in (a, b) for k in found)
+            measured = f"gaps {min(gaps):.2f} to {max(gaps):.2f}; largest difference of seeds {seeds:.2f}"
+            rows.append([f"figure 6: {low} below {high} at every timestep", measured, "yes" if all(apart) else "no"])
+        for better, worse in ((flow, none), (none, inverse)):
+            for split, name in SPLIT_NAMES.items():
+                e = ablation.difference(result, better, worse, split, "direction_ok_difference")
+                rows.append([f"direction, {better} over {worse}, {name}, points", cell(e, 100, "+.1f"), verdict(e, 0.0)])
+        for kind in ("motion", "strict"):
+            for split, name in SPLIT_NAMES.items():
+                e = ablation.difference(result, flow, none, split, kind)
+                rows.append([f"{flow} preferred to {none}, {kind} rule, {name}, %", cell(e, 100, ".1f"), verdict(e, 0.5)])
+        for name, label, scale, form, sign in (
+            ("background_psnr_difference", "background, dB", 1, "+.2f", 1),
+            ("ghost_difference", "clips with a ghost or a smear, points", 100, "+.1f", -1),
+        ):
+            for split, where in SPLIT_NAMES.items():
+                e = ablation.difference(result, flow, none, split, name)
+                costs = e["mean"] is not None and (e["high"] < 0 if sign > 0 else e["low"] > 0)
+                rows.append([f"cost of {flow} over {none}: {label}, {where}", cell(e, scale, form), "costs" if costs else "none shown"])
+    return rows
+
+
+def verdict(e: dict[str, Any], bound: float) -> str:
+    """Whether an estimate lies above a bound with its whole interval."""
+    if e["mean"] is None or e["mean"] <= bound:
+        return "no"
+    return "yes" if e["low"] > bound else "not shown: the interval reaches it"
+
+
+def last_ratios(row: dict[str, Any]) -> dict[str, list[float]]:
+    """Figure 6 of an arm at its last evaluation: {"all", "0", ...: one ratio per seed}; empty where nothing was evaluated."""
+    return max(row["ratio"].items(), key=lambda item: int(item[0]))[1] if row["ratio"] else {}
+
+
+def tables(result: dict[str, Any]) -> list[Table]:
     """(title, heads, rows) of every table of the report."""
-    out = []
-    first = next(iter(result["arms"].values()))
+    arms = result["arms"]
+    out: list[Table] = [("What the paper claims, and what was measured", ["claim", "measured", "holds"], claims(result))]
+    rows = []
+    for arm in arms:
+        base = ablation.reference(result, arm)
+        if arm == base:
+            continue
+        row = [arm, base, str(sum(n in arms[base]["seeds"] for n in arms[arm]["seeds"]))]
+        for split in SPLIT_NAMES:
+            row += [cell(ablation.difference(result, arm, base, split, kind), 100, ".0f") for kind in ("motion", "strict")]
+            row.append(cell(ablation.difference(result, arm, base, split, "direction_ok_difference"), 100, "+.0f"))
+            row.append(cell(ablation.difference(result, arm, base, split, "ghost_difference"), 100, "+.0f"))
+            row.append(cell(ablation.difference(result, arm, base, split, "background_psnr_difference"), 1, "+.2f"))
+        rows.append(row)
+    names = ("preferred, motion %", "preferred, strict %", "direction, points", "ghosts, points", "background dB")
+    heads = ["arm", "against", "seeds", *(f"{split}: {name}" for split in SPLIT_NAMES.values() for name in names)]
+    out.append(("Every arm against the paper's loss: gains and costs", heads, rows))
+    first = next(iter(arms.values()))
     for split, title in TITLES.items():
         rows = []
-        for arm, row in result["arms"].items():
-            rows.append([arm, str(len(row["seeds"])), *(cell(row["splits"][split][n], s, f) for n, (_, s, f) in ROWS.items())])
+        for arm, row in arms.items():
+            rows.append(
+                [arm, str(len(row["seeds"])), str(row["step"]), *(cell(row["splits"][split][n], s, f) for n, (_, s, f) in ROWS.items())]
+            )
         clips = first["splits"][split]["direction_ok"]["clips"]
         still = first["splits"][split]["still_kept"]["clips"]
-        heads = ["arm", "seeds", *(name for name, _, _ in ROWS.values())]
-        out.append((f"{title}: {clips} clips that move, {still} that stay still, {first['step']} steps", heads, rows))
+        heads = ["arm", "seeds", "steps", *(name for name, _, _ in ROWS.values())]
+        out.append((f"{title}: {clips} clips that move, {still} that stay still", heads, rows))
+    steps = sorted({int(step) for row in arms.values() for step in row["curve"]})
+    for name, title in (("direction_ok", "Direction % along training, combinations seen"), ("lost", "Object lost %, likewise")):
+        curves = {arm: {int(step): found[name] for step, found in row["curve"].items()} for arm, row in arms.items()}
+        rows = [
+            [arm, *(cell(curve[s], 100, ".0f", len(arms[arm]["seeds"]) > 1) if s in curve else "" for s in steps)]
+            for arm, curve in curves.items()
+        ]
+        out.append((title, ["arm", *map(str, steps)], rows))
     rows = []
-    for pair in result["pairs"]:
-        row = [f"{pair['a']} over {pair['b']}", str(len(pair["seeds"]))]
-        for split in ("validation", "heldout"):
-            row += [cell(pair[split][kind], 100, ".1f") for kind in ("motion", "strict")]
-            row.append(cell(pair[split]["direction_difference"], 100, "+.1f"))
-        rows.append(row)
-    heads = ["pair", "seeds"]
-    heads += [f"{split}: {kind}" for split in ("seen", "held out") for kind in ("motion %", "strict %", "direction, points")]
-    out.append(("Preference of the first arm over the second", heads, rows))
-    rows = []
-    for arm, row in result["arms"].items():
-        if row["ratio"]:
-            step, found = max(row["ratio"].items(), key=lambda item: int(item[0]))
-            spread = max(np.ptp(values) for values in found.values())
-            rows.append([arm, str(step), *(f"{np.mean(found[k]):.2f}" for k in found), f"{spread:.2f}"])
-            heads = ["arm", "step", *("all" if k == "all" else f"bucket {k}" for k in found), "largest difference of seeds"]
+    for arm, row in arms.items():
+        found = last_ratios(row)
+        if found:
+            spread = f"{max(np.ptp(values) for values in found.values()):.2f}" if len(row["seeds"]) > 1 else "-"
+            rows.append([arm, *(f"{np.mean(values):.2f}" for values in found.values()), spread])
+            heads = ["arm", *("all" if k == "all" else f"bucket {k}" for k in found), "largest difference of seeds"]
     out.append(("Loss in the moving region over loss (figure 6), by timestep from clean to noise", heads, rows))
+    for split, name in SPLIT_NAMES.items():
+        for kind in ("motion", "strict"):
+            rows = [
+                [a, *("" if a == b else cell(ablation.difference(result, a, b, split, kind), 100, ".0f", False) for b in arms)]
+                for a in arms
+            ]
+            out.append((f"How often the row is preferred to the column, {kind} rule, combinations {name}, %", ["", *arms], rows))
     return out
 
 
@@ -90,13 +161,14 @@ def markdown(result: dict[str, Any]) -> str:
 def write(directory: pathlib.Path, result: dict[str, Any], runs: dict[tuple[str, str], pathlib.Path]) -> str:
     """Writes report.json, report.md and report.html, and returns the Markdown text."""
     text = markdown(result)
-    body = [f"<h1>{html.escape(text.splitlines()[0].lstrip('# '))}</h1>", f"<p>{html.escape(RULE)}</p>", _curves(result)]
-    for title, heads, rows in tables(result):
-        body.append(f"<h2>{html.escape(title)}</h2><table><tr>" + "".join(f"<th>{html.escape(h)}" for h in heads))
-        body += ["<tr>" + "".join(f"<td>{html.escape(c)}" for c in row) for row in rows]
-        body.append("</table>")
-    body.append(_strips(directory, result, runs))
-    style = report.STYLE.replace("max-width:60rem", "max-width:100rem")
+    body = [f"<h1>{html.escape(text.splitlines()[0].lstrip('# '))}</h1>", f"<p>{html.escape(RULE)}</p>"]
+    listed = [_table(*table) for table in tables(result)]
+    body += [listed[0], ablation_pictures.curves(result), listed[1], ablation_pictures.gains_and_costs(result)]
+    body += [ablation_pictures.clips(directory, result, runs), *listed[2:]]
+    style = (
+        report.STYLE.replace("max-width:60rem", "max-width:110rem")
+        + "table{font-size:.85rem}td,th{padding:.15rem .5rem}.wide{overflow-x:auto}"
+    )
     page = f"<!doctype html><html lang=en><meta charset=utf-8><title>Ablation</title><style>{style}</style>{''.join(body)}</html>\n"
     for name, content in (("report.json", ablation.to_json(result)), ("report.md", text), ("report.html", page)):
         temporary = directory / f"{name}.tmp"
@@ -105,58 +177,6 @@ def write(directory: pathlib.Path, result: dict[str, Any], runs: dict[tuple[str,
     return text
 
 
-def _curves(result: dict[str, Any]) -> str:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(17, 4.2), layout="constrained")
-    panels = figure.subplots(1, 4)
-    labels = {
-        "direction_ok": "direction accuracy, seen combinations",
-        "lost": "share of clips that lose the object",
-        "background_psnr": "background dB",
-    }
-    for k, (arm, row) in enumerate(result["arms"].items()):
-        style = {"color": f"C{k % 10}", "linestyle": "-" if k < 10 else "--"}
-        for axes, (name, title) in zip(panels, labels.items(), strict=False):
-            steps = sorted(row["curve"], key=int)
-            found = [row["curve"][step][name] for step in steps]
-            if len(row["seeds"]) > 1:
-                axes.fill_between(steps, [e["low"] for e in found], [e["high"] for e in found], alpha=0.15, color=style["color"])
-            axes.plot(steps, [e["mean"] for e in found], marker="o", markersize=3, label=arm, **style)
-            axes.set(title=title, xlabel="step")
-        if row["ratio"]:
-            _, found = max(row["ratio"].items(), key=lambda item: int(item[0]))
-            buckets = [key for key in found if key != "all"]
-            for seed in range(len(row["seeds"])):
-                panels[3].plot([int(b) for b in buckets], [found[b][seed] for b in buckets], marker="o", markersize=3, linewidth=1, **style)
-    panels[3].set(title="loss in the moving region / loss (figure 6)", xlabel="timestep bucket, clean to noise")
-    panels[0].legend(fontsize=8)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return report.picture(buffer.getvalue(), "image/png", "learning curves and figure 6 of all arms")
-
-
-def _strips(directory: pathlib.Path, result: dict[str, Any], runs: dict[tuple[str, str], pathlib.Path]) -> str:
-    """The first clips of the held-out split: truth and every arm side by side, one GIF and one strip a clip, also as files."""
-    from motif_jax.data.videos import save_video
-    from motif_jax.motion import pictures
-
-    world, seed, count = result["world"], result["seed"], result["count"]
-    shown = {}
-    for arm, row in result["arms"].items():
-        shown[arm] = ablation.load([runs[arm, row["seeds"][0]]], row["step"], "heldout", world, seed, count)["shown"][0]
-    frames, height, width = next(iter(shown.values())).shape[1:4]
-    clips = sprites.make_clips(world, seed, range(ablation.SHOWN), frames, height, width, "heldout")
-    (directory / "clips").mkdir(exist_ok=True)
-    parts = ["<h2>The first held-out clips, as they came</h2><p>", html.escape(", ".join(["truth", *shown])), "</p><div class=clip>"]
-    for i, caption in enumerate(clips["captions"]):
-        row = {"truth": clips["frames"][i]} | {arm: made[i] for arm, made in shown.items()}
-        large = [np.repeat(np.repeat(clip, 3, axis=1), 3, axis=2) for clip in row.values()]
-        path = directory / "clips" / f"{i:02d}.gif"
-        save_video(path, np.concatenate(large, axis=2), clips["fps"])
-        sheet = pictures.stack([pictures.strip(clip, f"{caption} ({name})") for name, clip in row.items()])
-        pictures.save_png(path.with_suffix(".png"), sheet)
-        parts.append(
-            f"<figure>{report.picture(path.read_bytes(), 'image/gif', caption)}<figcaption>{html.escape(caption)}</figcaption></figure>"
-        )
-    return "".join(parts).replace("<div class=clip>", "<div>") + "</div>"
+def _table(title: str, heads: list[str], rows: list[list[str]]) -> str:
+    lines = ["".join(f"<th>{html.escape(h)}" for h in heads), *("".join(f"<td>{html.escape(c)}" for c in row) for row in rows)]
+    return f"<h2>{html.escape(title)}</h2><div class=wide><table>{''.join(f'<tr>{line}' for line in lines)}</table></div>"

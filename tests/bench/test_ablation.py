@@ -48,13 +48,47 @@ def test_report(runs):
     (pair,) = result["pairs"]
     assert (pair["a"], pair["b"], pair["seeds"]) == ("none", "flow", ["0", "1"])
     # Four of eight clips lost, four tied: a quarter of the wins.
-    assert pair["heldout"]["motion"]["mean"] == 0.25 and pair["heldout"]["direction_difference"]["mean"] == -0.5
+    assert pair["heldout"]["motion"]["mean"] == 0.25 and pair["heldout"]["direction_ok_difference"]["mean"] == -0.5
     text = ablation_report.write(runs, result, found)
-    assert "| none over flow | 2 | 25.0 [" in text
+    assert "| none | flow | 2 | 25 [" in text
     assert json.loads((runs / "report.json").read_text())["pairs"][0]["validation"]["strict"]["mean"] == 0.25
     page = (runs / "report.html").read_text()
     assert page.count("data:image/gif") == ablation.SHOWN and "Loss in the moving region over loss" in page
     assert (runs / "clips" / "00.png").stat().st_size > 0
+
+
+def made_up(**ratios):
+    """A result whose arms have these figure-6 ratios at one bucket, and whose pairs are given by the test."""
+    arms = {arm: {"seeds": ["0", "1"], "ratio": {100: {"all": values, "0": values}}} for arm, values in ratios.items()}
+    return {"arms": arms, "pairs": []}
+
+
+def test_claims_hold_only_when_all_seeds_and_the_whole_interval_say_so():
+    result = made_up(none=[2.0, 2.4], flow=[1.0, 2.1], inverse=[2.5, 3.0])
+    names = ("motion", "strict", *(f"{name}_difference" for name in ablation.DIFFERENCES))
+    flow = {n: {"mean": 0.6, "low": 0.4, "high": 0.8} for n in names} | {
+        "background_psnr_difference": {"mean": -1.0, "low": -2.0, "high": -0.5}
+    }
+    inverse = {n: {"mean": -0.3, "low": -0.4, "high": -0.1} for n in names}
+    result["pairs"] = [{"a": "flow", "b": "none", "validation": flow, "heldout": flow}]
+    result["pairs"] += [{"a": "inverse", "b": "none", "validation": inverse, "heldout": inverse}]
+    rows = {claim: (measured, holds) for claim, measured, holds in ablation_report.claims(result)}
+    # A seed of flow lies above one of none; inverse lies above both.
+    assert rows["figure 6: flow below none at every timestep"] == ("gaps 0.65 to 0.65; largest difference of seeds 1.10", "no")
+    assert rows["figure 6: none below inverse at every timestep"][1] == "yes"
+    assert rows["direction, flow over none, seen, points"] == ("+60.0 [+40.0, +80.0]", "yes")
+    assert rows["direction, none over inverse, never seen, points"] == ("+30.0 [+10.0, +40.0]", "yes")  # the pair turned around
+    assert rows["flow preferred to none, motion rule, seen, %"] == ("60.0 [40.0, 80.0]", "not shown: the interval reaches it")
+    assert rows["cost of flow over none: background, dB, seen"] == ("-1.00 [-2.00, -0.50]", "costs")
+    assert rows["cost of flow over none: clips with a ghost or a smear, points, seen"][1] == "costs"
+
+
+def test_arms_are_compared_within_their_backbone():
+    result = made_up(none=[1], flow=[1], cx_attn=[1], dit_none=[1], dit_flow=[1])
+    assert ablation.families(result) == ["", "dit_"]
+    compared = {arm: ablation.reference(result, arm) for arm in result["arms"]}
+    assert compared == {"none": "flow", "flow": "flow", "cx_attn": "flow", "dit_none": "dit_flow", "dit_flow": "dit_flow"}
+    assert ablation.reference(made_up(none=[1], mask=[1]), "mask") == "none"
 
 
 def test_what_is_missing_is_named(tmp_path):

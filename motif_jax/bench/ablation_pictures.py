@@ -1,0 +1,113 @@
+"""The pictures of the ablation's report: learning curves and figure 6, gains beside costs, and the first clips of every arm."""
+
+import html
+import io
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from motif_jax import report
+from motif_jax.bench import ablation
+from motif_jax.data import sprites
+
+COLOURS = {"none": "#4477aa", "flow": "#cc6611", "inverse": "#228833"}
+CURVES = {
+    "direction_ok": "direction accuracy, combinations seen",
+    "lost": "share of clips that lose the object",
+    "background_psnr": "background dB",
+}
+COLUMNS = 8  # clips in a row of the moving pictures
+DIFFERENCES = {
+    "direction_ok_difference": ("direction, points", 100, 1),
+    "lost_difference": ("object lost, points", 100, -1),
+    "ghost_difference": ("ghost or smear, points", 100, -1),
+    "background_psnr_difference": ("background, dB", 1, 1),
+}
+
+
+def curves(result: dict[str, Any]) -> str:
+    """A row of panels for each backbone: direction, loss of the object and background along training, and figure 6 at its end."""
+    from matplotlib.figure import Figure
+
+    rows = ablation.families(result) or [""]
+    figure = Figure(figsize=(17, 4 * len(rows)), layout="constrained")
+    for prefix, panels in zip(rows, figure.subplots(len(rows), 4, squeeze=False), strict=True):
+        for name in (n for n in ablation.ORDER if prefix + n in result["arms"]):
+            row, colour = result["arms"][prefix + name], COLOURS[name]
+            for axes, (measure, title) in zip(panels, CURVES.items(), strict=False):
+                steps = sorted(row["curve"], key=int)
+                found = [row["curve"][step][measure] for step in steps]
+                x = [int(step) for step in steps]
+                axes.fill_between(x, [e["low"] for e in found], [e["high"] for e in found], alpha=0.15, color=colour, linewidth=0)
+                axes.plot(x, [e["mean"] for e in found], marker="o", markersize=3, color=colour, label=prefix + name)
+                axes.set(title=title, xlabel="step")
+            if row["ratio"]:
+                _, found = max(row["ratio"].items(), key=lambda item: int(item[0]))
+                buckets = [key for key in found if key != "all"]
+                for seed in range(len(row["seeds"])):
+                    panels[3].plot(buckets, [found[b][seed] for b in buckets], marker="o", markersize=3, linewidth=1, color=colour)
+        panels[3].set(title="loss in the moving region / loss (figure 6)", xlabel="timestep bucket, clean to noise")
+        if panels[0].lines:
+            panels[0].legend(fontsize=9)
+    note = "<p>Bands: 95 % over clips and seeds (one seed: clips alone). Figure 6: one line a seed.</p>"
+    return "<h2>Learning curves</h2>" + note + _picture(figure, "learning curves and figure 6 of the main arms")
+
+
+def gains_and_costs(result: dict[str, Any]) -> str:
+    """Every arm minus the one it is compared with: a gain is a point to the right of the line, a cost one to its left."""
+    from matplotlib.figure import Figure
+
+    arms = [arm for arm in result["arms"] if arm != ablation.reference(result, arm)]
+    figure = Figure(figsize=(17, 1.5 + 0.34 * len(arms)), layout="constrained")
+    panels = figure.subplots(1, len(DIFFERENCES), sharey=True)
+    for axes, (name, (title, scale, sign)) in zip(panels, DIFFERENCES.items(), strict=True):
+        for split, offset, colour in (("validation", -0.15, "#333333"), ("heldout", 0.15, "#aa3377")):
+            found = [ablation.difference(result, arm, ablation.reference(result, arm), split, name) for arm in arms]
+            for y, e in enumerate(found):
+                if e["mean"] is not None:
+                    mean, low, high = (scale * e[k] for k in ("mean", "low", "high"))
+                    axes.errorbar(mean, y + offset, xerr=[[mean - low], [high - mean]], fmt="o", markersize=4, color=colour, linewidth=1.2)
+        axes.axvline(0, color="#999999", linewidth=1)
+        if sign < 0:
+            axes.invert_xaxis()
+        axes.grid(axis="y", alpha=0.2)
+        axes.set(title=title)
+    panels[0].set_yticks(range(len(arms)), [f"{a} ({len(result['arms'][a]['seeds'])})" for a in arms])
+    panels[0].invert_yaxis()
+    note = (
+        "<p>Each arm minus its family's flow on the same clips and seeds (number of seeds in brackets). Right of the line is better, "
+        "left is worse. Black: combinations seen, red: never seen. Bars: 95 %.</p>"
+    )
+    return "<h2>Gains and costs</h2>" + note + _picture(figure, "differences of every arm to the paper's loss, with intervals")
+
+
+def clips(directory: pathlib.Path, result: dict[str, Any], runs: dict[tuple[str, str], pathlib.Path]) -> str:
+    """The first clips of the held-out split: truth and every arm side by side, one GIF and one strip a clip, also as files."""
+    from motif_jax.data.videos import save_video
+    from motif_jax.motion import pictures
+
+    world, seed, count = result["world"], result["seed"], result["count"]
+    shown = {}
+    for arm, row in result["arms"].items():
+        shown[arm] = ablation.load([runs[arm, row["seeds"][0]]], row["step"], "heldout", world, seed, count)["shown"][0]
+    frames, height, width = next(iter(shown.values())).shape[1:4]
+    made = sprites.make_clips(world, seed, range(ablation.SHOWN), frames, height, width, "heldout")
+    (directory / "clips").mkdir(exist_ok=True)
+    parts = ["<h2>The first clips of combinations never seen, as they came</h2><div>"]
+    for i, caption in enumerate(made["captions"]):
+        row = {"truth": made["frames"][i]} | {arm: of[i] for arm, of in shown.items()}
+        path = directory / "clips" / f"{i:02d}.gif"
+        names = list(row)
+        lines = [pictures.side_by_side({name: row[name] for name in names[k : k + COLUMNS]}) for k in range(0, len(names), COLUMNS)]
+        save_video(path, np.stack([pictures.stack(line) for line in zip(*lines, strict=True)]), made["fps"])
+        sheet = pictures.stack([pictures.strip(clip, f"{caption} ({name})") for name, clip in row.items()])
+        pictures.save_png(path.with_suffix(".png"), sheet)
+        parts.append(f"<h3>{html.escape(caption)}</h3>{report.picture(path.read_bytes(), 'image/gif', caption)}")
+    return "".join(parts) + "</div>"
+
+
+def _picture(figure: Any, description: str) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return report.picture(buffer.getvalue(), "image/png", description)
