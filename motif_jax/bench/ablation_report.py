@@ -13,8 +13,8 @@ RULE = (
     "Rule of preference, fixed before the test clips were sampled: the clip wins whose named object keeps nearer to its true path, by more "
     f"than {comparison.MARGIN:.3f} of the width (a clip that shows the object in less than {100 * comparison.LOST:.0f} % of its frames "
     f"counts as lost). Strict: no win with a background more than {comparison.VETO_DB:g} dB worse, or with a ghost or a smear that "
-    "the other clip has not. Ties count half. Brackets: 95 % bootstrap interval over clips and seeds; with one seed it speaks of clips alone, "
-    "and another seed may differ by more."
+    "the other clip has not. Ties count half. Brackets: 95 % bootstrap interval over clips and seeds; of one seed it speaks of clips "
+    "alone, and another seed may differ by more."
 )
 ROWS = {
     "direction_ok": ("direction %", 100, ".0f"),
