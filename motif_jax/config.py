@@ -161,8 +161,8 @@ class ConditionConfig:
 class DiffusionConfig:
     """The noising process and what the network predicts (the paper's training settings; VideoCrafter2's schedule)."""
 
-    prediction: str = _f("v", "what the network predicts", choices=("v", "eps", "x0", "flow"))
-    loss_space: str = _f("", "space of the loss; '' is that of the prediction", choices=("", "v", "eps", "x0", "flow"))
+    prediction: str = _f("v", "what the network predicts", choices=("v", "eps", "x0", "flow", "flow_x0"))
+    loss_space: str = _f("", "space of the loss; '' is that of the prediction", choices=("", "v", "eps", "x0", "flow", "flow_x0"))
     num_timesteps: int = _f(1000, "training timesteps", low=2)
     beta_start: float = _f(8.5e-4, "first beta; betas are linear in the square root", low=0.0, high=1.0)
     beta_end: float = _f(1.2e-2, "last beta", low=0.0, high=1.0)

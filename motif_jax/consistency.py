@@ -78,14 +78,14 @@ def contradictions(c: "Config") -> list[str]:
         "use 'v' or 'x0', or turn it off",
     )
     check(
-        c.diffusion.base_scale == 1.0 or c.diffusion.prediction != "flow",
+        c.diffusion.base_scale == 1.0 or not c.diffusion.prediction.startswith("flow"),
         f"diffusion.base_scale={c.diffusion.base_scale}: flow matching has no dynamic rescale; set 1.0",
     )
     check(
         0.0 < c.diffusion.beta_start and c.diffusion.beta_end < 1.0,
         f"diffusion.beta_start={c.diffusion.beta_start}, beta_end={c.diffusion.beta_end}: must lie between 0 and 1",
     )
-    same_family = ("flow",) if c.diffusion.prediction == "flow" else ("v", "eps", "x0")
+    same_family = ("flow", "flow_x0") if c.diffusion.prediction.startswith("flow") else ("v", "eps", "x0")
     check(
         c.diffusion.loss_space in ("", *same_family),
         f"diffusion.loss_space={c.diffusion.loss_space!r}: with prediction={c.diffusion.prediction!r} one of {same_family}",

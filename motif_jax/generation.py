@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
 from motif_jax.config import Config
-from motif_jax.diffusion import samplers
+from motif_jax.diffusion import objective, samplers
 from motif_jax.diffusion.guidance import classifier_free
 from motif_jax.models.networks import Networks, Params, image_condition
 from motif_jax.training.step import diffusion_schedule
@@ -59,8 +59,8 @@ def make_generator(networks: Networks, empty_L: np.ndarray) -> Callable[..., Arr
         keys = jax.vmap(jax.random.key)(seeds_B)
         shape = (frames, *z_BhwC.shape[1:])
         x_T = jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, 0), shape))(keys)
-        if d.prediction == "flow":
-            z_BThwC = samplers.flow_euler(denoise, schedule, x_T, timesteps)
+        if d.prediction in objective.STRAIGHT:
+            z_BThwC = samplers.flow_euler(denoise, schedule, x_T, timesteps, d.prediction)
         else:
             noise = None
             if s.eta > 0:

@@ -1,7 +1,8 @@
 """What the network sees and predicts: clean latents, noise and timesteps in; noisy latents, targets and estimates out.
 
 Spaces: "eps" (the noise), "x0" (the clean latent), "v" = sqrt(ab) eps - sqrt(1 - ab) x0, and "flow" = eps - x0, the
-velocity of x_s = (1 - s) x0 + s eps at s = (t + 1) / N (it reads only N from the schedule).
+velocity of x_s = (1 - s) x0 + s eps at s = (t + 1) / N (it reads only N from the schedule). "flow_x0" is the clean latent on
+that same straight path: flow matching for a network too narrow to put out the noise (Li and He, arXiv 2511.13720).
 With a dynamic rescale, x0 stands for scale[t] * x0 everywhere here, targets included (DynamiCrafter's convention).
 """
 
@@ -10,16 +11,17 @@ from jaxtyping import Array, Float, Int
 
 from motif_jax.diffusion.schedule import Schedule, at
 
-SPACES = ("v", "eps", "x0", "flow")
+STRAIGHT = ("flow", "flow_x0")  # on flow matching's path
+SPACES = ("v", "eps", "x0", *STRAIGHT)
 DIVISOR_FLOOR = 0.1  # smallest divisor of `convert`: a residual grows at most tenfold
 
 
 def add_noise(
     schedule: Schedule, x0: Float[Array, "B *rest"], noise: Float[Array, "B *rest"], t_B: Int[Array, " B"], prediction: str
 ) -> Float[Array, "B *rest"]:
-    """x_t, the network's noisy input. `prediction` selects the path: "flow" is straight, all others variance preserving."""
+    """x_t, the network's noisy input. `prediction` selects the path: that of STRAIGHT, or variance preserving."""
     _check(prediction)
-    if prediction == "flow":
+    if prediction in STRAIGHT:
         s = _time(schedule, t_B, x0.ndim)
         return (1.0 - s) * x0 + s * noise
     alpha, sigma = _alpha_sigma(schedule, t_B, x0.ndim)
@@ -44,6 +46,8 @@ def target(
         wanted = noise.astype(jnp.float32) - x0
     elif prediction == "eps":
         wanted = noise.astype(jnp.float32)
+    elif prediction == "flow_x0":
+        wanted = x0.astype(jnp.float32)
     elif prediction == "x0":
         wanted = _rescaled(schedule, x0, t_B)
     else:
@@ -59,7 +63,7 @@ def to_x0(
 ) -> Float[Array, "B *rest"]:
     """The (rescaled) clean latent that a network output implies; exact, so "eps" is not finite where alpha_bar is 0."""
     _check(prediction)
-    if prediction == "x0":
+    if prediction in ("x0", "flow_x0"):
         return output.astype(jnp.float32)
     if prediction == "flow":
         return x_t - _time(schedule, t_B, x_t.ndim) * output
@@ -78,6 +82,9 @@ def to_eps(
         return output.astype(jnp.float32)
     if prediction == "flow":
         return x_t + (1.0 - _time(schedule, t_B, x_t.ndim)) * output
+    if prediction == "flow_x0":
+        s = _time(schedule, t_B, x_t.ndim)
+        return (x_t - (1.0 - s) * output) / s
     alpha, sigma = _alpha_sigma(schedule, t_B, x_t.ndim)
     if prediction == "x0":
         return (x_t - alpha * output) / sigma
@@ -94,16 +101,20 @@ def convert(
 ) -> Float[Array, "B *rest"]:
     """A network output (or target) of kind `source`, expressed in `space`, the space of the loss.
 
-    From "eps" the divisor is max(sqrt(ab), 0.1), from "x0" max(sqrt(1 - ab), 0.1); from "v" nothing is divided. Convert
+    From "eps" the divisor is max(sqrt(ab), 0.1), from "x0" max(sqrt(1 - ab), 0.1), from "flow_x0" max(s, 0.1). Convert
     output and target alike (`target(..., prediction, space)` does): only then is the clamp a mere bound on the weight.
-    Raises ValueError between "flow" and the others, whose noisy latents lie on different paths.
+    Raises ValueError between STRAIGHT and the others, whose noisy latents lie on different paths.
     """
     _check(source)
     _check(space)
     if source == space:
         return output.astype(jnp.float32)
-    if "flow" in (source, space):
-        raise ValueError(f"no conversion from {source!r} to {space!r}: flow matching noises along another path; use 'flow' for both")
+    if (source in STRAIGHT) != (space in STRAIGHT):
+        raise ValueError(f"no conversion from {source!r} to {space!r}: flow matching noises along another path; use one of {STRAIGHT}")
+    if source == "flow":
+        return to_x0(schedule, x_t, output, t_B, source)
+    if source == "flow_x0":
+        return (x_t - output) / jnp.maximum(_time(schedule, t_B, x_t.ndim), DIVISOR_FLOOR)
     alpha, sigma = _alpha_sigma(schedule, t_B, x_t.ndim)
     if source == "v":
         return alpha * output + sigma * x_t if space == "eps" else alpha * x_t - sigma * output

@@ -140,12 +140,13 @@ def flow_euler(
     schedule: Schedule,
     x_T: Float[Array, "B *rest"],
     timesteps: Int[np.ndarray, " S"],
+    prediction: str = "flow",
     *,
     trajectory: bool = False,
 ) -> Float[Array, "B *rest"] | tuple[Float[Array, "B *rest"], Float[Array, "S B *rest"], Float[Array, "S B *rest"]]:
-    """Euler steps of dx/ds = denoise(x, t), s = (t + 1) / N, from noise at s = 1 to latents at s = 0.
+    """Euler steps of dx/ds = velocity, s = (t + 1) / N, from noise at s = 1 to latents at s = 0.
 
-    Arguments and results as in `ddim`; the network predicts "flow".
+    Arguments and results as in `ddim`; prediction: "flow", the velocity itself, or "flow_x0", (x - x_0) / s.
     Raises ValueError unless the timesteps ascend to N - 1, i.e. s = 1 ("trailing" spacing), where x_T is pure noise.
     """
     t, last = np.asarray(timesteps), schedule.num_timesteps - 1
@@ -157,8 +158,9 @@ def flow_euler(
     def body(x: Float[Array, "B *rest"], inputs: tuple[Int[Array, ""], Float[Array, ""]]):
         t, ds = inputs
         t_B = jnp.full(x.shape[0], t)
-        velocity = denoise(x, t_B).astype(jnp.float32)
-        x0 = to_x0(schedule, x, velocity, t_B, "flow")
+        output = denoise(x, t_B).astype(jnp.float32)
+        x0 = to_x0(schedule, x, output, t_B, prediction)
+        velocity = output if prediction == "flow" else to_eps(schedule, x, output, t_B, prediction) - x0
         x = x - ds * velocity
         return x, (x, x0) if trajectory else None
 

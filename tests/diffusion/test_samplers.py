@@ -143,7 +143,7 @@ def gaussian_output(schedule, prediction):
     """The best possible prediction for data from N(MEAN, DEVIATION^2): Bayes' rule for Gaussians."""
 
     def denoise(x, t_B):
-        if prediction == "flow":
+        if prediction.startswith("flow"):
             sigma = (t_B[0] + 1) / schedule.num_timesteps
             alpha = 1 - sigma
         else:
@@ -151,29 +151,29 @@ def gaussian_output(schedule, prediction):
         variance = alpha**2 * DEVIATION**2 + sigma**2
         x0 = MEAN + alpha * DEVIATION**2 / variance * (x - alpha * MEAN)
         eps = sigma / variance * (x - alpha * MEAN)
-        return {"x0": x0, "eps": eps, "v": alpha * eps - sigma * x0, "flow": eps - x0}[prediction]
+        return {"x0": x0, "eps": eps, "v": alpha * eps - sigma * x0, "flow": eps - x0, "flow_x0": x0}[prediction]
 
     return denoise
 
 
 def path(schedule, t, prediction):
     """sqrt(alpha_bar) and sqrt(1 - alpha_bar) (or 1 - s and s) from the first step's start to the last step's end, float64."""
-    if prediction == "flow":
+    if prediction.startswith("flow"):
         noise = np.append((t[::-1] + 1) / schedule.num_timesteps, 0.0)
         return 1 - noise, noise
     ab = np.append(schedule.alphas_cumprod.astype(np.float64)[t[::-1]], 1.0)
     return np.sqrt(ab), np.sqrt(1 - ab)
 
 
-@pytest.mark.parametrize("prediction", ["v", "x0", "eps", "flow"])
+@pytest.mark.parametrize("prediction", ["v", "x0", "eps", "flow", "flow_x0"])
 def test_gaussian_data_in_closed_form(prediction):
     """For Gaussian data every step is affine: y = x - alpha MEAN is multiplied by (alpha alpha' D^2 + sigma sigma') / variance."""
     schedule = make_schedule(zero_terminal_snr=prediction != "eps")
     z = jnp.linspace(-2.0, 2.0, 24).reshape(2, 12)
     t = ddim_timesteps(1000, 20, "trailing")
     denoise = gaussian_output(schedule, prediction)
-    if prediction == "flow":
-        got = flow_euler(denoise, schedule, z, t)
+    if prediction.startswith("flow"):
+        got = flow_euler(denoise, schedule, z, t, prediction)
     else:
         got = ddim(denoise, schedule, z, t, prediction, final="exact")
     alpha, sigma = path(schedule, t, prediction)
