@@ -112,7 +112,8 @@ def load(runs: Sequence[pathlib.Path], step: int, split: str, world: str, seed: 
 
 
 def summarise(runs: dict[tuple[str, str], pathlib.Path], world: str, seed: int, count: int) -> dict[str, Any]:
-    """Plain numbers for JSON: per arm and split rates and means, figure 6, curves, and preferences of all pairs of arms.
+    """Plain numbers for JSON: per arm and split rates and means, figure 6, curves, preferences of all pairs of arms, and along
+    training the differences of the pairs that the paper speaks of.
 
     Arms are compared on the seeds that both have. Every number is what `comparison.estimate` returns.
     """
@@ -158,12 +159,27 @@ def summarise(runs: dict[tuple[str, str], pathlib.Path], world: str, seed: int, 
                     "strict": comparison.estimate(comparison.prefer(m_a, m_b, strict=True), moving),
                 } | {f"{n}_difference": comparison.estimate(m_a[n] - m_b[n], moving) for n in DIFFERENCES}
             result["pairs"].append(pair)
+    result["along"] = []
+    for a, b in claimed(result):
+        shared = [n for n in arms[a] if n in arms[b]]
+        both = sorted(set(result["arms"][a]["curve"]) & set(result["arms"][b]["curve"]))
+        steps = {}
+        for step in both if shared else ():
+            m_a, m_b = measures(a, shared, ALONG, step), measures(b, shared, ALONG, step)
+            steps[step] = comparison.estimate(m_a["direction_ok"] - m_b["direction_ok"], m_a["still"][0] == 0)
+        result["along"].append({"a": a, "b": b, "direction_ok_difference": steps})
     return result
 
 
 def families(result: dict[str, Any]) -> list[str]:
     """The prefixes under which arms "flow" were run: "" for the U-Net's, "dit_" for the transformer's."""
     return [arm.removesuffix("flow") for arm in result["arms"] if arm == "flow" or arm.endswith("_flow")]
+
+
+def claimed(result: dict[str, Any]) -> list[tuple[str, str]]:
+    """The pairs (better, worse) of the paper's claim that were run: flow over none and none over inverse, in every family."""
+    pairs = [(p + a, p + b) for p in families(result) for a, b in (("flow", "none"), ("none", "inverse"))]
+    return [(a, b) for a, b in pairs if a in result["arms"] and b in result["arms"]]
 
 
 def reference(result: dict[str, Any], arm: str) -> str:

@@ -49,6 +49,7 @@ def test_report(runs):
     assert (pair["a"], pair["b"], pair["seeds"]) == ("none", "flow", ["0", "1"])
     # Four of eight clips lost, four tied: a quarter of the wins.
     assert pair["heldout"]["motion"]["mean"] == 0.25 and pair["heldout"]["direction_ok_difference"]["mean"] == -0.5
+    assert {s: e["mean"] for s, e in result["along"][0]["direction_ok_difference"].items()} == {100: 0.5, 200: 0.5}
     text = ablation_report.write(runs, result, found)
     assert "| none | flow | 2 | 25 [" in text
     assert json.loads((runs / "report.json").read_text())["pairs"][0]["validation"]["strict"]["mean"] == 0.25
@@ -60,7 +61,7 @@ def test_report(runs):
 def made_up(**ratios):
     """A result whose arms have these figure-6 ratios at one bucket, and whose pairs are given by the test."""
     arms = {arm: {"seeds": ["0", "1"], "ratio": {100: {"all": values, "0": values}}} for arm, values in ratios.items()}
-    return {"arms": arms, "pairs": []}
+    return {"arms": arms, "pairs": [], "along": []}
 
 
 def test_claims_hold_only_when_all_seeds_and_the_whole_interval_say_so():
@@ -79,8 +80,8 @@ def test_claims_hold_only_when_all_seeds_and_the_whole_interval_say_so():
     assert rows["direction, flow over none, seen, points"] == ("+60.0 [+40.0, +80.0]", "yes")
     assert rows["direction, none over inverse, never seen, points"] == ("+30.0 [+10.0, +40.0]", "yes")  # the pair turned around
     assert rows["flow preferred to none, motion rule, seen, %"] == ("60.0 [40.0, 80.0]", "not shown: the interval reaches it")
-    assert rows["cost of flow over none: background, dB, seen"] == ("-1.00 [-2.00, -0.50]", "costs")
-    assert rows["cost of flow over none: clips with a ghost or a smear, points, seen"][1] == "costs"
+    assert rows["cost of flow over none: background, seen, dB"] == ("-1.00 [-2.00, -0.50]", "costs")
+    assert rows["cost of flow over none: ghosts and smears, seen, points"][1] == "costs"
 
 
 def test_arms_are_compared_within_their_backbone():
