@@ -17,10 +17,12 @@ one_run() ( # SLOT ARM/SEED: on one core, so that the numbers do not depend on h
   if command -v taskset > /dev/null; then pin=(taskset -c "$1"); fi
   mkdir -p "$runs/$2"
   echo "$(date +%T) $2"
+  SECONDS=0
   trap 'echo "$2 failed; see $log" >&2; exit 255' ERR # 255 ends xargs
   "${pin[@]}" python -m motif_jax.main --config="configs/ablation.py:${2%/*}" --workdir="$runs/$2" \
     --config.seed="${2#*/}" --config.data.path="$runs/data" > "$log" 2>&1
   "${pin[@]}" python -m motif_jax.bench ablation --runs="$runs" --only="$2" >> "$log" 2>&1
+  echo "$(date +%T) $2: done in $SECONDS s"
 )
 export -f one_run
 
@@ -31,3 +33,4 @@ others=$(python -c "import runpy; print(*(a for a in runpy.run_path('$config')['
   for arm in ${ARMS-$others}; do echo "$arm/0"; done
 } | xargs -P "$jobs" --process-slot-var=SLOT -I{} bash -c 'one_run "$SLOT" "$1"' _ {}
 python -m motif_jax.bench ablation --runs="$runs"
+echo "$((SECONDS / 60)) minutes in all"

@@ -6,6 +6,7 @@ Every kept checkpoint is sampled and judged (results stay in <run>/judged/, so t
 """
 
 import argparse
+import itertools
 import json
 import pathlib
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from motif_jax.config import UserError
 from motif_jax.data import sprites
 from motif_jax.training.metrics import read_lines
 
-ALONG = "validation"  # the split judged at every checkpoint; the others at the last one only
+ALONG = ("validation", "heldout")  # the splits judged at every checkpoint; the others at the last one only
 SHOWN = 6  # clips of the test split kept as pictures: the first ones, whatever they look like
 RATES = ("success", "direction_ok", "wrong_object", "lost", "ghost")
 MEANS = ("speed_ratio", "path_error", "background_psnr", "area_ratio", "others_drift", "leak")
@@ -84,7 +85,7 @@ def judge_runs(runs: dict[tuple[str, str], pathlib.Path], world: str, seed: int,
 
     for (arm, number), path in runs.items():
         steps = steps_of(path)
-        todo = [(step, split) for step in steps for split in SPLITS if split == ALONG or step == steps[-1]]
+        todo = [(step, split) for step in steps for split in SPLITS if split in ALONG or step == steps[-1]]
         todo = [(step, split) for step, split in todo if not _file(path, step, split, world, seed, count).exists()]
         if not todo:
             continue
@@ -112,63 +113,63 @@ def load(runs: Sequence[pathlib.Path], step: int, split: str, world: str, seed: 
 
 
 def summarise(runs: dict[tuple[str, str], pathlib.Path], world: str, seed: int, count: int) -> dict[str, Any]:
-    """Plain numbers for JSON: per arm and split rates and means, figure 6, curves, preferences of all pairs of arms, and along
-    training the differences of the pairs that the paper speaks of.
+    """Plain numbers for JSON: per arm, split and step rates and means, figure 6, preferences of all pairs of arms of a family, and
+    along training the differences of the pairs that the paper speaks of.
 
-    Arms are compared on the seeds that both have. Every number is what `comparison.estimate` returns.
+    Arms are compared on the seeds that both have, at the last step that both have. Every number is what `comparison.estimate` returns.
     """
     arms: dict[str, list[str]] = {}
     for arm, number in runs:
         arms.setdefault(arm, []).append(number)
-    last = {arm: min(steps_of(runs[arm, n])[-1] for n in numbers) for arm, numbers in arms.items()}
-    result: dict[str, Any] = {"world": world, "seed": seed, "count": count, "arms": {}, "pairs": []}
+    steps = {arm: sorted(set.intersection(*(set(steps_of(runs[arm, n])) for n in numbers))) for arm, numbers in arms.items()}
+    result: dict[str, Any] = {"world": world, "seed": seed, "count": count, "arms": {}, "pairs": [], "along": []}
 
-    def measures(arm: str, numbers: list[str], split: str, step: int | None = None) -> dict[str, np.ndarray]:
-        found = load([runs[arm, n] for n in numbers], step or last[arm], split, world, seed, count)
+    def measures(arm: str, numbers: list[str], split: str, step: int) -> dict[str, np.ndarray]:
+        found = load([runs[arm, n] for n in numbers], step, split, world, seed, count)
         lost, ghost = found["presence"] < comparison.LOST, found["area_ratio"] > comparison.GHOSTS[1]
         return found | {"lost": lost.astype(float), "ghost": ghost.astype(float)}
 
     for arm, numbers in arms.items():
-        row: dict[str, Any] = {"seeds": numbers, "step": last[arm], "splits": {}}
+        row: dict[str, Any] = {"seeds": numbers, "step": steps[arm][-1], "splits": {split: {} for split in SPLITS}}
         for split in SPLITS:
-            m = measures(arm, numbers, split)
-            moving = m["still"][0] == 0
-            row["splits"][split] = {n: comparison.estimate(m[n], moving) for n in RATES + MEANS} | {
-                "still_kept": comparison.estimate(m["direction_ok"], ~moving)
-            }
-        every = set.intersection(*(set(steps_of(runs[arm, n])) for n in numbers))
-        row["curve"] = {}
-        for step in sorted(every):
-            m = measures(arm, numbers, ALONG, step)
-            moving = m["still"][0] == 0
-            row["curve"][step] = {n: comparison.estimate(m[n], moving) for n in ("direction_ok", "lost", "background_psnr")}
+            for step in steps[arm] if split in ALONG else steps[arm][-1:]:
+                m = measures(arm, numbers, split, step)
+                moving = m["still"][0] == 0
+                row["splits"][split][step] = {n: comparison.estimate(m[n], moving) for n in RATES + MEANS} | {
+                    "still_kept": comparison.estimate(m["direction_ok"], ~moving)
+                }
         row["ratio"] = figure6([runs[arm, n] for n in numbers])
         result["arms"][arm] = row
-    names = list(arms)
-    for i, a in enumerate(names):
-        for b in names[i + 1 :]:
-            shared = [n for n in arms[a] if n in arms[b]]
-            if not shared:
-                continue
-            pair: dict[str, Any] = {"a": a, "b": b, "seeds": shared}
-            for split in ("validation", "heldout"):
-                m_a, m_b = measures(a, shared, split), measures(b, shared, split)
-                moving = m_a["still"][0] == 0
-                pair[split] = {
-                    "motion": comparison.estimate(comparison.prefer(m_a, m_b), moving),
-                    "strict": comparison.estimate(comparison.prefer(m_a, m_b, strict=True), moving),
-                } | {f"{n}_difference": comparison.estimate(m_a[n] - m_b[n], moving) for n in DIFFERENCES}
-            result["pairs"].append(pair)
-    result["along"] = []
+
+    def shared(a: str, b: str) -> tuple[list[str], list[int]]:
+        return [n for n in arms[a] if n in arms[b]], [step for step in steps[a] if step in steps[b]]
+
+    for a, b in itertools.combinations(arms, 2):
+        seeds, both = shared(a, b)
+        if not seeds or not both or family(result, a) != family(result, b):
+            continue
+        pair: dict[str, Any] = {"a": a, "b": b, "seeds": seeds, "step": both[-1]}
+        for split in ALONG:
+            m_a, m_b = (measures(arm, seeds, split, both[-1]) for arm in (a, b))
+            moving = m_a["still"][0] == 0
+            pair[split] = {
+                "motion": comparison.estimate(comparison.prefer(m_a, m_b), moving),
+                "strict": comparison.estimate(comparison.prefer(m_a, m_b, strict=True), moving),
+            } | {f"{n}_difference": comparison.estimate(m_a[n] - m_b[n], moving) for n in DIFFERENCES}
+        result["pairs"].append(pair)
     for a, b in claimed(result):
-        shared = [n for n in arms[a] if n in arms[b]]
-        both = sorted(set(result["arms"][a]["curve"]) & set(result["arms"][b]["curve"]))
-        steps = {}
-        for step in both if shared else ():
-            m_a, m_b = measures(a, shared, ALONG, step), measures(b, shared, ALONG, step)
-            steps[step] = comparison.estimate(m_a["direction_ok"] - m_b["direction_ok"], m_a["still"][0] == 0)
-        result["along"].append({"a": a, "b": b, "direction_ok_difference": steps})
+        seeds, both = shared(a, b)
+        row = {"a": a, "b": b, "seeds": seeds} | {split: {} for split in ALONG}
+        for split, step in itertools.product(ALONG, both if seeds else ()):
+            m_a, m_b = (measures(arm, seeds, split, step) for arm in (a, b))
+            row[split][step] = comparison.estimate(m_a["direction_ok"] - m_b["direction_ok"], m_a["still"][0] == 0)
+        result["along"].append(row)
     return result
+
+
+def family(result: dict[str, Any], arm: str) -> str:
+    """The family of an arm: the longest prefix of `families` that its name begins with."""
+    return max((p for p in families(result) if arm.startswith(p)), key=len, default="")
 
 
 def families(result: dict[str, Any]) -> list[str]:
@@ -184,8 +185,8 @@ def claimed(result: dict[str, Any]) -> list[tuple[str, str]]:
 
 def reference(result: dict[str, Any], arm: str) -> str:
     """The arm that another is compared with: its family's flow; where that was not run, the first arm."""
-    prefix = max((p for p in families(result) if arm.startswith(p)), key=len, default=None)
-    return next(iter(result["arms"])) if prefix is None else f"{prefix}flow"
+    flow = family(result, arm) + "flow"
+    return flow if flow in result["arms"] else next(iter(result["arms"]))
 
 
 def difference(result: dict[str, Any], a: str, b: str, split: str, name: str) -> dict[str, Any]:

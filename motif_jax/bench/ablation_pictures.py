@@ -13,10 +13,11 @@ from motif_jax.data import sprites
 
 COLOURS = {"none": "#4477aa", "flow": "#cc6611", "inverse": "#228833"}
 CURVES = {
-    "direction_ok": "direction accuracy, combinations seen",
+    "direction_ok": "direction accuracy",
     "lost": "share of clips that lose the object",
     "background_psnr": "background dB",
 }
+LINES = {"validation": "-", "heldout": ":"}  # of the curves, by split
 COLUMNS = 8  # clips in a row of the moving pictures
 DIFFERENCES = {
     "direction_ok_difference": ("direction, points", 100, 1),
@@ -36,22 +37,28 @@ def curves(result: dict[str, Any]) -> str:
         for name in (n for n in ablation.ORDER if prefix + n in result["arms"]):
             row, colour = result["arms"][prefix + name], COLOURS[name]
             for axes, (measure, title) in zip(panels, CURVES.items(), strict=False):
-                steps = sorted(row["curve"], key=int)
-                found = [row["curve"][step][measure] for step in steps]
-                x = [int(step) for step in steps]
-                axes.fill_between(x, [e["low"] for e in found], [e["high"] for e in found], alpha=0.15, color=colour, linewidth=0)
-                axes.plot(x, [e["mean"] for e in found], marker="o", markersize=3, color=colour, label=prefix + name)
+                for split, line in LINES.items():
+                    steps = sorted(row["splits"][split])
+                    found = [row["splits"][split][step][measure] for step in steps]
+                    if split == "validation":
+                        axes.fill_between(
+                            steps, [e["low"] for e in found], [e["high"] for e in found], alpha=0.15, color=colour, linewidth=0
+                        )
+                    label = prefix + name if split == "validation" else None
+                    axes.plot(steps, [e["mean"] for e in found], line, marker="o", markersize=3, color=colour, label=label)
                 axes.set(title=title, xlabel="step")
             if row["ratio"]:
-                _, found = max(row["ratio"].items(), key=lambda item: int(item[0]))
+                found = row["ratio"][max(row["ratio"])]
                 buckets = [key for key in found if key != "all"]
                 for seed in range(len(row["seeds"])):
                     panels[3].plot(buckets, [found[b][seed] for b in buckets], marker="o", markersize=3, linewidth=1, color=colour)
         panels[3].set(title="loss in the moving region / loss (figure 6)", xlabel="timestep bucket, clean to noise")
         if panels[0].lines:
             panels[0].legend(fontsize=9)
-    note = "<p>Bands: 95 % over clips and seeds (one seed: clips alone). Figure 6: one line a seed.</p>"
-    return "<h2>Learning curves</h2>" + note + _picture(figure, "learning curves and figure 6 of the main arms")
+    note = (
+        "Full lines: combinations seen, dotted: never seen. Bands: 95 % over clips and seeds (of one seed: clips). Figure 6: a line a seed."
+    )
+    return f"<h2>Learning curves</h2><p>{note}</p>" + _picture(figure, "learning curves and figure 6 of the main arms")
 
 
 def gains_and_costs(result: dict[str, Any]) -> str:
@@ -83,14 +90,16 @@ def gains_and_costs(result: dict[str, Any]) -> str:
 
 
 def clips(directory: pathlib.Path, result: dict[str, Any], runs: dict[tuple[str, str], pathlib.Path]) -> str:
-    """The first clips of the held-out split: truth and every arm side by side, one GIF and one strip a clip, also as files."""
+    """The first clips of the held-out split: truth and every arm at the step at which its family is compared, one GIF and
+    one strip a clip, also as files."""
     from motif_jax.data.videos import save_video
     from motif_jax.motion import pictures
 
     world, seed, count = result["world"], result["seed"], result["count"]
     shown = {}
     for arm, row in result["arms"].items():
-        shown[arm] = ablation.load([runs[arm, row["seeds"][0]]], row["step"], "heldout", world, seed, count)["shown"][0]
+        step = min([row["step"], *(pair["step"] for pair in result["pairs"] if arm in (pair["a"], pair["b"]))])
+        shown[arm] = ablation.load([runs[arm, row["seeds"][0]]], step, "heldout", world, seed, count)["shown"][0]
     frames, height, width = next(iter(shown.values())).shape[1:4]
     made = sprites.make_clips(world, seed, range(ablation.SHOWN), frames, height, width, "heldout")
     (directory / "clips").mkdir(exist_ok=True)

@@ -37,6 +37,12 @@ TITLES = {
     "backgrounds": "Backgrounds of another kind",
 }
 SPLIT_NAMES = {"validation": "seen", "heldout": "never seen"}  # the splits on which pairs are compared
+DIFFERENCES = {
+    "direction_ok_difference": ("direction, points", 100, "+.0f"),
+    "lost_difference": ("object lost, points", 100, "+.0f"),
+    "ghost_difference": ("ghosts, points", 100, "+.0f"),
+    "background_psnr_difference": ("background dB", 1, "+.2f"),
+}
 Table = tuple[str, list[str], list[list[str]]]
 
 
@@ -90,7 +96,12 @@ def verdict(e: dict[str, Any], bound: float) -> str:
 
 def last_ratios(row: dict[str, Any]) -> dict[str, list[float]]:
     """Figure 6 of an arm at its last evaluation: {"all", "0", ...: one ratio per seed}; empty where nothing was evaluated."""
-    return max(row["ratio"].items(), key=lambda item: int(item[0]))[1] if row["ratio"] else {}
+    return row["ratio"][max(row["ratio"])] if row["ratio"] else {}
+
+
+def shown_steps(result: dict[str, Any], arm: str) -> list[int]:
+    """The steps of an arm that the tables show: its last, and those at which another of its family is compared with it."""
+    return sorted({result["arms"][arm]["step"]} | {pair["step"] for pair in result["pairs"] if arm in (pair["a"], pair["b"])})
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
@@ -98,60 +109,45 @@ def tables(result: dict[str, Any]) -> list[Table]:
     arms = result["arms"]
     out: list[Table] = [("What the paper claims, and what was measured", ["claim", "measured", "holds"], claims(result))]
     rows = []
-    for arm in arms:
-        base = ablation.reference(result, arm)
-        if arm == base:
-            continue
-        row = [arm, base, str(sum(n in arms[base]["seeds"] for n in arms[arm]["seeds"]))]
+    for pair in (p for p in result["pairs"] if ablation.reference(result, p["a"]) in (p["a"], p["b"])):
+        base = ablation.reference(result, pair["a"])
+        arm = pair["b"] if pair["a"] == base else pair["a"]
+        row = [arm, base, str(len(pair["seeds"])), str(pair["step"])]
         for split in SPLIT_NAMES:
             row += [cell(ablation.difference(result, arm, base, split, kind), 100, ".0f") for kind in ("motion", "strict")]
-            row.append(cell(ablation.difference(result, arm, base, split, "direction_ok_difference"), 100, "+.0f"))
-            row.append(cell(ablation.difference(result, arm, base, split, "ghost_difference"), 100, "+.0f"))
-            row.append(cell(ablation.difference(result, arm, base, split, "background_psnr_difference"), 1, "+.2f"))
+            for name, (_, scale, form) in DIFFERENCES.items():
+                row.append(cell(ablation.difference(result, arm, base, split, name), scale, form))
         rows.append(row)
-    names = ("preferred, motion %", "preferred, strict %", "direction, points", "ghosts, points", "background dB")
-    heads = ["arm", "against", "seeds", *(f"{split}: {name}" for split in SPLIT_NAMES.values() for name in names)]
+    names = ("preferred, motion %", "preferred, strict %", *(title for title, _, _ in DIFFERENCES.values()))
+    heads = ["arm", "against", "seeds", "step", *(f"{split}: {name}" for split in SPLIT_NAMES.values() for name in names)]
     out.append(("Every arm against the paper's loss: gains and costs", heads, rows))
-    first = next(iter(arms.values()))
     for split, title in TITLES.items():
         rows = []
         for arm, row in arms.items():
-            rows.append(
-                [arm, str(len(row["seeds"])), str(row["step"]), *(cell(row["splits"][split][n], s, f) for n, (_, s, f) in ROWS.items())]
-            )
-        clips = first["splits"][split]["direction_ok"]["clips"]
-        still = first["splits"][split]["still_kept"]["clips"]
-        heads = ["arm", "seeds", "steps", *(name for name, _, _ in ROWS.values())]
+            for step in (s for s in shown_steps(result, arm) if s in row["splits"][split]):
+                found = row["splits"][split][step]
+                rows.append([arm, str(len(row["seeds"])), str(step), *(cell(found[n], s, f) for n, (_, s, f) in ROWS.items())])
+        clips, still = (found[n]["clips"] for n in ("direction_ok", "still_kept"))
+        heads = ["arm", "seeds", "step", *(name for name, _, _ in ROWS.values())]
         out.append((f"{title}: {clips} clips that move, {still} that stay still", heads, rows))
-    if result["along"]:
-        steps = sorted({int(step) for pair in result["along"] for step in pair["direction_ok_difference"]})
-        rows = []
-        for pair in result["along"]:
-            found = {int(step): e for step, e in pair["direction_ok_difference"].items()}
-            rows.append([f"{pair['a']} over {pair['b']}", *(cell(found[s], 100, "+.0f") if s in found else "" for s in steps)])
-        out.append(("Difference of direction along training, combinations seen, points", ["pair", *map(str, steps)], rows))
-    steps = sorted({int(step) for row in arms.values() for step in row["curve"]})
-    for name, title in (("direction_ok", "Direction % along training, combinations seen"), ("lost", "Object lost %, likewise")):
-        curves = {arm: {int(step): found[name] for step, found in row["curve"].items()} for arm, row in arms.items()}
-        rows = [
-            [arm, *(cell(curve[s], 100, ".0f", len(arms[arm]["seeds"]) > 1) if s in curve else "" for s in steps)]
-            for arm, curve in curves.items()
-        ]
-        out.append((title, ["arm", *map(str, steps)], rows))
+    steps = sorted({step for pair in result["along"] for split in SPLIT_NAMES for step in pair[split]})
+    rows = []
+    for pair in result["along"]:
+        for split, name in SPLIT_NAMES.items():
+            cells = (cell(pair[split][s], 100, "+.0f") if s in pair[split] else "" for s in steps)
+            rows.append([f"{pair['a']} over {pair['b']}, {name}", str(len(pair["seeds"])), *cells])
+    out.append(("Difference of direction along training, points, by step", ["pair", "seeds", *map(str, steps)], rows))
     rows = []
     for arm, row in arms.items():
-        found = last_ratios(row)
-        if found:
+        for step in (s for s in shown_steps(result, arm) if s in row["ratio"]):
+            found = row["ratio"][step]
             spread = f"{max(np.ptp(values) for values in found.values()):.2f}" if len(row["seeds"]) > 1 else "-"
-            rows.append([arm, *(f"{np.mean(values):.2f}" for values in found.values()), spread])
-            heads = ["arm", *("all" if k == "all" else f"bucket {k}" for k in found), "largest difference of seeds"]
+            rows.append([arm, str(step), *(f"{np.mean(values):.2f}" for values in found.values()), spread])
+            heads = ["arm", "step", *("all" if k == "all" else f"bucket {k}" for k in found), "largest difference of seeds"]
     out.append(("Loss in the moving region over loss (figure 6), by timestep from clean to noise", heads, rows))
     for split, name in SPLIT_NAMES.items():
         for kind in ("motion", "strict"):
-            rows = [
-                [a, *("" if a == b else cell(ablation.difference(result, a, b, split, kind), 100, ".0f", False) for b in arms)]
-                for a in arms
-            ]
+            rows = [[a, *(cell(ablation.difference(result, a, b, split, kind), 100, ".0f", False) for b in arms)] for a in arms]
             out.append((f"How often the row is preferred to the column, {kind} rule, combinations {name}, %", ["", *arms], rows))
     return out
 

@@ -14,14 +14,14 @@ COUNT = 8
 
 @pytest.fixture
 def runs(tmp_path):
-    """Two arms, two seeds, two checkpoints; `flow` always finds its way, `none` for every other clip."""
+    """Two arms, two seeds, two checkpoints, and an arm of one each; `flow` always finds its way, the others for every other clip."""
     clips = sprites.make_clips("shapes", 1, range(COUNT), 8, 32, 32, "heldout")
-    for arm in ("none", "flow"):
-        for seed in ("0", "1"):
+    for arm, seeds, steps in (("none", "01", (100, 200)), ("flow", "01", (100, 200)), ("mask", "0", (100,))):
+        for seed in seeds:
             run = tmp_path / arm / seed
             (run / "judged").mkdir(parents=True)
             (run / "config.json").write_text("{}")
-            lines = [{"step": s, "eval/ratio": 2.5, "eval/ratio_t0": 2.0, "eval/ratio_t1": 4.0} for s in (100, 200)]
+            lines = [{"step": s, "eval/ratio": 2.5, "eval/ratio_t0": 2.0, "eval/ratio_t1": 4.0} for s in steps]
             (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
             good = (np.arange(COUNT) % 2 == 0) | (arm == "flow")
             measures = {
@@ -29,9 +29,9 @@ def runs(tmp_path):
             }
             measures |= {"still": np.zeros(COUNT), "background_psnr": np.full(COUNT, 25.0), "direction_ok": good.astype(float)}
             measures |= {"path_error": np.where(good, 0.01, 0.2)}
-            for step in (100, 200):
+            for step in steps:
                 (run / "checkpoints" / str(step)).mkdir(parents=True)
-                for split in ablation.SPLITS:
+                for split in ablation.SPLITS if step == steps[-1] else ablation.ALONG:
                     path = run / "judged" / f"{step}_shapes_{split}_1_{COUNT}.npz"
                     np.savez(path, shown=clips["frames"][: ablation.SHOWN], **measures)
     return tmp_path
@@ -39,19 +39,25 @@ def runs(tmp_path):
 
 def test_report(runs):
     found = ablation.find_runs(runs)
-    assert list(found) == [("none", "0"), ("none", "1"), ("flow", "0"), ("flow", "1")]
+    assert list(found) == [("none", "0"), ("none", "1"), ("flow", "0"), ("flow", "1"), ("mask", "0")]
     ablation.judge_runs(found, "shapes", 1, COUNT)  # all judged: loads no network, of which there is none
     result = ablation.summarise(found, "shapes", 1, COUNT)
-    assert result["arms"]["none"]["splits"]["validation"]["direction_ok"]["mean"] == 0.5
-    assert result["arms"]["flow"]["curve"][100]["direction_ok"]["mean"] == 1.0
+    assert result["arms"]["none"]["splits"]["validation"][200]["direction_ok"]["mean"] == 0.5
+    assert result["arms"]["flow"]["splits"]["heldout"][100]["direction_ok"]["mean"] == 1.0
     assert result["arms"]["flow"]["ratio"][200] == {"all": [2.5, 2.5], "0": [2.0, 2.0], "1": [4.0, 4.0]}
-    (pair,) = result["pairs"]
-    assert (pair["a"], pair["b"], pair["seeds"]) == ("none", "flow", ["0", "1"])
+    # What both arms of a pair have: seeds, and the last step.
+    pairs = {(p["a"], p["b"]): p for p in result["pairs"]}
+    assert {arms: (p["seeds"], p["step"]) for arms, p in pairs.items()} == {
+        ("none", "flow"): (["0", "1"], 200),
+        ("none", "mask"): (["0"], 100),
+        ("flow", "mask"): (["0"], 100),
+    }
     # Four of eight clips lost, four tied: a quarter of the wins.
+    pair = pairs["none", "flow"]
     assert pair["heldout"]["motion"]["mean"] == 0.25 and pair["heldout"]["direction_ok_difference"]["mean"] == -0.5
-    assert {s: e["mean"] for s, e in result["along"][0]["direction_ok_difference"].items()} == {100: 0.5, 200: 0.5}
+    assert {s: e["mean"] for s, e in result["along"][0]["heldout"].items()} == {100: 0.5, 200: 0.5}
     text = ablation_report.write(runs, result, found)
-    assert "| none | flow | 2 | 25 [" in text
+    assert "| none | flow | 2 | 200 | 25 [" in text and "| mask | flow | 1 | 100 | 25 [" in text
     assert json.loads((runs / "report.json").read_text())["pairs"][0]["validation"]["strict"]["mean"] == 0.25
     page = (runs / "report.html").read_text()
     assert page.count("data:image/gif") == ablation.SHOWN and "Loss in the moving region over loss" in page
