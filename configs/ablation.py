@@ -21,7 +21,7 @@ TOKENS |= {"resampler.width": 64, "resampler.depth": 2, "resampler.heads": 4, "r
 
 # Another backbone and objective: a video diffusion transformer with flow matching.
 TRANSFORMER = {"backbone": "dit", "dit.width": 128, "dit.depth": 4, "dit.num_head_channels": 32, "dit.patch": (8, 1, 1)}
-TRANSFORMER |= {"diffusion.prediction": "flow_x0", "steps": 1500, "checkpoint.every": 500, "checkpoint.keep_every": 500}
+TRANSFORMER |= {"diffusion.prediction": "flow_x0", "steps": 1000, "checkpoint.every": 500, "checkpoint.keep_every": 500}
 
 # The arms beside the main ones stop earlier, and are compared with the main ones at that step of theirs.
 SHORT = {"steps": 400, "checkpoint.every": 400, "checkpoint.keep_every": 400, "eval.every": 400}
