@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The laptop-size ablation: trains and judges every arm of configs/ablation.py on the synthetic world, two runs at a time on
 # one core each, and writes runs/ablation/report.{html,md,json}. Run it again to continue after a stop; a run that is done is kept.
-# Environment: RUNS (default runs/ablation), SEEDS (of the arms none, flow and inverse; default "0 1 2"), ARMS (with seed 0
-# only; default all others), JOBS (default: number of cores), VENV (default .venv), PYTHON.
+# Environment: RUNS (default runs/ablation), SEEDS (of the arms none, flow and inverse; default "0 1 2"), ARMS (default all
+# others), ARM_SEEDS (of those; default 0), JOBS (default: number of cores), VENV (default .venv), PYTHON.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh
@@ -30,7 +30,7 @@ others=$(python -c "import runpy; print(*(a for a in runpy.run_path('$config')['
 # shellcheck disable=SC2016  # the inner shell expands them
 {
   for seed in ${SEEDS:-0 1 2}; do printf '%s\n' "none/$seed" "flow/$seed" "inverse/$seed"; done
-  for arm in ${ARMS-$others}; do echo "$arm/0"; done
+  for seed in ${ARM_SEEDS:-0}; do for arm in ${ARMS-$others}; do echo "$arm/$seed"; done; done
 } | xargs -P "$jobs" --process-slot-var=SLOT -I{} bash -c 'one_run "$SLOT" "$1"' _ {}
 python -m motif_jax.bench ablation --runs="$runs"
 echo "$((SECONDS / 60)) minutes in all"
