@@ -21,29 +21,22 @@ TOKENS |= {"resampler.width": 64, "resampler.depth": 2, "resampler.heads": 4, "r
 
 # Another backbone and objective: a video diffusion transformer with flow matching.
 TRANSFORMER = {"backbone": "dit", "dit.width": 128, "dit.depth": 4, "dit.num_head_channels": 32, "dit.patch": (8, 1, 1)}
-TRANSFORMER |= {"diffusion.prediction": "flow_x0", "steps": 1000, "checkpoint.every": 500, "checkpoint.keep_every": 500}
+TRANSFORMER |= {"diffusion.prediction": "flow_x0", "steps": 1500, "checkpoint.every": 500, "checkpoint.keep_every": 500}
 
-# The arms beside the main ones stop earlier, and are compared with the main ones at that step of theirs.
-SHORT = {"steps": 400, "checkpoint.every": 400, "checkpoint.keep_every": 400, "eval.every": 400}
+# The arms beside the main ones are judged at their end only.
+LAST = {"checkpoint.every": 500, "checkpoint.keep_every": 500, "eval.every": 500}
 
 ARMS = {
     "none": {"loss.heatmap": "none"},
     "flow": {},  # MotiF
     "inverse": {"loss.heatmap": "inverse"},
-    "latent_difference": {**SHORT, "loss.heatmap": "latent_difference"},
-    "mask": {**SHORT, "loss.heatmap": "mask"},
-    "lambda0.5": {**SHORT, "loss.motion_weight": 0.5},
-    "lambda2": {**SHORT, "loss.motion_weight": 2.0},
-    "lambda5": {**SHORT, "loss.motion_weight": 5.0},
-    "cx_attn": {**SHORT, **TOKENS, "condition.image": "none", "unet.in_channels": 192},
-    "cx_attn+x_cat": {**SHORT, **TOKENS},
-    "vacated": {**SHORT, "loss.vacated": 1},
-    "trail": {**SHORT, "loss.vacated": 8},
-    "dilated": {**SHORT, "loss.dilate": 1},
-    "noisy": {**SHORT, "loss.timestep": "noisy"},
-    "clean": {**SHORT, "loss.timestep": "clean"},
-    "decay": {**SHORT, "loss.motion_weight": 2.0, "loss.decay_steps": 400},
-    "normalised": {**SHORT, "loss.normalise": True},
+    "latent_difference": {**LAST, "loss.heatmap": "latent_difference"},
+    "mask": {**LAST, "loss.heatmap": "mask"},
+    "lambda0.5": {**LAST, "loss.motion_weight": 0.5},
+    "lambda2": {**LAST, "loss.motion_weight": 2.0},
+    "lambda5": {**LAST, "loss.motion_weight": 5.0},
+    "cx_attn": {**LAST, **TOKENS, "condition.image": "none", "unet.in_channels": 192},
+    "cx_attn+x_cat": {**LAST, **TOKENS},
     "dit_none": {**TRANSFORMER, "loss.heatmap": "none"},
     "dit_flow": TRANSFORMER,
     "dit_inverse": {**TRANSFORMER, "loss.heatmap": "inverse"},

@@ -179,13 +179,6 @@ class LossConfig:
     intensity: str = _f("diagonal", "unit of the flow magnitude", choices=("diagonal", "size", "clip_max", "frame_max"))
     sharpness: float = _f(100.0, "slope of sigma", low=0.0)
     threshold: float = _f(0.05, "sigma's midpoint", low=0.0)
-    vacated: int = _f(0, "frames for which a place that something left still counts as moving", low=0)
-    dilate: int = _f(0, "latent cells around a moving one that count as moving too", low=0)
-    timestep: str = _f(
-        "all", "lambda over the timesteps, same mean: noisy is 2 lambda t / T, clean falls", choices=("all", "noisy", "clean")
-    )
-    decay_steps: int = _f(0, "lambda falls to 0 on a line over these steps; 0 keeps it", low=0)
-    normalise: bool = _f(False, "divide the weights 1 + lambda m'^2 of a clip by their mean")
 
 
 @dataclass(frozen=True)

@@ -17,25 +17,17 @@ def motif_loss(
     prediction_BThwC: Float[Array, "B T h w C"],
     target_BThwC: Float[Array, "B T h w C"],
     heatmap_BThw: Float[Array, "B T h w"],
-    motion_weight: float | Float[Array, " *B"] = 1.0,
-    normalise: bool = False,
+    motion_weight: float = 1.0,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """L and its parts {"loss", "loss_diffusion", "loss_motif"} (paper, equations of the motion focal loss).
 
-    prediction, target: in the space of the loss; heatmap: m' in [0, 1] on the latent grid; motion_weight: lambda,
-    one or one per clip. normalise: divide the weights 1 + lambda m'^2 of each clip by their mean.
+    prediction, target: in the space of the loss; heatmap: m' in [0, 1] on the latent grid; motion_weight: lambda.
     """
     residual = target_BThwC.astype(jnp.float32) - prediction_BThwC.astype(jnp.float32)
     m = heatmap_BThw.astype(jnp.float32)[..., None]
     loss_diffusion = jnp.mean(residual**2)
     loss_motif = jnp.mean((m * residual) ** 2)
-    if normalise or jnp.ndim(motion_weight):
-        clip = (1, 2, 3, 4)
-        weight_B = jnp.broadcast_to(motion_weight, len(residual))
-        loss_B = jnp.mean(residual**2, clip) + weight_B * jnp.mean((m * residual) ** 2, clip)
-        loss = jnp.mean(loss_B / (1 + weight_B * jnp.mean(m**2, clip)) if normalise else loss_B)
-    else:
-        loss = loss_diffusion + motion_weight * loss_motif
+    loss = loss_diffusion + motion_weight * loss_motif
     return loss, {"loss": loss, "loss_diffusion": loss_diffusion, "loss_motif": loss_motif}
 
 

@@ -29,20 +29,6 @@ def test_transcription(motion_weight):
     assert metrics["loss"] == loss
 
 
-@pytest.mark.parametrize("normalise", [False, True])
-def test_a_weight_for_every_clip(normalise):
-    """Each clip's own lambda; normalised, the weights 1 + lambda m'^2 of a clip have the mean 1."""
-    prediction, target, m = example()
-    lambdas = np.array([0.0, 1.0, 7.0])
-    squares = (target.astype(np.float64) - prediction) ** 2
-    weights = np.stack([1 + lambdas[b] * np.float64(m[b]) ** 2 for b in range(3)])
-    if normalise:
-        weights = np.stack([w / w.mean() for w in weights])
-    loss, metrics = jax.jit(motif_loss, static_argnums=4)(prediction, target, m, lambdas, normalise)
-    np.testing.assert_allclose(loss, (weights[..., None] * squares).mean(), rtol=1e-6)
-    np.testing.assert_allclose(metrics["loss_motif"], (m.astype(np.float64)[..., None] ** 2 * squares).mean(), rtol=1e-6)
-
-
 def test_by_hand():
     """Residual 2 everywhere, m' = 1/2 on a quarter of the cells: L_diff = 4, L_motif = 4 * 1/4 * 1/4."""
     m = np.zeros((1, 1, 2, 2))

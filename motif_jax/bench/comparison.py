@@ -3,6 +3,7 @@
 Every array is [seeds, clips]: the same clips for all seeds and arms, so that every comparison is paired.
 """
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -51,7 +52,12 @@ def estimate(x: Float[np.ndarray, "S N"], use: Bool[np.ndarray, " N"] | None = N
     each = [float(row[ok].mean()) if ok.any() else None for row, ok in zip(x, known, strict=True)]
     if not known.any():
         return {"mean": None, "low": None, "high": None, "seeds": each, "clips": clips}
-    seed, clip = (index.ravel() for index in np.indices(x.shape))
-    weights = cluster_weights(seed, draws, seed=0) * cluster_weights(clip, draws, seed=1)
-    mean, low, high = share_interval(np.where(known, x, 0.0).ravel(), known.ravel(), weights)
+    mean, low, high = share_interval(np.where(known, x, 0.0).ravel(), known.ravel(), _weights(x.shape, draws))
     return {"mean": mean, "low": low, "high": high, "seeds": each, "clips": clips}
+
+
+@functools.lru_cache(maxsize=16)
+def _weights(shape: tuple[int, int], draws: int) -> Float[np.ndarray, "D S*N"]:
+    """How often each draw takes a clip of a seed: a report asks for the same shapes hundreds of times."""
+    seed, clip = (index.ravel() for index in np.indices(shape))
+    return cluster_weights(seed, draws, seed=0) * cluster_weights(clip, draws, seed=1)

@@ -45,21 +45,6 @@ def resize(m_BThw: Float[Array, "B T h w"], size: tuple[int, int]) -> Float[Arra
     return jax.image.resize(m_BThw, (B, T, rows, columns), "linear", antialias=True)
 
 
-def spread(m_BThw: Float[Array, "B T h w"], vacated: int = 0, dilate: int = 0) -> Float[Array, "B T h w"]:
-    """m' where a cell counts as much as any within `dilate` cells of it, in this frame or the `vacated` frames before.
-
-    Forward flow marks an object where it stands in frame l, and so would backward flow. The place it has left is where the
-    forward flow of frame l-1 marked it, and there the image given must be erased: vacated=1 is max(m_l, m_{l-1}), both places;
-    as many as there are frames mark all that the object has uncovered since the image. The heatmap's last frame repeats the
-    one before, so that there the place last left counts anyway.
-    """
-    if not vacated and not dilate:
-        return m_BThw
-    side = 2 * dilate + 1
-    padding = ((0, 0), (vacated, 0), (dilate, dilate), (dilate, dilate))
-    return jax.lax.reduce_window(m_BThw, 0.0, jax.lax.max, (1, vacated + 1, side, side), (1, 1, 1, 1), padding)
-
-
 def heatmap(
     kind: str,
     flow: Num[Array, "B T h w 2"] | None,

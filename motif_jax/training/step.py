@@ -19,7 +19,7 @@ from motif_jax.diffusion import objective
 from motif_jax.diffusion.schedule import Schedule, make_schedule
 from motif_jax.models.layers import use_mesh
 from motif_jax.models.networks import Networks, Params, image_condition
-from motif_jax.motion.heatmap import heatmap, spread
+from motif_jax.motion.heatmap import heatmap
 from motif_jax.training import finetune
 from motif_jax.training.optimizer import make_schedule as make_learning_rate
 from motif_jax.training.state import TrainState, update_ema
@@ -123,18 +123,6 @@ def motion_heatmap(config: Config, batch: Batch, z_BThwC: Array, kind: str) -> F
     )
 
 
-def motion_weight(config: Config, t_B: Int[Array, " B"], step: Int[Array, ""]) -> float | Float[Array, " *B"]:
-    """lambda at a step, one or one per clip (`loss.motion_weight`, `timestep` and `decay_steps`); the paper's is one number."""
-    c = config.loss
-    weight = c.motion_weight
-    if c.decay_steps:
-        weight = weight * jnp.maximum(0.0, 1.0 - step / c.decay_steps)
-    if c.timestep != "all":
-        share_B = t_B / (config.diffusion.num_timesteps - 1)
-        weight = weight * 2.0 * (share_B if c.timestep == "noisy" else 1.0 - share_B)
-    return weight
-
-
 def make_train_step(
     networks: Networks, optimizer: optax.GradientTransformation, empty_L: np.ndarray, mesh: Mesh | None = None
 ) -> Callable[[TrainState, dict[str, Params], Batch], tuple[TrainState, dict[str, Array]]]:
@@ -143,27 +131,27 @@ def make_train_step(
     schedule = diffusion_schedule(config)
     learning_rate = make_learning_rate(config)
 
-    def loss_fn(trained: Params, params: Params, frozen: dict[str, Params], batch: Batch, key: PRNGKeyArray, step: Int[Array, ""]):
+    def loss_fn(trained: Params, params: Params, frozen: dict[str, Params], batch: Batch, key: PRNGKeyArray):
         params = {**params, **trained}
-        prediction, target, z, t_B = predict(networks, schedule, params, frozen, batch, jnp.asarray(empty_L), key)
-        m = spread(motion_heatmap(config, batch, z, config.loss.heatmap), config.loss.vacated, config.loss.dilate)
-        loss, parts = losses.motif_loss(prediction, target, m, motion_weight(config, t_B, step), config.loss.normalise)
+        prediction, target, z, _ = predict(networks, schedule, params, frozen, batch, jnp.asarray(empty_L), key)
+        m = motion_heatmap(config, batch, z, config.loss.heatmap)
+        loss, parts = losses.motif_loss(prediction, target, m, config.loss.motion_weight)
         return loss, {"loss": loss, **parts, "heatmap_mean": jnp.mean(m)}
 
     grad_fn = jax.grad(loss_fn, has_aux=True)
 
-    def gradients(trained: Params, params: Params, frozen: dict[str, Params], batch: Batch, key: PRNGKeyArray, step: Int[Array, ""]):
+    def gradients(trained: Params, params: Params, frozen: dict[str, Params], batch: Batch, key: PRNGKeyArray):
         n = config.grad_accumulation
         if n == 1:
-            return grad_fn(trained, params, frozen, batch, key, step)
+            return grad_fn(trained, params, frozen, batch, key)
         # Micro-batch i takes clips i, i + n, ... so that every device works on every micro-batch.
         parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(x.shape[0] // n, n, *x.shape[1:]), 1, 0), batch)
 
         def add(total, micro):
             index, part = micro
-            return jax.tree.map(jnp.add, total, grad_fn(trained, params, frozen, part, jax.random.fold_in(key, index), step)), None
+            return jax.tree.map(jnp.add, total, grad_fn(trained, params, frozen, part, jax.random.fold_in(key, index))), None
 
-        shapes = jax.eval_shape(grad_fn, trained, params, frozen, jax.tree.map(lambda x: x[0], parts), key, step)
+        shapes = jax.eval_shape(grad_fn, trained, params, frozen, jax.tree.map(lambda x: x[0], parts), key)
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         total, _ = jax.lax.scan(add, zeros, (jnp.arange(n), parts))
         return jax.tree.map(lambda x: x / n, total)
@@ -172,7 +160,7 @@ def make_train_step(
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         trained = finetune.trained(config, state.params)
         with use_mesh(mesh):
-            grads, metrics = gradients(trained, state.params, frozen, batch, key, state.step)
+            grads, metrics = gradients(trained, state.params, frozen, batch, key)
         updates, opt_state = optimizer.update(grads, state.opt_state, trained)
         trained = optax.apply_updates(trained, updates)
         ema = update_ema(state.ema, trained, state.step, config.ema.decay, config.ema.warmup) if state.ema else state.ema

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from motif_jax.motion.heatmap import KINDS, heatmap, intensity, resize, sigma, spread
+from motif_jax.motion.heatmap import KINDS, heatmap, intensity, resize, sigma
 
 H, W = 320, 512  # the paper's clip size; the diagonal is 603.77 pixels
 LATENT = (H // 8, W // 8)
@@ -92,27 +92,6 @@ def test_inverse_is_one_minus_the_heatmap():
     flow = moving_square((40.0, 10.0))
     np.testing.assert_allclose(default("inverse", flow) + default("flow", flow), 1.0, atol=1e-6)
     assert default("inverse", flow)[0, 0, 0, 0] > 0.99
-
-
-@pytest.mark.parametrize(("vacated", "dilate"), [(0, 0), (1, 0), (2, 0), (9, 0), (0, 1), (1, 2)])
-def test_spread(vacated, dilate):
-    """The largest of the frames before and of the cells around, by loops; what is asked for may reach past the clip."""
-    m = np.random.default_rng(0).uniform(size=(2, 4, 5, 6)).astype(np.float32)
-    wanted = np.zeros_like(m)
-    for t, y, x in np.ndindex(m.shape[1:]):
-        near = m[:, max(0, t - vacated) : t + 1, max(0, y - dilate) : y + dilate + 1, max(0, x - dilate) : x + dilate + 1]
-        wanted[:, t, y, x] = near.max((1, 2, 3))
-    np.testing.assert_array_equal(spread(jnp.asarray(m), vacated, dilate), wanted)
-
-
-def test_the_vacated_place():
-    """A point on its way: the flow marks where it stands; with vacated=1 the frame after marks the place it left, too."""
-    flow = np.zeros((1, 4, 1, 6, 2), np.float32)
-    for t in range(4):
-        flow[0, t, 0, t + 1, 0] = 1.0
-    m = heatmap("flow", flow, None, None, 1, 6, (1, 6), "clip_max")
-    left = np.asarray(spread(m, vacated=1))[0, :, 0] > 0.5
-    np.testing.assert_array_equal(left, [[0, 1, 0, 0, 0, 0], [0, 1, 1, 0, 0, 0], [0, 0, 1, 1, 0, 0], [0, 0, 0, 1, 0, 0]])
 
 
 def test_mask_is_scaled_and_resized():
