@@ -1,14 +1,17 @@
 """How every entry point runs: one clear line instead of a traceback for whatever the user can mend."""
 
+import difflib
 import os
 import pathlib
 import platform
+import re
 import sys
 from collections.abc import Callable
 
 from absl import app, flags, logging
 
 from motif_jax.config import Config, UserError, from_config_dict
+from motif_jax.fields import field_names
 
 HELP = frozenset({"--help", "-help", "-h", "--helpshort", "--helpfull", "-?"})
 
@@ -26,14 +29,15 @@ def run(name: str, main: Callable[[list[str]], None]) -> None:
 
     def parse(arguments: list[str]) -> list[str]:
         try:
-            return app.parse_flags_with_usage(arguments)
+            return flags.FLAGS(arguments)
         except SystemExit:
             if HELP.intersection(arguments):  # absl has printed it, and calls that a failure
                 sys.exit(0)
             raise
-        except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:  # from a configuration file or an override of it
-            reason = str(error.args[0] if error.args else error).strip("'\"").replace("\\n", " ")
-            sys.exit(f"{name}: --config: {' '.join(reason.split())}")
+        except flags.Error as error:
+            sys.exit(f"{name}: {_reason(error)}")
+        except Exception as error:  # a configuration file is code: it may raise anything
+            sys.exit(f"{name}: {_unknown_field(arguments) or f'--config: {_reason(error)}'}")
 
     keep_compiled_programs()
 
@@ -46,6 +50,26 @@ def run(name: str, main: Callable[[list[str]], None]) -> None:
             sys.exit(f"{name}: {error}")
 
     app.run(guarded, flags_parser=parse)
+
+
+def _unknown_field(arguments: list[str]) -> str | None:
+    """The first override --config.a.b=value of a field that does not exist, with the nearest that does."""
+    known = field_names(Config)
+    for argument in arguments:
+        flag, dotted = re.match(r"--?(config\.([^=]*))|", argument).groups()
+        if dotted and dotted not in known:
+            close = difflib.get_close_matches(dotted, known, n=1)
+            return f"--{flag}: no such field" + (f"; did you mean --config.{close[0]}?" if close else "; motif_jax/config.py lists them")
+    return None
+
+
+def _reason(error: Exception) -> str:
+    """The message of an error in one line; of a configuration file's traceback within it, the last line."""
+    text = str(error.args[0] if isinstance(error, KeyError) else error).replace("\\n", "\n")
+    if "Traceback" in text:
+        flag = text.partition(": ")[0]
+        text = f"{flag}: " + re.sub(r"^\s*\w*(Error|Exception): ", "", text.strip().splitlines()[-1])
+    return " ".join(text.split())
 
 
 def configuration(flag: flags.FlagHolder) -> Config:

@@ -14,6 +14,14 @@ def described(default: Any, help: str, **rule: Any) -> Any:
     return field(metadata={"help": help, **rule}, **kind)
 
 
+def field_names(cls: type, prefix: str = "") -> list[str]:
+    """The dotted names of all fields of a dataclass, groups included."""
+    found = []
+    for f in dataclasses.fields(cls):
+        found += [prefix + f.name, *(field_names(f.type, f"{prefix}{f.name}.") if dataclasses.is_dataclass(f.type) else ())]
+    return found
+
+
 def _coerce(value: Any, kind: Any, name: str, errors: list[str]) -> Any:
     """`value` as `kind`; int is accepted for float, list for tuple, nothing else is converted."""
     if typing.get_origin(kind) is tuple:

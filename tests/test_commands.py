@@ -244,12 +244,22 @@ def test_compiled_programs_are_kept_where_the_user_says(monkeypatch, tmp_path):
 
 
 BAD_CALLS = {
-    "unknown field": (["motif_jax.main", CONFIG, "--workdir={tmp}/w", "--config.stepz=3"], "stepz"),
+    "unknown field": (
+        ["motif_jax.main", CONFIG, "--workdir={tmp}/w", "--config.stepz=3"],
+        "--config.stepz: no such field; did you mean --config.steps?",
+    ),
+    "unknown group": (["motif_jax.main", CONFIG, "--workdir={tmp}/w", "--config.los.heatmap=flow"], "did you mean --config.loss.heatmap?"),
+    "data not named": (["motif_jax.main", CONFIG, "--workdir={tmp}/w"], "data.path is not set"),
     "no data": (["motif_jax.main", CONFIG, "--workdir={tmp}/w", "--config.data.path={tmp}/none"], "none"),
     "wrong value": (["motif_jax.main", CONFIG, "--workdir={tmp}/w", "--config.loss.heatmap=flo"], "loss.heatmap='flo': must be one of"),
     "wrong shape": (
         ["motif_jax.main", CONFIG, *SMALL, "--config.data.frames=16", "--workdir={tmp}/w", "--config.data.path={data}"],
         "frames",
+    ),
+    "configuration that does not exist": (["motif_jax.main", "--config=configs/nope.py", "--workdir={tmp}/w"], "configs/nope.py"),
+    "unknown size": (
+        ["motif_jax.main", "--config=configs/motif.py:huge", "--workdir={tmp}/w"],
+        "configs/motif.py:huge: unknown size; use paper, small or tiny",
     ),
     "wrong mesh": (
         ["motif_jax.main", CONFIG, *SMALL, "--workdir={tmp}/w", "--config.data.path={data}", "--config.mesh.data=3"],

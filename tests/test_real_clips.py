@@ -17,10 +17,10 @@ ROOT = pathlib.Path(__file__).parents[1]
 SMALL = ["--config=configs/motif.py:tiny", "--config.data.frames=8", "--config.unet.channel_mult=(1, 2)", "--config.sample.count=1"]
 
 
-def run(*arguments):
+def run(*arguments, expect=0):
     done = subprocess.run([sys.executable, "-m", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    assert done.returncode == expect, done.stdout + done.stderr
+    return done.stdout + (done.stderr if expect else "")
 
 
 @pytest.mark.shared
@@ -41,6 +41,8 @@ def test_real_clips(shared, tmp_path):
     settings = json.loads((data / "dataset.json").read_text())["settings"]
     assert settings["estimator.flow"] == "raft_small" and len(settings["estimator.flow_weights_sha256"]) == 64
 
+    masks = ("--config.loss.heatmap=mask", f"--workdir={tmp_path / 'masks'}")
+    assert "have no masks" in run("motif_jax.main", *SMALL, *masks, f"--config.data.path={data}", expect=1)
     train = ("motif_jax.main", *SMALL, f"--workdir={workdir}", f"--config.data.path={data}", "--config.checkpoint.every=10")
     assert "done: 12 steps" in run(*train, "--config.steps=12")
     text = run(*train, "--config.steps=20")

@@ -200,6 +200,8 @@ def read_manifest(directory: str | os.PathLike) -> Manifest:
 
     Raises UserError that names what is missing or damaged, with the remedy.
     """
+    if not str(directory):
+        raise UserError("data.path is not set: give the output of motif_jax.prepare, --config.data.path=DIR")
     if "://" in str(directory):
         raise UserError(f"data.path={directory}: training reads local files; copy or mount the directory first (docs/data.md)")
     directory = pathlib.Path(directory)

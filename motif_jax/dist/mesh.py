@@ -38,8 +38,9 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
     known = math.prod(s for s in sizes if s > 0)
     sizes = [len(devices) // known if s == -1 else s for s in sizes]
     if math.prod(sizes) != len(devices):
-        shape = ", ".join(f"{a}={s}" for a, s in zip(AXES, sizes, strict=True))
-        raise UserError(f"mesh ({shape}) needs {math.prod(sizes)} devices, but there are {len(devices)}; set one axis to -1")
+        shape = ", ".join(f"{a}={getattr(config, a)}" for a in AXES)
+        needs, remedy = (f"a multiple of {known}", "make an axis smaller") if "-1" in shape else (known, "set one axis to -1")
+        raise UserError(f"mesh ({shape}) needs {needs} devices, but there are {len(devices)}; {remedy}")
     return jax.make_mesh(sizes, AXES, (AxisType.Auto,) * len(AXES), devices=devices)
 
 

@@ -83,6 +83,8 @@ def _train(config: Config, directory: pathlib.Path) -> None:
     if needed and jax.default_backend() != needed:
         raise UserError(f"attention={config.attention!r}: runs on {needed} and this is {jax.default_backend()}; use 'auto'")
     dataset = pipeline.open_dataset(config.data, "train")
+    if config.loss.heatmap == "mask" and not dataset.layout.motion_mask:
+        raise UserError(f"loss.heatmap='mask': the clips of {config.data.path} have no masks; prepare them with some (docs/data.md)")
     mesh = make_mesh(config.mesh)
     check_fits(mesh, config.batch_size, config.grad_accumulation, config.data.frames)
     restored = find_start(config, directory, dataset)

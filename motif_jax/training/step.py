@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from motif_jax import losses
-from motif_jax.config import Config, UserError
+from motif_jax.config import Config
 from motif_jax.diffusion import objective
 from motif_jax.diffusion.schedule import Schedule, make_schedule
 from motif_jax.models.layers import use_mesh
@@ -107,8 +107,6 @@ def predict(
 
 def motion_heatmap(config: Config, batch: Batch, z_BThwC: Array, kind: str) -> Float[Array, "B T h w"]:
     """m' of a batch on the latent grid (the paper's sigma of the flow intensity, and the heatmaps of its ablations)."""
-    if kind == "mask" and "motion_mask" not in batch:
-        raise UserError("loss.heatmap='mask' needs clips with a motion_mask; this dataset has none (use 'flow')")
     return heatmap(
         kind,
         flow=batch.get("flow"),

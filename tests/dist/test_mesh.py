@@ -53,6 +53,8 @@ def test_one_device_is_a_mesh_of_one():
 def test_wrong_number_of_devices_is_named():
     with pytest.raises(ValueError, match=r"data=3, fsdp=1, context=1, tensor=1\) needs 3 devices, but there are 1"):
         make_mesh(MeshConfig(data=3), jax.devices()[:1])
+    with pytest.raises(ValueError, match=r"data=-1, fsdp=3, context=1, tensor=1\) needs a multiple of 3 devices, but there are 1"):
+        make_mesh(MeshConfig(fsdp=3), jax.devices()[:1])
 
 
 @pytest.mark.parametrize(
