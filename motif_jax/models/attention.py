@@ -4,6 +4,7 @@ Module and attribute names are those of the reference checkpoint (VideoCrafter2)
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +51,7 @@ def attention(
     if implementation == "auto":
         implementation = _choose(q_NLHK)
     if implementation == "cudnn":
-        return jax.nn.dot_product_attention(q_NLHK, k_NSHK, v_NSHK, is_causal=causal, implementation="cudnn")
+        return _even_lengths(functools.partial(jax.nn.dot_product_attention, implementation="cudnn"), q_NLHK, k_NSHK, v_NSHK, causal)
     if implementation == "splash":
         if platform() != "tpu":
             raise ValueError(f"attention='splash' is a TPU kernel and this is {platform()}; use 'auto'")
@@ -68,6 +69,16 @@ def attention(
     q_MNlHK = jnp.moveaxis(q_NLHK.reshape(N, L // block, block, H, K), 1, 0)
     out_MNlHK = jax.lax.map(jax.checkpoint(lambda q: attend(q, k_NSHK, v_NSHK)), q_MNlHK)
     return jnp.moveaxis(out_MNlHK, 0, 1).reshape(q_NLHK.shape)
+
+
+def _even_lengths(attend: Callable, q_NLHK: Array, k_NSHK: Array, v_NSHK: Array, is_causal: bool = False) -> Array:
+    """`attend` on lengths made even by padding that it does not see: JAX differentiates cuDNN's kernels for no other, and text has 77."""
+    lengths = q_NLHK.shape[1], k_NSHK.shape[1]
+    if not any(n % 2 for n in lengths):
+        return attend(q_NLHK, k_NSHK, v_NSHK, is_causal=is_causal)
+    padded = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q_NLHK, k_NSHK, v_NSHK))
+    queries, keys = (jnp.full(len(q_NLHK), n, jnp.int32) for n in lengths)
+    return attend(*padded, is_causal=is_causal, query_seq_lengths=queries, key_value_seq_lengths=keys)[:, : lengths[0]]
 
 
 def _reference(q_NLHK: Array, k_NSHK: Array, v_NSHK: Array, is_causal: bool = False) -> Array:

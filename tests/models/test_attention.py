@@ -51,6 +51,47 @@ def test_blocks_of_queries_change_nothing(implementation, monkeypatch):
         np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("L, S", [(6, 5), (5, 6), (5, 5), (6, 6)])
+@pytest.mark.parametrize("causal", [False, True])
+def test_odd_lengths_are_padded_and_hidden(L, S, causal):
+    """As it is done for cuDNN, here around XLA's attention, which also takes lengths."""
+    if causal and L != S:
+        pytest.skip("causal is for self-attention")
+    q, k, v = inputs(L=L, S=S)
+    seen = []
+
+    def attend(q, k, v, **kwargs):
+        seen.append((q.shape[1], k.shape[1]))
+        return jax.nn.dot_product_attention(q, k, v, implementation="xla", **kwargs)
+
+    def loss(q, k, v):
+        out = module._even_lengths(attend, q, k, v, causal)
+        return jnp.sum(out**3), out
+
+    grads, out = jax.grad(loss, (0, 1, 2), has_aux=True)(q, k, v)
+    np.testing.assert_allclose(out, by_hand(q, k, v, causal), rtol=1e-4, atol=1e-5)
+    expected = jax.grad(lambda *x: jnp.sum(attention(*x, "reference", causal) ** 3), (0, 1, 2))(q, k, v)
+    for a, b in zip(grads, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    assert seen == [(L + L % 2, S + S % 2)]
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
+@pytest.mark.parametrize("N, L, S", [(2, 512, 77), (64, 16, 16), (2, 15, 77), (2, 640, 640)])
+def test_cudnn_equals_the_reference(N, L, S):
+    q, k, v = inputs(N, L, S, H=4, K=64)
+
+    def loss(implementation, *x):
+        out = attention(*x, implementation).astype(jnp.float32)
+        return jnp.sum(out**2), out
+
+    expected = jax.grad(loss, (1, 2, 3), has_aux=True)("reference", q, k, v)
+    found = jax.grad(loss, (1, 2, 3), has_aux=True)("cudnn", *(jnp.asarray(x, jnp.bfloat16) for x in (q, k, v)))
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        a, b = (np.asarray(x, np.float32) for x in (a, b))
+        assert np.linalg.norm(a - b) < 2e-2 * np.linalg.norm(b)  # bfloat16 in, out and between
+
+
 def test_softmax_is_float32_in_half_precision():
     """Logits around 200 apart by less than bfloat16's step there still weigh differently."""
     q = jnp.full((1, 1, 1, 64), 5.0, jnp.bfloat16)

@@ -1,0 +1,150 @@
+"""The paper's model trained on the accelerators of this machine, from made-up latents: step time, MFU, memory, and what the loop adds.
+
+    python benchmarks/full_size.py --config=configs/motif.py --config.batch_size=8 --config.steps=60 [--data=DIR] [--config.a.b=value ...]
+
+The real `motif_jax.training.loop` on shards of random latents and text embeddings (`--data`: made there unless they are there), with
+random weights and without evaluation and sampling. `--config.checkpoint.every=N` also saves. Then the same step without the loop: one
+batch that stays on the devices, each call made while the one before runs.
+"""
+
+import dataclasses
+import json
+import pathlib
+import tempfile
+import time
+
+import numpy as np
+from absl import flags
+from ml_collections import config_flags
+
+from motif_jax import commands
+from motif_jax.config import Config
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "configs/X.py[:args]", lock_config=True)
+DATA = flags.DEFINE_string("data", None, "directory of the made-up dataset; default: a temporary one")
+CLIPS = flags.DEFINE_integer("clips", 24, "clips of the dataset")
+flags.mark_flags_as_required(["config"])
+
+
+def make_data(config: Config, directory: pathlib.Path, clips: int) -> None:
+    from motif_jax.data import records, shards
+
+    d, channels = config.data, 2 * config.autoencoder.z_channels
+    latent = (config.latent_height, config.latent_width, channels)
+    layout = records.Layout(
+        d.frames,
+        d.height,
+        d.width,
+        config.prepare.flow_stride,
+        pixels=False,
+        latent=latent,
+        text=(config.text.context_length, config.text.width),
+    )
+    rng = np.random.default_rng(0)
+
+    def record(index: int) -> bytes:
+        clip = {name: rng.normal(size=shape) for name, (shape, _) in layout.arrays().items()}
+        clip["latent_moments"][..., channels // 2 :] = -20.0  # log-variance
+        clip["flow"] *= 20
+        name = f"clip{index}"
+        return records.encode_clip(
+            layout, clip | {"clip_id": name, "video": name, "caption": name, "fps": 24.0, "frame_stride": 3, "first_frame": 0}
+        )
+
+    (directory / "manifests").mkdir(parents=True, exist_ok=True)
+    plan = shards.plan_shards({"train": range(clips), "validation": ()}, 8)
+    for shard in plan:
+        shards.write_shard(directory, shard, "made up", "made up", map(record, shard.items))
+    shards.finish(directory, plan, "made up", layout, {})
+
+
+def random_weights(shapes: dict) -> dict[str, np.ndarray]:
+    """Normal values; one pool of numbers serves all weights, each from a place of its own."""
+    pool = np.random.default_rng(0).standard_normal(2**24, np.float32)
+    pool = np.concatenate([pool, pool])
+
+    def one(start: int, shape: tuple[int, ...]) -> np.ndarray:
+        size = int(np.prod(shape))
+        fan_in = max(1, int(np.prod(shape[:-1])))
+        return np.resize(pool[start % 2**24 :][: max(size, 1)], shape) / np.float32(np.sqrt(fan_in)) + np.float32(0)
+
+    return {name: one(7919 * i, s.shape) + np.float32(name.endswith("scale")) for i, (name, s) in enumerate(shapes.items())}
+
+
+def seconds_alone(config: Config, weights, batch: dict[str, np.ndarray], steps: int) -> float:
+    import jax
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    from motif_jax.dist.mesh import global_batch, make_mesh, place, shard_networks
+    from motif_jax.models.networks import Networks
+    from motif_jax.training import loop
+    from motif_jax.training.optimizer import make_optimizer
+    from motif_jax.training.step import make_train_step
+
+    networks, optimizer, mesh = Networks.of(config), make_optimizer(config), make_mesh(config.mesh)
+    template, create = loop.make_state(config, networks, mesh, optimizer)
+    shardings = jax.tree.map(lambda s: s.sharding, template)
+    state = create(place(weights.denoiser, shardings.params))
+    frozen = place(weights.frozen, shard_networks(weights.frozen, mesh))
+    empty = np.zeros(config.text.context_length, np.int32)
+    replicated = NamedSharding(mesh, PartitionSpec())
+    step = jax.jit(make_train_step(networks, optimizer, empty, mesh), donate_argnums=0, out_shardings=(shardings, replicated))
+    on_devices, before = global_batch(batch, mesh, config.batch_size), None
+    for number in range(steps + 3):
+        if number == 3:
+            jax.block_until_ready(before)
+            began = time.perf_counter()
+        state, metrics = step(state, frozen, on_devices)
+        jax.block_until_ready(before)
+        before = metrics
+    jax.block_until_ready(before)
+    return (time.perf_counter() - began) / steps
+
+
+def main(argv: list[str]) -> None:
+    commands.no_more(argv)
+    config = commands.configuration(CONFIG)
+    import jax
+
+    from motif_jax.models.networks import Networks
+    from motif_jax.training import loop
+    from motif_jax.training.weights import Weights
+
+    with tempfile.TemporaryDirectory() as scratch:
+        data, workdir = pathlib.Path(DATA.value or f"{scratch}/data"), pathlib.Path(scratch) / "run"
+        if not (data / "dataset.json").exists():
+            make_data(config, data, CLIPS.value)
+        off = {"eval": dataclasses.replace(config.eval, every=0), "sample": dataclasses.replace(config.sample, every=0)}
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(data)), **off)
+        networks = Networks.of(config)
+        weights = Weights(
+            random_weights(networks.denoiser.shapes), {name: random_weights(network.shapes) for name, network in networks.frozen.items()}
+        )
+        loop.initial_weights = lambda *_, **__: weights
+        loop.check_towers = lambda *_: None
+        loop.make_tokenizer = lambda text: lambda sentences: np.zeros((len(sentences), text.context_length), np.int32)
+        batches, place_batch = [], loop.global_batch
+
+        def kept(batch, *others):
+            batches[:] = [batch]
+            return place_batch(batch, *others)
+
+        loop.global_batch = kept
+        loop.train(config, workdir)
+        lines = [json.loads(text) for text in (workdir / "metrics.jsonl").read_text().splitlines()]
+        alone = seconds_alone(config, weights, batches[0], 10)
+    found = [line for line in lines if "seconds_per_step" in line and "compile_seconds" not in line]
+    mean = {name: float(np.mean([line[name] for line in found])) for name in found[0] if name not in ("step", "clips")}
+    saves = [line["save_seconds"] for line in lines if "save_seconds" in line]
+    seconds, mfu = mean["seconds_per_step"], f", MFU {100 * mean['mfu']:.1f} %" if "mfu" in mean else ""
+    compilation = max(line.get("compile_seconds", 0) for line in lines)
+    print(f"{jax.device_count()} x {jax.devices()[0].device_kind}, {config.batch_size} clips a step, remat {config.remat}, {config.dtype}")
+    print(f"loop {1000 * seconds:.1f} ms a step, {mean['clips_per_second']:.2f} clips/s, {mean['tflops_per_device']:.1f} TFLOP/s{mfu}")
+    print(f"memory {mean['memory_gib']:.1f} GiB at most, input wait {100 * mean['input_wait']:.2f} %, first step after {compilation:.0f} s")
+    print(f"step alone {1000 * alone:.1f} ms: the loop adds {100 * (seconds / alone - 1):+.2f} %")
+    if saves:
+        print(f"saves hold the loop for {', '.join(f'{s:.2f}' for s in saves)} s")
+
+
+if __name__ == "__main__":
+    commands.run("full_size", main)
