@@ -15,14 +15,12 @@ import tempfile
 
 # The mesh of each slice: clips over all chips, parameters sharded over all of them.
 MESHES = {"v5e:8x8": {"data": 1, "fsdp": 64}, "v5p:2x2x4": {"data": 1, "fsdp": 16}, "v6e:4x4": {"data": 1, "fsdp": 16}}
-ACCUMULATION = {"v6e:4x4": 4}  # 64 clips over 16 chips: four each, here in turn
 COLUMNS = ("topology", "fits", "GiB of a chip", "bound s/step", "MFU bound", "all-gather GiB", "reduce GiB", "compile s")
 
 
 def row(topology: str, config: str, effort: float) -> list[str]:
     """The table's line for one topology; a failure's last words instead of numbers."""
     settings = [f"--config.mesh.{axis}={size}" for axis, size in MESHES.get(topology, {"data": 1, "fsdp": -1}).items()]
-    settings.append(f"--config.grad_accumulation={ACCUMULATION.get(topology, 1)}")
     with tempfile.TemporaryDirectory() as directory:
         path = pathlib.Path(directory) / "report.json"
         command = [sys.executable, "-m", "motif_jax.compile", f"--config={config}", f"--topology={topology}", f"--effort={effort}"]
