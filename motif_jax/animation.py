@@ -37,7 +37,7 @@ class Animator:
         if self.mesh is not None:
             self.params, self.frozen = jax.device_put((self.params, self.frozen), NamedSharding(self.mesh, PartitionSpec()))
         self._tokenizer = make_tokenizer(self.config.text)
-        self._generate = make_generator(self.networks, empty_sentence(self.config, self._tokenizer))
+        self._generate = make_generator(self.networks, empty_sentence(self.config, self._tokenizer), self.mesh)
 
     @classmethod
     def load(

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from motif_jax.collectives import Traffic, collectives
 from motif_jax.config import Config, UserError
 from motif_jax.data.records import Layout
-from motif_jax.dist.mesh import FRAMES, ROWS, check_fits, make_mesh
+from motif_jax.dist.mesh import FRAMES, ROWS, check_fits, make_mesh, shard_networks
 from motif_jax.models.layers import target_platform
 from motif_jax.models.networks import Networks
 from motif_jax.training.flops import jaxpr_flops, peak_tflops, training_flops
@@ -166,11 +166,10 @@ def lower_step(config: Config, mesh: Mesh) -> tuple[jax.stages.Lowered, int]:
     networks, optimizer = Networks.of(config), make_optimizer(config)
     template, _ = make_state(config, networks, mesh, optimizer)
     replicated = NamedSharding(mesh, PartitionSpec())
-    frozen = {
-        name: {k: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=replicated) for k, s in network.shapes.items()}
-        for name in ("autoencoder", "text", "image")
-        if (network := getattr(networks, name))
-    }
+    towers = {name: network.shapes for name, network in networks.frozen.items()}
+    frozen = jax.tree.map(
+        lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), towers, shard_networks(towers, mesh)
+    )
     step = make_train_step(networks, optimizer, np.zeros(config.text.context_length, np.int32), mesh)
     shardings = jax.tree.map(lambda s: s.sharding, template)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated))

@@ -5,20 +5,22 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, UInt8
 
 from motif_jax.config import Config
 from motif_jax.diffusion import objective, samplers
 from motif_jax.diffusion.guidance import classifier_free
+from motif_jax.models.layers import use_mesh
 from motif_jax.models.networks import Networks, Params, image_condition
 from motif_jax.training.step import diffusion_schedule
 
 
-def make_generator(networks: Networks, empty_L: np.ndarray) -> Callable[..., Array]:
+def make_generator(networks: Networks, empty_L: np.ndarray, mesh: Mesh | None = None) -> Callable[..., Array]:
     """A jitted function from images and tokens to clips, with `config.sample`'s steps and guidance.
 
     generate(params, frozen, images [B,H,W,3] uint8, tokens [B,L], fps [B], seeds [B]) -> [B,T,H,W,3] uint8.
-    A clip depends on its own seed only, not on its neighbours in the batch.
+    A clip depends on its own seed only, not on its neighbours in the batch. `mesh` says over which devices activations are laid out.
     """
     config: Config = networks.config
     s, d = config.sample, config.diffusion
@@ -26,6 +28,7 @@ def make_generator(networks: Networks, empty_L: np.ndarray) -> Callable[..., Arr
     timesteps = samplers.ddim_timesteps(d.num_timesteps, s.steps, "trailing")
 
     @jax.jit
+    @use_mesh(mesh)
     def generate(
         params: Params,
         frozen: dict[str, Params],
@@ -45,16 +48,17 @@ def make_generator(networks: Networks, empty_L: np.ndarray) -> Callable[..., Arr
             text_BLD = jnp.concatenate([text_BLD, image], axis=1)
             null_BLD = jnp.concatenate([null_BLD, jnp.repeat(grey, clips, axis=0)], axis=1)
 
-        def twice(x: Array) -> Array:
-            return jnp.concatenate([x, x])
+        def paired(with_text: Array, without: Array) -> Array:
+            # Clip by clip rather than one half after the other, so that a clip's two passes run on the device that has it.
+            return jnp.stack([with_text, without], axis=1).reshape(-1, *with_text.shape[1:])
 
         def denoise(x_BThwC: Array, t_B: Array) -> Array:
             if s.guidance == 1.0:
                 return networks.denoise(params, x_BThwC, t_B, text_BLD, fps_B, image_BThwK)
-            both = networks.denoise(
-                params, twice(x_BThwC), twice(t_B), jnp.concatenate([text_BLD, null_BLD]), twice(fps_B), twice(image_BThwK)
-            )
-            return classifier_free(both[:clips], both[clips:], s.guidance, s.guidance_rescale)
+            twice = (paired(x, x) for x in (x_BThwC, t_B))
+            both = networks.denoise(params, *twice, paired(text_BLD, null_BLD), paired(fps_B, fps_B), paired(image_BThwK, image_BThwK))
+            both = both.reshape(clips, 2, *both.shape[1:])
+            return classifier_free(both[:, 0], both[:, 1], s.guidance, s.guidance_rescale)
 
         keys = jax.vmap(jax.random.key)(seeds_B)
         shape = (frames, *z_BhwC.shape[1:])

@@ -1,5 +1,6 @@
 """The device mesh (data, fsdp, context, tensor) and where each array lives on it."""
 
+import functools
 import math
 import re
 from collections.abc import Mapping
@@ -19,9 +20,9 @@ BATCH = PartitionSpec(ROWS)
 PARTITION_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"(^|\.)lora_a$", ("fsdp", None)),
     (r"(^|\.)lora_b$", (None, "tensor")),
-    (r"(^|\.)kernel$", ("fsdp", "tensor")),
+    (r"(^|\.)(kernel|in_proj_kernel|proj|text_projection)$", ("fsdp", "tensor")),
     (r"(^|\.)embedding$", ("tensor", "fsdp")),
-    (r"(^|\.)(bias|scale|alpha|latents)$", (None,)),
+    (r"(^|\.)(bias|in_proj_bias|scale|logit_scale|alpha|latents|class_embedding|positional_embedding)$", (None,)),
 )
 # Fields of a batch whose second axis is time: their frames are split over `context`.
 FRAMES = frozenset({"frames", "latent_moments", "flow", "motion_mask"})
@@ -67,6 +68,15 @@ def shard_like_params(tree: Any, params_names: set[str], mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(one, tree)
 
 
+def shard_networks(networks: Mapping[str, Mapping[str, Any]], mesh: Mesh) -> dict[str, dict[str, NamedSharding]]:
+    """Shardings by the table for the parameters (arrays or shapes) of several networks."""
+
+    def one(params: Mapping[str, Any]) -> dict[str, NamedSharding]:
+        return {name: NamedSharding(mesh, partition(name, x.shape, mesh)) for name, x in params.items()}
+
+    return {name: one(params) for name, params in networks.items()}
+
+
 def place(tree: Any, shardings: Any) -> Any:
     """Arrays that every process holds whole (weights read from a file) -> global arrays; each device receives its part only."""
 
@@ -77,11 +87,12 @@ def place(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(one, tree, shardings)
 
 
-def batch_rows(mesh: Mesh, batch_size: int) -> list[int]:
+@functools.lru_cache(maxsize=8)  # asked for at every step
+def batch_rows(mesh: Mesh, batch_size: int) -> tuple[int, ...]:
     """The rows of a global batch that this process' devices work on, in order; what its input pipeline has to read."""
     sharding = NamedSharding(mesh, BATCH)
     parts = sharding.addressable_devices_indices_map((batch_size,)).values()
-    return sorted({row for (part,) in parts for row in range(batch_size)[part]})
+    return tuple(sorted({row for (part,) in parts for row in range(batch_size)[part]}))
 
 
 def global_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, batch_size: int) -> dict[str, jax.Array]:

@@ -5,7 +5,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from motif_jax.models.attention import attention
-from motif_jax.models.layers import Dense, Initializer, LayerNorm, gelu, platform
+from motif_jax.models.layers import Dense, Initializer, LayerNorm, gathered, gelu, platform
 
 
 class SelfAttention(nnx.Module):
@@ -18,7 +18,7 @@ class SelfAttention(nnx.Module):
         self.heads, self.causal, self.dtype = heads, causal, dtype
 
     def __call__(self, x_BLC: Float[Array, "B L C"]) -> Float[Array, "B L C"]:
-        qkv = x_BLC @ self.in_proj_kernel[...].astype(self.dtype) + self.in_proj_bias[...].astype(self.dtype)
+        qkv = x_BLC @ gathered(self.in_proj_kernel, self.dtype) + self.in_proj_bias[...].astype(self.dtype)
         q, k, v = (a.reshape(*a.shape[:-1], self.heads, -1) for a in jnp.split(qkv, 3, axis=-1))
         implementation = "reference" if platform() == "cpu" else "xla"
         return self.out_proj(attention(q, k, v, implementation, self.causal).reshape(x_BLC.shape))

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from motif_jax.config import ImageConfig
 from motif_jax.models.clip import Transformer
-from motif_jax.models.layers import Initializer, LayerNorm, convolve
+from motif_jax.models.layers import Initializer, LayerNorm, convolve, gathered
 
 # Of the pixels in [0, 1] of CLIP's training images, RGB.
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -30,7 +30,7 @@ class PatchEmbedding(nnx.Module):
         self.patch, self.dtype = patch, dtype
 
     def __call__(self, x_BHW3: Float[Array, "B H W 3"]) -> Float[Array, "B h w C"]:
-        return convolve(x_BHW3.astype(self.dtype), self.kernel[...].astype(self.dtype), self.patch, ((0, 0), (0, 0)))
+        return convolve(x_BHW3.astype(self.dtype), gathered(self.kernel, self.dtype), self.patch, ((0, 0), (0, 0)))
 
 
 class ImageTower(nnx.Module):

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from motif_jax.config import TextConfig
 from motif_jax.models.clip import Transformer
-from motif_jax.models.layers import Initializer, LayerNorm, sinusoids
+from motif_jax.models.layers import CLIPS, Initializer, LayerNorm, constrain, sinusoids
 
 WORDS_SEED = 20250
 
@@ -71,4 +71,4 @@ class Embedding(nnx.Module):
         self.embedding = init.normal((vocab_size, width), 0.02)
 
     def __call__(self, tokens: Int[Array, "*n"]) -> Float[Array, "*n D"]:
-        return self.embedding[...][tokens]
+        return constrain(self.embedding[...][tokens], CLIPS)  # not the table is moved between devices, but the rows found in it

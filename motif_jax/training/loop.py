@@ -2,7 +2,7 @@
 
 Order, which makes a resumed run equal to an undisturbed one:
 restore or init -> [evaluate and sample with the state before the update -> save (then stop if asked to) -> next batch ->
-step -> log the previous step] -> wait for the save, write the report, mark done.
+step -> log the steps before] -> wait for the save, write the report, mark done.
 """
 
 import math
@@ -18,7 +18,7 @@ from motif_jax.config import Config, UserError, to_json
 from motif_jax.data import pipeline
 from motif_jax.data.tokens import make_tokenizer
 from motif_jax.dist import startup
-from motif_jax.dist.mesh import batch_rows, check_fits, global_batch, make_mesh, place, shard_like_params
+from motif_jax.dist.mesh import batch_rows, check_fits, global_batch, make_mesh, place, shard_like_params, shard_networks
 from motif_jax.dist.preemption import Interrupted, StopSignal
 from motif_jax.models.networks import Networks, Params
 from motif_jax.towers import check_towers
@@ -102,7 +102,7 @@ def _train(config: Config, directory: pathlib.Path) -> None:
     replicated = NamedSharding(mesh, PartitionSpec())
     shardings = jax.tree.map(lambda s: s.sharding, template)
     train_step = jax.jit(make_train_step(networks, optimizer, empty_L, mesh), donate_argnums=0, out_shardings=(shardings, replicated))
-    eval_step = jax.jit(make_eval_step(networks, empty_L), out_shardings=replicated)
+    eval_step = jax.jit(make_eval_step(networks, empty_L, mesh), out_shardings=replicated)
 
     position = {"global_batch": config.batch_size, "seed": config.seed, "dataset": dataset.fingerprint}
     meta = {"version": motif_jax.__version__, "run": workdir.run_fingerprint(config)}
@@ -125,7 +125,7 @@ def _train(config: Config, directory: pathlib.Path) -> None:
         say(f"continuing at step {step} of {config.steps}, {directory}")
     shape = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     say(f"{jax.device_count()} x {jax.devices()[0].device_kind} ({shape}) in {jax.process_count()} processes")
-    frozen = place(weights.frozen, jax.tree.map(lambda _: replicated, weights.frozen))
+    frozen = place(weights.frozen, shard_networks(weights.frozen, mesh))
     del weights
 
     rows = batch_rows(mesh, config.batch_size)
@@ -134,7 +134,7 @@ def _train(config: Config, directory: pathlib.Path) -> None:
     validation = (
         pipeline.validation_batches(config.data, config.batch_size, config.eval.batches, tokenizer, rows) if config.eval.every else ()
     )
-    sheets = SampleSheets(config, networks, tokenizer, empty_L, directory, writer)
+    sheets = SampleSheets(config, networks, tokenizer, empty_L, directory, writer, mesh)
     batches = pipeline.make_iterator(dataset, config.batch_size, config.seed, step, tokenizer, rows)
     stop = StopSignal()
 
@@ -181,6 +181,7 @@ def _train(config: Config, directory: pathlib.Path) -> None:
                     save()
                     kept = step
                 if stopping or step >= config.steps:
+                    progress.flush(step)
                     break
                 if step == config.profile.start and step > 0:
                     jax.profiler.start_trace(directory)
@@ -189,7 +190,7 @@ def _train(config: Config, directory: pathlib.Path) -> None:
                 wait = time.perf_counter() - began
                 state, metrics = train_step(state, frozen, global_batch(batch, mesh, config.batch_size))
                 step, visited = step + 1, False
-                progress.add(metrics, wait)
+                progress.add(step, metrics, wait)
                 if before is None:
                     jax.block_until_ready(metrics)
                     progress.compiled()
@@ -198,8 +199,8 @@ def _train(config: Config, directory: pathlib.Path) -> None:
                 if step == config.profile.start + config.profile.steps and config.profile.start > 0:
                     jax.block_until_ready(metrics)
                     jax.profiler.stop_trace()
-                if step % config.log_every == 0:
-                    progress.flush(step)
+                if (step - 1) % config.log_every == 0:  # while the device works on this step
+                    progress.flush(step - 1)
                     checkpoints.check()
             checkpoints.wait()
         finally:

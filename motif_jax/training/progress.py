@@ -1,10 +1,11 @@
 """What a person sees of a running training: step metrics in; one status line and one metrics line per window out."""
 
+import concurrent.futures
 import math
 import resource
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -24,31 +25,33 @@ class Progress:
         self._writer, self._config, self._flops = writer, config, flops
         self.good = good
         self._peak = peak_tflops(jax.devices()[0].device_kind)
-        self._window: list[dict[str, Any]] = []
-        self._wait, self._untimed, self._compilation = 0.0, 0, 0.0
+        self._window: list[_Step] = []
+        self._clock = concurrent.futures.ThreadPoolExecutor(1, "clock")  # sees when a step ends, which the loop does not wait for
+        self._untimed, self._compilation = 0, 0.0
         self._start = time.perf_counter()
 
-    def add(self, metrics: dict[str, Any], wait: float) -> None:
-        """Takes the metrics of one step (arrays that may not be computed yet) and the seconds waited for its batch."""
-        self._window.append(metrics)
-        self._wait += wait
+    def add(self, step: int, metrics: dict[str, Any], wait: float) -> None:
+        """Takes the metrics of update number `step` (arrays that may not be computed yet) and the seconds waited for its batch."""
+        self._window.append(_Step(step, metrics, wait, self._clock.submit(_when_computed, metrics)))
 
     def flush(self, step: int) -> None:
-        """Writes the window that ends with update number `step`. Raises UserError when a metric is not finite."""
-        if not self._window:
+        """Writes the window that ends with update number `step`; a later one stays. Raises UserError when a metric is not finite."""
+        window, later = ([entry for entry in self._window if (entry.number > step) == after] for after in (False, True))
+        if not window:
             return
-        window = jax.device_get(self._window)
-        elapsed = time.perf_counter() - self._start
-        for number, metrics in enumerate(window, start=step - len(window) + 1):
-            self.check(number, metrics)
-        means = {k: float(np.mean([m[k] for m in window])) for k in window[0]}
+        metrics = jax.device_get([entry.metrics for entry in window])
+        end = window[-1].end.result()
+        elapsed = end - self._start
+        for entry, found in zip(window, metrics, strict=True):
+            self.check(entry.number, found)
+        means = {k: float(np.mean([m[k] for m in metrics])) for k in metrics[0]}
         means["clips"] = step * self._config.batch_size
         if self._compilation:
             means["compile_seconds"] = self._compilation
         status = f"step {step}/{self._config.steps}  loss {means['loss']:.4f}  {means['clips']:,} clips"
         timed = len(window) - self._untimed
         if timed:
-            means |= self._speed(elapsed / timed, self._wait / elapsed)
+            means |= self._speed(elapsed / timed, sum(entry.wait for entry in window[self._untimed :]) / elapsed)
             status += f"  {means['seconds_per_step']:.3f} s/step  {means['clips_per_second']:.1f} clips/s"
             status += f"  {means['tflops_per_device']:.3g} model TFLOP/s per device"
             if "mfu" in means:
@@ -59,7 +62,7 @@ class Progress:
             self._writer.write(step, means)
             print(status, flush=True)
         self._compilation = 0.0
-        self.restart()
+        self._window, self._untimed, self._start = later, 0, end
 
     def _speed(self, per_step: float, wait: float) -> dict[str, float]:
         tflops = self._flops / per_step / jax.device_count() / 1e12
@@ -84,14 +87,26 @@ class Progress:
 
     def restart(self) -> None:
         """Starts the next window now, so that time spent on evaluation or saving is not counted as training."""
-        self._window, self._wait, self._untimed, self._start = [], 0.0, 0, time.perf_counter()
+        self._window, self._untimed, self._start = [], 0, time.perf_counter()
 
     def compiled(self) -> None:
         """Takes note of how long the process' first step took and leaves it out of the speed of its window."""
         self._compilation = time.perf_counter() - self._start
-        self._wait, self._untimed, self._start = 0.0, len(self._window), time.perf_counter()
+        self._untimed, self._start = len(self._window), time.perf_counter()
         if self._writer:
             print(f"first step after {self._compilation:.1f} s (compilation)", flush=True)
+
+
+class _Step(NamedTuple):
+    number: int
+    metrics: dict[str, Any]
+    wait: float
+    end: concurrent.futures.Future
+
+
+def _when_computed(metrics: dict[str, Any]) -> float:
+    jax.block_until_ready(metrics)
+    return time.perf_counter()
 
 
 def peak_memory() -> int:

@@ -5,17 +5,19 @@ samples and truth in the metrics, since a model that copies its image shows firs
 """
 
 import json
+import math
 import pathlib
 from collections.abc import Callable
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import UInt8
 
 from motif_jax.config import Config
 from motif_jax.data import pipeline
 from motif_jax.data.videos import save_video
-from motif_jax.dist.mesh import on_host
+from motif_jax.dist.mesh import BATCH, ROWS, on_host, place
 from motif_jax.generation import make_generator
 from motif_jax.models.networks import Networks, Params
 from motif_jax.motion import pictures
@@ -39,6 +41,8 @@ def save_comparison(
 
 
 class SampleSheets:
+    """The clips are split over the mesh like a batch, the first of them repeated until every device has as many."""
+
     def __init__(
         self,
         config: Config,
@@ -47,11 +51,12 @@ class SampleSheets:
         empty_L: np.ndarray,
         workdir: pathlib.Path,
         writer: MetricWriter | None,
+        mesh: Mesh,
     ) -> None:
-        self._config, self._workdir, self._writer = config, workdir, writer
+        self._config, self._workdir, self._writer, self._mesh = config, workdir, writer, mesh
         self._examples = pipeline.examples(config.data, config.sample.count) if config.sample.every else []
         if self._examples:
-            self._generate = make_generator(networks, empty_L)
+            self._generate = make_generator(networks, empty_L, mesh)
             self._tokens = tokenizer([e.caption for e in self._examples])
             self._decode = jax.jit(lambda frozen, moments: networks.decode(frozen["autoencoder"], networks.latents(moments, None)))
             self._truth: np.ndarray | None = None
@@ -62,7 +67,8 @@ class SampleSheets:
         if self._truth is None:
             self._truth = self._true_clips(frozen)
         fps = np.asarray([e.fps for e in self._examples], np.float32)
-        clips = on_host(self._generate(params, frozen, self._truth[:, 0], self._tokens, fps, np.arange(len(fps), dtype=np.int32)))
+        inputs = map(self._spread, (self._truth[:, 0], self._tokens, fps, np.arange(len(fps), dtype=np.int32)))
+        clips = on_host(self._generate(params, frozen, *inputs))[: len(fps)]
         if self._writer is None:
             return
         captions = [e.caption for e in self._examples]
@@ -82,4 +88,8 @@ class SampleSheets:
         """The examples' frames, or what the autoencoder makes of their latents where only those are stored."""
         if self._examples[0].frames is not None:
             return np.stack([e.frames for e in self._examples])
-        return on_host(self._decode(frozen, np.stack([e.latent_moments for e in self._examples])))
+        return on_host(self._decode(frozen, self._spread(np.stack([e.latent_moments for e in self._examples]))))[: len(self._examples)]
+
+    def _spread(self, x: np.ndarray) -> jax.Array:
+        unit = math.prod(self._mesh.shape[axis] for axis in ROWS)
+        return place(x[np.arange(-(-len(x) // unit) * unit) % len(x)], NamedSharding(self._mesh, BATCH))

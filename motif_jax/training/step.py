@@ -168,7 +168,7 @@ def make_train_step(
     return train_step
 
 
-def make_eval_step(networks: Networks, empty_L: np.ndarray) -> Callable[..., losses.RegionLosses]:
+def make_eval_step(networks: Networks, empty_L: np.ndarray, mesh: Mesh | None = None) -> Callable[..., losses.RegionLosses]:
     """(params, frozen, batch, t_B, key) -> per-clip losses: total, in the moving region, and the region's size.
 
     Moving means m > 0.5 by optical flow, whatever the run's own heatmap (paper figure 6).
@@ -177,7 +177,8 @@ def make_eval_step(networks: Networks, empty_L: np.ndarray) -> Callable[..., los
     schedule = diffusion_schedule(config)
 
     def eval_step(params: Params, frozen: dict[str, Params], batch: Batch, t_B: Array, key: PRNGKeyArray) -> losses.RegionLosses:
-        prediction, target, z, _ = predict(networks, schedule, params, frozen, batch, jnp.asarray(empty_L), key, t_B, train=False)
+        with use_mesh(mesh):
+            prediction, target, z, _ = predict(networks, schedule, params, frozen, batch, jnp.asarray(empty_L), key, t_B, train=False)
         return losses.region_losses(prediction, target, motion_heatmap(config, batch, z, "flow"), 0.5)
 
     return eval_step

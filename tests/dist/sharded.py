@@ -9,21 +9,21 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from motif_jax.config import CheckpointConfig, MeshConfig, from_json
-from motif_jax.data.tokens import make_tokenizer
-from motif_jax.dist.mesh import global_batch, make_mesh, place
+from motif_jax.dist.mesh import BATCH, global_batch, make_mesh, place, shard_networks
+from motif_jax.generation import make_generator
 from motif_jax.models.networks import Networks
 from motif_jax.training import finetune
 from motif_jax.training.checkpoint import Checkpoints
 from motif_jax.training.loop import make_state
 from motif_jax.training.optimizer import make_optimizer
-from motif_jax.training.step import empty_sentence, make_train_step
+from motif_jax.training.step import make_eval_step, make_train_step
 
 MESHES = ((8, 1, 1, 1), (1, 8, 1, 1), (2, 2, 2, 1), (1, 2, 1, 4))
-FROZEN = {"autoencoder": {}, "text": {}}
+SPLIT = (2, 2, 2, 1)
 
 
 class Run:
-    """A configuration on a mesh: `state`, `step()`, and the shapes to restore into."""
+    """A configuration on a mesh: `state`, `step()`, `evaluate()`, `sample()`, and the shapes to restore into."""
 
     def __init__(self, config, sizes, **changes):
         self.config = dataclasses.replace(config, **changes)
@@ -32,15 +32,19 @@ class Run:
         self.template, create = make_state(self.config, networks, self.mesh, optimizer)
         self.shardings = jax.tree.map(lambda s: s.sharding, self.template)
         rng = np.random.default_rng(0)  # no weight is zero: freshly made networks put out zeros, through which no gradient passes
-        params = {
-            k: np.float32(rng.normal(0, 0.1, s.shape) + k.endswith("scale"))
-            for k, s in sorted(finetune.shapes(self.config, networks).items())
-        }
-        self.state = create(place(params, self.shardings.params))
-        empty = empty_sentence(self.config, make_tokenizer(self.config.text))
+
+        def random(shapes):
+            return {k: np.float32(rng.normal(0, 0.1, s.shape) + k.endswith("scale")) for k, s in sorted(shapes.items())}
+
+        self.state = create(place(random(finetune.shapes(self.config, networks)), self.shardings.params))
+        frozen = {name: random(network.shapes) for name, network in networks.frozen.items()}
+        self.frozen = place(frozen, shard_networks(frozen, self.mesh))
+        empty = np.zeros(self.config.text.context_length, np.int32)
         replicated = NamedSharding(self.mesh, PartitionSpec())
         step = make_train_step(networks, optimizer, empty, self.mesh)
         self.train_step = jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, replicated))
+        self.eval_step = jax.jit(make_eval_step(networks, empty, self.mesh), out_shardings=replicated)
+        self.generate = make_generator(networks, empty, self.mesh)
 
     def batch(self, seed):
         rng, d, n = np.random.default_rng(seed), self.config.data, self.config.batch_size
@@ -55,8 +59,16 @@ class Run:
         return global_batch(batch, self.mesh, n)
 
     def step(self, seed):
-        self.state, metrics = self.train_step(self.state, FROZEN, self.batch(seed))
+        self.state, metrics = self.train_step(self.state, self.frozen, self.batch(seed))
         return {k: float(v) for k, v in metrics.items()}
+
+    def evaluate(self):
+        t_B = np.linspace(0, 999, self.config.batch_size).astype(np.int32)
+        return np.asarray(self.eval_step(self.state.best, self.frozen, self.batch(0), t_B, jax.random.key(1)).overall)
+
+    def sample(self):
+        batch, seeds = self.batch(0), place(np.arange(self.config.batch_size, dtype=np.int32), NamedSharding(self.mesh, BATCH))
+        return np.asarray(self.generate(self.state.best, self.frozen, batch["frames"][:, 0], batch["tokens"], batch["fps"], seeds)).astype(int)
 
     def gradient(self):
         """The gradient of the first step: AdamW's first moment is then (1 - b1) times it."""
@@ -76,8 +88,28 @@ def same(a, b):
     return all(np.array_equal(np.asarray(x).view(np.uint32), np.asarray(y).view(np.uint32)) for x, y in leaves)
 
 
-def main(config, directory):
-    result = {}
+def local_share(params):
+    kernels = [v for k, v in params.items() if k.endswith("kernel")]
+    return sum(v.addressable_shards[0].data.size for v in kernels) / sum(v.size for v in kernels)
+
+
+def with_towers(config):
+    """One device and a mesh, for a configuration whose frozen networks have parameters: evaluation, sampling and steps between them."""
+    one, split = Run(config, (1, 1, 1, 1)), Run(config, SPLIT)
+    losses, clips = one.evaluate(), one.sample()
+    result = {
+        "evaluation": float(np.max(np.abs(split.evaluate() / losses - 1))),
+        "clips": float(np.mean(np.abs(split.sample() - clips))),
+        "contrast": float(np.mean(np.abs(clips - np.roll(clips, 1, axis=0)))),
+        "loss": abs(split.step(0)["loss"] / one.step(0)["loss"] - 1),
+        "local": {name: local_share(params) for name, params in split.frozen.items()},
+    }
+    split.evaluate(), split.sample(), split.step(1)
+    return result | {"compilations": [f._cache_size() for f in (split.train_step, split.eval_step, split.generate)]}
+
+
+def main(config, towers, directory):
+    result = {"towers": with_towers(towers)}
     single = Run(config, (1, 1, 1, 1))
     loss = single.step(0)["loss"]
     expected = single.gradient()
@@ -88,19 +120,17 @@ def main(config, directory):
         whole, worst = distance(run.gradient(), expected)
         for seed in (1, 2):
             run.step(seed)
-        kernels = [v for k, v in run.state.params.items() if k.endswith("kernel")]
-        local = sum(v.addressable_shards[0].data.size for v in kernels) / sum(v.size for v in kernels)
         result[str(sizes)] = {
             "loss": abs(found - loss) / loss,
             "gradient": whole,
             "worst": worst,
             "compilations": run.train_step._cache_size(),
-            "local": local,
+            "local": local_share(run.state.params),
         }
         runs[sizes] = run
 
     # Saved on eight devices after three steps; the fourth step is then taken by this run, by itself restored, and by fewer devices.
-    run = runs[2, 2, 2, 1]
+    run = runs[SPLIT]
     checkpoints = Checkpoints(directory, CheckpointConfig())
     checkpoints.save(3, run.state, {"step": 3}, {})
     checkpoints.wait()
@@ -122,4 +152,4 @@ def main(config, directory):
 
 
 if __name__ == "__main__":
-    main(from_json(sys.argv[1]), sys.argv[2])
+    main(from_json(sys.argv[1]), from_json(sys.argv[2]), sys.argv[3])

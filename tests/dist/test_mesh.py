@@ -1,15 +1,17 @@
 """The mesh and the sharding table, on eight fake devices of another process where more than one device is needed."""
 
+import math
 import os
 import subprocess
 import sys
 
 import jax
 import pytest
-from jax.sharding import PartitionSpec
+from jax.sharding import AbstractMesh, PartitionSpec
 
-from motif_jax.config import MeshConfig
-from motif_jax.dist.mesh import AXES, check_fits, make_mesh, partition
+from motif_jax.config import MeshConfig, from_config_dict
+from motif_jax.dist.mesh import AXES, check_fits, make_mesh, partition, shard_networks
+from motif_jax.models.networks import Networks
 
 EIGHT_DEVICES = """
 import jax, numpy as np
@@ -38,8 +40,8 @@ np.testing.assert_array_equal(flow, frames)
 mine = jax.devices()[2:4]
 patched = lambda self, shape: {d: i for d, i in self.devices_indices_map(shape).items() if d in mine}
 jax.sharding.NamedSharding.addressable_devices_indices_map = patched
-assert batch_rows(make_mesh(MeshConfig(data=8)), 16) == [4, 5, 6, 7]
-assert batch_rows(make_mesh(MeshConfig(tensor=8)), 3) == [0, 1, 2]
+assert batch_rows(make_mesh(MeshConfig(data=8)), 16) == (4, 5, 6, 7)
+assert batch_rows(make_mesh(MeshConfig(tensor=8)), 3) == (0, 1, 2)
 print("fine")
 """
 
@@ -73,6 +75,18 @@ def test_a_batch_must_fit_the_mesh(batch_size, accumulation, frames, message):
 def test_unknown_parameter_is_an_error():
     with pytest.raises(ValueError, match=r"no partition rule matches parameter 'a\.mystery' of shape \(3,\)"):
         partition("a.mystery", (3,), make_mesh(MeshConfig(), jax.devices()[:1]))
+
+
+def test_the_paper_s_networks_are_sharded():
+    """All of them, image tower included: of 64 chips none holds much more than its 64th, because small vectors stay whole."""
+    networks = Networks.of(from_config_dict({"unet": {"image_cross_attention": True}}))
+    towers = {name: network.shapes for name, network in (networks.frozen | {"denoiser": networks.denoiser}).items()}
+    shardings = shard_networks(towers, AbstractMesh((1, 64, 1, 1), AXES))
+    assert set(towers) == {"autoencoder", "text", "image", "denoiser"}
+    for name, shapes in towers.items():
+        whole = sum(math.prod(s.shape) for s in shapes.values())
+        local = sum(math.prod(shardings[name][k].shard_shape(s.shape)) for k, s in shapes.items())
+        assert whole > 80e6 and local < 0.02 * whole, (name, local / whole)
 
 
 def test_eight_devices():

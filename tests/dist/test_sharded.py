@@ -18,13 +18,20 @@ pytestmark = pytest.mark.slow
 def found(tiny, tmp_path_factory):
     # Transformers in the middle block only, no dropout: compilation is nearly all that this costs.
     config = tiny(batch_size=8, unet={"attention_resolutions": [], "temporal_dropout": 0.0})
+    towers = tiny(
+        batch_size=8,
+        backbone="dit",
+        dit={"width": 16, "depth": 1, "num_head_channels": 8, "patch": [4, 2, 2]},
+        autoencoder={"kind": "kl", "factor": 4, "z_channels": 4, "ch": 32, "ch_mult": [1, 1, 1], "num_res_blocks": 1},
+        text={"kind": "openclip", "layers": 2, "heads": 2},
+    )
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         # LLVM's optimiser is most of the compile time here and changes no sum's order that matters.
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
     }
     script = pathlib.Path(__file__).with_name("sharded.py")
-    command = [sys.executable, script, to_json(config), tmp_path_factory.mktemp("eight")]
+    command = [sys.executable, script, to_json(config), to_json(towers), tmp_path_factory.mktemp("eight")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
@@ -45,6 +52,15 @@ def test_a_device_holds_its_part_of_the_parameters(found):
     """Of the elements of all kernels; axes that do not divide a kernel leave it whole, hence a little more than 1 / (fsdp * tensor)."""
     shares = [found[mesh]["local"] for mesh in MESHES]
     assert shares[0] == 1.0 and shares[1] < 0.2 and shares[2] < 0.6 and shares[3] < 0.2
+
+
+def test_evaluation_and_sampling_are_those_of_one_device(found):
+    """With frozen networks that have parameters, each of which a device holds its part of; the train step is not compiled again."""
+    towers = found["towers"]
+    assert towers["evaluation"] < 1e-5 and towers["loss"] < 1e-5
+    assert towers["clips"] < 0.01 < 1 < towers["contrast"]  # grey levels: roundings that fall on the other side are rare
+    assert all(share < 0.6 for share in towers["local"].values())  # fsdp=2
+    assert towers["compilations"] == [1, 1, 1]
 
 
 def test_resuming_on_eight_devices_is_exact(found):

@@ -1,7 +1,9 @@
 """Whole runs in this process: a signal at every place that takes time, a damaged checkpoint, a disk that is full."""
 
+import collections
 import dataclasses
 import os
+import re
 import signal
 
 import jax
@@ -9,7 +11,7 @@ import numpy as np
 import pytest
 
 from motif_jax import preparation
-from motif_jax.config import MeshConfig, UserError
+from motif_jax.config import MeshConfig, ProfileConfig, UserError
 from motif_jax.dist.preemption import Interrupted, StopSignal
 from motif_jax.training import checkpoint, loop
 from motif_jax.training.metrics import read_lines
@@ -81,6 +83,16 @@ def test_a_signal_at_any_place_saves_and_the_run_continues(config, undisturbed, 
     assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == ["0", "2", "4"]
     for a, b in zip(jax.tree.leaves(parameters(tmp_path)), jax.tree.leaves(parameters(undisturbed)), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_each_function_is_compiled_once_and_traced_on_request(config, tmp_path, caplog):
+    """With evaluation, sampling and saves between the steps; the XProf trace is of steps 2 and 3."""
+    with jax.log_compiles():
+        loop.train(dataclasses.replace(config, profile=ProfileConfig(start=2, steps=2)), tmp_path)
+    names = re.findall(r"Compiling jit\((\w+)\) with global shapes", caplog.text)
+    counts = collections.Counter(names)
+    assert {name: counts[name] for name in ("train_step", "eval_step", "generate")} == {"train_step": 1, "eval_step": 1, "generate": 1}
+    assert len(list((tmp_path / "plugins" / "profile").rglob("*.xplane.pb"))) == 1
 
 
 def test_a_damaged_checkpoint_stops_the_run_unless_told_otherwise(config, undisturbed, tmp_path, capsys):

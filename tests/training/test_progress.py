@@ -16,9 +16,10 @@ def progress(tiny, tmp_path):
 
 
 def test_a_window(progress, tmp_path, capsys):
-    progress.add({"loss": jnp.float32(1.0)}, 0.5)
+    progress.add(1, {"loss": jnp.float32(1.0)}, 0.5)
     progress.compiled()
-    progress.add({"loss": jnp.float32(3.0)}, 0.0)
+    progress.add(2, {"loss": jnp.float32(3.0)}, 0.0)
+    progress.add(3, {"loss": jnp.float32(9.0)}, 0.0)  # under way: it belongs to the next window
     progress.flush(2)
     (line,) = read_lines(tmp_path / "metrics.jsonl")
     assert line["step"] == 2 and line["loss"] == 2.0 and line["clips"] == 8 and line["compile_seconds"] > 0
@@ -41,11 +42,14 @@ def test_a_window(progress, tmp_path, capsys):
     ):
         assert part in text
     assert "MFU" not in text
+    progress.flush(2)
+    progress.flush(3)
+    assert [line["loss"] for line in read_lines(tmp_path / "metrics.jsonl")] == [2.0, 9.0]
 
 
 def test_mfu_is_stated_with_its_peak(progress, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(progress, "_peak", 197.0)
-    progress.add({"loss": jnp.float32(1.0)}, 0.0)
+    progress.add(1, {"loss": jnp.float32(1.0)}, 0.0)
     progress.flush(1)
     (line,) = read_lines(tmp_path / "metrics.jsonl")
     assert line["mfu"] == pytest.approx(line["tflops_per_device"] / 197.0)
@@ -55,7 +59,7 @@ def test_mfu_is_stated_with_its_peak(progress, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(("good", "message"), [(None, "no checkpoint was written before"), (4, "the last good checkpoint is step 4")])
 def test_a_value_that_is_not_finite_stops_the_run(progress, good, message):
     progress.good = good
-    for loss in (1.0, float("nan"), 2.0):
-        progress.add({"grad_norm": jnp.float32(1.0), "loss": jnp.float32(loss)}, 0.0)
+    for step, loss in enumerate((1.0, float("nan"), 2.0), start=5):
+        progress.add(step, {"grad_norm": jnp.float32(1.0), "loss": jnp.float32(loss)}, 0.0)
     with pytest.raises(UserError, match=f"loss is nan in step 6: training stops; {message}"):
         progress.flush(7)

@@ -1,0 +1,58 @@
+"""Validation's numbers against sums by hand: by timestep bucket, in the moving region, and by how much the clips move."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from motif_jax.config import MeshConfig
+from motif_jax.dist.mesh import make_mesh
+from motif_jax.losses import RegionLosses
+from motif_jax.training.evaluation import timesteps, validate
+
+CLIPS, BUCKETS = 4, 2
+
+
+@pytest.fixture(scope="module")
+def found(tiny):
+    """Twelve shuffled clips that move 0 to 11 pixels. So much is their loss, 100 more in the second bucket, three times where they move."""
+    config = tiny(batch_size=CLIPS, eval={"buckets": BUCKETS})
+    motion = np.random.default_rng(0).permutation(12)
+    seen = []
+
+    def eval_step(params, frozen, batch, t_B, key):
+        seen.append(np.asarray(t_B))
+        speed = batch["flow"].astype(jnp.float32)[:, 0, 0, 0, 0]
+        loss = speed + (100 if t_B[0] >= 500 else 0)
+        return RegionLosses(loss, 3 * loss, speed)
+
+    batches = [{"flow": np.stack([np.full((4, 2, 2, 2), [n, 0], np.float16) for n in part])} for part in motion.reshape(3, CLIPS)]
+    return validate(eval_step, {}, {}, batches, config, make_mesh(MeshConfig())), seen
+
+
+def test_overall_and_by_timestep(found):
+    result, _ = found
+    assert result["eval/loss"] == pytest.approx(5.5 + 50)
+    assert result["eval/loss_t0"] == pytest.approx(5.5) and result["eval/loss_t1"] == pytest.approx(105.5)
+
+
+def test_the_moving_region_weighs_by_its_size(found):
+    result, _ = found
+    speeds = np.arange(12.0)
+    moving = [(3 * (speeds + more) * speeds).sum() / speeds.sum() for more in (0, 100)]
+    assert [result["eval/loss_moving_t0"], result["eval/loss_moving_t1"]] == pytest.approx(moving)
+    assert result["eval/ratio_t1"] == pytest.approx(moving[1] / 105.5)
+
+
+def test_deciles_go_from_still_to_fast(found):
+    result, _ = found
+    expected = [part.mean() + 50 for part in np.array_split(np.arange(12.0), 10)]
+    assert [result[f"eval/loss_motion_d{i}"] for i in range(10)] == pytest.approx(expected)
+
+
+def test_timesteps_cover_their_bucket(found, tiny):
+    _, seen = found
+    assert len(seen) == 3 * BUCKETS
+    np.testing.assert_array_equal(seen[0], [62, 187, 312, 437])
+    np.testing.assert_array_equal(seen[1], seen[0] + 500)
+    everything = np.concatenate([timesteps(tiny(eval={"buckets": 4}), bucket, 250) for bucket in range(4)])
+    np.testing.assert_array_equal(everything, np.arange(1000))
