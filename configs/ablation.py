@@ -19,7 +19,8 @@ TOKENS = {"unet.image_cross_attention": True}
 TOKENS |= {"image.kind": "random", "image.size": 32, "image.patch": 8, "image.width": 64, "image.layers": 2, "image.heads": 4}
 TOKENS |= {"resampler.width": 64, "resampler.depth": 2, "resampler.heads": 4, "resampler.head_width": 16, "resampler.frames": 8}
 
-# Another backbone and objective: a video diffusion transformer with flow matching.
+# Another backbone and objective: a video diffusion transformer with flow matching. It puts out the clean latent (flow_x0): 128
+# channels cannot pass on the noise of a token's 8 x 192.
 TRANSFORMER = {"backbone": "dit", "dit.width": 128, "dit.depth": 4, "dit.num_head_channels": 32, "dit.patch": (8, 1, 1)}
 TRANSFORMER |= {"diffusion.prediction": "flow_x0", "steps": 1500, "checkpoint.every": 500, "checkpoint.keep_every": 500}
 

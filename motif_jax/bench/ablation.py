@@ -26,7 +26,7 @@ SHOWN = 6  # clips of the test split kept as pictures: the first ones, whatever 
 RATES = ("success", "direction_ok", "wrong_object", "lost", "ghost")
 MEANS = ("speed_ratio", "path_error", "background_psnr", "area_ratio", "others_drift", "leak")
 DIFFERENCES = ("direction_ok", "lost", "ghost", "background_psnr")  # of every pair of arms, paired by clip and seed
-ORDER = ("none", "flow", "inverse")  # first rows; the other arms follow by name
+ORDER = ("none", "flow", "inverse")  # first rows; the other arms follow by name, then other backbones' three
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,9 +61,12 @@ def find_runs(directory: pathlib.Path) -> dict[tuple[str, str], pathlib.Path]:
     found = {(p.parent.parent.name, p.parent.name): p.parent for p in sorted(directory.glob("*/*/config.json"))}
     if not found:
         raise UserError(f"{directory}: holds no <arm>/<seed>/config.json; launch/ablation.sh trains the arms")
-    first = [arm for arm in ORDER if any(arm == name for name, _ in found)]
-    arms = first + sorted({name for name, _ in found} - set(first))
-    return dict(sorted(found.items(), key=lambda item: (arms.index(item[0][0]), item[0][1])))
+
+    def rank(arm: str) -> tuple:
+        prefix, _, base = arm.rpartition("_")
+        return (prefix, ORDER.index(base)) if base in ORDER else ("", len(ORDER), arm)
+
+    return dict(sorted(found.items(), key=lambda item: (rank(item[0][0]), item[0][1])))
 
 
 def steps_of(run: pathlib.Path) -> list[int]:

@@ -170,7 +170,7 @@ def write(directory: pathlib.Path, result: dict[str, Any], runs: dict[tuple[str,
     body += [ablation_pictures.clips(directory, result, runs), *listed[2:]]
     style = (
         report.STYLE.replace("max-width:60rem", "max-width:110rem")
-        + "table{font-size:.85rem}td,th{padding:.15rem .5rem}.wide{overflow-x:auto}"
+        + "table{font-size:.85rem}td,th{padding:.15rem .4rem}.wide{overflow-x:auto}"
     )
     page = f"<!doctype html><html lang=en><meta charset=utf-8><title>Ablation</title><style>{style}</style>{''.join(body)}</html>\n"
     for name, content in (("report.json", ablation.to_json(result)), ("report.md", text), ("report.html", page)):
