@@ -4,6 +4,13 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh test
+# The TPU compiler of this JAX, in a directory of its own: in the environment, JAX would look for a TPU whenever it starts.
+MOTIF_LIBTPU="$VIRTUAL_ENV/libtpu"
+if [ ! -d "$MOTIF_LIBTPU" ]; then
+  wanted="$(python -c 'import importlib.metadata as m; print(next(r.split(";")[0] for r in m.requires("jax") if r.startswith("libtpu")))')"
+  python -m pip install --quiet --disable-pip-version-check --no-deps --target "$MOTIF_LIBTPU.new" "$wanted" && mv "$MOTIF_LIBTPU.new" "$MOTIF_LIBTPU"
+fi
+export MOTIF_LIBTPU
 ruff check .
 ruff format --check .
 processes="$(nproc)"
