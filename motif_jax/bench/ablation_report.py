@@ -58,12 +58,15 @@ def claims(result: dict[str, Any]) -> list[list[str]]:
     """What the paper says of its loss, for every backbone: claim, measured, does it hold."""
     rows = []
     for better, worse in ablation.claimed(result):
-        a, b = (last_ratios(result["arms"][arm]) for arm in (better, worse))
-        if a and b:
+        ratios = [result["arms"][arm]["ratio"] for arm in (better, worse)]
+        for step in sorted(set(ratios[0]) & set(ratios[1]))[-1:]:
+            a, b = (found[step] for found in ratios)
             gaps = [np.mean(b[k]) - np.mean(a[k]) for k in a if k != "all"]
             apart = all(min(b[k]) > max(a[k]) for k in a if k != "all")
-            seeds = max(np.ptp(found[k]) for found in (a, b) for k in found)
-            measured = f"gaps {min(gaps):.2f} to {max(gaps):.2f}; largest difference of seeds {seeds:.2f}"
+            seeds = (
+                f"largest difference of seeds {max(_spread(a), _spread(b)):.2f}" if min(len(a["all"]), len(b["all"])) > 1 else "one seed"
+            )
+            measured = f"gaps {min(gaps):.2f} to {max(gaps):.2f}; {seeds}"
             rows.append([f"figure 6: {better} below {worse} at every timestep", measured, "yes" if apart else "no"])
         for split, name in SPLIT_NAMES.items():
             e = ablation.difference(result, better, worse, split, "direction_ok_difference")
@@ -94,11 +97,6 @@ def verdict(e: dict[str, Any], bound: float) -> str:
     return "yes" if e["low"] > bound else "not shown: the interval reaches it"
 
 
-def last_ratios(row: dict[str, Any]) -> dict[str, list[float]]:
-    """Figure 6 of an arm at its last evaluation: {"all", "0", ...: one ratio per seed}; empty where nothing was evaluated."""
-    return row["ratio"][max(row["ratio"])] if row["ratio"] else {}
-
-
 def shown_steps(result: dict[str, Any], arm: str) -> list[int]:
     """The steps of an arm that the tables show: its last, and those at which another of its family is compared with it."""
     return sorted({result["arms"][arm]["step"]} | {pair["step"] for pair in result["pairs"] if arm in (pair["a"], pair["b"])})
@@ -107,7 +105,17 @@ def shown_steps(result: dict[str, Any], arm: str) -> list[int]:
 def tables(result: dict[str, Any]) -> list[Table]:
     """(title, heads, rows) of every table of the report."""
     arms = result["arms"]
-    out: list[Table] = [("What the paper claims, and what was measured", ["claim", "measured", "holds"], claims(result))]
+    claimed = ("What the paper claims, and what was measured", ["claim", "measured", "holds"], claims(result))
+    splits = [_measures(result, split, title) for split, title in TITLES.items()]
+    preferences = []
+    for split, name in SPLIT_NAMES.items():
+        for kind in ("motion", "strict"):
+            rows = [[a, *(cell(ablation.difference(result, a, b, split, kind), 100, ".0f", False) for b in arms)] for a in arms]
+            preferences.append((f"How often the row is preferred to the column, {kind} rule, combinations {name}, %", ["", *arms], rows))
+    return [claimed, _gains_and_costs(result), *splits, _along(result), _figure6(result), *preferences]
+
+
+def _gains_and_costs(result: dict[str, Any]) -> Table:
     rows = []
     for pair in (p for p in result["pairs"] if ablation.reference(result, p["a"]) in (p["a"], p["b"])):
         base = ablation.reference(result, pair["a"])
@@ -120,36 +128,48 @@ def tables(result: dict[str, Any]) -> list[Table]:
         rows.append(row)
     names = ("preferred, motion %", "preferred, strict %", *(title for title, _, _ in DIFFERENCES.values()))
     heads = ["arm", "against", "seeds", "step", *(f"{split}: {name}" for split in SPLIT_NAMES.values() for name in names)]
-    out.append(("Every arm against the paper's loss: gains and costs", heads, rows))
-    for split, title in TITLES.items():
-        rows = []
-        for arm, row in arms.items():
-            for step in (s for s in shown_steps(result, arm) if s in row["splits"][split]):
-                found = row["splits"][split][step]
-                rows.append([arm, str(len(row["seeds"])), str(step), *(cell(found[n], s, f) for n, (_, s, f) in ROWS.items())])
-        clips, still = (found[n]["clips"] for n in ("direction_ok", "still_kept"))
-        heads = ["arm", "seeds", "step", *(name for name, _, _ in ROWS.values())]
-        out.append((f"{title}: {clips} clips that move, {still} that stay still", heads, rows))
+    return "Every arm against the paper's loss: gains and costs", heads, rows
+
+
+def _measures(result: dict[str, Any], split: str, title: str) -> Table:
+    rows = []
+    for arm, row in result["arms"].items():
+        for step in (s for s in shown_steps(result, arm) if s in row["splits"][split]):
+            found = row["splits"][split][step]
+            rows.append([arm, str(len(row["seeds"])), str(step), *(cell(found[n], s, f) for n, (_, s, f) in ROWS.items())])
+    clips, still = (found[n]["clips"] for n in ("direction_ok", "still_kept"))
+    return (
+        f"{title}: {clips} clips that move, {still} that stay still",
+        ["arm", "seeds", "step", *(name for name, _, _ in ROWS.values())],
+        rows,
+    )
+
+
+def _along(result: dict[str, Any]) -> Table:
     steps = sorted({step for pair in result["along"] for split in SPLIT_NAMES for step in pair[split]})
     rows = []
     for pair in result["along"]:
         for split, name in SPLIT_NAMES.items():
             cells = (cell(pair[split][s], 100, "+.0f") if s in pair[split] else "" for s in steps)
             rows.append([f"{pair['a']} over {pair['b']}, {name}", str(len(pair["seeds"])), *cells])
-    out.append(("Difference of direction along training, points, by step", ["pair", "seeds", *map(str, steps)], rows))
-    rows = []
-    for arm, row in arms.items():
+    return "Difference of direction along training, points, by step", ["pair", "seeds", *map(str, steps)], rows
+
+
+def _figure6(result: dict[str, Any]) -> Table:
+    rows, buckets = [], {}
+    for arm, row in result["arms"].items():
         for step in (s for s in shown_steps(result, arm) if s in row["ratio"]):
             found = row["ratio"][step]
-            spread = f"{max(np.ptp(values) for values in found.values()):.2f}" if len(row["seeds"]) > 1 else "-"
+            buckets |= found
+            spread = f"{_spread(found):.2f}" if len(row["seeds"]) > 1 else "-"
             rows.append([arm, str(step), *(f"{np.mean(values):.2f}" for values in found.values()), spread])
-            heads = ["arm", "step", *("all" if k == "all" else f"bucket {k}" for k in found), "largest difference of seeds"]
-    out.append(("Loss in the moving region over loss (figure 6), by timestep from clean to noise", heads, rows))
-    for split, name in SPLIT_NAMES.items():
-        for kind in ("motion", "strict"):
-            rows = [[a, *(cell(ablation.difference(result, a, b, split, kind), 100, ".0f", False) for b in arms)] for a in arms]
-            out.append((f"How often the row is preferred to the column, {kind} rule, combinations {name}, %", ["", *arms], rows))
-    return out
+    heads = ["arm", "step", *("all" if k == "all" else f"bucket {k}" for k in buckets), "largest difference of seeds"]
+    return "Loss in the moving region over loss (figure 6), by timestep from clean to noise", heads, rows
+
+
+def _spread(ratios: dict[str, list[float]]) -> float:
+    """The largest difference between seeds, over the timesteps."""
+    return max(float(np.ptp(values)) for values in ratios.values())
 
 
 def markdown(result: dict[str, Any]) -> str:
