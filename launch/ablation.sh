@@ -17,7 +17,6 @@ one_run() ( # SLOT ARM/SEED: on one core, so that the numbers do not depend on h
   if command -v taskset > /dev/null; then pin=(taskset -c "$1"); fi
   mkdir -p "$runs/$2"
   echo "$(date +%T) $2"
-  SECONDS=0
   trap 'echo "$2 failed; see $log" >&2; exit 255' ERR # 255 ends xargs
   "${pin[@]}" python -m motif_jax.main --config="configs/ablation.py:${2%/*}" --workdir="$runs/$2" \
     --config.seed="${2#*/}" --config.data.path="$runs/data" > "$log" 2>&1
