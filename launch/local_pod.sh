@@ -32,7 +32,7 @@ stopping=""
 trap 'stopping=1; kill -TERM "${processes[@]}" 2>/dev/null || true' TERM INT
 status=0
 for ((left = count; left > 0; )); do
-  if wait -n "${processes[@]}"; then
+  if wait -n "${processes[@]}" 2>/dev/null; then # it complains of those that have ended before
     left=$((left - 1))
   else
     code=$?
