@@ -121,7 +121,6 @@ def growth(config: Config) -> None:
         "as configured": {},
         "half the frames": {"frames": d.frames // 2},
         "twice the frames": {"frames": 2 * d.frames},
-        "half the height and width": {"height": d.height // 2, "width": d.width // 2},
         "twice the height and width": {"height": 2 * d.height, "width": 2 * d.width},
         "half the channels": {"model_channels": width // 2},
         "twice the channels": {"model_channels": 2 * width},
