@@ -8,12 +8,14 @@ import pathlib
 import zlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
 from motif_jax.config import AutoencoderConfig, TextConfig, UNetConfig
-from motif_jax.interop import names
+from motif_jax.interop import names, unet
+from motif_jax.models.unet3d import UNet3D
 
 TESTDATA = pathlib.Path(__file__).resolve().parents[1] / "testdata"
 
@@ -68,6 +70,23 @@ def with_reference_weights(reference_tensors):
         return graph, table.to_jax(reference_tensors(prefix, template), template)
 
     return load
+
+
+@pytest.fixture(scope="session")
+def reference_unet(tiny_unet, with_reference_weights, quick_jit):
+    """The graph and weights of the reference runs, and one compiled function for loss, output and gradients."""
+    graph, params = with_reference_weights(lambda: UNet3D(tiny_unet, rngs=nnx.Rngs(0)), "unet", unet)
+
+    @quick_jit
+    def evaluate(params, x, t, context, fps, target):
+        def loss(params):
+            out = nnx.merge(graph, params)(x, t, context, fps)
+            return jnp.mean((out - target) ** 2), out
+
+        (value, out), gradient = jax.value_and_grad(loss, has_aux=True)(params)
+        return value, out, gradient
+
+    return graph, params, evaluate
 
 
 def _tensor(prefix: str, name: str, shape: tuple[int, ...]) -> np.ndarray:

@@ -33,33 +33,14 @@ def channels_first(x_BTHWC):
 
 
 @pytest.fixture(scope="module")
-def reference(tiny_unet, reference_tensors):
-    """The graph and weights of the reference runs, and one compiled function for loss, output and gradients."""
-    graph, template = nnx.split(nnx.eval_shape(lambda: UNet3D(tiny_unet, rngs=nnx.Rngs(0))), nnx.Param)
-    template = nnx.to_pure_dict(template)
-    params = interop.to_jax(reference_tensors("unet", template), template)
-
-    @jax.jit
-    def evaluate(params, x, t, context, fps, target):
-        def loss(params):
-            out = nnx.merge(graph, params)(x, t, context, fps)
-            return jnp.mean((out - target) ** 2), out
-
-        (value, out), gradient = jax.value_and_grad(loss, has_aux=True)(params)
-        return value, out, gradient
-
-    return graph, params, evaluate
-
-
-@pytest.fixture(scope="module")
 def arguments(golden):
     x = channels_last(golden["unet/x8"])
     return x, golden["unet/t"], golden["unet/context"], golden["unet/fps"], channels_last(golden["unet/grad_target"])
 
 
 @pytest.fixture(scope="module")
-def evaluated(reference, arguments):
-    _, params, evaluate = reference
+def evaluated(reference_unet, arguments):
+    _, params, evaluate = reference_unet
     return jax.device_get(evaluate(params, *arguments))
 
 
@@ -76,9 +57,9 @@ def test_gradients_are_the_reference_s(evaluated, golden):
     np.testing.assert_allclose([norms[name] for name in sorted(norms)], golden["unet/grad_norms"], rtol=1e-3, atol=1e-5)
 
 
-def test_zero_image_weights_give_the_text_to_video_model(reference, arguments, golden, difference):
+def test_zero_image_weights_give_the_text_to_video_model(reference_unet, arguments, golden, difference):
     """With the new input channels' weights at zero the 8-channel model is the 4-channel one (initialisation of x-cat)."""
-    _, params, evaluate = reference
+    _, params, evaluate = reference_unet
     kernel = params["input_blocks"][0][0]["kernel"].copy()
     kernel[:, :, 4:] = 0
     inflated = {**params, "input_blocks": {**params["input_blocks"], 0: {0: {**params["input_blocks"][0][0], "kernel": kernel}}}}
@@ -86,8 +67,8 @@ def test_zero_image_weights_give_the_text_to_video_model(reference, arguments, g
     assert difference(out[:, :, 1::2, ::2, ::2], golden["unet/out4"]) < TOLERANCE
 
 
-def test_frame_rate_reaches_the_output(reference, arguments, golden, difference):
-    _, params, evaluate = reference
+def test_frame_rate_reaches_the_output(reference_unet, arguments, golden, difference):
+    _, params, evaluate = reference_unet
     x, t, context, fps, target = arguments
     out = channels_first(evaluate(params, x, t, context, np.full_like(fps, 16), target)[1])[:, :, 1::2, ::2, ::2]
     assert difference(out, golden["unet/out8_fps_int16"]) < TOLERANCE
@@ -102,9 +83,9 @@ def frames_last(x_NCHW):
     return jnp.asarray(np.moveaxis(x_NCHW, 1, -1)[None])
 
 
-def test_small_inputs_show_the_epsilons(reference, golden, difference):
+def test_small_inputs_show_the_epsilons(reference_unet, golden, difference):
     """Inputs of 3e-3: a wrong epsilon changes these outputs by 10 % and more. The residual block has 32 -> 64 channels."""
-    graph, params, _ = reference
+    graph, params, _ = reference_unet
     model = nnx.merge(graph, params)
     case = lambda name: (golden[f"units/{name}_small/in"], golden[f"units/{name}_small/out"])  # noqa: E731
     x, out = case("resblock_skip")
@@ -133,19 +114,23 @@ def build(**options):
     return nnx.split(nnx.eval_shape(lambda: UNet3D(SMALL, rngs=nnx.Rngs(0), **options)), nnx.Param)[0]
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def evaluate(graph, params, args, key=None):
-    """Output of the network, its loss against ones, and the gradients; compiled once per graph."""
+@pytest.fixture(scope="module")
+def evaluate(quick_jit):
+    """(graph, params, args, key) -> output of the network, its loss against ones, and the gradients; compiled once per graph."""
 
-    def loss(params):
-        out = nnx.merge(graph, params)(*args, dropout_rng=key)
-        return jnp.mean(jnp.square(out - 1)), out
+    @functools.partial(quick_jit, static_argnums=0)
+    def evaluate(graph, params, args, key=None):
+        def loss(params):
+            out = nnx.merge(graph, params)(*args, dropout_rng=key)
+            return jnp.mean(jnp.square(out - 1)), out
 
-    (value, out), gradient = jax.value_and_grad(loss, has_aux=True)(params)
-    return out, value, gradient
+        (value, out), gradient = jax.value_and_grad(loss, has_aux=True)(params)
+        return out, value, gradient
+
+    return evaluate
 
 
-def test_fresh_network_puts_out_zero(small):
+def test_fresh_network_puts_out_zero(small, evaluate):
     graph, _, args = small
     fresh = nnx.to_pure_dict(nnx.state(UNet3D(SMALL, rngs=nnx.Rngs(0)), nnx.Param))
     out = evaluate(graph, fresh, args)[0]
@@ -172,7 +157,7 @@ def test_initial_values_are_pytorch_s():
     assert len(set(tensors)) == len(tensors)
 
 
-def test_condition_reaches_output_and_gradient(small):
+def test_condition_reaches_output_and_gradient(small, evaluate):
     graph, params, (x, t, context, fps) = small
     out, _, gradient = evaluate(graph, params, (x, t, context, fps))
     image = x.at[..., -2:].add(0.5)
@@ -185,7 +170,7 @@ def test_condition_reaches_output_and_gradient(small):
     assert np.abs(text["to_k"]["kernel"]).max() > 0 and np.abs(text["to_v"]["kernel"]).max() > 0
 
 
-def test_clips_do_not_mix(small):
+def test_clips_do_not_mix(small, evaluate):
     """Another latent, text, frame rate and timestep in clip 1 leave clip 0 as it was."""
     graph, params, args = small
     changed = [a.at[1].add(1) for a in args]
@@ -194,7 +179,7 @@ def test_clips_do_not_mix(small):
     assert not np.allclose(after[1], before[1], rtol=1e-2)
 
 
-def test_remat_changes_memory_not_gradients(small):
+def test_remat_changes_memory_not_gradients(small, evaluate):
     """With dropout on, so that the recomputation must draw the same masks."""
     plain, params, args = small
     remat, key = build(remat="block"), jax.random.key(3)
@@ -213,14 +198,14 @@ def test_remat_changes_memory_not_gradients(small):
     assert activations_saved(remat) < activations_saved(plain) / 4
 
 
-def test_dropout_draws_from_its_key_alone(small):
+def test_dropout_draws_from_its_key_alone(small, evaluate):
     graph, params, args = small
     first, again, other = (evaluate(graph, params, args, jax.random.key(seed))[0] for seed in (3, 3, 4))
     np.testing.assert_array_equal(first, again)
     assert not np.allclose(first, other) and not np.allclose(first, evaluate(graph, params, args)[0])
 
 
-def test_bfloat16_contract(small, difference):
+def test_bfloat16_contract(small, evaluate, difference):
     """Convolutions in bfloat16 but for the first and the last, parameters, output and gradients float32; the output stays within 2 %."""
     graph, params, args = small
     half = build(dtype=jnp.bfloat16)
