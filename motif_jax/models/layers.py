@@ -192,7 +192,7 @@ def _convolve_small(x: Array, kernel: Array, stride: int, padding: tuple[tuple[i
     """
     window = kernel.shape[:-2]
     sizes = [(n + sum(p) - k) // stride + 1 for n, p, k in zip(x.shape[1:], padding, window, strict=False)]
-    # Without the barrier, XLA computes what comes before anew for every tap.
+    # The barrier keeps XLA from computing what comes before anew for every tap.
     padded = jax.lax.optimization_barrier(jnp.pad(x, ((0, 0), *padding, (0, 0))))
 
     def tap(offset: tuple[int, ...]) -> Array:
