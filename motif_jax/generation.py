@@ -50,7 +50,7 @@ def make_generator(networks: Networks, empty_L: np.ndarray, mesh: Mesh | None = 
 
         def paired(with_text: Array, without: Array) -> Array:
             # Clip by clip rather than one half after the other, so that a clip's two passes run on the device that has it.
-            return jnp.stack([with_text, without], axis=1).reshape(-1, *with_text.shape[1:])
+            return jnp.stack([with_text, without], axis=1).reshape(2 * len(with_text), *with_text.shape[1:])
 
         def denoise(x_BThwC: Array, t_B: Array) -> Array:
             if s.guidance == 1.0:

@@ -16,6 +16,7 @@ from motif_jax import preparation
 from motif_jax.config import UserError
 from motif_jax.data import pipeline, shards
 from motif_jax.data.tokens import make_tokenizer
+from motif_jax.dist.mesh import make_mesh
 from motif_jax.interop import autoencoder
 from motif_jax.interop.imported import import_checkpoint
 from motif_jax.models.autoencoder import make_autoencoder
@@ -184,7 +185,7 @@ def test_sheets_and_previews_show_decoded_latents(kl, tmp_path):
             self.picture = picture
 
     writer = Writer()
-    sheets = SampleSheets(config, networks, tokenizer, empty_sentence(config, tokenizer), tmp_path / "run", writer)
+    sheets = SampleSheets(config, networks, tokenizer, empty_sentence(config, tokenizer), tmp_path / "run", writer, make_mesh(config.mesh))
     sheets.write(1, networks.denoiser.init(jax.random.key(0)), frozen)
     assert (tmp_path / "run/samples/1/00.gif").exists() and np.isfinite(writer.scalars["sample/mean_flow_data"])
 

@@ -166,6 +166,7 @@ def test_step_compiles_once(setup):
     assert int(state.step) == 3
 
 
+@pytest.mark.slow
 def test_motion_weight_zero_and_heatmap_none_agree(tiny):
     """lambda = 0 and 'no heatmap' are both the plain diffusion loss, and both differ from the motion focal loss."""
 
