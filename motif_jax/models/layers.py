@@ -188,7 +188,7 @@ def _inner_taps(
 def _convolve_small(x: Array, kernel: Array, stride: int, padding: tuple[tuple[int, int], ...]) -> Array:
     """As `_convolve`, as one matrix product over all taps.
 
-    Where the image is smaller than the window, XLA's CPU backend lets them change places and takes up to twenty times as long.
+    Where the image is smaller than the window, XLA's CPU backend lets them change places and takes several times as long (docs/speed.md).
     """
     window = kernel.shape[:-2]
     sizes = [(n + sum(p) - k) // stride + 1 for n, p, k in zip(x.shape[1:], padding, window, strict=False)]
