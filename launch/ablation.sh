@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# The laptop-size ablation: trains and judges every arm of configs/ablation.py on the synthetic world, two runs at a time on
+# The laptop-size ablation: trains and judges the U-Net's arms of configs/ablation.py on the synthetic world, two runs at a time on
 # one core each, and writes runs/ablation/report.{html,md,json}. Run it again to continue after a stop; a run that is done is kept.
 # Environment: RUNS (default runs/ablation), SEEDS (of the arms none, flow and inverse; default "0 1 2"), ARMS (default all
-# others), ARM_SEEDS (of those; default 0), JOBS (default: number of cores), VENV (default .venv), PYTHON.
+# others but the transformer's dit_none, dit_flow and dit_inverse), ARM_SEEDS (of those; default 0), JOBS (default: number of cores),
+# VENV (default .venv), PYTHON.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh
@@ -25,7 +26,7 @@ one_run() ( # SLOT ARM/SEED: on one core, so that the numbers do not depend on h
 )
 export -f one_run
 
-others=$(python -c "import runpy; print(*(a for a in runpy.run_path('$config')['ARMS'] if a not in ('none', 'flow', 'inverse')))")
+others=$(python -c "import runpy; print(*(a for a in runpy.run_path('$config')['ARMS'] if a not in ('none', 'flow', 'inverse') and a[:3] != 'dit'))")
 # shellcheck disable=SC2016  # the inner shell expands them
 {
   for seed in ${SEEDS:-0 1 2}; do printf '%s\n' "none/$seed" "flow/$seed" "inverse/$seed"; done

@@ -1,7 +1,7 @@
 """The ablation on the synthetic world: runs of several arms and seeds in, which arm follows the sentence better, and at what cost, out.
 
 Under --runs lie <arm>/<seed>/, work directories of motif_jax.main (configs/ablation.py; launch/ablation.sh makes them all).
-Every kept checkpoint is sampled and judged (results stay in <run>/judged/, so that a stopped call continues), then
+Every kept checkpoint from half of the run on is sampled and judged (results stay in <run>/judged/, so that a stopped call continues), then
 <runs>/report.html, report.md and report.json compare the arms. --only=ARM/SEED judges one run and writes no report.
 """
 
@@ -21,7 +21,7 @@ from motif_jax.config import UserError
 from motif_jax.data import sprites
 from motif_jax.training.metrics import read_lines
 
-ALONG = ("validation", "heldout")  # the splits judged at every checkpoint; the others at the last one only
+ALONG = ("validation", "heldout")  # the splits judged along training; the others at its end only
 SHOWN = 6  # clips of the test split kept as pictures: the first ones, whatever they look like
 RATES = ("success", "direction_ok", "wrong_object", "lost", "ghost")
 MEANS = ("speed_ratio", "path_error", "background_psnr", "area_ratio", "others_drift", "leak")
@@ -70,11 +70,11 @@ def find_runs(directory: pathlib.Path) -> dict[tuple[str, str], pathlib.Path]:
 
 
 def steps_of(run: pathlib.Path) -> list[int]:
-    """The checkpoints of a run, in order of steps. Raises UserError when there is none."""
+    """The checkpoints of a run from half of it on, in order (before that nothing moves). Raises UserError when there is none."""
     steps = sorted(int(p.name) for p in (run / "checkpoints").glob("*") if p.name.isdigit())
     if not steps:
         raise UserError(f"{run}: holds no checkpoint yet; train it first")
-    return steps
+    return [step for step in steps if 2 * step >= steps[-1]]
 
 
 def _file(run: pathlib.Path, step: int, split: str, world: str, seed: int, count: int) -> pathlib.Path:
@@ -82,7 +82,7 @@ def _file(run: pathlib.Path, step: int, split: str, world: str, seed: int, count
 
 
 def judge_runs(runs: dict[tuple[str, str], pathlib.Path], world: str, seed: int, count: int) -> None:
-    """Samples and judges every checkpoint of every run that has not been; writes <run>/judged/*.npz."""
+    """Samples and judges what `steps_of` says of every run and has not been; writes <run>/judged/*.npz."""
     from motif_jax.animation import Animator
     from motif_jax.training.checkpoint import read_arrays
 

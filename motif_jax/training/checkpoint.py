@@ -4,11 +4,13 @@
 with the run that restores it, or the run is refused. `meta` holds checksums of the arrays, which are compared on reading.
 """
 
+import concurrent.futures
 import contextlib
+import functools
 import hashlib
 import json
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -34,21 +36,50 @@ def _checksum(x: jax.Array) -> jax.Array:
     return jnp.sum(words * (2 * position + 1), dtype=jnp.uint32)
 
 
-def checksums(state: dict[str, Any]) -> dict[str, str]:
-    """One hexadecimal number per field of the state, over the bits of its arrays in whatever order."""
+def _checksums(state: dict[str, Any]) -> dict[str, list[jax.Array]]:
+    """`_checksum` of every array, by field; where the device works in the background they may not have been computed yet."""
 
     def one(x: jax.Array) -> jax.Array:
         # Several programs under way at once can wait for each other for ever in XLA's CPU collectives.
         alone = jax.default_backend() != "cpu" or not isinstance(x, jax.Array) or len(x.sharding.device_set) == 1
         return _checksum(x) if alone else jax.block_until_ready(_checksum(x))
 
-    sums = jax.device_get({name: [one(x) for x in jax.tree.leaves(tree)] for name, tree in state.items()})
+    return {name: [one(x) for x in jax.tree.leaves(tree)] for name, tree in state.items()}
+
+
+def _digests(sums: dict[str, list[jax.Array]]) -> dict[str, str]:
+    """One hexadecimal number per field, over the checksums of its arrays in whatever order."""
+    sums = jax.device_get(sums)
     return {name: hashlib.sha256(np.sort(np.asarray(found, np.uint32)).tobytes()).hexdigest() for name, found in sums.items()}
+
+
+def checksums(state: dict[str, Any]) -> dict[str, str]:
+    """One hexadecimal number per field of the state, over the bits of its arrays in whatever order."""
+    return _digests(_checksums(state))
+
+
+@functools.cache
+def _copier(shardings: tuple[jax.sharding.Sharding, ...]) -> Callable:
+    return jax.jit(lambda x: x, out_shardings=tuple(s.with_memory_kind("pinned_host") for s in shardings))
+
+
+def _copies_on_host(state: Any) -> Any:
+    """The arrays of a tree, copied to the host's memory by the device, which does so after what it was given before."""
+    leaves, structure = jax.tree.flatten(state)
+    copies = []
+    for i in range(0, len(leaves), 256):  # compiling takes a time that grows with the square
+        part = tuple(leaves[i : i + 256])
+        copies += _copier(tuple(x.sharding for x in part))(part)
+    return structure.unflatten(copies)
+
+
+def _fields(state: Any) -> dict[str, Any]:
+    return {name: getattr(state, name) for name in FIELDS}
 
 
 def state_checksums(state: Any) -> dict[str, str]:
     """`checksums` of a TrainState. The first call compiles one small program per shape."""
-    return checksums({name: getattr(state, name) for name in FIELDS})
+    return checksums(_fields(state))
 
 
 def _compare(directory: pathlib.Path, found: dict[str, str], meta: dict) -> None:
@@ -103,6 +134,7 @@ def read_arrays(directory: pathlib.Path, names: tuple[str, ...], kind: type = ja
     """
     import orbax.checkpoint as ocp
 
+    directory = directory.absolute()
     try:
         handler = ocp.PyTreeCheckpointHandler()
         tree = handler.metadata(directory / "state").tree
@@ -122,24 +154,39 @@ def read_arrays(directory: pathlib.Path, names: tuple[str, ...], kind: type = ja
 
 
 class Checkpoints:
-    """The directory `<workdir>/checkpoints`: asynchronous saves, newest `keep` kept (and every `keep_every`-th)."""
+    """The directory `<workdir>/checkpoints`: asynchronous saves, newest `keep` kept (and every `keep_every`-th).
+
+    The loop waits for no more than handing over the checksums and a copy of the state to the host's memory, which the device works off
+    as it does a step. All of Orbax runs in another thread, because its Python work per array adds up to several steps when there are
+    thousands; its processes meet in JAX's coordination service there, and not in collectives, which belong to the steps.
+    """
 
     def __init__(self, workdir: str | pathlib.Path, config: CheckpointConfig) -> None:
         import orbax.checkpoint as ocp
         from orbax.checkpoint import checkpoint_managers as policy
+
+        class Manager(ocp.CheckpointManager):
+            def reached_preemption(self, step: int) -> bool:
+                return False  # dist/preemption.py asks, by a counter of its own, which another counter would disturb
 
         self.directory = pathlib.Path(workdir).absolute() / "checkpoints"
         keep = [policy.LatestN(config.keep)]
         if config.keep_every:
             keep.append(policy.EveryNSteps(config.keep_every))
         self._args = ocp.args
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+        self._saving: concurrent.futures.Future = concurrent.futures.Future()
+        self._saving.set_result(None)
         with self._reported():
-            self._manager = ocp.CheckpointManager(
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._manager = Manager(
                 self.directory,
                 options=ocp.CheckpointManagerOptions(
                     preservation_policy=policy.AnyPreservationPolicy(keep),
+                    create=False,
                     cleanup_tmp_directories=True,
-                    enable_async_checkpointing=True,
+                    enable_async_checkpointing=False,
+                    multiprocessing_options=ocp.options.MultiprocessingOptions(active_processes=set(range(jax.process_count()))),
                 ),
             )
 
@@ -154,16 +201,21 @@ class Checkpoints:
                 f"Make room or mend the file system, then run the same command again; whole checkpoints there: {_steps(self.directory)}"
             ) from error
 
+    def prepare(self, state: Any) -> None:
+        """Compiles what a save runs on the device, so that the first one does not hold up the loop."""
+        jax.block_until_ready((_copies_on_host(state), _checksums(_fields(state))))
+
     def save(self, step: int, state: Any, data: dict, meta: dict) -> None:
-        """Starts a save; returns once the arrays are copied. Raises CheckpointError, also for what an earlier save met."""
-        args = self._args
-        meta = meta | {"checksums": state_checksums(state)}
-        with self._reported():
-            self._manager.save(
-                step,
-                args=args.Composite(state=args.StandardSave(state), data=args.JsonSave(data), meta=args.JsonSave(meta)),
-                force=True,
-            )
+        """Starts a save; `state` may be donated to the next step. Waits for the save before, and raises CheckpointError if that failed."""
+        self.wait()
+        sums, copy, args = _checksums(_fields(state)), _copies_on_host(state), self._args
+
+        def write() -> None:
+            items = {"state": args.StandardSave(copy), "data": args.JsonSave(data)}
+            items["meta"] = args.JsonSave(meta | {"checksums": _digests(sums)})
+            self._manager.save(step, args=args.Composite(**items), force=True)
+
+        self._saving = self._thread.submit(write)
 
     def restore(self, step: int, template: Any) -> tuple[Any, dict, dict]:
         """(state, data, meta) of `step`; `template` gives shapes, types and shardings. Raises CheckpointError."""
@@ -183,14 +235,15 @@ class Checkpoints:
     def wait(self) -> None:
         """Returns when what was saved is on disk. Raises CheckpointError."""
         with self._reported():
-            self._manager.wait_until_finished()
+            self._saving.result()
 
     def check(self) -> None:
         """Raises CheckpointError if a save that is under way has failed."""
-        with self._reported():
-            self._manager.check_for_errors()
+        if self._saving.done():
+            self.wait()
 
     def close(self) -> None:
         """Waits for a save that is under way."""
+        self._thread.shutdown()
         with self._reported():
             self._manager.close()

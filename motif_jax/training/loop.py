@@ -112,7 +112,6 @@ def _train(config: Config, directory: pathlib.Path) -> None:
     if restored is None:
         params = finetune.add_updates(config, weights.denoiser, jax.random.key(config.seed))
         state, step, visited = create(place(params, shardings.params)), 0, False
-        checkpoint.state_checksums(state)  # compiled here, so that the first save does not hold up the loop
         if first_process:
             workdir.write_overview(directory, state.params)
         sizes = [sum(math.prod(s.shape) for s in tree.values()) for tree in (template.params, finetune.trained(config, template.params))]
@@ -123,6 +122,7 @@ def _train(config: Config, directory: pathlib.Path) -> None:
         workdir.check_position(saved, {"step": restored, **position}, checkpoints.directory / str(restored))
         step, visited = restored, meta_saved["visited"]
         say(f"continuing at step {step} of {config.steps}, {directory}")
+    checkpoints.prepare(state)
     shape = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     say(f"{jax.device_count()} x {jax.devices()[0].device_kind} ({shape}) in {jax.process_count()} processes")
     frozen = place(weights.frozen, shard_networks(weights.frozen, mesh))

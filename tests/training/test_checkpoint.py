@@ -1,7 +1,9 @@
 """Checkpoints: back bit for bit, whole or parts; damage is found, named and set aside only on request; a full disk loses nothing."""
 
 import os
+import pathlib
 import subprocess
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -69,6 +71,34 @@ def test_parameters_only(saved, kind):
     found = checkpoint.read_arrays(workdir / "checkpoints" / "20", ("params",), kind)
     assert set(found) == {"params"} and all(isinstance(x, kind) for x in found["params"].values())
     assert_equal(found["params"], states[20].params)
+
+
+def test_a_relative_path(saved, monkeypatch):
+    workdir, states = saved
+    monkeypatch.chdir(workdir.parent)
+    path = pathlib.Path(workdir.name) / "checkpoints" / "20"
+    assert_equal(checkpoint.read_arrays(path, ("params",))["params"], states[20].params)
+
+
+def test_the_loop_goes_on_while_orbax_writes(tiny, tmp_path, monkeypatch):
+    """`save` returns before Orbax has begun, the next step may have the state's memory, and what is written is the state of the save."""
+    checkpoints, may_write = Checkpoints(tmp_path, CheckpointConfig()), threading.Event()
+    write = checkpoints._manager.save
+
+    def held_up(*args, **kwargs):
+        assert may_write.wait(60)
+        return write(*args, **kwargs)
+
+    monkeypatch.setattr(checkpoints._manager, "save", held_up)
+    state, kept = make_state(tiny, 0), make_state(tiny, 0)
+    checkpoints.save(10, state, {}, {})
+    next_state = jax.jit(lambda s: jax.tree.map(lambda x: -x, s), donate_argnums=0)(state)
+    jax.block_until_ready(next_state)
+    assert state.params["a.kernel"].is_deleted() and checkpoint.latest_step(tmp_path) is None
+    may_write.set()
+    checkpoints.wait()
+    assert_equal(checkpoints.restore(10, template(kept))[0], kept)
+    checkpoints.close()
 
 
 def test_damage_is_named(saved):
