@@ -219,7 +219,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--video", help="decode this file (default: a texture of 1280x720)")
     parser.add_argument("--weights", default="", help="RAFT-small's, to time its flow too")
-    parser.add_argument("--clips", type=int, default=200, help="records to read")
+    parser.add_argument("--clips", type=int, default=2000, help="records to read; of a few hundred, Grain's shuffle takes longer to find the next")
     parser.add_argument("--memory_clips", type=int, default=1000)
     parser.add_argument("--tables", nargs="+", default=["memory", "steps", "reading"], choices=["memory", "steps", "reading"])
     options = parser.parse_args()
