@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import pathlib
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -213,7 +214,12 @@ class Checkpoints:
         def write() -> None:
             items = {"state": args.StandardSave(copy), "data": args.JsonSave(data)}
             items["meta"] = args.JsonSave(meta | {"checksums": _digests(sums)})
-            self._manager.save(step, args=args.Composite(**items), force=True)
+            interval = sys.getswitchinterval()
+            sys.setswitchinterval(2e-4)  # else the loop waits 5 ms each of the many times that a step needs the interpreter
+            try:
+                self._manager.save(step, args=args.Composite(**items), force=True)
+            finally:
+                sys.setswitchinterval(interval)
 
         self._saving = self._thread.submit(write)
 
