@@ -1,4 +1,4 @@
-"""The paper's ablations on the synthetic world, one arm a run; `launch/ablation.sh` trains and judges them all.
+"""The paper's ablations on the synthetic world, one arm a run; `launch/ablation.sh` trains and judges all but the transformer's.
 
 python -m motif_jax.prepare --config=configs/ablation.py --source=synthetic:shapes:8000 --output=runs/ablation/data
 python -m motif_jax.main    --config=configs/ablation.py:flow --workdir=runs/ablation/flow/0 --config.seed=0 \
