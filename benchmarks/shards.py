@@ -5,9 +5,9 @@
 One table each: resident memory while `prepare` makes 1000 small clips; seconds per clip of 16 frames of 320x512 for decoding, JPEG,
 flow and shard writing; clips/s of reading latents (16x40x64x8 moments, 77x1024 embedding, flow) in batches of 8, in random order as
 training does, against the same records made into the same batches from WebDataset and TFRecord (sequential with a shuffle buffer of
-50, which is all they offer; left out where the package is not installed) and against decoding and estimating flow on the fly. Ways
-take turns. Exits with 1 when memory grows by more than a tenth after a quarter of the clips, or when reading is under 100 x the flow
-on the fly or under 1 x another container.
+50, which is all they offer) and against decoding and estimating flow on the fly. Ways take turns; one is left out where its packages
+(webdataset and torch; crc32c with tfrecord or tensorflow-cpu) are not installed. Exits with 1 when memory grows by more than a tenth
+after a quarter of the clips, or when reading is under 100 x the flow on the fly or under 1 x another container.
 """
 
 import argparse
@@ -24,8 +24,12 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from motif_jax.data import records
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -109,6 +113,38 @@ def write_dataset(count: int, folder: pathlib.Path) -> list[bytes]:
     return made
 
 
+def write_tfrecord(path: str, made: list[bytes]) -> None:
+    """The records as a TFRecord file: length, its checksum, content, its checksum."""
+    import crc32c
+
+    def masked(data: bytes) -> bytes:
+        value = crc32c.crc32c(data)
+        return struct.pack("<I", ((value >> 15 | value << 17) + 0xA282EAD8) & 0xFFFFFFFF)
+
+    with open(path, "wb") as file:
+        for record in made:
+            length = struct.pack("<Q", len(record))
+            file.write(length + masked(length) + record + masked(record))
+
+
+def tf_data(path: str, layout: "records.Layout") -> Iterator[dict]:
+    """The same batches by TensorFlow's input pipeline, parsed by its own operations on all cores."""
+    import tensorflow as tf
+
+    arrays = layout.arrays()
+    features = {name: tf.io.FixedLenFeature((), tf.string) for name in ("caption", *arrays)}
+    features |= {"fps": tf.io.FixedLenFeature((), tf.float32), "frame_stride": tf.io.FixedLenFeature((), tf.int64)}
+
+    def parse(batch: object) -> dict:
+        found = tf.io.parse_example(batch, features)
+        for name, (shape, dtype) in arrays.items():
+            found[name] = tf.reshape(tf.io.decode_raw(found[name], tf.as_dtype(np.dtype(dtype))), (-1, *shape))
+        return found
+
+    data = tf.data.TFRecordDataset(path).shuffle(SHUFFLE).batch(BATCH, drop_remainder=True)
+    return data.map(parse, num_parallel_calls=tf.data.AUTOTUNE).prefetch(tf.data.AUTOTUNE).as_numpy_iterator()
+
+
 def reading(count: int, folder: pathlib.Path, on_the_fly: float | None) -> list[str]:
     """Prints the table of containers; returns what falls short. Every way gives the same batches of BATCH clips."""
     from motif_jax.config import DataConfig
@@ -141,24 +177,19 @@ def reading(count: int, folder: pathlib.Path, on_the_fly: float | None) -> list[
         ways["WebDataset, shuffle buffer"] = lambda: batched(
             x["clip"] for x in webdataset.WebDataset(str(folder / "a.tar"), shardshuffle=False).shuffle(SHUFFLE)
         )
-    if importlib.util.find_spec("tfrecord") and importlib.util.find_spec("crc32c"):
-        import crc32c
-        from tfrecord.iterator_utils import shuffle_iterator
-        from tfrecord.reader import tfrecord_iterator
-
-        def masked(data: bytes) -> bytes:
-            value = crc32c.crc32c(data)
-            return struct.pack("<I", ((value >> 15 | value << 17) + 0xA282EAD8) & 0xFFFFFFFF)
-
-        with (folder / "a.tfrecord").open("wb") as file:
-            for record in made:
-                length = struct.pack("<Q", len(record))
-                file.write(length + masked(length) + record + masked(record))
+    if importlib.util.find_spec("crc32c"):
         path = str(folder / "a.tfrecord")
-        # Its buffer is reused, so that what waits in the shuffle buffer has to be copied.
-        ways["TFRecord, shuffle buffer, checksums not read"] = lambda: batched(
-            shuffle_iterator(map(bytes, tfrecord_iterator(path)), SHUFFLE)
-        )
+        write_tfrecord(path, made)
+        if importlib.util.find_spec("tensorflow"):  # which cannot be in one process with the package tfrecord
+            ways["TFRecord through tf.data, shuffle buffer, checksums verified"] = lambda: tf_data(path, dataset.layout)
+        elif importlib.util.find_spec("tfrecord"):
+            from tfrecord.iterator_utils import shuffle_iterator
+            from tfrecord.reader import tfrecord_iterator
+
+            # Its buffer is reused, so that what waits in the shuffle buffer has to be copied.
+            ways["TFRecord through the package tfrecord, shuffle buffer, checksums not read"] = lambda: batched(
+                shuffle_iterator(map(bytes, tfrecord_iterator(path)), SHUFFLE)
+            )
     taken: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(7):
         for name, way in ways.items():
@@ -219,7 +250,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--video", help="decode this file (default: a texture of 1280x720)")
     parser.add_argument("--weights", default="", help="RAFT-small's, to time its flow too")
-    parser.add_argument("--clips", type=int, default=2000, help="records to read; of a few hundred, Grain's shuffle takes longer to find the next")
+    parser.add_argument(
+        "--clips", type=int, default=2000, help="records to read; of a few hundred, Grain's shuffle is slow to find the next"
+    )
     parser.add_argument("--memory_clips", type=int, default=1000)
     parser.add_argument("--tables", nargs="+", default=["memory", "steps", "reading"], choices=["memory", "steps", "reading"])
     options = parser.parse_args()
