@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import UInt8
 
-from motif_jax.config import Config, UserError, from_json
+from motif_jax.config import Config, UserError
 from motif_jax.data.tokens import make_tokenizer
 from motif_jax.data.videos import VideoError, cover, read_image, save_video
 from motif_jax.dist.mesh import BATCH
@@ -50,12 +50,8 @@ class Animator:
         frame_stride: int | None = None,
         mesh: Mesh | None = None,
     ) -> "Animator":
-        """From a work directory (its own config.json), or from weights with a `config`. Raises UserError."""
-        directory = pathlib.Path(directory)
-        if config is None:
-            if not (directory / "config.json").exists():
-                raise UserError(f"{directory}: no config.json there; expected a work directory of motif_jax.main")
-            config = from_json((directory / "config.json").read_text())
+        """From a work directory or one of its checkpoints, by the config.json of that run unless a `config` is given. Raises UserError."""
+        config = config or weights.read_config(directory)
         changed = {k: v for k, v in {"steps": steps, "guidance": guidance}.items() if v is not None}
         if changed.get("steps", 1) > config.diffusion.num_timesteps:
             raise UserError(f"--steps={steps}: at most {config.diffusion.num_timesteps}, the timesteps of training")

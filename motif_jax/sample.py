@@ -2,7 +2,8 @@
 
 or a whole list: --requests=FILE.jsonl (keys image, prompt, id) --output=DIR. Options: --seed --steps --guidance
 --frame_stride (how many source frames the steps of the clip are apart).
---checkpoint=DIR --config=configs/X.py samples from an imported or foreign checkpoint.
+--workdir=RUN/checkpoints/STEP takes another checkpoint than the newest.
+--checkpoint=DIR --config=configs/X.py samples with a configuration of your own from an import, a run, or a run's checkpoint.
 """
 
 from absl import flags

@@ -75,10 +75,11 @@ def _new_image_path(networks: Networks, key: jax.Array) -> Params:
 
 
 def load(directory: str | pathlib.Path, kind: str = "best") -> dict[str, Params]:
-    """{"denoiser": ..., maybe "autoencoder", "text", "image"} from a work directory or the directory of an import.
+    """{"denoiser": ..., maybe "autoencoder", "text", "image"} from a work directory, one of its checkpoints, or an import's directory.
 
-    kind, of a work directory: its average ("ema"), its raw weights ("raw"), or "best", the average if it keeps one. Its frozen
-    networks are those of its own `init_from`. Raises UserError.
+    A work directory stands for its newest checkpoint; WORKDIR/checkpoints/STEP is another one. kind, of these: the average ("ema"), the
+    raw weights ("raw"), or "best", the average if the run keeps one. Frozen networks are those of the run's own `init_from`. Raises
+    UserError.
     """
     directory = pathlib.Path(directory)
     if is_imported(directory):
@@ -89,10 +90,12 @@ def load(directory: str | pathlib.Path, kind: str = "best") -> dict[str, Params]
     averaged = config.ema.decay > 0
     if kind == "ema" and not averaged:
         raise UserError(f"{directory}: keeps no average (ema.decay is 0); use the raw weights")
-    step = latest_step(directory)
-    if step is None:
-        raise UserError(f"{directory}: holds no checkpoint yet; train first")
-    path = directory.absolute() / "checkpoints" / str(step)
+    path = directory
+    if _run(directory) == directory:
+        step = latest_step(directory)
+        if step is None:
+            raise UserError(f"{directory}: holds no checkpoint yet; train first")
+        path = directory / "checkpoints" / str(step)
     average = read_arrays(path, ("ema",))["ema"] if averaged and kind != "raw" else {}
     # Without a mask the average covers every parameter.
     raw = read_arrays(path, ("params",))["params"] if not average or config.finetune != "all" else {}
@@ -114,9 +117,15 @@ def load_frozen(directory: str | pathlib.Path) -> dict[str, Params]:
     return load_frozen(read_config(directory).init_from)
 
 
+def _run(directory: pathlib.Path) -> pathlib.Path:
+    """The work directory of WORKDIR/checkpoints/STEP; any other directory itself."""
+    is_step = directory.name.isdigit() and directory.absolute().parent.name == "checkpoints" and directory.is_dir()
+    return directory.absolute().parent.parent if is_step else directory
+
+
 def read_config(directory: str | pathlib.Path) -> Config:
-    """The configuration of a work directory. Raises UserError."""
-    path = pathlib.Path(directory) / "config.json"
+    """The configuration of a work directory or of one of its checkpoints. Raises UserError."""
+    path = _run(pathlib.Path(directory)) / "config.json"
     if not path.exists():
         raise UserError(f"{directory}: holds neither config.json (a work directory of motif_jax.main) nor {CONTENTS} (an import)")
     return from_json(path.read_text())

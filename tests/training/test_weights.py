@@ -69,6 +69,21 @@ def torch_layout(params):
     return {unet.PREFIX + name: tensor for name, tensor in unet.to_torch(params).items()}
 
 
+def test_a_checkpoint_of_its_own(make_run, monkeypatch):
+    """WORKDIR/checkpoints/STEP, also by a relative path, is that step and not the newest."""
+    directory, raw, _ = make_run()
+    checkpoints = Checkpoints(directory, CheckpointConfig())
+    later = jax.tree.map(lambda x: jnp.asarray(x) + 1, raw)
+    checkpoints.save(9, TrainState(jnp.asarray(9), later, later, {}), {"step": 9}, {})
+    checkpoints.close()
+    assert_same(weights.load(directory / "checkpoints" / "7", "raw")["denoiser"], raw)
+    assert_same(weights.load(directory, "raw")["denoiser"], later)
+    monkeypatch.chdir(directory / "checkpoints")
+    assert_same(weights.load("7", "raw")["denoiser"], raw)
+    with pytest.raises(UserError, match=r"holds neither config\.json"):
+        weights.load("8")
+
+
 def test_raw_and_averaged_weights(run, tmp_path):
     directory, raw, average = run
     for kind, expected in (("raw", raw), ("ema", average), ("best", average)):
