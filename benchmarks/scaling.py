@@ -225,12 +225,16 @@ def compiled() -> None:
         cells = (name, f"{model / 1e9:.2f}", f"{matmuls / model:.2f}", f"{counted / model:.2f}", f"{temporaries / 2**20:.1f}")
         print(f"| {' | '.join(cells)} | {temporaries / first:.2f} |", flush=True)
     print(f"\n| {FAKE} devices | arguments, MiB | temporaries, MiB | XLA's GFLOP | communication, MiB |\n|---|---|---|---|---|")
-    for axis in ("data", "fsdp", "context", "tensor"):
+    for axis, clips in (("data", 8), ("fsdp", 8), ("tensor", 8), ("context", 8), ("context", 1)):
         shape = MeshConfig(**{"data": 1, "fsdp": 1, "context": 1, "tensor": 1, axis: FAKE})
-        step, _ = compile_small(dataclasses.replace(base, mesh=shape), FAKE)
+        step, _ = compile_small(dataclasses.replace(changed(base, batch_size=clips), mesh=shape), FAKE)
         memory = step.memory_analysis()
         moved = ", ".join(f"{kind} {t.bytes / 2**20:.1f}" for kind, t in collectives(step.as_text()).items())
-        cells = (f"{axis}={FAKE}", f"{memory.argument_size_in_bytes / 2**20:.1f}", f"{memory.temp_size_in_bytes / 2**20:.1f}")
+        cells = (
+            f"{axis}={FAKE}, clips: {clips}",
+            f"{memory.argument_size_in_bytes / 2**20:.1f}",
+            f"{memory.temp_size_in_bytes / 2**20:.1f}",
+        )
         print(f"| {' | '.join(cells)} | {step.cost_analysis()['flops'] / 1e9:.2f} | {moved} |", flush=True)
 
 
