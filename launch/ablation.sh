@@ -28,7 +28,7 @@ one_run() ( # SLOT ARM/SEED: on one core, so that the numbers do not depend on h
 )
 export -f one_run
 
-others=$(python -c "import runpy; print(*(a for a in runpy.run_path('$config')['ARMS'] if a not in ('none', 'flow', 'inverse') and a[:3] != 'dit'))")
+others=$(python -c "import runpy; print(*(a for a in runpy.run_path('$config')['ARMS'] if a not in ('none', 'flow', 'inverse') and not a.startswith('dit_')))")
 # shellcheck disable=SC2016  # the inner shell expands them
 {
   for seed in ${SEEDS:-0 1 2}; do printf '%s\n' "none/$seed" "flow/$seed" "inverse/$seed"; done

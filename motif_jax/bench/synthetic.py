@@ -215,6 +215,8 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError(f"--world={world}: no such world; known: {', '.join(sprites.WORLDS)}")
     if arguments.count < 1:
         raise UserError(f"--count={arguments.count}: at least one clip is needed")
+    if not (workdir / "config.json").exists():
+        raise UserError(f"--workdir={workdir}: no config.json there; expected a work directory of motif_jax.main")
     animator = animation.Animator.load(workdir)
     d = animator.config.data
     result = evaluate(

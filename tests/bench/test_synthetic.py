@@ -1,11 +1,13 @@
 """The synthetic benchmark with stand-in models whose score is known beforehand."""
 
+import argparse
 import json
 
 import numpy as np
 import pytest
 
 from motif_jax.bench import synthetic
+from motif_jax.config import UserError
 from motif_jax.data.sprites import COLOURS, STILL, UNIT, coverage, make_clips
 
 SIZE = {"frames": 8, "height": 32, "width": 32}
@@ -96,3 +98,13 @@ def test_result_is_json_and_a_table():
 def test_no_clips_is_an_error():
     with pytest.raises(ValueError, match="at least one clip"):
         synthetic.evaluate(Oracle(1, obey=True), "quickstart", 5, 0, **SIZE)
+
+
+def test_only_a_work_directory_gets_the_results(tmp_path):
+    """A checkpoint's directory, which sampling takes, is refused: nothing is written into it."""
+    step = tmp_path / "checkpoints" / "7"
+    step.mkdir(parents=True)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"no config\.json there"):
+        synthetic.run(argparse.Namespace(workdir=step, world="quickstart", seed=0, count=1))
+    assert not list(step.iterdir())
