@@ -51,7 +51,11 @@ class Animator:
         mesh: Mesh | None = None,
     ) -> "Animator":
         """From a work directory or one of its checkpoints, by the config.json of that run unless a `config` is given. Raises UserError."""
-        config = config or weights.read_config(directory)
+        directory = pathlib.Path(directory)
+        if config is None:
+            if not (weights.run_directory(directory) / "config.json").exists():
+                raise UserError(f"{directory}: no config.json there; expected a work directory of motif_jax.main")
+            config = weights.read_config(directory)
         changed = {k: v for k, v in {"steps": steps, "guidance": guidance}.items() if v is not None}
         if changed.get("steps", 1) > config.diffusion.num_timesteps:
             raise UserError(f"--steps={steps}: at most {config.diffusion.num_timesteps}, the timesteps of training")

@@ -91,7 +91,7 @@ def load(directory: str | pathlib.Path, kind: str = "best") -> dict[str, Params]
     if kind == "ema" and not averaged:
         raise UserError(f"{directory}: keeps no average (ema.decay is 0); use the raw weights")
     path = directory
-    if _run(directory) == directory:
+    if run_directory(directory) == directory:
         step = latest_step(directory)
         if step is None:
             raise UserError(f"{directory}: holds no checkpoint yet; train first")
@@ -117,7 +117,7 @@ def load_frozen(directory: str | pathlib.Path) -> dict[str, Params]:
     return load_frozen(read_config(directory).init_from)
 
 
-def _run(directory: pathlib.Path) -> pathlib.Path:
+def run_directory(directory: pathlib.Path) -> pathlib.Path:
     """The work directory of WORKDIR/checkpoints/STEP; any other directory itself."""
     is_step = directory.name.isdigit() and directory.absolute().parent.name == "checkpoints" and directory.is_dir()
     return directory.absolute().parent.parent if is_step else directory
@@ -125,7 +125,7 @@ def _run(directory: pathlib.Path) -> pathlib.Path:
 
 def read_config(directory: str | pathlib.Path) -> Config:
     """The configuration of a work directory or of one of its checkpoints. Raises UserError."""
-    path = _run(pathlib.Path(directory)) / "config.json"
+    path = run_directory(pathlib.Path(directory)) / "config.json"
     if not path.exists():
         raise UserError(f"{directory}: holds neither config.json (a work directory of motif_jax.main) nor {CONTENTS} (an import)")
     return from_json(path.read_text())

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
-STEPS = 10  # 6.5 batches make an epoch
+STEPS = 16  # 6.5 batches make an epoch; a stop takes a few steps to reach all processes
 CONFIG = [
     "--config=configs/quickstart.py",
     "--config.backbone=dit",
@@ -156,7 +156,7 @@ def test_a_stopped_and_killed_job_continues_with_fewer_processes(environment, da
     assert job.returncode == 0 and "the same command continues" in text, text
 
     job = start(environment, 2, data, tmp_path)
-    wait_for_step(job, tmp_path, 7)
+    wait_for_step(job, tmp_path, max(lines(tmp_path)) + 2)  # it runs, whatever the first left
     os.kill(children(job)[1], signal.SIGKILL)
     killed = time.monotonic()
     text = end(job)
