@@ -257,7 +257,9 @@ class Config:
     init_from: str = _f("", "start from these weights: an imported checkpoint directory or another run's work directory")
     dtype: str = _f("bfloat16", "activation type; parameters, noise and loss are float32", choices=("float32", "bfloat16"))
     remat: str = _f(
-        "none", "what the backward pass recomputes: nothing, blocks, blocks but for dense layers", choices=("none", "block", "dots")
+        "none",
+        "what the backward pass recomputes: nothing, blocks, blocks but for convolutions, blocks but for all products",
+        choices=("none", "block", "convs", "dots"),
     )
     attention: str = _f("auto", "attention kernel", choices=("auto", "reference", "xla", "cudnn", "splash"))
     finetune: str = _f("all", "which of the denoiser's parameters are trained", choices=("all", "temporal", "input", "lora"))

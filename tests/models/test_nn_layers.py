@@ -90,8 +90,26 @@ def test_group_norm(groups):
     y = (y - y.mean((1, 3), keepdims=True)) / np.sqrt(y.var((1, 3), keepdims=True) + 1e-5)
     expected = y.reshape(x.shape) * norm.scale[...] + norm.bias[...]
     np.testing.assert_allclose(norm(x), expected, atol=1e-3)  # float32 holds 300 + x to 3e-5, times the scale
-    half = GroupNorm(8, groups, 1e-5, dtype=jnp.bfloat16)(jnp.asarray(x, jnp.bfloat16))
-    assert half.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("mean", [0, 30])
+def test_norms_in_half_precision(mean):
+    """Their statistics come out of one pass: with a mean of 30 deviations nothing is lost that bfloat16 could hold (2^-8 of a value)."""
+    x = mean + normal(2, 16, 16, 8)
+    for norm, axes, shape in [(GroupNorm(8, 4, 1e-5, dtype=jnp.bfloat16), (1, 3), (2, 256, 4, 2)),
+                              (LayerNorm(8, dtype=jnp.bfloat16), (3,), x.shape)]:  # fmt: skip
+        y = x.astype(np.float64).reshape(shape)
+        y = ((y - y.mean(axes, keepdims=True)) / np.sqrt(y.var(axes, keepdims=True) + 1e-5)).reshape(x.shape)
+        found = norm(x)
+        assert found.dtype == jnp.bfloat16
+        np.testing.assert_allclose(found.astype(jnp.float32), y, rtol=2**-8, atol=1e-3)
+
+
+def test_norms_of_a_constant_are_finite():
+    """E[x^2] - E[x]^2 may come out below zero."""
+    for norm in (GroupNorm(8, 4, 1e-6, dtype=jnp.bfloat16), LayerNorm(8, 1e-6, dtype=jnp.bfloat16)):
+        value, gradient = jax.value_and_grad(lambda x, norm=norm: norm(x).astype(jnp.float32).sum())(jnp.full((1, 7, 7, 8), 1234.567))
+        assert np.isfinite(value) and np.isfinite(gradient).all()
 
 
 def test_group_norm_refuses_groups_that_do_not_divide():

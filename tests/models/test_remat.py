@@ -25,7 +25,7 @@ def found(tiny):
     rng = np.random.default_rng(0)
     z = jnp.asarray(rng.normal(size=(BATCH, 4, 8, 8, 48)), jnp.float32)
     results = {}
-    for remat in ("none", "block", "dots"):
+    for remat in ("none", "block", "convs", "dots"):
         dit = {"width": 32, "depth": 2, "num_head_channels": 16, "patch": [4, 1, 1]}
         networks = Networks.of(tiny(remat=remat, backbone="dit", dit=dit, data={"height": 32, "width": 32}))
         shapes = sorted(networks.denoiser.shapes.items())
