@@ -12,12 +12,12 @@ import pathlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from motif_jax.config import Config, UserError
 from motif_jax.data import captions, shards, verification
 from motif_jax.data.shards import Shard, Skipped
-from motif_jax.data.sources import FlowEstimator, Source, SpriteClips, VideoClips, identity
+from motif_jax.data.sources import FlowEstimator, Source, SpriteClips, VideoClips, gone, identity
 from motif_jax.data.storage import Path, location
 
 if TYPE_CHECKING:
@@ -75,6 +75,8 @@ def prepare(
         progress = _Progress(clips, log)
         written = sum(job.run(i, progress) for i in mine)
         progress.line()
+        if job.lost:
+            log(f"{len(job.lost)} clips are kept though their files are gone, the first: {job.lost[0]}")
     else:
         written = _run_on_beam(config, source, output, mine, beam_options)
 
@@ -112,6 +114,7 @@ class Job:
         self.source = open_source(config, source, estimator, self.towers)
         self.plan = shards.plan_shards(self.source.items, config.prepare.clips_per_shard)
         self.directory, self._log = location(str(output)), log
+        self.lost: list[str] = []  # videos that are gone, of clips that are kept
         for problem in self.source.problems:
             log(f"skipped {problem.video}: {problem.kind}: {problem.reason}")
         if not self.plan:
@@ -122,8 +125,8 @@ class Job:
     def run(self, index: int, progress: "_Progress | None" = None) -> bool:
         """Writes shard `index` unless it is there and whole; whether it did."""
         shard = self.plan[index]
-        fingerprint = shards.digest([self.plan_id, [identity(item) for item in shard.items]])
-        wrong = verification.check_shard(self.directory, shard, fingerprint, self.source.layout)
+        files = [identity(item) for item in shard.items]
+        wrong = verification.check_shard(self.directory, shard, self.source.layout) or self._stale(shard, files)
         if not wrong:
             if progress:
                 progress.kept(len(shard.items))
@@ -132,8 +135,23 @@ class Job:
             self._log(f"{shard.name} is {wrong}: written again")
         (self.directory / "dataset.json").unlink(missing_ok=True)  # it vouches for every shard
         outcomes = self.source.outcomes(shard.items)
+        fingerprint = shards.digest([self.plan_id, files])
         shards.write_shard(self.directory, shard, self.plan_id, fingerprint, progress.watch(outcomes) if progress else outcomes)
         return True
+
+    def _stale(self, shard: Shard, files: list[list[Any]]) -> str:
+        """Why a whole shard is made again all the same; "" when it is kept, as it is when a video that was there is gone."""
+        manifest = shards.shard_manifest(self.directory, shard.name)
+        if manifest["plan"] == self.plan_id:
+            sizes = [[f[0] if isinstance(f, list) else f for f in clip] for clip in files]  # all that an earlier version looked at
+            if manifest["fingerprint"] in (shards.digest([self.plan_id, files]), shards.digest([self.plan_id, sizes])):
+                return ""
+            missing = {s["clip_id"] for s in manifest["skipped"] if s["reason"].endswith("missing file")}
+            lost = [item.video for item in shard.items if item.clip_id not in missing and gone(item)]
+            if lost:
+                self.lost += lost
+                return ""
+        return "made from other videos"
 
     def finish(self) -> int:
         """Completes the dataset if every shard is there; returns how many are missing."""

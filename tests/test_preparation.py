@@ -230,6 +230,41 @@ def test_a_file_that_arrives_later_is_taken_in(tmp_path, clips):
     assert shards.read_manifest(tmp_path / "out").fingerprint != first
 
 
+def test_videos_that_are_gone_take_no_clip_with_them(tmp_path, clips):
+    """A share that is not mounted: nothing is written, one line says so. What was missing all along stays a reason to look again."""
+    config = with_prepare(validation_share=0.0, clips_per_shard=4)
+    late = (clips / "2.mp4").rename(tmp_path / "late.mp4")
+    prepare(clips / "list.csv", tmp_path / "out", config, estimator=Still())
+    before = files(tmp_path / "out")
+    for i in (0, 5):
+        (clips / f"{i}.mp4").rename(tmp_path / f"{i}.mp4")
+    late = late.rename(clips / "2.mp4")
+    summary, lines = prepare(clips / "list.csv", tmp_path / "out", config, estimator=Still())
+    assert (summary.clips, summary.written, files(tmp_path / "out")) == ({"train": 7}, 0, before)
+    assert [line for line in lines if "kept though" in line] == ["2 clips are kept though their files are gone, the first: 0.mp4"]
+    (tmp_path / "0.mp4").rename(clips / "0.mp4")
+    assert prepare(clips / "list.csv", tmp_path / "out", config, estimator=Still())[0].clips == {"train": 8}
+
+
+def test_a_video_that_was_replaced_is_taken_anew(tmp_path, clips):
+    """Also one of the same size. A manifest of before, which knew the sizes alone, is still good."""
+    config = with_prepare(validation_share=0.0, clips_per_shard=4)
+    first = preparation.Job(config, str(clips / "list.csv"), tmp_path / "out", Still(), log=str)
+    prepare(clips / "list.csv", tmp_path / "out", config, estimator=Still())
+    for shard in first.plan:
+        path = tmp_path / "out" / "manifests" / f"{shard.name}.json"
+        sizes = [[item.clip_id, item.caption, item.path.stat().st_size, None] for item in shard.items]
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"fingerprint": shards.digest([first.plan_id, sizes])}))
+    assert prepare(clips / "list.csv", tmp_path / "out", config, estimator=Still())[0].written == 0
+    shutil.rmtree(tmp_path / "out")
+    prepare(clips / "list.csv", tmp_path / "out", config, estimator=Still())
+    with (clips / "5.mp4").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"?")
+    summary, lines = prepare(clips / "list.csv", tmp_path / "out", config, estimator=Still())
+    assert summary.written == 1 and any("-00001-of-00002 is made from other videos: written again" in line for line in lines)
+
+
 def test_a_job_that_fails_keeps_what_is_done(tmp_path, clips):
     """An estimator that cannot do these clips stops the job with one line; finished shards are kept."""
 
