@@ -261,6 +261,7 @@ def _write_tfds_metadata(directory: Path, layout: records.Layout, splits: Mappin
                     filename_template=template.replace(split=split),
                 )
                 for split, found in splits.items()
+                if any(s["records"] for s in found)  # as_data_source reads every split, and cannot read one without records
             ]
         )
     )
