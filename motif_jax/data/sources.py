@@ -107,7 +107,7 @@ class VideoClips:
             try:
                 same = videos.read_clip(item.mask, d.frames, d.height, d.width, lambda _: (clip.first_frame, clip.frame_stride))
             except videos.VideoError as error:
-                return Skipped(item.clip_id, item.video, "unusable mask", str(error))
+                return Skipped(item.clip_id, item.video, "unusable mask", f"mask {item.mask.name}: {error}")
             grey = same.frames.astype(np.float32).mean(-1, keepdims=True)
             values["motion_mask"] = np.rint(pool(grey, self._prepare.flow_stride)[..., 0]).astype(np.uint8)
         return self._recorder.record(values)

@@ -108,7 +108,7 @@ def test_masks(tmp_path):
     source = sources.VideoClips(CONFIG, listed(tmp_path, "a.mp4,x,m.mp4", "b.mp4,y,", "b.mp4,z,short.mp4", "b.mp4,w,none.mp4"), Ramp())
     assert [(p.video, p.kind) for p in source.problems] == [("b.mp4", "no mask")]
     clip, *bad = decoded(source)
-    assert [b.kind for b in bad] == ["unusable mask"] * 2
+    assert [b.kind for b in bad] == ["unusable mask"] * 2 and bad[1].reason == "mask none.mp4: missing file"
     assert clip["motion_mask"].shape == (4, 4, 6)
     lit = clip["first_frame"] + clip["frame_stride"] * np.arange(4) >= 10
     expected = np.where(lit[:, None, None] & (np.arange(6) < 3), 255, 0)
