@@ -97,7 +97,10 @@ def prepare(
 def verify(output: str | os.PathLike, log: Log = _say) -> None:
     """Reads everything that a finished dataset holds. Raises UserError naming every file that is missing, damaged or outdated."""
     directory = location(str(output))
-    bad = verification.verify(directory)
+    try:
+        bad = verification.verify(directory)
+    except OSError as error:
+        raise UserError(f"--output={output} cannot be read: {error}") from error
     for line in bad:
         log(line)
     if bad:
@@ -227,7 +230,10 @@ def _make_estimator(config: Config) -> FlowEstimator:
 
 
 def _claim(directory: Path, clips: Source, plan: Sequence[Shard]) -> str:
-    """Writes plan.json, or compares with the one that is there; returns the plan's fingerprint."""
+    """Writes plan.json, or compares with the one that is there; returns the plan's fingerprint.
+
+    Where there is none or it is damaged, the shards' manifests say whether they are of this plan.
+    """
     listed = hashlib.sha256()
     for shard in plan:
         for item in shard.items:
@@ -235,28 +241,25 @@ def _claim(directory: Path, clips: Source, plan: Sequence[Shard]) -> str:
     wanted = {"settings": clips.settings, "clips": {split: len(items) for split, items in clips.items.items()}, "list": listed.hexdigest()}
     wanted["fingerprint"] = shards.digest(wanted)
     wanted |= {"layout": clips.layout.to_dict(), "shards": dict(collections.Counter(shard.split for shard in plan))}
-    path = directory / "plan.json"
     try:
         (directory / "manifests").mkdir(parents=True, exist_ok=True)
-        if not path.exists():
-            if any(directory.glob("*.array_record-*")) or (directory / "features.json").exists():
+        found = shards.read_plan(directory)
+        plans = {found["fingerprint"]} if found else shards.plans(directory)
+        if plans <= {wanted["fingerprint"]}:
+            if not plans and (any(directory.glob("*.array_record-*")) or (directory / "features.json").exists()):
                 raise UserError(f"--output={directory} holds a dataset that is not from motif_jax.prepare; use another directory")
-            shards.write_file(path, json.dumps(wanted, indent=1, sort_keys=True) + "\n")
+            shards.write_file(directory / "plan.json", json.dumps(wanted, indent=1, sort_keys=True) + "\n")
             return wanted["fingerprint"]
-        found = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} cannot be read ({error}); delete it or use another --output") from error
     except OSError as error:
         raise UserError(f"cannot write to --output={directory}: {error}") from error
-    if found.get("fingerprint") != wanted["fingerprint"]:
-        old, new = found.get("settings", {}), wanted["settings"]
-        differs = [f"{k} was {old.get(k)!r} and is now {new.get(k)!r}" for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
-        if not differs:
-            differs = [f"another list of videos or captions (clips: {found.get('clips')} then, {wanted['clips']} now)"]
-        raise UserError(
-            f"--output={directory} holds a dataset made differently: {'; '.join(differs)}. Use another --output, or delete this one"
-        )
-    return wanted["fingerprint"]
+    if not found:
+        raise UserError(f"--output={directory}: its plan.json is lost, its shards are of another plan. Use another --output, or delete it")
+    old, new = found["settings"], wanted["settings"]
+    differs = [f"{k} was {old.get(k)!r} and is now {new.get(k)!r}" for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
+    if not differs:
+        differs = [f"another list of videos or captions (clips: {found['clips']} then, {wanted['clips']} now)"]
+    how = "; ".join(differs)
+    raise UserError(f"--output={directory} holds a dataset made differently: {how}. Use another --output, or delete this one")
 
 
 class _Progress:

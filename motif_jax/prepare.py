@@ -46,7 +46,10 @@ def main(argv: list[str]) -> None:
         return
     config = commands.configuration(CONFIG)
     index, count = _share()
-    beam_options = shlex.split(BEAM.value) if RUNNER.value == "beam" else None
+    try:
+        beam_options = shlex.split(BEAM.value) if RUNNER.value == "beam" else None
+    except ValueError as error:
+        raise UserError(f"--beam_options={BEAM.value!r}: {error}") from error
     from motif_jax import preparation
 
     try:
