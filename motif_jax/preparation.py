@@ -12,12 +12,12 @@ import pathlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from motif_jax.config import Config, UserError
 from motif_jax.data import captions, shards, verification
 from motif_jax.data.shards import Shard, Skipped
-from motif_jax.data.sources import FlowEstimator, Source, SpriteClips, VideoClips, identity
+from motif_jax.data.sources import FlowEstimator, Source, SpriteClips, VideoClips, gone, identity
 from motif_jax.data.storage import Path, location
 
 if TYPE_CHECKING:
@@ -75,6 +75,8 @@ def prepare(
         progress = _Progress(clips, log)
         written = sum(job.run(i, progress) for i in mine)
         progress.line()
+        if job.lost:
+            log(f"{len(job.lost)} clips are kept though their files are gone, the first: {job.lost[0]}")
     else:
         written = _run_on_beam(config, source, output, mine, beam_options)
 
@@ -95,7 +97,10 @@ def prepare(
 def verify(output: str | os.PathLike, log: Log = _say) -> None:
     """Reads everything that a finished dataset holds. Raises UserError naming every file that is missing, damaged or outdated."""
     directory = location(str(output))
-    bad = verification.verify(directory)
+    try:
+        bad = verification.verify(directory)
+    except OSError as error:
+        raise UserError(f"--output={output} cannot be read: {error}") from error
     for line in bad:
         log(line)
     if bad:
@@ -112,6 +117,7 @@ class Job:
         self.source = open_source(config, source, estimator, self.towers)
         self.plan = shards.plan_shards(self.source.items, config.prepare.clips_per_shard)
         self.directory, self._log = location(str(output)), log
+        self.lost: list[str] = []  # videos that are gone, of clips that are kept
         for problem in self.source.problems:
             log(f"skipped {problem.video}: {problem.kind}: {problem.reason}")
         if not self.plan:
@@ -122,8 +128,8 @@ class Job:
     def run(self, index: int, progress: "_Progress | None" = None) -> bool:
         """Writes shard `index` unless it is there and whole; whether it did."""
         shard = self.plan[index]
-        fingerprint = shards.digest([self.plan_id, [identity(item) for item in shard.items]])
-        wrong = verification.check_shard(self.directory, shard, fingerprint, self.source.layout)
+        files = [identity(item) for item in shard.items]
+        wrong = verification.check_shard(self.directory, shard, self.source.layout) or self._stale(shard, files)
         if not wrong:
             if progress:
                 progress.kept(len(shard.items))
@@ -132,8 +138,23 @@ class Job:
             self._log(f"{shard.name} is {wrong}: written again")
         (self.directory / "dataset.json").unlink(missing_ok=True)  # it vouches for every shard
         outcomes = self.source.outcomes(shard.items)
+        fingerprint = shards.digest([self.plan_id, files])
         shards.write_shard(self.directory, shard, self.plan_id, fingerprint, progress.watch(outcomes) if progress else outcomes)
         return True
+
+    def _stale(self, shard: Shard, files: list[list[Any]]) -> str:
+        """Why a whole shard is made again all the same; "" when it is kept, as it is when a video that was there is gone."""
+        manifest = shards.shard_manifest(self.directory, shard.name)
+        if manifest["plan"] == self.plan_id:
+            sizes = [[f[0] if isinstance(f, list) else f for f in clip] for clip in files]  # all that an earlier version looked at
+            if manifest["fingerprint"] in (shards.digest([self.plan_id, files]), shards.digest([self.plan_id, sizes])):
+                return ""
+            missing = {s["clip_id"] for s in manifest["skipped"] if s["reason"].endswith("missing file")}
+            lost = [item.video for item in shard.items if item.clip_id not in missing and gone(item)]
+            if lost:
+                self.lost += lost
+                return ""
+        return "made from other videos"
 
     def finish(self) -> int:
         """Completes the dataset if every shard is there; returns how many are missing."""
@@ -209,7 +230,10 @@ def _make_estimator(config: Config) -> FlowEstimator:
 
 
 def _claim(directory: Path, clips: Source, plan: Sequence[Shard]) -> str:
-    """Writes plan.json, or compares with the one that is there; returns the plan's fingerprint."""
+    """Writes plan.json, or compares with the one that is there; returns the plan's fingerprint.
+
+    Where there is none or it is damaged, the shards' manifests say whether they are of this plan.
+    """
     listed = hashlib.sha256()
     for shard in plan:
         for item in shard.items:
@@ -217,28 +241,25 @@ def _claim(directory: Path, clips: Source, plan: Sequence[Shard]) -> str:
     wanted = {"settings": clips.settings, "clips": {split: len(items) for split, items in clips.items.items()}, "list": listed.hexdigest()}
     wanted["fingerprint"] = shards.digest(wanted)
     wanted |= {"layout": clips.layout.to_dict(), "shards": dict(collections.Counter(shard.split for shard in plan))}
-    path = directory / "plan.json"
     try:
         (directory / "manifests").mkdir(parents=True, exist_ok=True)
-        if not path.exists():
-            if any(directory.glob("*.array_record-*")) or (directory / "features.json").exists():
+        found = shards.read_plan(directory)
+        plans = {found["fingerprint"]} if found else shards.plans(directory)
+        if plans <= {wanted["fingerprint"]}:
+            if not plans and (any(directory.glob("*.array_record-*")) or (directory / "features.json").exists()):
                 raise UserError(f"--output={directory} holds a dataset that is not from motif_jax.prepare; use another directory")
-            shards.write_file(path, json.dumps(wanted, indent=1, sort_keys=True) + "\n")
+            shards.write_file(directory / "plan.json", json.dumps(wanted, indent=1, sort_keys=True) + "\n")
             return wanted["fingerprint"]
-        found = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} cannot be read ({error}); delete it or use another --output") from error
     except OSError as error:
         raise UserError(f"cannot write to --output={directory}: {error}") from error
-    if found.get("fingerprint") != wanted["fingerprint"]:
-        old, new = found.get("settings", {}), wanted["settings"]
-        differs = [f"{k} was {old.get(k)!r} and is now {new.get(k)!r}" for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
-        if not differs:
-            differs = [f"another list of videos or captions (clips: {found.get('clips')} then, {wanted['clips']} now)"]
-        raise UserError(
-            f"--output={directory} holds a dataset made differently: {'; '.join(differs)}. Use another --output, or delete this one"
-        )
-    return wanted["fingerprint"]
+    if not found:
+        raise UserError(f"--output={directory}: its plan.json is lost, its shards are of another plan. Use another --output, or delete it")
+    old, new = found["settings"], wanted["settings"]
+    differs = [f"{k} was {old.get(k)!r} and is now {new.get(k)!r}" for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
+    if not differs:
+        differs = [f"another list of videos or captions (clips: {found['clips']} then, {wanted['clips']} now)"]
+    how = "; ".join(differs)
+    raise UserError(f"--output={directory} holds a dataset made differently: {how}. Use another --output, or delete this one")
 
 
 class _Progress:

@@ -36,6 +36,7 @@ flags.register_multi_flags_validator(
 
 def main(argv: list[str]) -> None:
     commands.no_more(argv)
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of files, on a terminal that may not have their letters
     for stop in (signal.SIGTERM, signal.SIGINT):
         signal.signal(stop, lambda *_: sys.exit("motif_jax.prepare: stopped; the same command continues"))
     if VERIFY.value:
@@ -45,7 +46,10 @@ def main(argv: list[str]) -> None:
         return
     config = commands.configuration(CONFIG)
     index, count = _share()
-    beam_options = shlex.split(BEAM.value) if RUNNER.value == "beam" else None
+    try:
+        beam_options = shlex.split(BEAM.value) if RUNNER.value == "beam" else None
+    except ValueError as error:
+        raise UserError(f"--beam_options={BEAM.value!r}: {error}") from error
     from motif_jax import preparation
 
     try:

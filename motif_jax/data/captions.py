@@ -1,8 +1,10 @@
 """Lists of videos with their captions: a .csv, a .jsonl or a folder in; entries, and what had to be left out, back."""
 
+import collections
 import csv
 import io
 import json
+import os
 import pathlib
 import posixpath
 from collections.abc import Iterator
@@ -13,6 +15,9 @@ from motif_jax.config import UserError
 VIDEO_ENDINGS = frozenset(
     ".3gp .asf .avi .flv .gif .h264 .hevc .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .mxf .nut .ogv .ts .vob .webm .wmv .y4m".split()
 )
+
+
+_UNREADABLE_NAME = ("unreadable name", "it is not UTF-8; rename the file")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +47,18 @@ def read_source(source: str) -> tuple[list[Entry], list[Problem]]:
     are relative to the list. Raises UserError when the source as a whole cannot be used.
     """
     path = pathlib.Path(source)
-    if path.is_dir():
+    if os.path.isdir(path):
         return _read_folder(path)
+    kinds = "a .csv or .jsonl file, a folder of videos, or synthetic:NAME[:count]"
+    if not os.path.exists(path):
+        raise UserError(f"source {source!r} does not exist; give {kinds}")
     if path.suffix.lower() not in (".csv", ".jsonl"):
-        raise UserError(f"source {source!r}: must be a .csv or .jsonl file, a folder of videos, or synthetic:NAME[:count]")
+        raise UserError(f"source {source!r}: must be {kinds}")
     try:
         text = path.read_text(encoding="utf-8-sig")  # spreadsheets put a mark in front
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise UserError(f"source {source!r} cannot be read: {error}; save it as UTF-8") from error
+    except OSError as error:
         raise UserError(f"source {source!r} cannot be read: {error}") from error
     rows = _csv_rows(source, text) if path.suffix.lower() == ".csv" else _jsonl_rows(source, text)
     entries, problems, seen = [], [], set()
@@ -57,8 +67,10 @@ def read_source(source: str) -> tuple[list[Entry], list[Problem]]:
             " ".join((row.get(key) or "").split()) if key == "caption" else (row.get(key) or "").strip()
             for key in ("video", "caption", "mask")
         )
-        name = posixpath.normpath(video) if video else f"line {line}"
-        if not video:
+        name = printable(posixpath.normpath(video)) if video else f"line {line}"
+        if printable(video + mask) != video + mask:
+            problems.append(Problem(name, *_UNREADABLE_NAME))
+        elif not video:
             problems.append(Problem(name, "no video", f"line {line} of {source} names no video"))
         elif not caption:
             problems.append(Problem(name, "empty caption", f"line {line} of {source}"))
@@ -66,6 +78,7 @@ def read_source(source: str) -> tuple[list[Entry], list[Problem]]:
             problems.append(Problem(name, "repeated line", f"line {line} of {source} says what an earlier line said"))
         else:
             seen.add((name, caption))
+            caption = caption.encode(errors="replace").decode()  # JSON can escape halves of characters
             entries.append(Entry(name, path.parent / video, caption, path.parent / mask if mask else None))
     if not entries and not problems:
         raise UserError(f"source {source!r} lists no videos")
@@ -74,7 +87,8 @@ def read_source(source: str) -> tuple[list[Entry], list[Problem]]:
 
 def _csv_rows(source: str, text: str) -> Iterator[tuple[int, dict[str, str]]]:
     good = 0
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True, skipinitialspace=True)
     try:
         columns = [c.strip().lower() for c in reader.fieldnames or []]
         missing = [c for c in ("video", "caption") if c not in columns]
@@ -84,7 +98,7 @@ def _csv_rows(source: str, text: str) -> Iterator[tuple[int, dict[str, str]]]:
             )
         reader.fieldnames, good = columns, reader.line_num
         for row in reader:
-            if None in row:
+            if any(cell.strip() for cell in row.get(None, ())):
                 raise UserError(
                     f"source {source!r}, line {reader.line_num}: more cells than columns; put captions with commas in double quotes"
                 )
@@ -100,7 +114,7 @@ def _jsonl_rows(source: str, text: str) -> Iterator[tuple[int, dict[str, str]]]:
             continue
         try:
             row = json.loads(content)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"source {source!r}, line {line}: not JSON ({error})") from error
         if not isinstance(row, dict) or not all(isinstance(row.get(k) or "", str) for k in ("video", "caption", "mask")):
             raise UserError(f'source {source!r}, line {line}: must be an object like {{"video": "a.mp4", "caption": "a cat walks"}}')
@@ -108,19 +122,22 @@ def _jsonl_rows(source: str, text: str) -> Iterator[tuple[int, dict[str, str]]]:
 
 
 def _read_folder(folder: pathlib.Path) -> tuple[list[Entry], list[Problem]]:
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and not any(part.startswith(".") for part in p.relative_to(folder).parts))
+    files, problems = _search(folder)
     videos = [p for p in files if p.suffix.lower() in VIDEO_ENDINGS]
-    texts = {p.with_suffix(""): p for p in files if p.suffix.lower() == ".txt"}
-    entries, problems = [], []
+    texts = {p.with_suffix(""): p for p in files if p.suffix.lower() == ".txt" and os.path.isfile(p)}
+    entries = []
     for path in videos:
         name = path.relative_to(folder).as_posix()
         text = texts.get(path.with_suffix(""))
+        if printable(name) != name:
+            problems.append(Problem(printable(name), *_UNREADABLE_NAME))
+            continue
         if text is None:
             problems.append(Problem(name, "no caption", f"there is no {path.stem}.txt beside it"))
             continue
         try:
             caption = " ".join(text.read_text(encoding="utf-8-sig").split())
-        except UnicodeDecodeError as error:
+        except (OSError, UnicodeDecodeError) as error:
             problems.append(Problem(name, "unreadable caption", str(error)))
             continue
         if caption:
@@ -129,10 +146,42 @@ def _read_folder(folder: pathlib.Path) -> tuple[list[Entry], list[Problem]]:
             problems.append(Problem(name, "empty caption", f"{text.name} is empty"))
     stems = {p.with_suffix("") for p in videos}
     problems += [
-        Problem(p.relative_to(folder).as_posix(), "caption without video", "no video has this name")
+        Problem(printable(p.relative_to(folder).as_posix()), "caption without video", "no video has this name")
         for stem, p in texts.items()
         if stem not in stems
     ]
     if not entries and not problems:
         raise UserError(f"source {str(folder)!r} holds no videos ({', '.join(sorted(VIDEO_ENDINGS))})")
     return entries, problems
+
+
+def _search(folder: pathlib.Path) -> tuple[list[pathlib.Path], list[Problem]]:
+    """The files under a folder in the order of their names, without hidden ones, and folders that cannot be read.
+
+    Linked folders come last, so that a file has the name that it has without them, and each folder once, so that a loop ends.
+    """
+    files, problems, seen, waiting = [], [], set(), collections.deque([folder])
+    while waiting:
+        parent = waiting.popleft()
+        real = os.path.realpath(parent)
+        if real in seen:
+            continue
+        seen.add(real)
+        try:
+            names = sorted(os.listdir(parent))
+        except OSError as error:
+            problems.append(Problem(printable(parent.relative_to(folder).as_posix()), "unreadable folder", str(error)))
+            continue
+        for path in (parent / name for name in names if not name.startswith(".")):
+            if not os.path.isdir(path):
+                files.append(path)
+            elif os.path.islink(path):
+                waiting.append(path)
+            else:
+                waiting.appendleft(path)
+    return sorted(files), problems
+
+
+def printable(name: str) -> str:
+    """A name with what UTF-8 cannot write, such as the bytes of a file name in Latin-1, escaped."""
+    return name.encode(errors="backslashreplace").decode()

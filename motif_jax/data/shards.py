@@ -4,6 +4,8 @@ A dataset directory holds `motif-SPLIT.array_record-IIIII-of-NNNNN`, one manifes
 asked for), and, once every shard is there, TFDS's metadata and dataset.json. Reading one starts at `read_manifest`.
 """
 
+import collections
+import dataclasses
 import hashlib
 import json
 import os
@@ -54,6 +56,9 @@ class Skipped:
     reason: str
 
 
+_SKIPPED = {field.name for field in dataclasses.fields(Skipped)}
+
+
 @dataclass(frozen=True)
 class Manifest:
     """A complete dataset: `shards` maps a split to its (file name, records, bytes) in order; splits without records are left out."""
@@ -88,7 +93,12 @@ def plan_shards(items: Mapping[str, Sequence[Any]], per_shard: int) -> list[Shar
 
 
 def write_file(path: Path, text: str) -> None:
-    """Writes a small file so that it is there in full or not at all, also after a power cut."""
+    """Writes a small file so that it is there in full or not at all, also after a power cut; one that says so already is left alone."""
+    try:
+        if path.read_text() == text:
+            return
+    except (FileNotFoundError, UnicodeDecodeError):
+        pass
     if not isinstance(path, pathlib.Path):
         path.write_text(text)
         return
@@ -141,11 +151,36 @@ def write_shard(directory: Path, shard: Shard, plan: str, fingerprint: str, outc
 
 def shard_manifest(directory: Path, name: str) -> dict[str, Any] | None:
     """A shard's manifest; None when there is none or it cannot be read, which a new run mends."""
-    try:
-        manifest = json.loads(_manifest_path(directory, name).read_text())
-        return _EMPTY_MANIFEST | manifest
-    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError, TypeError):
+    found = read_object(_manifest_path(directory, name))
+    if found is None:
         return None
+    manifest = {"shard": ""} | _EMPTY_MANIFEST | found
+    whole = manifest["shard"] == name and all(type(manifest[k]) is type(v) for k, v in _EMPTY_MANIFEST.items())
+    return manifest if whole and all(isinstance(s, dict) and s.keys() >= _SKIPPED for s in manifest["skipped"]) else None
+
+
+def read_object(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a small file; None when there is none or it is damaged."""
+    try:
+        found = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def read_plan(directory: Path) -> dict[str, Any] | None:
+    """plan.json; None when there is none or its fingerprint is not that of what it says was asked for."""
+    plan = read_object(directory / "plan.json")
+    try:
+        return plan if plan["fingerprint"] == digest({key: plan[key] for key in ("settings", "clips", "list")}) else None
+    except (KeyError, TypeError):
+        return None
+
+
+def plans(directory: Path) -> set[str]:
+    """The fingerprints of the plans that the shards which are there were made by."""
+    names = [path.name.removesuffix(".json") for path in directory.glob(f"manifests/{NAME}-*.json")]
+    return {manifest["plan"] for manifest in (shard_manifest(directory, name) for name in names) if manifest}
 
 
 def sweep(directory: Path) -> None:
@@ -171,28 +206,31 @@ def finish(directory: Path, shards: Sequence[Shard], plan: str, layout: records.
     missing = sum(m is None or m["plan"] != plan or m["schema"] != VERSION or not (directory / m["shard"]).exists() for m in manifests)
     if missing:
         return missing
+    if not any(m["records"] for s, m in zip(shards, manifests, strict=True) if s.split == "train"):
+        skipped = [s for m in manifests for s in m["skipped"]]
+        reasons = ", ".join(f"{kind}: {n}" for kind, n in sorted(collections.Counter(s["kind"] for s in skipped).items()))
+        raise UserError(f"no usable training clip ({reasons}); the first: {skipped[0]['video']}: {skipped[0]['reason']}")
+    for name, text in metadata(manifests, plan, layout, settings).items():
+        write_file(directory / name, text)
+    return 0
+
+
+def metadata(manifests: Sequence[Mapping[str, Any]], plan: str, layout: records.Layout, settings: dict[str, Any]) -> dict[str, str]:
+    """The files of a finished dataset besides its shards, by name: TFDS's, then dataset.json, which vouches for all."""
     splits: dict[str, list[dict[str, Any]]] = {}
-    skipped: dict[str, int] = {}
-    for shard, manifest in zip(shards, manifests, strict=True):
-        splits.setdefault(shard.split, []).append({k: manifest[k] for k in ("shard", "records", "bytes", "sha256")})
-        for s in manifest["skipped"]:
-            skipped[s["kind"]] = skipped.get(s["kind"], 0) + 1
-    if not any(m["records"] for m in splits.get("train", ())):
-        reasons = ", ".join(f"{kind}: {n}" for kind, n in sorted(skipped.items()))
-        first = next(s for m in manifests for s in m["skipped"])
-        raise UserError(f"no usable training clip ({reasons}); the first: {first['video']}: {first['reason']}")
-    _write_tfds_metadata(directory, layout, splits)
+    for manifest in manifests:
+        split = manifest["shard"].removeprefix(f"{NAME}-").partition(".")[0]
+        splits.setdefault(split, []).append({k: manifest[k] for k in ("shard", "records", "bytes", "sha256")})
     dataset = {
         "version": VERSION,
         "fingerprint": digest([layout.to_dict(), [m["sha256"] for m in manifests]]),
         "plan": plan,
         "layout": layout.to_dict(),
         "settings": settings,
-        "skipped": skipped,
+        "skipped": dict(collections.Counter(s["kind"] for m in manifests for s in m["skipped"])),
         "splits": splits,
     }
-    write_file(directory / "dataset.json", json.dumps(dataset, indent=1, sort_keys=True) + "\n")
-    return 0
+    return _tfds_metadata(layout, splits) | {"dataset.json": json.dumps(dataset, indent=1, sort_keys=True) + "\n"}
 
 
 def read_manifest(directory: str | os.PathLike) -> Manifest:
@@ -208,6 +246,7 @@ def read_manifest(directory: str | os.PathLike) -> Manifest:
     again = "run the same motif_jax.prepare again, which rewrites what is missing or damaged and nothing else"
     try:
         dataset = json.loads((directory / "dataset.json").read_text())
+        return _opened(directory, dataset, again)
     except FileNotFoundError as error:
         if (directory / "plan.json").exists():
             done = len(list(directory.glob("manifests/*.json")))
@@ -215,8 +254,13 @@ def read_manifest(directory: str | os.PathLike) -> Manifest:
         raise UserError(
             f"no dataset in {str(directory)!r} (data.path): there is no dataset.json; make one with motif_jax.prepare"
         ) from error
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"dataset {directory}: dataset.json cannot be read ({error}); {again}") from error
+    except UserError:
+        raise
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"dataset {directory}: dataset.json cannot be read ({error!r}); {again}") from error
+
+
+def _opened(directory: pathlib.Path, dataset: dict[str, Any], again: str) -> Manifest:
     if dataset["version"] != VERSION:
         raise UserError(f"dataset {directory} is of schema version {dataset['version']}, this code reads {VERSION}; {again}")
     bad = []
@@ -239,7 +283,7 @@ def read_manifest(directory: str | os.PathLike) -> Manifest:
     )
 
 
-def _write_tfds_metadata(directory: Path, layout: records.Layout, splits: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+def _tfds_metadata(layout: records.Layout, splits: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, str]:
     """features.json and dataset_info.json, which make the directory readable by `tfds.builder_from_directory`."""
     import tensorflow_datasets as tfds
 
@@ -261,13 +305,13 @@ def _write_tfds_metadata(directory: Path, layout: records.Layout, splits: Mappin
                     filename_template=template.replace(split=split),
                 )
                 for split, found in splits.items()
+                if any(s["records"] for s in found)  # as_data_source reads every split, and cannot read one without records
             ]
         )
     )
     with tempfile.TemporaryDirectory() as scratch:
         info.write_to_directory(scratch)
-        for path in sorted(pathlib.Path(scratch).iterdir()):
-            write_file(directory / path.name, path.read_text())
+        return {path.name: path.read_text() for path in sorted(pathlib.Path(scratch).iterdir())}
 
 
 def _manifest_path(directory: Path, name: str) -> Path:

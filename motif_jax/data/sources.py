@@ -26,6 +26,7 @@ from motif_jax.data.shards import Skipped
 
 DEFAULT_SYNTHETIC_CLIPS = 1000
 _ATTEMPTS = 8  # clips that are drawn from a video until one crosses no cut
+_END = 2**16  # bytes
 _PIXELS_AT_ONCE = 2**24  # of a synthetic world, which makes many clips in one go
 
 
@@ -106,7 +107,7 @@ class VideoClips:
             try:
                 same = videos.read_clip(item.mask, d.frames, d.height, d.width, lambda _: (clip.first_frame, clip.frame_stride))
             except videos.VideoError as error:
-                return Skipped(item.clip_id, item.video, "unusable mask", str(error))
+                return Skipped(item.clip_id, item.video, "unusable mask", f"mask {item.mask.name}: {error}")
             grey = same.frames.astype(np.float32).mean(-1, keepdims=True)
             values["motion_mask"] = np.rint(pool(grey, self._prepare.flow_stride)[..., 0]).astype(np.uint8)
         return self._recorder.record(values)
@@ -230,8 +231,29 @@ def pool(field: Float[np.ndarray, "*B H W C"], stride: int) -> Float[np.ndarray,
 
 
 def identity(item: Item) -> list[Any]:
-    """What a shard's fingerprint knows of a clip: a file that was replaced, or has arrived at last, makes its shard stale."""
-    return [item.clip_id, item.caption, *(p.stat().st_size if p and p.exists() else None for p in (item.path, item.mask))]
+    """What a shard's fingerprint knows of a clip: a file that was replaced, or has arrived at last, makes its shard stale.
+
+    A file is known by its size and the sha256 of its first and last 64 KiB.
+    """
+    return [item.clip_id, item.caption, *(p and _ends(p) for p in (item.path, item.mask))]
+
+
+def gone(item: Item) -> bool:
+    """Whether a file of the clip is not there, or cannot be read."""
+    return any(p and _ends(p) is None for p in (item.path, item.mask))
+
+
+def _ends(path: pathlib.Path) -> list[Any] | None:
+    if not os.path.isfile(path):
+        return None
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            ends = file.read(_END)
+            file.seek(max(0, size - _END))
+            return [size, hashlib.sha256(ends + file.read(_END)).hexdigest()]
+    except OSError:
+        return None
 
 
 def _settings(config: Config, source: str, estimator: FlowEstimator | None, towers: Towers | None) -> dict[str, Any]:

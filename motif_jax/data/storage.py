@@ -62,9 +62,14 @@ Path = pathlib.Path | RemotePath
 
 
 def location(name: str) -> Path:
-    """The directory `name`, a path or a URL. Raises UserError when the store's package is missing or it cannot be reached."""
-    if "://" not in name:
-        return pathlib.Path(name)
+    """The directory `name`, a path or a URL.
+
+    Raises UserError when it is not UTF-8, the store's package is missing, or the store cannot be reached.
+    """
+    if name.encode(errors="replace").decode() != name:
+        raise UserError(f"{name!a}: its name is not UTF-8, which the shards' writer needs; use another directory")
+    if "://" not in name or name.startswith("file://"):
+        return pathlib.Path(name.removeprefix("file://"))
     import fsspec
 
     try:

@@ -6,48 +6,50 @@ from typing import Any
 
 from motif_jax.config import UserError
 from motif_jax.data import records
-from motif_jax.data.shards import VERSION, Shard, damage, digest, shard_manifest, shard_name
+from motif_jax.data.shards import VERSION, Shard, damage, metadata, read_object, read_plan, shard_manifest, shard_name
 from motif_jax.data.storage import Path, local_copy
 
 
-def check_shard(directory: Path, shard: Shard, fingerprint: str, layout: records.Layout) -> str:
+def check_shard(directory: Path, shard: Shard, layout: records.Layout) -> str:
     """ "" when the shard is done and every byte of it is right, else what is wrong with it."""
     manifest = shard_manifest(directory, shard.name)
     if manifest is None or not (directory / shard.name).exists():
         return "missing"
-    if manifest["schema"] == VERSION and manifest["fingerprint"] != fingerprint:
-        return "made from other videos"
     return _fault(directory / shard.name, manifest, layout, every_record=False)
 
 
 def verify(directory: Path) -> list[str]:
     """Reads every record of every shard of a finished dataset; "NAME is ..." for each file that is not as it should be.
 
-    Raises UserError when the directory holds no dataset.
+    Raises UserError when the directory holds no dataset, OSError when it cannot be read at all.
     """
+    plan = read_plan(directory)
+    if plan is None and not (directory / "plan.json").exists():
+        raise UserError(f"no dataset in {str(directory)!r}: there is no plan.json; make one with motif_jax.prepare")
     try:
-        plan = json.loads((directory / "plan.json").read_text())
-        layout, count = records.Layout.from_dict(plan["layout"]), plan["shards"]
-    except FileNotFoundError as error:
-        raise UserError(f"no dataset in {str(directory)!r}: there is no plan.json; make one with motif_jax.prepare") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise UserError(f"{directory / 'plan.json'} cannot be read ({error!r}); delete it and run motif_jax.prepare again") from error
-    bad, hashes = [], []
-    for name in (shard_name(split, i, n) for split, n in count.items() for i in range(n)):
+        layout = records.Layout.from_dict(plan["layout"])
+        names = [shard_name(split, i, n) for split, n in plan["shards"].items() for i in range(n)]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{directory / 'plan.json'} cannot be read; run motif_jax.prepare again, which writes it anew") from error
+    bad, manifests = [], []
+    for name in names:
         manifest = shard_manifest(directory, name)
         if manifest is None:
             fault = "without a manifest" if (directory / name).exists() else "missing"
         elif manifest["plan"] != plan["fingerprint"] and manifest["schema"] == VERSION:
             fault = "of another plan"
         else:
-            fault = _fault(directory / name, manifest, layout, every_record=True)
-            hashes.append(manifest["sha256"])
+            manifests.append(manifest)
+            try:
+                fault = _fault(directory / name, manifest, layout, every_record=True)
+            except OSError as error:
+                fault = f"unreadable ({error.strerror or error})"
         if fault:
             bad.append(f"{name} is {fault}")
     if not bad:
-        bad += [f"{name} is missing" for name in ("dataset.json", "features.json", "dataset_info.json") if not (directory / name).exists()]
-    if not bad and json.loads((directory / "dataset.json").read_text())["fingerprint"] != digest([layout.to_dict(), hashes]):
-        bad.append("dataset.json is not of these shards")
+        for name, text in metadata(manifests, plan["fingerprint"], layout, plan["settings"]).items():
+            if read_object(directory / name) != json.loads(text):
+                bad.append(f"{name} is {'not of these shards' if (directory / name).exists() else 'missing'}")
     return bad
 
 

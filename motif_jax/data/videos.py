@@ -22,6 +22,8 @@ from PIL import Image, ImageOps
 THUMBNAIL = (64, 36)  # width, height
 # A pause longer than this many seconds and ten frames is a jump of the clock (a cut, a paused recorder), not a still.
 _LONGEST_STILL = 1.0
+# What a damaged file makes FFmpeg, its Python binding and arithmetic with the file's numbers raise.
+_DAMAGE = (av.error.FFmpegError, OSError, ValueError, LookupError, ArithmeticError, MemoryError)
 
 
 class VideoError(ValueError):
@@ -89,53 +91,57 @@ def read_clip(
     turned as the file's display matrix says, transparent parts laid on white, then covered (`cover`).
     Raises VideoError with the reason; the file's name is left to the caller.
     """
-    if not os.path.isfile(path):
-        raise VideoError("missing file")
-    try:
-        with av.open(os.fspath(path)) as container:
-            pictures = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
-            streams = [s.index for s in pictures if s.codec_context is not None]
-        if not streams:
-            raise VideoError("no video stream")
-        first_error = None
-        for stream in streams:
-            try:
-                return _read_stream(path, stream, frames, height, width, choose, thumbnails)
-            except VideoError as error:
-                first_error = first_error or error
-        raise first_error
-    except (av.error.FFmpegError, OSError) as error:
-        raise VideoError("cannot be read", str(error).split("\n")[0]) from error
+    return _first_stream(path, lambda stream: _read_stream(path, stream, frames, height, width, choose, thumbnails))
 
 
 def read_video(path: str | os.PathLike) -> Clip:
-    """Every frame of a file at its own size, at equal distances in time (a frame that is shown longer is repeated).
+    """Every frame of the first video stream with more than one, at its own size, at equal distances in time (a frame that is shown
+    longer is repeated).
 
     Raises VideoError with the reason.
     """
+    return _first_stream(path, lambda stream: _whole_stream(path, stream))
+
+
+def _open(path: Any) -> Any:
+    # Absolute, because FFmpeg takes what stands before a colon for a protocol; tags may be in any encoding and are not used.
+    return av.open(os.path.abspath(path), metadata_errors="replace")
+
+
+def _first_stream(path: Any, read: Callable[[int], Clip]) -> Clip:
+    """`read` of the first video stream that can give it. Raises VideoError: the first stream's, or that there is none."""
     if not os.path.isfile(path):
         raise VideoError("missing file")
+    errors = []
     try:
-        with av.open(os.fspath(path)) as container:
-            if not container.streams.video:
-                raise VideoError("no video stream")
-            index = container.streams.video[0].index
-        _packet_timeline(path, index)  # says when a file is cut off
-        with av.open(os.fspath(path)) as container:
-            stream = container.streams[index]
-            pictures, pts = [], []
-            for frame in _frames(container, stream):
-                if frame.is_corrupt:
-                    raise VideoError("does not decode", f"frame {len(pts)} is damaged")
-                pictures.append(_picture(frame)[0])
-                pts.append(frame.pts)
-            if not pictures:
-                raise VideoError("no frames")
-            if len({p.shape for p in pictures}) > 1:
-                raise VideoError("changes size", " then ".join(dict.fromkeys(f"{p.shape[1]}x{p.shape[0]}" for p in pictures)))
-            timeline = _timeline(_increasing(pts), stream, len(pts))
-    except (av.error.FFmpegError, OSError) as error:
+        with _open(path) as container:
+            pictures = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
+            streams = [s.index for s in pictures if s.codec_context is not None]
+        for stream in streams:
+            try:
+                return read(stream)
+            except VideoError as error:
+                errors.append(error)
+    except _DAMAGE as error:
         raise VideoError("cannot be read", str(error).split("\n")[0]) from error
+    raise errors[0] if errors else VideoError("no video stream")
+
+
+def _whole_stream(path: Any, index: int) -> Clip:
+    _packet_timeline(path, index)  # says when a file is cut off
+    with _open(path) as container:
+        stream = container.streams[index]
+        pictures, pts = [], []
+        for frame in _frames(container, stream):
+            if frame.is_corrupt:
+                raise VideoError("does not decode", f"frame {len(pts)} is damaged")
+            pictures.append(_picture(frame)[0])
+            pts.append(frame.pts)
+        if len({p.shape for p in pictures}) > 1:
+            raise VideoError("changes size", " then ".join(dict.fromkeys(f"{p.shape[1]}x{p.shape[0]}" for p in pictures)))
+        if len(pictures) < 2:
+            raise VideoError("too short", f"{len(pictures)} frame{'s'[: len(pictures) != 1]}")
+        timeline = _timeline(_increasing(pts), stream, len(pts))
     return Clip(np.stack([pictures[i] for i in timeline.frame_at]), timeline.fps, 1, 0)
 
 
@@ -164,7 +170,7 @@ def _read_stream(path: Any, stream: int, frames: int, height: int, width: int, c
 
 def _packet_timeline(path: Any, index: int) -> Timeline | None:
     """The timeline from the container alone; None when packets carry no time stamps."""
-    with av.open(os.fspath(path)) as container:
+    with _open(path) as container:
         stream = container.streams[index]
         declared = len(stream.index_entries)  # mp4 and mov list every frame in front of the data, other formats do not
         pts, read, end = [], 0, 0.0
@@ -186,7 +192,7 @@ def _packet_timeline(path: Any, index: int) -> Timeline | None:
 
 
 def _decoded_timeline(path: Any, index: int) -> Timeline:
-    with av.open(os.fspath(path)) as container:
+    with _open(path) as container:
         stream = container.streams[index]
         pts = [frame.pts for frame in _frames(container, stream)]
         if not pts:
@@ -207,8 +213,10 @@ def _timeline(pts: list[int] | None, stream: Any, count: int = 0) -> Timeline:
     steps = np.where(steps > max(_LONGEST_STILL, 10 * usual), usual, steps)
     seconds = np.concatenate([[0.0], np.cumsum(steps)])
     # The mean over ordinary steps, because time stamps are often rounded to milliseconds.
-    period = steps[np.abs(steps - usual) <= usual / 2].mean()
-    if np.all(np.abs(steps - usual) <= usual / 2):
+    ordinary = np.abs(steps - usual) <= usual / 2
+    # A median between a short and a long step has neither beside it; then the short ones count.
+    period = steps[ordinary if ordinary.any() else steps <= usual].mean()
+    if ordinary.all():
         return Timeline(pts, np.arange(len(pts)), round(1 / period, 6))
     grid = np.arange(int(seconds[-1] / period + 0.5) + 1) * period
     after = np.clip(np.searchsorted(seconds, grid), 1, len(pts) - 1)
@@ -244,7 +252,7 @@ def _decode(
             found = _decode_from(path, index, timeline.pts[min(wanted)], names, wanted, height, width, small)
             if found is not None:
                 return found
-        except (VideoError, av.error.FFmpegError):
+        except _DAMAGE:
             pass
     return _decode_from(path, index, None, names, wanted, height, width, small)
 
@@ -255,7 +263,7 @@ def _decode_from(
     found, damaged, first = {}, False, min(wanted)
     if small is not None:
         small.clear()  # of a reading that failed
-    with av.open(os.fspath(path)) as container:
+    with _open(path) as container:
         stream = container.streams[index]
         if seek is not None:
             container.seek(seek, stream=stream)
@@ -327,7 +335,7 @@ def read_image(path: str | os.PathLike, height: int | None = None, width: int | 
             picture = _on_white(np.asarray(image.convert("RGBA")))
     except FileNotFoundError as error:
         raise VideoError("missing file") from error
-    except (OSError, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow's readers share no class of errors for damaged files
         raise VideoError("is no image", str(error)) from error
     return picture if height is None or width is None else cover(picture, height, width)
 
@@ -343,7 +351,7 @@ def save_video(path: str | os.PathLike, frames: Sequence[np.ndarray] | UInt8[np.
         raise ValueError(f"{path}: a video is written as .mp4 or .gif")
     if frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape or not fps > 0:
         raise ValueError(f"{path}: needs frames [T, H, W, 3] and fps > 0, got {frames.shape} and {fps}")
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    temporary = path.absolute().with_name(f".tmp-{os.getpid()}-{path.name}")  # FFmpeg takes a relative "a:b" for a protocol
     try:
         (_save_mp4 if path.suffix.lower() == ".mp4" else _save_gif)(temporary, frames, fps)
         os.replace(temporary, path)

@@ -4,6 +4,7 @@ In: numpy frames (uint8 RGB), flow (pixels) and heatmaps (0..1). Out: uint8 RGB 
 every scale is an argument or written into the picture.
 """
 
+import bisect
 import pathlib
 from collections.abc import Mapping, Sequence
 
@@ -82,13 +83,19 @@ def moving_share(heat: Num[np.ndarray, "*shape"]) -> float:
     return float((np.asarray(heat) > MARKED).mean())
 
 
-def label(picture: Picture, text: str) -> Picture:
-    """The picture under a line of text; text that is too long is cut, other characters than the font's are shown as boxes."""
+def label(picture: Picture, text: str, end: str = "") -> Picture:
+    """The picture under a line of text and `end`.
+
+    Text that is too long is cut before `end`; other characters than the font's are shown as boxes.
+    """
     font = ImageFont.load_default(FONT)
-    while text and font.getlength(text) > picture.shape[1] - 2 * GAP:
-        text = text.removesuffix("…")[:-1].rstrip() + ("…" if len(text) > 2 else "")
+    room = picture.shape[1] - 2 * GAP - font.getlength(end)
+    text = text[: picture.shape[1]]  # no character is narrower than a pixel
+    if font.getlength(text) > room:
+        fit = bisect.bisect(range(len(text)), room, key=lambda n: font.getlength(text[:n].rstrip() + "…"))
+        text = text[: fit - 1].rstrip() + "…" if fit else ""
     band = Image.new("RGB", (picture.shape[1], FONT + 8), (PAPER,) * 3)
-    ImageDraw.Draw(band).text((GAP, 3), text, (INK,) * 3, font)
+    ImageDraw.Draw(band).text((GAP, 3), (text + end).lstrip(), (INK,) * 3, font)
     return np.concatenate([np.asarray(band), picture])
 
 
@@ -142,7 +149,7 @@ def clip_sheet(
     spans = f"mean {length.mean():.2f} px, max {length.max():.1f} px; full colour at {largest:.1f} px"
     return stack(
         [
-            label(row([_tile(frames[t]) for t in chosen]), f"{text}   frames {', '.join(map(str, chosen))} of {len(frames)}".lstrip()),
+            label(row([_tile(frames[t]) for t in chosen]), text, f"   frames {', '.join(map(str, chosen))} of {len(frames)}"),
             label(row(colours), f"flow to the next frame (the last repeats): {spans}"),
             label(row(heated), f"heatmap over frames; share above {MARKED:g}: {moving_share(heat_Thw):.1%} of the clip, per frame below"),
         ]

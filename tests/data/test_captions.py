@@ -1,6 +1,7 @@
 """Captions files and folders: what is read, what is left out and said, what is refused."""
 
 import json
+import os
 
 import pytest
 
@@ -46,6 +47,24 @@ def test_lines_that_give_no_clip_are_named(tmp_path):
     assert listed(path) == [("d.mp4", "x"), ("d.mp4", "y")]
 
 
+def test_spaces_before_quotes_and_empty_cells_behind(tmp_path):
+    path = tmp_path / "list.csv"
+    path.write_text('video, caption,\na.mp4, "x, y",\nb.mp4,z,, \n')
+    assert listed(path) == [("a.mp4", "x, y"), ("b.mp4", "z")]
+
+
+def test_what_utf8_cannot_write(tmp_path):
+    """JSON escapes halves of characters, which nothing can store; a caption loses them, a name is of no file."""
+    path = tmp_path / "list.jsonl"
+    path.write_text('{"video": "a.mp4", "caption": "a \\ud800 cat"}\n{"video": "b\\udce9.mp4", "caption": "x"}\n')
+    assert listed(path) == [("a.mp4", "a ? cat")] and reasons(path) == {r"b\udce9.mp4": "unreadable name"}
+
+
+def test_a_long_caption(tmp_path):
+    (tmp_path / "list.csv").write_text(f"video,caption\na.mp4,{'x' * 200_000}\n")
+    assert len(listed(tmp_path / "list.csv")[0][1]) == 200_000
+
+
 def test_mask_column(tmp_path):
     path = tmp_path / "list.csv"
     path.write_text("video,caption,mask\na.mp4,x,m/a.mp4\nb.mp4,y,\n")
@@ -61,8 +80,10 @@ def test_mask_column(tmp_path):
         ("a.csv", "video,caption\n", "lists no videos"),
         ("a.csv", "video,caption\na.mp4,a cat, running\n", "line 2: more cells"),
         ("a.csv", 'video,caption\na.mp4,"a cat\n', "from line 2 on.*double quote"),
-        ("a.csv", b"\xff\xfe\x00\x01", "cannot be read"),
+        ("a.csv", "video,caption\na,b\n".encode("utf-16"), "cannot be read.*save it as UTF-8"),
         ("a.jsonl", '{"video": "a.mp4"\n', "line 1: not JSON"),
+        ("a.jsonl", '{"video": ' + "9" * 5000 + "}\n", "line 1: not JSON"),
+        ("a.jsonl", "[" * 100_000 + "\n", "line 1: not JSON"),
         ("a.jsonl", '["a.mp4", "x"]\n', "line 1: must be an object"),
         ("a.jsonl", '{"video": "a.mp4", "caption": 3}\n', "line 1: must be an object"),
         ("a.txt", "x", "must be a .csv"),
@@ -75,10 +96,9 @@ def test_unusable_lists(tmp_path, name, content, message):
 
 
 def test_missing_source(tmp_path):
-    with pytest.raises(UserError, match=r"nowhere\.csv.*cannot be read"):
-        read_source(str(tmp_path / "nowhere.csv"))
-    with pytest.raises(UserError, match=r"must be a \.csv"):
-        read_source(str(tmp_path / "nowhere"))
+    for name in ("nowhere.csv", "nowhere", "x" * 300):
+        with pytest.raises(UserError, match=rf"{name}' does not exist; give a \.csv"):
+            read_source(str(tmp_path / name))
 
 
 def test_folder(tmp_path):
@@ -89,6 +109,35 @@ def test_folder(tmp_path):
         (tmp_path / f"{name}.txt").write_text(text)
     assert listed(tmp_path) == [("a.MKV", "ay"), ("b.mp4", "bee"), ("sub/c.webm", "sea")]
     assert reasons(tmp_path) == {"alone.txt": "caption without video", "silent.mp4": "no caption", "empty.mp4": "empty caption"}
+
+
+def test_a_folder_with_links(tmp_path):
+    """To folders, also in a loop or to one that is there anyway; to a file that is gone."""
+    for name in ("here/b/x", "elsewhere/y"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        for ending in (".mp4", ".txt"):
+            (tmp_path / (name + ending)).write_text("text")
+    for link, target in (("a", "here/b"), ("b/loop", "here"), ("c", "elsewhere"), ("dead.mp4", "nowhere"), ("mute.mp4", "nowhere")):
+        (tmp_path / "here" / link).symlink_to(tmp_path / target)
+    (tmp_path / "here/dead.txt").write_text("text")
+    assert listed(tmp_path / "here") == [("b/x.mp4", "text"), ("c/y.mp4", "text"), ("dead.mp4", "text")]
+    assert reasons(tmp_path / "here") == {"mute.mp4": "no caption"}
+
+
+def test_a_folder_with_what_cannot_be_read(tmp_path, monkeypatch):
+    (tmp_path / os.fsdecode(b"caf\xe9.mp4")).touch()
+    for name in ("locked.mp4", "locked.txt", os.fsdecode(b"caf\xe9.txt"), os.fsdecode(b"\xe9.txt")):
+        (tmp_path / name).touch()
+    (tmp_path / "shut").mkdir()
+    monkeypatch.setattr(type(tmp_path), "read_text", lambda *_, **__: (_ for _ in ()).throw(PermissionError(13, "locked")))
+    listdir = os.listdir
+    monkeypatch.setattr(os, "listdir", lambda p: listdir(p if p == tmp_path else tmp_path / "nowhere"))
+    assert reasons(tmp_path) == {
+        r"caf\udce9.mp4": "unreadable name",
+        "locked.mp4": "unreadable caption",
+        r"\udce9.txt": "caption without video",
+        "shut": "unreadable folder",
+    }
 
 
 def test_empty_folder(tmp_path):

@@ -108,7 +108,7 @@ def test_masks(tmp_path):
     source = sources.VideoClips(CONFIG, listed(tmp_path, "a.mp4,x,m.mp4", "b.mp4,y,", "b.mp4,z,short.mp4", "b.mp4,w,none.mp4"), Ramp())
     assert [(p.video, p.kind) for p in source.problems] == [("b.mp4", "no mask")]
     clip, *bad = decoded(source)
-    assert [b.kind for b in bad] == ["unusable mask"] * 2
+    assert [b.kind for b in bad] == ["unusable mask"] * 2 and bad[1].reason == "mask none.mp4: missing file"
     assert clip["motion_mask"].shape == (4, 4, 6)
     lit = clip["first_frame"] + clip["frame_stride"] * np.arange(4) >= 10
     expected = np.where(lit[:, None, None] & (np.arange(6) < 3), 255, 0)
@@ -209,3 +209,12 @@ def test_clips_of_too_little_or_too_much_motion_are_left_out(tmp_path, limits, k
     found = decoded(sources.VideoClips(config, listed(tmp_path, "slow.mp4,a", "medium.mp4,b", "fast.mp4,c"), Brightness()))
     assert {clip["video"].removesuffix(".mp4") for clip in found if not isinstance(clip, Skipped)} == kept
     assert {clip.kind for clip in found if isinstance(clip, Skipped)} == reasons
+
+
+@pytest.mark.parametrize("name", ["x" * 300 + ".mp4", "folder.mp4", "locked.mp4", "nul\0.mp4"])
+def test_a_file_that_cannot_be_opened_is_not_there(tmp_path, monkeypatch, name):
+    (tmp_path / "folder.mp4").mkdir()
+    (tmp_path / "locked.mp4").touch()
+    monkeypatch.setattr(type(tmp_path), "open", lambda *_: (_ for _ in ()).throw(PermissionError(13, "locked")))
+    item = sources.Item("id", name, "x", 0, tmp_path / name)
+    assert sources.identity(item) == ["id", "x", None, None] and sources.gone(item)

@@ -1,5 +1,6 @@
 """Object stores: the same bytes as on a disk, continued after damage, read back whole."""
 
+import os
 import pathlib
 import uuid
 
@@ -73,4 +74,6 @@ def test_an_object_store_holds_what_a_disk_would(tmp_path, kind, request):
 def test_stores_that_cannot_be_used():
     with pytest.raises(UserError, match="nonsense"):
         location("nonsense://bucket/data")
-    assert location("here/or/there") == pathlib.Path("here/or/there")
+    with pytest.raises(UserError, match=r"caf\\udce9': its name is not UTF-8"):
+        location(os.fsdecode(b"caf\xe9"))
+    assert location("here/or/there") == pathlib.Path("here/or/there") and location("file:///tmp/x") == pathlib.Path("/tmp/x")

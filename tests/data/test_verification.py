@@ -1,5 +1,6 @@
 """--verify and the repair after it: every kind of damage is named, and the next run of the job writes that shard alone."""
 
+import dataclasses
 import hashlib
 import json
 import pathlib
@@ -105,9 +106,52 @@ def test_what_belongs_to_the_whole_dataset(tmp_path):
     (tmp_path / "dataset.json").write_text(json.dumps(dataset | {"version": "0.9.0"}))
     with pytest.raises(UserError, match=r"is of schema version 0\.9\.0, this code reads"):
         shards.read_manifest(tmp_path)
+    plan = (tmp_path / "plan.json").read_text()
+    for damage in (b"{", b"null", b"[]", b"\xff", b"{}", plan.replace('"seed": 0', '"seed": 1').encode()):
+        (tmp_path / "plan.json").write_bytes(damage)
+        with pytest.raises(UserError, match=r"plan\.json cannot be read"):
+            verify(tmp_path)
+        assert prepare(tmp_path)[0].written == 0 and (tmp_path / "plan.json").read_text() == plan
+    (tmp_path / "plan.json").unlink()
+    assert prepare(tmp_path)[0].written == 0 and (tmp_path / "plan.json").read_text() == plan and verify(tmp_path) == []
     (tmp_path / "plan.json").write_text("{")
-    with pytest.raises(UserError, match=r"plan\.json cannot be read"):
-        verify(tmp_path)
+    with pytest.raises(UserError, match=r"its plan\.json is lost, its shards are of another plan"):
+        preparation.prepare(dataclasses.replace(CONFIG, seed=1), "synthetic:shapes:30", tmp_path, log=str)
+
+
+@pytest.mark.parametrize("name", ["dataset.json", "features.json", "dataset_info.json"])
+def test_damaged_metadata(tmp_path, name):
+    prepare(tmp_path)
+    whole = (tmp_path / name).read_text()
+    damaged = [b"{", b"[]", b"{}", b"\xff", b"garbage", b"[" * 100_000]
+    for damage in damaged + [json.dumps(json.loads(whole) | {"splits": {}}).encode()] * (name != "features.json"):
+        (tmp_path / name).write_bytes(damage)
+        assert verify(tmp_path) == [f"{name} is not of these shards"]
+        if name == "dataset.json" and damage in damaged:
+            with pytest.raises(UserError, match=r"dataset\.json cannot be read.*motif_jax.prepare again"):
+                shards.read_manifest(tmp_path)
+        assert prepare(tmp_path)[0].written == 0 and (tmp_path / name).read_text() == whole
+
+
+def test_damaged_manifests(tmp_path):
+    """Whatever its text has become, the shard is made again and the others are kept."""
+    prepare(tmp_path)
+    path = sorted(tmp_path.glob("manifests/*train*"))[1]
+    whole = json.loads(path.read_text())
+    for values in ({"skipped": [{}]}, {"skipped": "none"}, {"records": "5"}, {"shard": "another"}):
+        path.write_text(json.dumps(whole | values))
+        assert verify(tmp_path) == [f"{path.stem} is without a manifest"]
+        assert prepare(tmp_path)[0].written == 1 and verify(tmp_path) == []
+
+
+def test_what_cannot_be_read(tmp_path, monkeypatch):
+    prepare(tmp_path / "out")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=rf"--output={tmp_path / 'file'} cannot be read: .*Not a directory"):
+        preparation.verify(tmp_path / "file")
+    monkeypatch.setattr(shards, "_sha256", lambda path: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+    bad = verify(tmp_path / "out")
+    assert len(bad) == len(list((tmp_path / "out").glob("motif-*"))) and "is unreadable (Input/output error)" in bad[0]
 
 
 def test_the_command(tmp_path):

@@ -26,10 +26,10 @@ def number(frame: np.ndarray) -> int:
     return int((bars << np.arange(BITS)).sum())
 
 
-def write(path: pathlib.Path, frames, codec="libx264", pixels="yuv420p", rate=10, options=None, pts=None, streams=1, **container_options):
+def write(path: pathlib.Path, frames, codec="libx264", pixels="yuv420p", rate=10, options=None, pts=None, streams=1, metadata=None, **kw):
     """A file of `frames` (one list per stream if streams > 1); `pts` are in 1/1000 s."""
     per_stream = [frames] if streams == 1 else frames
-    with av.open(str(path), "w", **container_options) as container:
+    with av.open(str(path), "w", **kw) as container:
         outs = []
         for pictures in per_stream:
             stream = container.add_stream(codec, rate=rate, options=options or {})
@@ -37,6 +37,7 @@ def write(path: pathlib.Path, frames, codec="libx264", pixels="yuv420p", rate=10
             if pts is not None:
                 stream.codec_context.time_base = Fraction(1, 1000)
             outs.append(stream)
+        container.metadata.update(metadata or {})
         for stream, pictures in zip(outs, per_stream, strict=True):
             for i, picture in enumerate(pictures):
                 frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgba" if picture.shape[-1] == 4 else "rgb24")
@@ -223,6 +224,14 @@ def test_a_jump_of_the_clock_is_not_a_still(tmp_path):
     assert [number(f) for f in clip.frames] == [14, 18, 22, 26] and clip.fps == pytest.approx(25)
 
 
+def test_a_median_between_a_short_and_a_long_step(tmp_path):
+    """Two steps of 40 and 360 ms: nothing is near their median of 200, the short one is the period."""
+    path = write(tmp_path / "vfr.mkv", numbered(3), "ffv1", "yuv420p", pts=[0, 40, 400])
+    clip = read_video(path)
+    assert clip.fps == pytest.approx(25) and [number(f) for f in clip.frames] == [0] + [1] * 5 + [2] * 5
+    assert [number(f) for f in take(path, 1, 3).frames] == [1, 1, 2, 2]
+
+
 # Streams
 
 
@@ -230,6 +239,18 @@ def test_first_stream_that_can_give_the_clip(tmp_path):
     path = write(tmp_path / "two.mkv", [numbered(2), numbered(30)[::-1]], "ffv1", "yuv420p", streams=2)
     assert [number(f) for f in take(path, 0, 2).frames] == [29, 27, 25, 23]
     assert [number(f) for f in take(path, 0, 1, frames=2).frames] == [0, 1]
+    cover_first = write(tmp_path / "cover.mkv", [numbered(1), numbered(9)], "ffv1", "yuv420p", streams=2)
+    assert len(read_video(cover_first).frames) == 9
+
+
+def test_tags_and_names_of_any_kind(tmp_path, monkeypatch):
+    """A title in Latin-1; a relative name with a colon, which FFmpeg would take for an address."""
+    path = write(tmp_path / "12:30.mp4", numbered(9), metadata={"title": "caf?"})
+    path.write_bytes(path.read_bytes().replace(b"caf?", b"caf\xe9"))
+    monkeypatch.chdir(tmp_path)
+    assert number(take("12:30.mp4", 5, 1).frames[0]) == 5 and len(read_video("12:30.mp4").frames) == 9
+    save_video("1:2.mp4", numbered(3), 8)
+    assert len(read_video("1:2.mp4").frames) == 3
 
 
 def test_real_clip_equals_a_full_decode(shared):
@@ -317,6 +338,22 @@ def test_whole_videos_that_are_none(tmp_path):
         with pytest.raises(VideoError) as refused:
             read_video(tmp_path / name)
         assert refused.value.kind == kind
+
+
+def test_a_codec_that_is_not_known(tmp_path):
+    path = write(tmp_path / "a.mp4", numbered(9))
+    path.write_bytes(path.read_bytes().replace(b"avc1", b"none"))
+    for read in (read_video, lambda path: take(path, 0, 1)):
+        with pytest.raises(VideoError, match="no video stream"):
+            read(path)
+
+
+def test_a_surprise_while_reading_is_the_files_fault(tmp_path, monkeypatch):
+    """Damage takes forms that nobody has seen yet: an index out of range, a number that is none."""
+    path = write(tmp_path / "a.mp4", numbered(9))
+    for surprise in (IndexError("list index out of range"), ZeroDivisionError("by zero"), ValueError("NaN")):
+        monkeypatch.setattr(videos, "_timeline", lambda *_, error=surprise: (_ for _ in ()).throw(error))
+        assert kind_of(path) == "cannot be read"
 
 
 def test_index_cut_off(tmp_path):
@@ -443,6 +480,10 @@ def test_bad_images(tmp_path):
     with pytest.raises(VideoError, match="missing file"):
         read_image(tmp_path / "a.png")
     (tmp_path / "a.png").write_text("no")
+    with pytest.raises(VideoError, match="is no image"):
+        read_image(tmp_path / "a.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes().replace(b"\x00\x00\x00\rIHDR", b"\x00\x00\x00\x05IHDR"))
     with pytest.raises(VideoError, match="is no image"):
         read_image(tmp_path / "a.png")
 

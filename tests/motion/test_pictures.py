@@ -1,5 +1,7 @@
 """Pictures of flow and heatmaps: colours known from the convention, sizes, and that what is drawn lies where it should."""
 
+import time
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -74,11 +76,23 @@ def test_small_frames_are_enlarged_by_whole_factors():
     np.testing.assert_array_equal(strip[2::5, 2::5], frame[0])
 
 
-@pytest.mark.parametrize("text", ["", "a word", "a sentence that is far longer than the picture is wide " * 5, "漢字 é"])
+@pytest.mark.parametrize("text", ["", "a word", "a sentence that is far longer than the picture is wide " * 5, "漢字 é", "x" * 10**6])
 def test_any_text_fits(text):
     picture = pictures.label(np.full((10, 160, 3), 7, np.uint8), text)
     assert picture.shape[1:] == (160, 3)
     np.testing.assert_array_equal(picture[-10:], np.full((10, 160, 3), 7))
+
+
+def test_a_long_text_is_cut_before_its_end_and_as_late_as_it_fits():
+    picture = np.full((10, 1200, 3), 7, np.uint8)
+    band = lambda *text: pictures.label(picture, *text)[:-10]  # noqa: E731
+    began = time.process_time()
+    np.testing.assert_array_equal(band("word " * 2000, "   frame 7")[:, -60:], band("word " * 1000, "   frame 7")[:, -60:])
+    assert time.process_time() - began < 2
+    right = np.flatnonzero((band("word " * 2000, "   frame 7") < 200).any((0, 2))).max()
+    assert 1200 - pictures.GAP - 50 < right < 1200 - pictures.GAP
+    np.testing.assert_array_equal(band("a", "   frame 7"), band("a   frame 7"))
+    np.testing.assert_array_equal(band("", "   frame 7"), band("frame 7"))
 
 
 def test_side_by_side_holds_the_last_frame_of_a_short_clip():
