@@ -43,7 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     export = commands.add_parser("export", help="raw votes with the names of the systems")
     export.add_argument("--study", required=True, type=pathlib.Path, help="folder made by build")
-    export.add_argument("--votes", required=True, nargs="+", type=pathlib.Path, help="the server's .sqlite, or .json files of the page")
+    export.add_argument(
+        "--votes", required=True, nargs="+", action="extend", type=pathlib.Path, help="the server's .sqlite, or .json files of the page"
+    )
     export.add_argument("--output", required=True, type=pathlib.Path, metavar="FILE.csv|.json")
 
 

@@ -30,7 +30,9 @@ th:first-child{text-align:left}.note{color:#8a4b00}.comments td{white-space:pre-
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--votes", required=True, nargs="+", type=pathlib.Path, help="files of votes; a system may be in several")
+    parser.add_argument(
+        "--votes", required=True, nargs="+", action="extend", type=pathlib.Path, help="files of votes; a system may be in several"
+    )
     parser.add_argument("--output", required=True, type=pathlib.Path, help="folder for report.html, report.json, votes.json and votes.csv")
     parser.add_argument("--study", type=pathlib.Path, help="folder of `annotate build`: key of blind votes, and the videos of the examples")
     parser.add_argument(

@@ -228,6 +228,20 @@ def test_files_without_votes(tmp_path, content, message):
         report(f"--votes={tmp_path / 'votes.json'}", f"--output={tmp_path / 'out'}")
 
 
+ROW = {"pair": "p", "annotator": "r", "left": "A", "right": "B", "choice": "left", "reasons": "text_alignment"}
+
+
+def saved(path: pathlib.Path, *rows) -> pathlib.Path:
+    path.write_text(json.dumps(rows))
+    return path
+
+
+def test_files_of_several_options_all_count(tmp_path):
+    files = [saved(tmp_path / f"{n}.json", ROW | {"annotator": f"r{n}"}) for n in range(3)]
+    report(f"--votes={files[0]}", "--votes", *files[1:], f"--output={tmp_path}", "--samples=100")
+    assert json.loads((tmp_path / "report.json").read_text())["votes"] == {"pair": 3}
+
+
 def test_an_unknown_reference_is_one_line():
     with pytest.raises(UserError, match="Z: has no votes; the systems are A, B"):
         analyse([vote("p", "r", "A")], reference="Z")
@@ -245,7 +259,6 @@ def test_an_unknown_reference_is_one_line():
     ],
 )
 def test_rows_that_are_no_votes(change, message):
-    row = {"pair": "p", "annotator": "r", "left": "A", "right": "B", "choice": "left", "reasons": "text_alignment"}
-    assert check_vote(row).reasons == ("text_alignment",)
+    assert check_vote(ROW).reasons == ("text_alignment",)
     with pytest.raises(ValueError, match=message):
-        check_vote(row | change)
+        check_vote(ROW | change)
