@@ -213,6 +213,15 @@ def test_hostile_votes_change_nothing(tmp_path, capsys):
     assert json.loads((tmp_path / "out" / "report.json").read_text())["comparisons"][0]["votes"] == 1
 
 
+ROW = {"pair": "p", "annotator": "r", "left": "A", "right": "B", "choice": "left", "reasons": "text_alignment"}
+
+
+def test_a_huge_field_of_a_table_costs_its_vote_only(tmp_path, capsys):
+    (tmp_path / "votes.csv").write_text(f"{','.join(ROW)}\n{','.join(ROW.values())}\np,{'x' * 10_000_000},A,B,left,\n")
+    report(f"--votes={tmp_path / 'votes.csv'}", f"--output={tmp_path / 'out'}", "--samples=100")
+    assert "1 votes were refused" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -226,9 +235,6 @@ def test_files_without_votes(tmp_path, content, message):
     (tmp_path / "votes.json").write_text(content)
     with pytest.raises(SystemExit, match=message):
         report(f"--votes={tmp_path / 'votes.json'}", f"--output={tmp_path / 'out'}")
-
-
-ROW = {"pair": "p", "annotator": "r", "left": "A", "right": "B", "choice": "left", "reasons": "text_alignment"}
 
 
 def saved(path: pathlib.Path, *rows) -> pathlib.Path:
@@ -254,11 +260,17 @@ def test_an_unknown_reference_is_one_line():
         ({"right": "A"}, "two different systems"),
         ({"kind": "vote"}, "kind"),
         ({"seconds": "soon"}, "seconds"),
+        ({"seconds": math.inf}, "seconds"),
+        ({"plays": math.inf}, "plays"),
+        ({"plays": 10**400}, "plays"),
+        ({"plays": "1.5"}, "plays"),
         ({"annotator": ""}, "annotator missing"),
         ({"reasons": "text_alignment|charm"}, "reasons"),
+        ({"reasons": 5}, "reasons"),
+        ({"reasons": [{"a": 1}]}, "reasons"),
     ],
 )
 def test_rows_that_are_no_votes(change, message):
-    assert check_vote(ROW).reasons == ("text_alignment",)
+    assert check_vote(ROW).reasons == ("text_alignment",) and check_vote(ROW | {"plays": "1.0"}).plays == 1
     with pytest.raises(ValueError, match=message):
         check_vote(ROW | change)
