@@ -49,8 +49,7 @@ def run(arguments: argparse.Namespace) -> None:
             raise UserError(f"--{name}={getattr(arguments, name)}: at least {least}")
     votes, refused = read_all(arguments.votes, arguments.study)
     key = study.load(arguments.study) if arguments.study else None
-    found = analyse(votes, key.models if key else (), arguments.reference, arguments.samples, arguments.seed)
-    found["refused"] = refused
+    found = analyse(votes, key.models if key else (), arguments.reference, arguments.samples, arguments.seed, refused)
     arguments.output.mkdir(parents=True, exist_ok=True)
     write_votes(arguments.output / "votes.json", votes)
     write_votes(arguments.output / "votes.csv", votes)

@@ -228,7 +228,7 @@ def test_a_huge_field_of_a_table_costs_its_vote_only(tmp_path, capsys):
         ("[]", "no votes on pairs"),
         ("{", "cannot be read"),
         ('{"study": "s", "votes": []}', "--study"),
-        ('[{"pair": "p"}]', "no votes on pairs"),
+        ('[{"Pair": "p"}, {"pair;annotator": "p;r"}]', r"no votes on pairs among 0 votes; 2 refused, the first: .* missing"),
     ],
 )
 def test_files_without_votes(tmp_path, content, message):
