@@ -162,20 +162,28 @@ def check_vote(row: Any) -> Vote:
 def read_all(paths: list[pathlib.Path], study: pathlib.Path | None) -> tuple[list[Vote], list[str]]:
     """Votes of any mixture of the server's .sqlite, the page's .json, and exported .json or .csv -> (votes, what was refused).
 
-    The first two are blind and need the study. A second answer of an annotator to a task (a file given twice) does not count.
+    The first two are blind and need the study. A second vote of an annotator on the same thing (a file given twice) is refused.
     Raises UserError when a file is none of these.
     """
     key = load(study) if study else None
-    found, refused = [], []
+    found, refused = {}, []
     for path in paths:
         rows = _rows(path, key)
         for n, row in enumerate(rows, 1):
             try:
-                found.append(check_vote(row) if isinstance(rows, list) else unblind(check_record(row, key), key))
+                vote = check_vote(row) if isinstance(rows, list) else unblind(check_record(row, key), key)
+                if found.setdefault(_subject(vote), vote) is not vote:
+                    raise ValueError(f"second vote of {vote.annotator} on {vote.kind} {vote.pair}")
             except ValueError as error:
                 refused.append(f"{path}, vote {n}: {error}")
-    once = {(v.annotator, v.task) if v.task else n: v for n, v in reversed(list(enumerate(found)))}
-    return list(once.values())[::-1], refused
+    return list(found.values()), refused
+
+
+def _subject(vote: Vote) -> Any:
+    """Who judged what, only once: a comparison of systems on a pair, whatever its task; else a task; without one, all of a row."""
+    if vote.kind == "pair":
+        return vote.annotator, vote.pair, frozenset((vote.left, vote.right))
+    return (vote.annotator, vote.task) if vote.task else vote
 
 
 def _rows(path: pathlib.Path, key: Key | None) -> list[Any] | tuple[Any, ...]:

@@ -248,6 +248,20 @@ def test_files_of_several_options_all_count(tmp_path):
     assert json.loads((tmp_path / "report.json").read_text())["votes"] == {"pair": 3}
 
 
+def test_nobody_is_two_raters(tmp_path, capsys):
+    """Tables without tasks: the same file twice, a vote changed later, and another task for the same pair. Repeats are no second votes."""
+    pair, swapped = ROW, ROW | {"left": "B", "right": "A"}
+    again, gold = swapped | {"kind": "repeat", "choice": "right"}, ROW | {"right": "A (gold)", "kind": "gold", "better": "left"}
+    others = [ROW | {"annotator": "s"}, ROW | {"pair": "q"}, ROW | {"right": "C"}]
+    first = saved(tmp_path / "first.json", pair, again, gold, *others)
+    second = saved(tmp_path / "second.json", swapped, ROW | {"task": "t"})
+    report("--votes", first, first, second, f"--output={tmp_path}", "--samples=100")
+    found = json.loads((tmp_path / "report.json").read_text())
+    assert found["votes"] == {"pair": 4, "repeat": 1, "gold": 1} and len(found["refused"]) == 6 + 2
+    assert f"8 votes were refused, the first: {first}, vote 1: second vote of r on pair p" in capsys.readouterr().out
+    assert found["refused"][-1] == f"{second}, vote 2: second vote of r on pair p"
+
+
 def test_an_unknown_reference_is_one_line():
     with pytest.raises(UserError, match="Z: has no votes; the systems are A, B"):
         analyse([vote("p", "r", "A")], reference="Z")
