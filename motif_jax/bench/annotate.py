@@ -58,9 +58,11 @@ def run_build(arguments: argparse.Namespace) -> None:
     from motif_jax.bench.pairs import find_videos, read_pairs
 
     height, width = parse_size(arguments.size)
-    for name, least in (("annotators", 1), ("per_sheet", 1), ("repeats", 0), ("gold", 0)):
-        if getattr(arguments, name) < least:
-            raise UserError(f"--{name}={getattr(arguments, name)}: at least {least}")
+    for name, least in (("annotators", 1), ("per_sheet", 1), ("repeats", 0), ("gold", 0), ("frames", 2), ("seed", 0)):
+        if (given := getattr(arguments, name)) is not None and given < least:
+            raise UserError(f"--{name}={given}: at least {least}")
+    if arguments.fps is not None and not arguments.fps > 0:
+        raise UserError(f"--fps={arguments.fps:g}: must be positive")
     if arguments.output.exists():
         raise UserError(f"--output={arguments.output}: exists already; votes belong to the study they were given in, so none is replaced")
     folders = {}

@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    for name, least in (("samples", 100), ("examples", 0)):
+    for name, least in (("samples", 100), ("examples", 0), ("seed", 0)):
         if getattr(arguments, name) < least:
             raise UserError(f"--{name}={getattr(arguments, name)}: at least {least}")
     votes, refused = read_all(arguments.votes, arguments.study)

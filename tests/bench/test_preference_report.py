@@ -248,6 +248,19 @@ def test_files_of_several_options_all_count(tmp_path):
     assert json.loads((tmp_path / "report.json").read_text())["votes"] == {"pair": 3}
 
 
+@pytest.mark.parametrize("output", ["votes.json", "votes.json/below", "taken"])
+def test_an_output_that_cannot_be_written_is_one_line(tmp_path, output):
+    votes = saved(tmp_path / "votes.json", ROW)
+    (tmp_path / "taken" / "report.html").mkdir(parents=True)
+    with pytest.raises(SystemExit, match=rf"motif_jax\.bench report: .*{output}"):
+        report(f"--votes={votes}", f"--output={tmp_path / output}", "--samples=100")
+
+
+def test_a_negative_seed_is_one_line(tmp_path):
+    with pytest.raises(SystemExit, match="--seed=-1: at least 0"):
+        report(f"--votes={saved(tmp_path / 'votes.json', ROW)}", f"--output={tmp_path}", "--seed=-1")
+
+
 def test_nobody_is_two_raters(tmp_path, capsys):
     """Tables without tasks: the same file twice, a vote changed later, and another task for the same pair. Repeats are no second votes."""
     pair, swapped = ROW, ROW | {"left": "B", "right": "A"}
