@@ -179,6 +179,8 @@ def run_serve(arguments: argparse.Namespace) -> None:
 
     if arguments.lease <= 0:
         raise UserError(f"--lease={arguments.lease:g}: must be positive")
+    if arguments.votes.suffix != ".sqlite":
+        raise UserError(f"--votes={arguments.votes}: must end in .sqlite, by which `report` knows it")
     server.serve(arguments.study, arguments.votes, arguments.host, arguments.port, arguments.token, 60 * arguments.lease)
 
 
