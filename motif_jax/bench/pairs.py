@@ -175,7 +175,7 @@ def find_videos(folder: str | pathlib.Path, pairs: Sequence[Pair]) -> Folder:
     ids = {p.id for p in pairs}
     known = {name: p.id for name, p in zip(vbench_names(pairs), pairs, strict=True)} | {i: i for i in ids}
     for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or not (path.suffix.lower() in VIDEOS or _is_clip(path)):
+        if path.name.startswith(".") or not (path.suffix.lower() in VIDEOS or (path.is_dir() and frames_in(path))):
             continue
         stem = path.name if path.is_dir() else path.stem
         name, seed = stem, 0
@@ -191,5 +191,6 @@ def find_videos(folder: str | pathlib.Path, pairs: Sequence[Pair]) -> Folder:
     return found
 
 
-def _is_clip(path: pathlib.Path) -> bool:
-    return path.is_dir() and any(p.suffix.lower() in IMAGES for p in path.iterdir())
+def frames_in(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The images of a folder in any order, without hidden files: macOS leaves a ._1.png beside 1.png on other file systems."""
+    return [p for p in folder.iterdir() if p.suffix.lower() in IMAGES and not p.name.startswith(".")]
