@@ -10,29 +10,29 @@ source launch/environment.sh
 # glibc keeps what a step has freed for the next one, which then needs no fresh pages: a fifth less time a step (docs/speed.md).
 export MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8589934592
 runs="${RUNS:-runs/ablation}"
-jobs="${JOBS:-$(nproc)}"
+jobs="${JOBS:-$(nproc 2> /dev/null || getconf _NPROCESSORS_ONLN)}"
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}" runs
 config=configs/ablation.py
 python -m motif_jax.prepare --config="$config" --source=synthetic:shapes:8000 --output="$runs/data"
 
-one_run() ( # SLOT ARM/SEED: on one core, so that the numbers do not depend on how many runs there are at a time
-  log="$runs/$2.log" pin=()
-  if command -v taskset > /dev/null; then pin=(taskset -c "$1"); fi
-  mkdir -p "$runs/$2"
-  echo "$(date +%T) $2"
-  trap 'echo "$2 failed; see $log" >&2; exit 255' ERR # 255 ends xargs
-  "${pin[@]}" python -m motif_jax.main --config="configs/ablation.py:${2%/*}" --workdir="$runs/$2" \
-    --config.seed="${2#*/}" --config.data.path="$runs/data" > "$log" 2>&1
-  "${pin[@]}" python -m motif_jax.bench ablation --runs="$runs" --only="$2" >> "$log" 2>&1
-  echo "$(date +%T) $2: done in $SECONDS s"
+one_run() ( # ARM/SEED: on one core where there is taskset, so that the numbers do not depend on how many runs there are at a time
+  log="$runs/$1.log"
+  mkdir -p "$runs/$1"
+  echo "$(date +%T) $1"
+  trap 'echo "$1 failed; see $log" >&2; exit 255' ERR # 255 ends xargs
+  ${SLOT:+taskset -c "$SLOT"} python -m motif_jax.main --config="configs/ablation.py:${1%/*}" --workdir="$runs/$1" \
+    --config.seed="${1#*/}" --config.data.path="$runs/data" > "$log" 2>&1
+  ${SLOT:+taskset -c "$SLOT"} python -m motif_jax.bench ablation --runs="$runs" --only="$1" >> "$log" 2>&1
+  echo "$(date +%T) $1: done in $SECONDS s"
 )
 export -f one_run
 
 others=$(python -c "import runpy; print(*(a for a in runpy.run_path('$config')['ARMS'] if a not in ('none', 'flow', 'inverse') and not a.startswith('dit_')))")
-# shellcheck disable=SC2016  # the inner shell expands them
+taskset=$(command -v taskset || true) # Linux has it, and the xargs that numbers its slots; macOS neither
+# shellcheck disable=SC2016  # the inner shell expands it
 {
   for seed in ${SEEDS:-0 1 2}; do printf '%s\n' "none/$seed" "flow/$seed" "inverse/$seed"; done
   for seed in ${ARM_SEEDS:-0}; do for arm in ${ARMS-$others}; do echo "$arm/$seed"; done; done
-} | xargs -P "$jobs" --process-slot-var=SLOT -I{} bash -c 'one_run "$SLOT" "$1"' _ {}
+} | xargs -P "$jobs" ${taskset:+--process-slot-var=SLOT} -I{} bash -c 'one_run "$1"' _ {}
 python -m motif_jax.bench ablation --runs="$runs"
 echo "$((SECONDS / 60)) minutes in all"

@@ -13,6 +13,6 @@ fi
 export MOTIF_LIBTPU
 ruff check .
 ruff format --check .
-processes="$(nproc)"
+processes="$(nproc 2> /dev/null || getconf _NPROCESSORS_ONLN)"
 processes=$((processes < 8 ? processes : 8)) # each may take 4 GB
 JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}" exec python -m pytest -n "$processes" --dist loadscope --no-loadscope-reorder "$@"

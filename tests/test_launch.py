@@ -68,3 +68,32 @@ def test_gke():
     assert pod["containers"][0]["args"] == ARGUMENTS and pod["containers"][0]["image"] == "registry/motif:1"
     assert pod["volumes"][0]["persistentVolumeClaim"]["claimName"] == "filestore"
     assert json.dumps(manifest).count("${") == 0
+
+
+@pytest.fixture
+def bare(tmp_path):
+    """Environment of a machine with few tools (no nproc, no taskset), whose python and ruff print their arguments."""
+    tools = tmp_path / "bin"
+    (tmp_path / "libtpu").mkdir()
+    tools.mkdir()
+    for name in ("bash", "date", "dirname", "getconf", "mkdir", "tr", "xargs"):
+        (tools / name).symlink_to(shutil.which(name))
+    for name in ("python", "ruff"):
+        (tools / name).write_text('#!/bin/bash\necho "$@"\n')
+        (tools / name).chmod(0o755)
+    (tools / "activate").write_text(f"VIRTUAL_ENV={tmp_path}\n")
+    for extras in ("", "test"):
+        (tmp_path / f"installed-{extras}").touch()
+    return {"VENV": str(tmp_path), "PATH": str(tools)}
+
+
+def test_tests_without_nproc(bare):
+    assert re.search(r"-m pytest -n [1-8] .* -k some$", run("test.sh", "-k", "some", **bare).stdout, re.M)
+
+
+def test_ablation_without_nproc_and_taskset(bare, tmp_path):
+    done = run("ablation.sh", RUNS=str(tmp_path / "runs"), SEEDS="7", ARMS="", **bare)
+    assert done.returncode == 0, done.stderr
+    for arm in ("none", "flow", "inverse"):
+        log = (tmp_path / "runs" / arm / "7.log").read_text()
+        assert f"motif_jax.main --config=configs/ablation.py:{arm} " in log and f"ablation --runs={tmp_path}/runs --only={arm}/7" in log

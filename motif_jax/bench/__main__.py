@@ -35,7 +35,7 @@ def main(argv: list[str]) -> None:
     command.add_arguments(parser)
     try:
         command.run(parser.parse_args(argv[1:]))
-    except UserError as error:
+    except (UserError, OSError) as error:  # the latter names a file that cannot be read or written
         sys.exit(f"motif_jax.bench {name}: {error}")
 
 

@@ -43,7 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     export = commands.add_parser("export", help="raw votes with the names of the systems")
     export.add_argument("--study", required=True, type=pathlib.Path, help="folder made by build")
-    export.add_argument("--votes", required=True, nargs="+", type=pathlib.Path, help="the server's .sqlite, or .json files of the page")
+    export.add_argument(
+        "--votes", required=True, nargs="+", action="extend", type=pathlib.Path, help="the server's .sqlite, or .json files of the page"
+    )
     export.add_argument("--output", required=True, type=pathlib.Path, metavar="FILE.csv|.json")
 
 
@@ -56,9 +58,11 @@ def run_build(arguments: argparse.Namespace) -> None:
     from motif_jax.bench.pairs import find_videos, read_pairs
 
     height, width = parse_size(arguments.size)
-    for name, least in (("annotators", 1), ("per_sheet", 1), ("repeats", 0), ("gold", 0)):
-        if getattr(arguments, name) < least:
-            raise UserError(f"--{name}={getattr(arguments, name)}: at least {least}")
+    for name, least in (("annotators", 1), ("per_sheet", 1), ("repeats", 0), ("gold", 0), ("frames", 2), ("seed", 0)):
+        if (given := getattr(arguments, name)) is not None and given < least:
+            raise UserError(f"--{name}={given}: at least {least}")
+    if arguments.fps is not None and not arguments.fps > 0:
+        raise UserError(f"--fps={arguments.fps:g}: must be positive")
     if arguments.output.exists():
         raise UserError(f"--output={arguments.output}: exists already; votes belong to the study they were given in, so none is replaced")
     folders = {}
@@ -175,6 +179,8 @@ def run_serve(arguments: argparse.Namespace) -> None:
 
     if arguments.lease <= 0:
         raise UserError(f"--lease={arguments.lease:g}: must be positive")
+    if arguments.votes.suffix != ".sqlite":
+        raise UserError(f"--votes={arguments.votes}: must end in .sqlite, by which `report` knows it")
     server.serve(arguments.study, arguments.votes, arguments.host, arguments.port, arguments.token, 60 * arguments.lease)
 
 

@@ -65,7 +65,9 @@ class Ballots:
         return self._db.execute("SELECT token FROM study").fetchone()[0]
 
     def close(self) -> None:
-        self._db.close()
+        """Leaves everything in the one file: until then the newest votes are in its write-ahead log beside it."""
+        with self._lock:
+            self._db.close()
 
     def claim(self, annotator: str) -> dict[str, Any]:
         """The sheet to work on: {"sheet", "done": tasks answered already, "trained"}; sheet is None when there is none for them.

@@ -19,6 +19,7 @@ IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 VIDEOS = (".mp4", ".gif", ".webm", ".mov", ".mkv", ".avi")
 MANIFEST = "manifest.json"  # written by `generate`: which file is which pair and seed
 LONGEST_NAME = 200  # bytes; file systems take 255, and a seed and an ending follow
+NO_TEXT = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # control characters, and lone surrogates, which JSON can spell
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,9 @@ def read_pairs(path: str | pathlib.Path) -> list[Pair]:
     pairs = []
     for number, row in rows:
         image, prompt = _find_image(file.parent, row["image"]), " ".join(row["prompt"].split())
+        if odd := [name for name, value in (row | {"prompt": prompt}).items() if NO_TEXT.search(value)]:
+            bad.append(f"line {number}: {odd[0]} {row[odd[0]]!r} holds control characters")
+            continue
         identity = row["id"] or pair_id(pathlib.Path(row["image"]).stem, prompt)
         if image is None:
             bad.append(f"line {number}: no image {row['image']!r}")
@@ -103,7 +107,7 @@ def _jsonl_rows(text: str) -> tuple[list[tuple[int, dict[str, str]]], list[str]]
             found = json.loads(line)
             image = next(found[k] for k in ("image_file", "file_name", "image") if k in found)
             row = {"image": image, "prompt": found["prompt"], **{k: found.get(k, "") for k in ("id", "scenario")}}
-            rows.append((number, {key: str(value) for key, value in row.items()}))
+            rows.append((number, {key: "" if value is None else str(value) for key, value in row.items()}))
         except StopIteration:
             bad.append(f"line {number}: has no key 'image'")
         except (json.JSONDecodeError, KeyError, TypeError) as error:
@@ -171,7 +175,7 @@ def find_videos(folder: str | pathlib.Path, pairs: Sequence[Pair]) -> Folder:
     ids = {p.id for p in pairs}
     known = {name: p.id for name, p in zip(vbench_names(pairs), pairs, strict=True)} | {i: i for i in ids}
     for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or not (path.suffix.lower() in VIDEOS or _is_clip(path)):
+        if path.name.startswith(".") or not (path.suffix.lower() in VIDEOS or (path.is_dir() and frames_in(path))):
             continue
         stem = path.name if path.is_dir() else path.stem
         name, seed = stem, 0
@@ -187,5 +191,6 @@ def find_videos(folder: str | pathlib.Path, pairs: Sequence[Pair]) -> Folder:
     return found
 
 
-def _is_clip(path: pathlib.Path) -> bool:
-    return path.is_dir() and any(p.suffix.lower() in IMAGES for p in path.iterdir())
+def frames_in(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The images of a folder in any order, without hidden files: macOS leaves a ._1.png beside 1.png on other file systems."""
+    return [p for p in folder.iterdir() if p.suffix.lower() in IMAGES and not p.name.startswith(".")]

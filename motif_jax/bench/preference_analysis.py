@@ -21,17 +21,23 @@ LOW_AGREEMENT = 0.2  # below that a majority is hardly more than a coin
 
 
 def analyse(
-    votes: Sequence[Vote], models: Sequence[str] = (), reference: str | None = None, samples: int = 2000, seed: int = 0
+    votes: Sequence[Vote],
+    models: Sequence[str] = (),
+    reference: str | None = None,
+    samples: int = 2000,
+    seed: int = 0,
+    refused: Sequence[str] = (),
 ) -> dict[str, Any]:
     """All statistics of a study.
 
     models: order of the systems; reference: the one that wins or loses (default: the first, or the one that met most others).
-    samples: of every bootstrap, but for agreement, which takes a quarter. Raises UserError without votes on pairs, and when the
-    reference has none.
+    samples: of every bootstrap, but for agreement, which takes a quarter. refused: why other votes do not count. Raises UserError
+    without votes on pairs, and when the reference has none.
     """
     counted = [v for v in votes if v.kind == "pair"]
     if not counted:
-        raise UserError(f"no votes on pairs among {len(votes)} votes")
+        others = f"; {len(refused)} refused, the first: {refused[0][:200]}" if refused else ""
+        raise UserError(f"no votes on pairs among {len(votes)} votes{others}")
     met = Counter(name for pair in {frozenset((v.left, v.right)) for v in counted} for name in pair)
     names = [m for m in models if m in met] + sorted(set(met) - set(models), key=lambda name: (-met[name], name))
     reference = reference or names[0]
@@ -56,6 +62,7 @@ def analyse(
         "seconds": {"quartiles": np.quantile(seconds, [0.25, 0.5, 0.75]).tolist(), "hours": sum(seconds) / 3600} if seconds else None,
         "annotators": annotators(votes),
         "bradley_terry": ranking(counted, names, samples, seed) if len(names) > 2 else None,
+        "refused": list(refused),
     }
 
 

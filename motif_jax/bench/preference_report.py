@@ -30,7 +30,9 @@ th:first-child{text-align:left}.note{color:#8a4b00}.comments td{white-space:pre-
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--votes", required=True, nargs="+", type=pathlib.Path, help="files of votes; a system may be in several")
+    parser.add_argument(
+        "--votes", required=True, nargs="+", action="extend", type=pathlib.Path, help="files of votes; a system may be in several"
+    )
     parser.add_argument("--output", required=True, type=pathlib.Path, help="folder for report.html, report.json, votes.json and votes.csv")
     parser.add_argument("--study", type=pathlib.Path, help="folder of `annotate build`: key of blind votes, and the videos of the examples")
     parser.add_argument(
@@ -42,13 +44,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    for name, least in (("samples", 100), ("examples", 0)):
+    for name, least in (("samples", 100), ("examples", 0), ("seed", 0)):
         if getattr(arguments, name) < least:
             raise UserError(f"--{name}={getattr(arguments, name)}: at least {least}")
     votes, refused = read_all(arguments.votes, arguments.study)
     key = study.load(arguments.study) if arguments.study else None
-    found = analyse(votes, key.models if key else (), arguments.reference, arguments.samples, arguments.seed)
-    found["refused"] = refused
+    found = analyse(votes, key.models if key else (), arguments.reference, arguments.samples, arguments.seed, refused)
     arguments.output.mkdir(parents=True, exist_ok=True)
     write_votes(arguments.output / "votes.json", votes)
     write_votes(arguments.output / "votes.csv", votes)

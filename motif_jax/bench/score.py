@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from motif_jax.bench import flows, score_page
-from motif_jax.bench.pairs import IMAGES, Pair, find_videos, read_pairs
+from motif_jax.bench.pairs import Pair, find_videos, frames_in, read_pairs
 from motif_jax.bench.standings import METRICS, STATIC, standings
 from motif_jax.bench.video_metrics import WINDOW, FlowFn, measure
 from motif_jax.config import UserError
@@ -74,8 +74,7 @@ def load(path: pathlib.Path, settings: Settings) -> tuple[np.ndarray, float]:
 
 def _frame_files(folder: pathlib.Path) -> list[pathlib.Path]:
     """By the numbers in their names: frame10 comes after frame9."""
-    files = [p for p in folder.iterdir() if p.suffix.lower() in IMAGES]
-    return sorted(files, key=lambda p: [int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", p.name)])
+    return sorted(frames_in(folder), key=lambda p: [int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", p.name)])
 
 
 class Scorer:
@@ -87,11 +86,11 @@ class Scorer:
     def __init__(self, settings: Settings, flow_fn: FlowFn, clip: Callable | None, cache: pathlib.Path, workers: int):
         self._settings, self._flow_fn, self._clip, self._workers = settings, flow_fn, clip, workers
         self._cache, self._known = cache, {}
-        for line in cache.read_text().splitlines() if cache.exists() else []:
+        for line in cache.read_bytes().splitlines() if cache.exists() else []:
             try:
                 found = json.loads(line)
                 self._known[found["key"]] = {k: math.nan if v is None else v for k, v in found["row"].items()}
-            except (ValueError, KeyError):  # a line that was cut off when the run before was stopped
+            except (ValueError, KeyError, TypeError, AttributeError):  # no result, or one cut off when the run before was stopped
                 continue
 
     def __call__(self, jobs: Sequence[tuple[Pair, Any]], progress: Callable[[str], None]) -> list[Row | VideoError]:
@@ -158,7 +157,7 @@ def score(
     """(a row per video with `model`, `id`, `seed`, `file`; everything that is missing, broken, doubled, unknown or unlike the rest).
 
     The model `static` is the image of every pair that any model has, in the shape of that model's video. Raises UserError for a folder
-    without a video of the list.
+    without a video of the list, and when no video can be measured.
     """
     rows, problems, still = [], [], {}
     by_id = {p.id: p for p in pairs}
@@ -180,6 +179,9 @@ def score(
                 continue
             rows.append({"model": model, "id": identity, "seed": seed, "file": str(path), **row})
             still.setdefault(identity, ((row["frames"], row["height"], row["width"]), row["fps"]))
+    if not rows:
+        first = next(p for p in problems if p.kind == "broken")
+        raise UserError(f"--videos: no video can be measured, the first being {folders[first.model] / first.name}: {first.detail}")
     problems += _unlike(rows)
     order = [p for p in pairs if p.id in still]
     for pair, row in zip(order, scorer([(p, still[p.id]) for p in order], lambda text: progress(f"{STATIC}: {text}")), strict=True):
@@ -208,13 +210,15 @@ def _unlike(rows: Sequence[Row]) -> list[Problem]:
     return problems
 
 
-def write(output: pathlib.Path, pairs: Sequence[Pair], rows: list[Row], problems: list[Problem], settings: Settings) -> dict[str, Any]:
+def write(
+    output: pathlib.Path, pairs: Sequence[Pair], models: Sequence[str], rows: list[Row], problems: list[Problem], settings: Settings
+) -> dict[str, Any]:
     """Writes scores.json, scores.csv, videos.csv and index.html, and returns what is in the json."""
     counts = Counter((p.model, p.kind) for p in problems)
     result = {
         "settings": dataclasses.asdict(settings),
         "pairs": len(pairs),
-        **standings(rows, {p.id: str(p.image) for p in pairs}),
+        **standings(rows, {p.id: str(p.image) for p in pairs}, models),
         "problem_counts": [{"model": model, "kind": kind, "count": n} for (model, kind), n in counts.items()],
         "problems": [dataclasses.asdict(p) for p in problems],
     }
@@ -248,7 +252,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, type=pathlib.Path, help="directory of the results")
     parser.add_argument("--flow", default="dis", choices=("dis", "raft_small", "raft_large"), help="optical flow (default: dis)")
     parser.add_argument("--flow_weights", default="", help="RAFT weights, .safetensors or .pth")
-    parser.add_argument("--clip", default="", help="directory of a CLIP model (Hugging Face's layout): adds its alignments; needs PyTorch")
+    parser.add_argument("--clip", default="", help="directory of a CLIP model (Hugging Face's layout): adds its alignments")
     parser.add_argument("--frames", type=int, help="use the first so many frames of every video (default: all)")
     parser.add_argument("--size", help="WIDTHxHEIGHT to cover and crop every video to (default: its own size)")
     parser.add_argument("--fps", type=float, default=FRAME_RATE, help="frame rate of folders of frames (default: 8)")
@@ -286,7 +290,7 @@ def run(arguments: argparse.Namespace) -> None:
     workers = arguments.workers or (os.cpu_count() if arguments.flow == "dis" and clip is None else 1)
     scorer = Scorer(settings, flow_fn, clip, arguments.output / "cache.jsonl", workers)
     rows, problems = score(pairs, folders, scorer, lambda text: print(text, flush=True))
-    result = write(arguments.output, pairs, rows, problems, settings)
+    result = write(arguments.output, pairs, list(folders), rows, problems, settings)
     print(score_page.text_table(result))
     for found in result["problem_counts"]:
         print(f"{found['model']}: {found['count']} {found['kind']}")

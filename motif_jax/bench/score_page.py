@@ -130,7 +130,8 @@ def _decay(models: Mapping[str, Any]) -> str:
     for y, (model, found) in enumerate(models.items()):
         points = [(k, found["metrics"][f"ssim_first_{k}"]["value"]) for k in DECAY if f"ssim_first_{k}" in found["metrics"]]
         colour = "0.5" if model == STATIC else f"C{y % 10}"
-        axes.plot(*zip((0, 1.0), *points, strict=True), "o-", color=colour, markersize=4, label=model)
+        if points:
+            axes.plot(*zip((0, 1.0), *points, strict=True), "o-", color=colour, markersize=4, label=model)
     axes.set(xlabel="frame", ylabel="SSIM to frame 0", title="How fast videos leave their own first frame")
     for text in axes.legend(fontsize=8).get_texts():
         text.set_parse_math(False)

@@ -3,6 +3,7 @@
 Every address starts with the study's token; without it there is nothing to see. A vote is acknowledged when it is on the disk.
 """
 
+import contextlib
 import hmac
 import json
 import pathlib
@@ -28,7 +29,7 @@ def application(study: pathlib.Path, ballots: Ballots, token: str):
     """The Starlette app: GET <token>/... is the page, POST <token>/claim and <token>/vote take JSON objects.
 
     claim {"annotator"} -> {"sheet", "tasks", "done", "trained"}; vote {a record, see `votes.check_record`} -> {"stored": true}.
-    400: not such an object, 403: no token, 409: somebody else has the task, 413: too long.
+    400: not such an object, 403: no token, 409: somebody else has the task, 413: too long. Its shutdown closes the ballots.
     """
     from starlette.applications import Starlette
     from starlette.concurrency import run_in_threadpool
@@ -102,7 +103,12 @@ def application(study: pathlib.Path, ballots: Ballots, token: str):
                 return await PlainTextResponse("This address needs the study's token.", 403)(scope, receive, send_with_headers)
             await self.app(scope, receive, send_with_headers)
 
-    return Starlette(routes=[Mount(f"/{token}", routes=pages)], middleware=[Middleware(Guard)])
+    @contextlib.asynccontextmanager
+    async def lifespan(app):
+        yield
+        ballots.close()
+
+    return Starlette(routes=[Mount(f"/{token}", routes=pages)], middleware=[Middleware(Guard)], lifespan=lifespan)
 
 
 def serve(study: pathlib.Path, votes: pathlib.Path, host: str, port: int, token: str | None, lease: float) -> None:
@@ -125,4 +131,5 @@ def serve(study: pathlib.Path, votes: pathlib.Path, host: str, port: int, token:
     print(f"http://{shown}:{listener.getsockname()[1]}/{token}/", flush=True)
     # Neither the log nor a header tells the token or what runs here.
     config = uvicorn.Config(application(study, ballots, token), log_level="warning", access_log=False, server_header=False)
-    uvicorn.Server(config).run(sockets=[listener])
+    with contextlib.suppress(KeyboardInterrupt):
+        uvicorn.Server(config).run(sockets=[listener])

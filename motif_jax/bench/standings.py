@@ -65,11 +65,12 @@ METRICS = (
 )
 
 
-def standings(rows: Sequence[Mapping[str, Any]], images: Mapping[str, str], seed: int = 0) -> dict[str, Any]:
+def standings(rows: Sequence[Mapping[str, Any]], images: Mapping[str, str], names: Sequence[str] = (), seed: int = 0) -> dict[str, Any]:
     """{"models": {model: {"videos", "pairs", "images", "metrics": {name: {"value", "low", "high", "pairs"}}}}, "differences": [...]}.
 
-    rows: dicts with `model`, `id`, `seed` and the measures, NaN or absent where there is none. images: pair id -> its image. A difference
-    is of the pairs that both models have: value and interval of `a` minus `b`, the shares of pairs in which either is larger.
+    rows: dicts with `model`, `id`, `seed` and the measures, NaN or absent where there is none. images: pair id -> its image. names: models
+    that stand in the result with or without rows. A difference is of the pairs that both models have: value and interval of `a` minus `b`,
+    the shares of pairs in which either is larger.
     """
     values: dict[str, dict[str, dict[str, list[float]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     for row in rows:
@@ -79,8 +80,8 @@ def standings(rows: Sequence[Mapping[str, Any]], images: Mapping[str, str], seed
     means = {model: {name: {i: float(np.mean(v)) for i, v in of.items()} for name, of in found.items()} for model, found in values.items()}
 
     models = {}
-    for model, found in means.items():
-        own = [row for row in rows if row["model"] == model]
+    for model in dict.fromkeys([*names, *means]):
+        found, own = means.get(model, {}), [row for row in rows if row["model"] == model]
         models[model] = {
             "videos": len(own),
             "pairs": len({row["id"] for row in own}),

@@ -135,13 +135,17 @@ def check_vote(row: Any) -> Vote:
     if not isinstance(row, dict) or (missing := [name for name in NEEDED if row.get(name) in (None, "")]):
         raise ValueError(f"needs the columns {', '.join(NEEDED)}" + (f"; {', '.join(missing)} missing" if isinstance(row, dict) else ""))
     given = {name: value for name, value in row.items() if name in FIELDS and value not in (None, "")}
-    reasons = given.get("reasons", ())
-    given["reasons"] = tuple(reasons.split("|")) if isinstance(reasons, str) else tuple(reasons)
+    reasons = given.get("reasons", [])
+    reasons = reasons.split("|") if isinstance(reasons, str) else reasons
+    if not isinstance(reasons, (list, tuple)) or not all(r in tuple(REASONS) for r in reasons):
+        raise ValueError(f"reasons: expected some of {', '.join(REASONS)}")
     try:
-        given["seconds"], given["plays"] = float(given.get("seconds", math.nan)), int(given.get("plays", 0))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"seconds, plays: {error}") from error
-    vote = Vote(**given)
+        seconds, plays = float(given.get("seconds", math.nan)), float(given.get("plays", 0))
+    except (TypeError, ValueError, OverflowError):
+        seconds = plays = math.inf
+    if math.isinf(seconds) or not plays.is_integer():
+        raise ValueError("seconds, plays: expected a number and a whole number")
+    vote = Vote(**given | {"reasons": tuple(reasons), "seconds": seconds, "plays": int(plays)})
     for name in set(FIELDS) - {"seconds", "plays", "reasons", "comment", "prompt"}:
         _text(getattr(vote, name), name, 500)
     _text(vote.comment, "comment", MAX_COMMENT)
@@ -150,28 +154,36 @@ def check_vote(row: Any) -> Vote:
         raise ValueError(f"kind: expected one of {', '.join(KINDS)}")
     if vote.choice not in (*SIDES, "tie"):
         raise ValueError("choice: expected left, right or tie")
-    if vote.left == vote.right or not set(vote.reasons) <= set(REASONS):
-        raise ValueError(f"expected two different systems, and reasons among {', '.join(REASONS)}")
+    if vote.left == vote.right:
+        raise ValueError("left, right: expected two different systems")
     return vote
 
 
 def read_all(paths: list[pathlib.Path], study: pathlib.Path | None) -> tuple[list[Vote], list[str]]:
     """Votes of any mixture of the server's .sqlite, the page's .json, and exported .json or .csv -> (votes, what was refused).
 
-    The first two are blind and need the study. A second answer of an annotator to a task (a file given twice) does not count.
+    The first two are blind and need the study. A second vote of an annotator on the same thing (a file given twice) is refused.
     Raises UserError when a file is none of these.
     """
     key = load(study) if study else None
-    found, refused = [], []
+    found, refused = {}, []
     for path in paths:
         rows = _rows(path, key)
         for n, row in enumerate(rows, 1):
             try:
-                found.append(check_vote(row) if isinstance(rows, list) else unblind(check_record(row, key), key))
+                vote = check_vote(row) if isinstance(rows, list) else unblind(check_record(row, key), key)
+                if found.setdefault(_subject(vote), vote) is not vote:
+                    raise ValueError(f"second vote of {vote.annotator} on {vote.kind} {vote.pair}")
             except ValueError as error:
                 refused.append(f"{path}, vote {n}: {error}")
-    once = {(v.annotator, v.task) if v.task else n: v for n, v in reversed(list(enumerate(found)))}
-    return list(once.values())[::-1], refused
+    return list(found.values()), refused
+
+
+def _subject(vote: Vote) -> Any:
+    """Who judged what, only once: a comparison of systems on a pair, whatever its task; else a task; without one, all of a row."""
+    if vote.kind == "pair":
+        return vote.annotator, vote.pair, frozenset((vote.left, vote.right))
+    return (vote.annotator, vote.task) if vote.task else vote
 
 
 def _rows(path: pathlib.Path, key: Key | None) -> list[Any] | tuple[Any, ...]:
@@ -180,6 +192,7 @@ def _rows(path: pathlib.Path, key: Key | None) -> list[Any] | tuple[Any, ...]:
 
     if path.suffix not in (".csv", ".json", ".sqlite"):
         raise UserError(f"{path}: votes are read from .csv, .json and .sqlite")
+    csv.field_size_limit(2**31 - 1)  # a field longer than its default would cost the whole file
     try:
         if path.suffix == ".csv":
             with path.open(encoding="utf-8-sig", newline="") as file:

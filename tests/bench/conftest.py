@@ -78,6 +78,11 @@ class Server:
     def __exit__(self, *_):
         self.kill()
 
+    def stop(self, sign: signal.Signals) -> str:
+        """What it said on standard error."""
+        self.process.send_signal(sign)
+        return self.process.communicate()[1]
+
     def kill(self):
         self.process.send_signal(signal.SIGKILL)
         self.process.wait()

@@ -118,6 +118,11 @@ def test_pairs_without_any_video_are_left_out(material, tmp_path, capsys):
         (["--annotators=0"], "--annotators=0: at least 1"),
         (["--pairs=zebrafish:nobody"], "--pairs=zebrafish:nobody"),
         (["--videos=quokka=elsewhere"], "every name once"),
+        (["--output={folder}/list.jsonl/study"], "motif_jax.bench annotate: .*list.jsonl"),
+        (["--frames=1"], "--frames=1: at least 2"),
+        (["--frames=-3"], "--frames=-3: at least 2"),
+        (["--fps=0"], "--fps=0: must be positive"),
+        (["--seed=-1"], "--seed=-1: at least 0"),
         (["--videos=third={folder}/empty"], "3 of 9 videos are missing: third has none of pair0"),
         (["--videos=third={folder}/broken"], r"2 of 9 files cannot be used: .*pair1.mp4: cannot be read"),
     ],
@@ -151,9 +156,17 @@ def test_export_says_which_system_won(small_study, tmp_path):
     downloaded = {"study": key.id, "annotator": "anna", "votes": [answer(t) for t in [*key.training, *tasks]]}
     (tmp_path / "anna.json").write_text(json.dumps(downloaded))
     for name in ("votes.csv", "votes.json"):  # the same file twice counts once
-        annotate(
-            "export", f"--study={small_study}", "--votes", tmp_path / "anna.json", tmp_path / "anna.json", f"--output={tmp_path / name}"
-        )
+        twice = ["--votes", tmp_path / "anna.json", tmp_path / "anna.json"]
+        annotate("export", f"--study={small_study}", *twice, f"--output={tmp_path / name}")
+    (tmp_path / "nobody.json").write_text("[]")
+    annotate(
+        "export",
+        f"--votes={tmp_path / 'anna.json'}",
+        f"--votes={tmp_path / 'nobody.json'}",
+        f"--study={small_study}",
+        f"--output={tmp_path / 'several.json'}",
+    )
+    assert (tmp_path / "several.json").read_text() == (tmp_path / "votes.json").read_text()
     rows = json.loads((tmp_path / "votes.json").read_text())
     with (tmp_path / "votes.csv").open(newline="") as file:
         assert [r["pair"] for r in csv.DictReader(file)] == [r["pair"] for r in rows]

@@ -48,16 +48,18 @@ def test_the_benchmarks_own_layout(benchmark, text):
 
 def test_jsonl(benchmark):
     rows = [{"image": "dog1", "image_file": "TI2V-Bench/dog1.jpg", "prompt": "run", "id": "a", "scenario": "dog"}]
-    rows += [{"image": "TI2V-Bench/sky.png", "prompt": " Clouds\n drift. "}]
+    rows += [{"image": "TI2V-Bench/sky.png", "prompt": " Clouds\n drift. ", "id": None, "scenario": None}]
     (benchmark / "list.jsonl").write_text("\n".join(json.dumps(r) for r in rows) + "\n\n")
     first, second = read_pairs(benchmark)
     assert (first.id, first.prompt, first.scenario) == ("a", "run", "dog")
-    assert (second.id, second.prompt) == ("sky_clouds_drift", "Clouds drift.")
+    assert (second.id, second.prompt, second.scenario) == ("sky_clouds_drift", "Clouds drift.", "")
 
 
 def test_every_bad_line_is_told(benchmark):
     lines = ['{"image": "dog1"}', "nonsense", '{"prompt": "x"}', '{"image": "cat", "prompt": "x"}', '{"image": "sky", "prompt": " "}']
     lines += ['{"image": "sky", "prompt": "x", "id": "a/b"}'] + 2 * ['{"image": "sky", "prompt": "x", "id": "twice"}']
+    lines += [r'{"image": "sky", "prompt": "x", "id": "a\u0000"}', r'{"image": "sky", "prompt": "\ud800"}']
+    lines += ['{"image": null, "prompt": "x"}', '{"image": "sky", "prompt": null}']
     (benchmark / "list.jsonl").write_text("\n".join(lines))
     with pytest.raises(UserError) as told:
         read_pairs(benchmark)
@@ -68,7 +70,11 @@ def test_every_bad_line_is_told(benchmark):
         "line 4: no image 'cat'",
         "line 5: no prompt",
         "line 6: id 'a/b' is no file name",
-        "id 'twice' occurs 2 times",
+        "line 9: id 'a\\x00' holds control characters",
+        "line 10: prompt '\\ud800' holds control characters",
+        "line 11: no image ''",
+        "line 12: no prompt",
+        "1 more",
     ):
         assert part in str(told.value)
 

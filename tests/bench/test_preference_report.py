@@ -213,19 +213,66 @@ def test_hostile_votes_change_nothing(tmp_path, capsys):
     assert json.loads((tmp_path / "out" / "report.json").read_text())["comparisons"][0]["votes"] == 1
 
 
+ROW = {"pair": "p", "annotator": "r", "left": "A", "right": "B", "choice": "left", "reasons": "text_alignment"}
+
+
+def test_a_huge_field_of_a_table_costs_its_vote_only(tmp_path, capsys):
+    (tmp_path / "votes.csv").write_text(f"{','.join(ROW)}\n{','.join(ROW.values())}\np,{'x' * 10_000_000},A,B,left,\n")
+    report(f"--votes={tmp_path / 'votes.csv'}", f"--output={tmp_path / 'out'}", "--samples=100")
+    assert "1 votes were refused" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         ("[]", "no votes on pairs"),
         ("{", "cannot be read"),
         ('{"study": "s", "votes": []}', "--study"),
-        ('[{"pair": "p"}]', "no votes on pairs"),
+        ('[{"Pair": "p"}, {"pair;annotator": "p;r"}]', r"no votes on pairs among 0 votes; 2 refused, the first: .* missing"),
     ],
 )
 def test_files_without_votes(tmp_path, content, message):
     (tmp_path / "votes.json").write_text(content)
     with pytest.raises(SystemExit, match=message):
         report(f"--votes={tmp_path / 'votes.json'}", f"--output={tmp_path / 'out'}")
+
+
+def saved(path: pathlib.Path, *rows) -> pathlib.Path:
+    path.write_text(json.dumps(rows))
+    return path
+
+
+def test_files_of_several_options_all_count(tmp_path):
+    files = [saved(tmp_path / f"{n}.json", ROW | {"annotator": f"r{n}"}) for n in range(3)]
+    report(f"--votes={files[0]}", "--votes", *files[1:], f"--output={tmp_path}", "--samples=100")
+    assert json.loads((tmp_path / "report.json").read_text())["votes"] == {"pair": 3}
+
+
+@pytest.mark.parametrize("output", ["votes.json", "votes.json/below", "taken"])
+def test_an_output_that_cannot_be_written_is_one_line(tmp_path, output):
+    votes = saved(tmp_path / "votes.json", ROW)
+    (tmp_path / "taken" / "report.html").mkdir(parents=True)
+    with pytest.raises(SystemExit, match=rf"motif_jax\.bench report: .*{output}"):
+        report(f"--votes={votes}", f"--output={tmp_path / output}", "--samples=100")
+
+
+def test_a_negative_seed_is_one_line(tmp_path):
+    with pytest.raises(SystemExit, match="--seed=-1: at least 0"):
+        report(f"--votes={saved(tmp_path / 'votes.json', ROW)}", f"--output={tmp_path}", "--seed=-1")
+
+
+def test_nobody_is_two_raters(tmp_path, capsys):
+    """Tables without tasks: the same file twice, a vote changed later, and another task for the same pair. Repeats are no second votes."""
+    pair, swapped = ROW, ROW | {"left": "B", "right": "A"}
+    again, gold = swapped | {"kind": "repeat", "choice": "right"}, ROW | {"right": "A (gold)", "kind": "gold", "better": "left"}
+    others = [ROW | {"annotator": "s"}, ROW | {"pair": "q"}, ROW | {"right": "C"}]
+    first = saved(tmp_path / "first.json", pair, again, gold, *others)
+    second = saved(tmp_path / "second.json", swapped, ROW | {"task": "t"})
+    report("--votes", first, first, second, f"--output={tmp_path}", "--samples=100")
+    found = json.loads((tmp_path / "report.json").read_text())
+    assert found["votes"] == {"pair": 4, "repeat": 1, "gold": 1} and len(found["refused"]) == 6 + 2
+    assert f"8 votes were refused, the first: {first}, vote 1: second vote of r on pair p" in capsys.readouterr().out
+    assert found["refused"][-1] == f"{second}, vote 2: second vote of r on pair p"
 
 
 def test_an_unknown_reference_is_one_line():
@@ -240,12 +287,17 @@ def test_an_unknown_reference_is_one_line():
         ({"right": "A"}, "two different systems"),
         ({"kind": "vote"}, "kind"),
         ({"seconds": "soon"}, "seconds"),
+        ({"seconds": math.inf}, "seconds"),
+        ({"plays": math.inf}, "plays"),
+        ({"plays": 10**400}, "plays"),
+        ({"plays": "1.5"}, "plays"),
         ({"annotator": ""}, "annotator missing"),
         ({"reasons": "text_alignment|charm"}, "reasons"),
+        ({"reasons": 5}, "reasons"),
+        ({"reasons": [{"a": 1}]}, "reasons"),
     ],
 )
 def test_rows_that_are_no_votes(change, message):
-    row = {"pair": "p", "annotator": "r", "left": "A", "right": "B", "choice": "left", "reasons": "text_alignment"}
-    assert check_vote(row).reasons == ("text_alignment",)
+    assert check_vote(ROW).reasons == ("text_alignment",) and check_vote(ROW | {"plays": "1.0"}).plays == 1
     with pytest.raises(ValueError, match=message):
-        check_vote(row | change)
+        check_vote(ROW | change)

@@ -5,6 +5,7 @@ import csv
 import html.parser
 import json
 import math
+import shutil
 
 import cv2
 import numpy as np
@@ -154,7 +155,7 @@ def test_the_page_stands_alone(scored):
 def test_work_is_not_done_twice(world, scored, tmp_path, monkeypatch):
     """The same command measures nothing again; a changed video, and no other, is. A line cut off in the cache costs that line."""
     output, before = scored
-    (tmp_path / "cache.jsonl").write_bytes((output / "cache.jsonl").read_bytes()[:-40])
+    (tmp_path / "cache.jsonl").write_bytes(b'5\n{"key": "k", "row": 5}\n\xff\n' + (output / "cache.jsonl").read_bytes()[:-40])
     measured = []
     inner = module.measure
     monkeypatch.setattr(module, "measure", lambda *a: measured.append(a[0].shape) or inner(*a))
@@ -201,6 +202,28 @@ def test_whatever_is_wrong_is_named_and_counted(world, tmp_path):
     assert {m: v["videos"] for m, v in result["models"].items()} == {"model": 1, "odd": 3, "slow": 8, "static": 4}
     page = (tmp_path / "out" / "index.html").read_text()
     assert "model: 3 broken" in page and "elephant_0.mp4" in page
+
+
+def test_a_model_of_broken_videos_keeps_its_row_and_nothing_but_broken_ones_is_an_error(world, tmp_path, capsys):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "pair0.mp4").write_bytes(b"no video")
+    result = run(list=world / "list.jsonl", videos=[f"broken={broken}", f"slow={world / 'slow'}"], output=tmp_path)
+    assert list(result["models"]) == ["broken", "slow", "static"]
+    assert result["models"]["broken"] == {"videos": 0, "pairs": 0, "images": 0, "metrics": {}}
+    assert "| broken | 0 | - |" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"no video can be measured, the first being .*broken/pair0\.mp4: "):
+        run(list=world / "list.jsonl", videos=f"broken={broken}", output=tmp_path)
+
+
+def test_hidden_files_are_no_frames(world, tmp_path):
+    """macOS leaves them on foreign disks."""
+    shutil.copytree(world / "fast" / "pair2", tmp_path / "model" / "pair2")
+    for folder in ("pair2", "pair3"):
+        (tmp_path / "model" / folder).mkdir(exist_ok=True)
+        (tmp_path / "model" / folder / "._frame8.png").write_bytes(b"Mac OS X")
+    result = run(list=world / "list.jsonl", videos=f"model={tmp_path / 'model'}", output=tmp_path)
+    assert result["models"]["model"]["videos"] == 1 and {p["kind"] for p in result["problems"]} == {"missing"}
 
 
 def test_videos_can_be_brought_to_one_shape(world, tmp_path):

@@ -6,6 +6,8 @@ import json
 import pathlib
 import random
 import re
+import shutil
+import signal
 import threading
 from collections import Counter
 
@@ -259,6 +261,19 @@ def test_kill_9_loses_no_acknowledged_vote_and_the_study_goes_on(tmp_path, serve
     assert len(kept) == len({r["task"] for r in kept}) == 400
 
 
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+def test_a_server_that_is_stopped_says_nothing_and_leaves_all_votes_in_one_file(tmp_path, serve, sign):
+    httpx = pytest.importorskip("httpx")
+    key = make_study(tmp_path / "study")
+    with serve(tmp_path / "study", tmp_path / "v.sqlite") as server, httpx.Client(base_url=server.url) as client:
+        sheet = client.post("claim", json={"annotator": "a"}).json()["sheet"]
+        record = answer(key.sheets[sheet][0].id, "a", sheet)
+        assert client.post("vote", json=record).json() == {"stored": True}
+        assert server.stop(sign) == ""
+    shutil.copy(tmp_path / "v.sqlite", tmp_path / "copy.sqlite")
+    assert read_records(tmp_path / "copy.sqlite", key) == [record]
+
+
 @pytest.mark.skipif(not pathlib.Path("/proc/net/tcp").exists(), reason="reads the kernel's table of sockets")
 def test_it_listens_to_this_machine_only_unless_told_otherwise(tmp_path, key, serve):
     with serve(tmp_path / "study", tmp_path / "v.sqlite", "--token=chosen-by-hand") as server:
@@ -271,7 +286,12 @@ def test_it_listens_to_this_machine_only_unless_told_otherwise(tmp_path, key, se
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [(["--token=short"], "--token"), (["--host=203.0.113.1"], "cannot listen"), (["--lease=0"], "--lease=0")],
+    [
+        (["--token=short"], "--token"),
+        (["--host=203.0.113.1"], "cannot listen"),
+        (["--lease=0"], "--lease=0"),
+        (["--votes=v.db"], "must end in .sqlite"),
+    ],
 )
 def test_mistakes_of_the_server_are_one_line(tmp_path, key, serve, options, message):
     with pytest.raises(AssertionError, match=message):
