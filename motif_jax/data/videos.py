@@ -16,7 +16,7 @@ from typing import Any
 import av
 import numpy as np
 from av.sidedata.sidedata import Type as SideDataType
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 from PIL import Image, ImageOps
 
 THUMBNAIL = (64, 36)  # width, height
@@ -330,14 +330,23 @@ def read_image(path: str | os.PathLike, height: int | None = None, width: int | 
     try:
         with Image.open(path) as image:
             image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I") or image.mode == "F":  # 16 bits of grey, which Pillow would clip instead of scale
-                image = Image.fromarray((np.asarray(image, np.float64) / 257).round().clip(0, 255).astype(np.uint8))
+            if image.mode.startswith("I") or image.mode == "F":  # more than 8 bits of grey, which Pillow would clip instead of scale
+                image = Image.fromarray(_to_8_bits(np.asarray(image, np.float64), image.mode))
             picture = _on_white(np.asarray(image.convert("RGBA")))
     except FileNotFoundError as error:
         raise VideoError("missing file") from error
     except Exception as error:  # Pillow's readers share no class of errors for damaged files
         raise VideoError("is no image", str(error)) from error
     return picture if height is None or width is None else cover(picture, height, width)
+
+
+def _to_8_bits(grey: Float[np.ndarray, "h w"], mode: str) -> UInt8[np.ndarray, "h w"]:
+    """Grey values of Pillow's mode I;16, I or F: 16 bits are scaled by 1/257, and wider numbers by the smallest usual range they fit in."""
+    largest = grey.max(initial=0)
+    if not (grey.min(initial=0) >= 0 and largest <= 65535):
+        raise ValueError("grey values beyond 16 bits")
+    scale = 1 / 257 if mode.startswith("I;16") or largest > 255 else 255 if mode == "F" and largest <= 1 else 1
+    return (grey * scale).round().astype(np.uint8)
 
 
 def save_video(path: str | os.PathLike, frames: Sequence[np.ndarray] | UInt8[np.ndarray, "T H W 3"], fps: float) -> None:

@@ -471,6 +471,10 @@ def test_read_image(tmp_path):
     np.testing.assert_array_equal(read_image(tmp_path / "grey.png"), np.repeat(picture[..., :1], 3, -1))
     Image.fromarray(picture[..., 0].astype(np.uint16) * 257).save(tmp_path / "deep.png")
     np.testing.assert_array_equal(read_image(tmp_path / "deep.png"), np.repeat(picture[..., :1], 3, -1))
+    byte = picture[..., 0]
+    for grey in (np.float32(byte) / 255, np.float32(byte), np.int32(byte), np.int32(byte) * 257):
+        Image.fromarray(grey).save(tmp_path / "wide.tiff")
+        np.testing.assert_array_equal(read_image(tmp_path / "wide.tiff"), np.repeat(picture[..., :1], 3, -1))
     rgba = np.concatenate([picture, np.zeros_like(picture[..., :1])], -1)
     Image.fromarray(rgba).save(tmp_path / "clear.png")
     assert (read_image(tmp_path / "clear.png") == 255).all()
@@ -482,6 +486,10 @@ def test_bad_images(tmp_path):
     (tmp_path / "a.png").write_text("no")
     with pytest.raises(VideoError, match="is no image"):
         read_image(tmp_path / "a.png")
+    for value in (-1, 70_000, np.nan):
+        Image.fromarray(np.full((8, 8), value, np.float32)).save(tmp_path / "wide.tiff")
+        with pytest.raises(VideoError, match="beyond 16 bits"):
+            read_image(tmp_path / "wide.tiff")
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes().replace(b"\x00\x00\x00\rIHDR", b"\x00\x00\x00\x05IHDR"))
     with pytest.raises(VideoError, match="is no image"):
