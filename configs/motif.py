@@ -36,7 +36,7 @@ def get_config(size: str = "paper") -> ConfigDict:
     config.diffusion.base_scale = 1.0
     config.prepare.update(frame_stride_min=1, frame_stride_max=6, flow="raft_small", flow_iterations=12)
     config.loss.intensity = "diagonal"
-    config.remat = "block"
+    config.remat = "convs"
 
     if size in ("small", "tiny"):
         config.name = f"motif_{size}"

@@ -224,7 +224,7 @@ def too_large(message: str, config: Config, mesh: Mesh, chip: str) -> str:
     sizes = f"needs {found[1]} of the {found[2]} of memory" if found else "needs more memory than there is"
     clips = config.batch_size // (mesh.shape["data"] * mesh.shape["fsdp"] * config.grad_accumulation)
     helps = []
-    if config.remat == "none":
+    if config.remat != "block":
         helps.append("remat='block' (recompute activations)")
     if clips > 1:
         helps.append(f"grad_accumulation={2 * config.grad_accumulation} ({clips} clips at a time now)")
