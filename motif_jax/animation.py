@@ -61,8 +61,9 @@ class Animator:
             raise UserError(f"--steps={steps}: at most {config.diffusion.num_timesteps}, the timesteps of training")
         config = dataclasses.replace(config, sample=dataclasses.replace(config.sample, **changed))
         networks = Networks.of(config)
-        frozen = weights.initial_weights(config, networks, trained=False).frozen
-        params = weights.fit(weights.load(directory)["denoiser"], networks.denoiser.shapes, str(directory))
+        loaded = weights.load(directory)
+        frozen = weights.frozen_weights(networks, loaded, str(directory))
+        params = weights.fit(loaded["denoiser"], networks.denoiser.shapes, str(directory))
         return cls(config, networks, params, frozen, SOURCE_FPS / frame_stride if frame_stride else config.sample.fps, mesh)
 
     def __call__(self, images: list[UInt8[np.ndarray, "H W 3"]], prompts: list[str], seeds: list[int]) -> UInt8[np.ndarray, "B T H W 3"]:

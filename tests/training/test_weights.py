@@ -13,10 +13,11 @@ import pytest
 import safetensors.numpy
 import yaml
 
+from motif_jax.animation import Animator
 from motif_jax.config import CheckpointConfig, UserError, from_config_dict, to_dict, to_json
-from motif_jax.interop import unet
+from motif_jax.interop import autoencoder, unet
 from motif_jax.interop.imported import import_checkpoint
-from motif_jax.interop.settings import read_yaml
+from motif_jax.interop.settings import Settings, read_yaml, to_yaml
 from motif_jax.models.networks import Networks
 from motif_jax.training import weights
 from motif_jax.training.checkpoint import Checkpoints
@@ -261,3 +262,30 @@ def test_step_0_equals_the_text_to_video_model(shared, golden_import, image):
         output = jax.jit(networks.denoise)(params, x[..., :4], golden["t"], golden["context"], golden["fps"], condition)
     expected = np.moveaxis(golden["out4"], 1, -1)
     assert np.linalg.norm(output - expected) <= 1e-5 * np.linalg.norm(expected)
+
+
+KL = {"kind": "kl", "factor": 4, "z_channels": 4, "ch": 32, "ch_mult": [1, 1, 1], "num_res_blocks": 1}
+
+
+def test_sampling_takes_the_frozen_networks_of_the_import(tmp_path, tiny):
+    """An import that holds everything needs no init_from; what it lacks comes from there."""
+    config = tiny(autoencoder=KL, unet={"in_channels": 8, "out_channels": 4})
+    networks = Networks.of(config)
+    denoiser = random_params(networks, 1)
+    rng = np.random.default_rng(2)
+    kl = {path: rng.normal(size=leaf.shape).astype(np.float32) for path, leaf in networks.autoencoder.shapes.items()}
+    files = {"unet": torch_layout(denoiser), "kl": {autoencoder.PREFIX + name: x for name, x in autoencoder.to_torch(kl).items()}}
+    (tmp_path / "x.yaml").write_text(to_yaml(Settings.of(config)))
+    for name, tensors in {**files, "whole": files["unet"] | files["kl"]}.items():
+        safetensors.numpy.save_file(tensors, tmp_path / f"{name}.safetensors")
+        import_checkpoint(
+            "autoencoder" if name == "kl" else "videocrafter", tmp_path / f"{name}.safetensors", tmp_path / name, tmp_path / "x.yaml"
+        )
+    for directory, init_from in (("whole", ""), ("unet", str(tmp_path / "kl")), ("whole", str(tmp_path / "unet"))):
+        animator = Animator.load(tmp_path / directory, changed(config, init_from=init_from))
+        assert_same(animator.params, denoiser)
+        assert_same(animator.frozen["autoencoder"], kl)
+    with pytest.raises(UserError, match=r"the autoencoder of this configuration are pretrained networks: set --config\.init_from"):
+        Animator.load(tmp_path / "unet", config)
+    with pytest.raises(UserError, match="kl: holds no weights of the denoiser, but autoencoder"):
+        Animator.load(tmp_path / "kl", config)
