@@ -151,6 +151,8 @@ def broken(model, change):
 
 
 BIAS, SMALL = unet.PREFIX + "out.0.bias", np.zeros(3, np.float32)
+CONV, TABLE = unet.PREFIX + "input_blocks.0.0.weight", openclip.PREFIX + "token_embedding.weight"
+TO_K = unet.PREFIX + "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
 WRONG = {
     "an autoencoder alone": (lambda s: [s.pop(n) for n in list(s) if not n.startswith("first_stage")], "holds no U-Net, but autoencoder"),
     "another network": (lambda s: (s.clear(), s.update({"layer1.0.conv1.weight": SMALL})), "holds no network in the reference's names"),
@@ -158,6 +160,27 @@ WRONG = {
     "a tensor too many": (lambda s: s.update({unet.PREFIX + "x.y": SMALL}), r"1 left over: x\.y"),
     "a strange tensor": (lambda s: s.update({"upscaler.w": SMALL}), r"1 tensors belong to no network known here: upscaler\.w"),
     "another shape": (lambda s: s.update({BIAS: SMALL}), r"out\.0\.bias: \[3\] in the file, \[32\]"),
+    "another layout": (
+        lambda s: s.update({n: t.transpose(2, 3, 1, 0) for n, t in s.items() if t.ndim == 4}),
+        "sizes of its autoencoder contr",
+    ),
+    "a first layer of another width": (
+        lambda s: s.update({CONV: np.zeros((320, 4, 3, 3), np.float32)}),
+        "sizes of its denoiser contradict",
+    ),
+    "a kernel without axes": (
+        lambda s: s.update({"first_stage_model.quant_conv.weight": np.zeros((), np.float32)}),
+        r"is \[\], which should have 4 axes",
+    ),
+    "a kernel of one axis": (lambda s: s.update({TO_K: SMALL}), r"attn2\.to_k\.weight is \[3\], which should have 2 axes"),
+    "an empty table": (lambda s: s.update({TABLE: np.zeros((0, 8), np.float32)}), r"token_embedding\.weight is \[0, 8\]"),
+    "no init_attn": (
+        lambda s: [s.pop(n) for n in list(s) if ".init_attn." in n],
+        "of width 32, no multiple of a head's 64; name num_head_ch",
+    ),
+    "a diffusers U-Net": (lambda s: (s.clear(), s.update({"down_blocks.0.x": SMALL})), r"is in the layout of diffusers \(down_blocks"),
+    "a diffusers autoencoder": (lambda s: s.update({"encoder.down_blocks.0.x": SMALL}), r"in the layout of diffusers.*; take the original"),
+    "a transformers tower": (lambda s: s.update({"text_model.x": SMALL}), r"in the layout of transformers.*; take the OpenCLIP file"),
 }
 
 
