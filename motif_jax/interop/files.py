@@ -14,6 +14,7 @@ import pickle
 import re
 import struct
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -58,7 +59,8 @@ def read_tensors(path: str | pathlib.Path) -> dict[str, Lazy]:
     """The tensors of a file by name, in the file's types; bfloat16 as the NumPy type of ml_dtypes, or widened to float32.
 
     PyTorch files may be DeepSpeed's ("module"), Lightning's ("state_dict") or a bare dict of tensors; DeepSpeed's name prefix is
-    taken off. Raises UserError for a file that is absent, damaged, of another kind, or whose reading would run code.
+    taken off. Raises UserError for a file that is absent, damaged, of another kind, or whose reading would run code; reading a tensor
+    raises it for one that is not finite.
     """
     path = pathlib.Path(path)
     if not path.is_file():
@@ -73,7 +75,14 @@ def read_tensors(path: str | pathlib.Path) -> dict[str, Lazy]:
         raise UserError(f"{path}: holds no tensors")
     if all(name.startswith(_DEEPSPEED) for name in tensors):
         tensors = {name.removeprefix(_DEEPSPEED): tensor for name, tensor in tensors.items()}
-    return tensors
+    return {name: dataclasses.replace(tensor, read=partial(_finite, path, name, tensor.read)) for name, tensor in tensors.items()}
+
+
+def _finite(path: pathlib.Path, name: str, read: Callable[[], np.ndarray]) -> np.ndarray:
+    array = read()
+    if not np.isfinite(array).all():
+        raise UserError(f"{path}: {name} holds NaN or infinity, so that no network can use it; fetch the file again")
+    return array
 
 
 def _read_safetensors(path: pathlib.Path) -> dict[str, Lazy]:
@@ -112,6 +121,8 @@ def _read_pytorch(path: pathlib.Path) -> dict[str, Lazy]:
     with open(path, "rb") as file:
         if file.read(4) == b"PK\x03\x04" and not zipped:
             raise UserError(f"{path}: is incomplete (the table of contents at its end is missing); fetch it again")
+    if zipped and (damaged := _damaged_member(path)):
+        raise UserError(f"{path}: is damaged (the checksum of {damaged} is another); fetch it again")
     try:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
@@ -138,6 +149,15 @@ def _read_pytorch(path: pathlib.Path) -> dict[str, Lazy]:
         return Lazy(tuple(value.shape), dtype, lambda: (value.float() if wide else value).detach().numpy())
 
     return {str(name): tensor(value) for name, value in found.items()}
+
+
+def _damaged_member(path: pathlib.Path) -> str | None:
+    """The first part of a zipped PyTorch file that is not what its checksum says; PyTorch does not look."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip()
+    except (zipfile.BadZipFile, zlib.error, RuntimeError, OSError, ValueError) as error:
+        return f"a part that cannot be read, {error}"
 
 
 @contextlib.contextmanager

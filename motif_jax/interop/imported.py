@@ -8,6 +8,7 @@ as each brings other networks.
 import dataclasses
 import json
 import pathlib
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -106,10 +107,14 @@ def _contents(directory: pathlib.Path) -> dict[str, Any]:
     path = directory / CONTENTS
     try:
         found = json.loads(path.read_text())
-        if isinstance(found.get("networks"), dict):
+        parts = found["networks"].values()
+        groups = [found.get("diffusion", {}), *(part["config"] for part in parts)]
+        if all(isinstance(group, dict) for group in groups) and all(isinstance(part["sha256"], str) for part in parts):
             return found
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error}); import again") from error
+    except (KeyError, TypeError, AttributeError):
+        pass
     raise UserError(f"{path}: is no table of contents of an import; import again")
 
 
@@ -117,11 +122,20 @@ def is_imported(directory: str | pathlib.Path) -> bool:
     return (pathlib.Path(directory) / CONTENTS).exists()
 
 
-def read_imported(directory: str | pathlib.Path) -> Weights:
-    """{network: {dotted path: array, not yet read}} of the networks in a directory. Raises UserError."""
+def read_imported(directory: str | pathlib.Path, names: Iterable[str] = tuple(_CONFIGS)) -> Weights:
+    """{network: {dotted path: array, not yet read}} of those of `names` that a directory holds.
+
+    Raises UserError, also for a file that is no longer what was imported.
+    """
     directory = pathlib.Path(directory)
-    names = [name for name in _CONFIGS if name in _contents(directory)["networks"]]
-    return {name: files.read_tensors(directory / f"{name}.safetensors") for name in names}
+    contents, found = _contents(directory)["networks"], {}
+    for name in names:
+        if name in contents:
+            path = directory / f"{name}.safetensors"
+            found[name] = files.read_tensors(path)
+            if files.sha256(path) != contents[name]["sha256"]:
+                raise UserError(f"{path}: is not what was imported (its SHA-256 is not that in {CONTENTS}); import again")
+    return found
 
 
 def imported_settings(directory: str | pathlib.Path) -> Settings:

@@ -128,7 +128,7 @@ def load_frozen(directory: str | pathlib.Path) -> dict[str, Params]:
     if not str(directory) or not pathlib.Path(directory).exists():
         return {}
     if is_imported(directory):
-        return {name: params for name, params in read_imported(directory).items() if name in ("autoencoder", "text", "image")}
+        return read_imported(directory, ("autoencoder", "text", "image"))
     return load_frozen(read_config(directory).init_from)
 
 

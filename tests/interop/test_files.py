@@ -75,6 +75,15 @@ def test_a_header_that_lies_about_sizes(tmp_path):
         files.read_tensors(tmp_path / "x.safetensors")
 
 
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+def test_a_value_that_is_no_number(tmp_path, value):
+    files.write_safetensors(tmp_path / "x.safetensors", TENSORS | {"bad.weight": np.asarray([1, value], jnp.bfloat16)})
+    tensors = files.read_tensors(tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match=r"x\.safetensors: bad\.weight holds NaN or infinity"):
+        np.asarray(tensors.pop("bad.weight"))
+    assert_same(tensors, TENSORS)
+
+
 def test_absent_other_and_empty_files(tmp_path):
     with pytest.raises(UserError, match=r"none\.ckpt: there is no such file"):
         files.read_tensors(tmp_path / "none.ckpt")
@@ -172,6 +181,17 @@ def test_truncated_pytorch_files(tmp_path, zipped, share):
     whole = path.read_bytes()
     path.write_bytes(whole[: int(share * len(whole))])
     with pytest.raises(UserError, match=r"x\.ckpt: is (incomplete|not a PyTorch checkpoint of tensors, or damaged)"):
+        files.read_tensors(path)
+
+
+def test_a_damaged_byte_in_a_pytorch_file(tmp_path):
+    torch = pytest.importorskip("torch")
+    path = tmp_path / "x.ckpt"
+    torch.save({"a": torch.zeros(1000)}, path)
+    whole = bytearray(path.read_bytes())
+    whole[len(whole) // 2] ^= 1
+    path.write_bytes(whole)
+    with pytest.raises(UserError, match=r"x\.ckpt: is damaged \(the checksum of x/data/0 is another\); fetch it again"):
         files.read_tensors(path)
 
 

@@ -168,6 +168,7 @@ WRONG = {
         lambda s: s.update({CONV: np.zeros((320, 4, 3, 3), np.float32)}),
         "sizes of its denoiser contradict",
     ),
+    "a value that is no number": (lambda s: s.update({BIAS: np.full(32, np.nan, np.float32)}), r"out\.0\.bias holds NaN or infinity"),
     "a kernel without axes": (
         lambda s: s.update({"first_stage_model.quant_conv.weight": np.zeros((), np.float32)}),
         r"is \[\], which should have 4 axes",
@@ -233,6 +234,11 @@ def test_an_output_that_is_something_else(tmp_path, model):
     (tmp_path / "bad/imported.json").write_text("{")
     with pytest.raises(UserError, match=r"imported\.json: cannot be read"):
         read_imported(tmp_path / "bad")
+    for text in ("[]", '{"networks": 3}', '{"networks": {"denoiser": 3}}', '{"networks": {"denoiser": {"config": 3, "sha256": ""}}}'):
+        (tmp_path / "bad/imported.json").write_text(text)
+        for read in (read_imported, imported_settings):
+            with pytest.raises(UserError, match=r"imported\.json: is no table of contents"):
+                read(tmp_path / "bad")
 
 
 def test_a_half_written_import_is_refused_when_read(tmp_path, model):
@@ -241,6 +247,10 @@ def test_a_half_written_import_is_refused_when_read(tmp_path, model):
     (tmp_path / "in/text.safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match=r"text\.safetensors: .*incomplete"):
         read_imported(tmp_path / "in")
+    (tmp_path / "in/text.safetensors").write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(UserError, match=r"text\.safetensors: is not what was imported"):
+        read_imported(tmp_path / "in")
+    assert read_imported(tmp_path / "in", ["denoiser"]).keys() == {"denoiser"}  # the others are not looked at
     (tmp_path / "in/text.safetensors").unlink()
     with pytest.raises(UserError, match=r"text\.safetensors: there is no such file"):
         read_imported(tmp_path / "in")
