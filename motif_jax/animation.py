@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import pathlib
 import zlib
 
@@ -56,6 +57,8 @@ class Animator:
             if not (weights.run_directory(directory) / "config.json").exists():
                 raise UserError(f"{directory}: no config.json there; expected a work directory of motif_jax.main")
             config = weights.read_config(directory)
+        if guidance is not None and not math.isfinite(guidance):
+            raise UserError(f"--guidance={guidance}: must be a finite number")
         changed = {k: v for k, v in {"steps": steps, "guidance": guidance}.items() if v is not None}
         if changed.get("steps", 1) > config.diffusion.num_timesteps:
             raise UserError(f"--steps={steps}: at most {config.diffusion.num_timesteps}, the timesteps of training")

@@ -19,7 +19,7 @@ IMAGE = flags.DEFINE_string("image", None, "the first frame (any image file)")
 PROMPT = flags.DEFINE_string("prompt", None, "what happens")
 REQUESTS = flags.DEFINE_string("requests", None, "jsonl file with keys image, prompt, id")
 OUTPUT = flags.DEFINE_string("output", None, "FILE.mp4 or FILE.gif; with --requests a directory")
-SEED = flags.DEFINE_integer("seed", 0, "noise seed", lower_bound=0)
+SEED = flags.DEFINE_integer("seed", 0, "noise seed", lower_bound=0, upper_bound=2**31 - 1)
 STEPS = flags.DEFINE_integer("steps", None, "denoising steps (default: the configuration's)", lower_bound=1)
 GUIDANCE = flags.DEFINE_float("guidance", None, "classifier-free guidance scale (default: the configuration's)", lower_bound=0.0)
 FRAME_STRIDE = flags.DEFINE_integer(
@@ -32,11 +32,11 @@ flags.mark_flag_as_required("output")
 
 def main(argv: list[str]) -> None:
     commands.no_more(argv)
-    if (WORKDIR.value is None) == (CHECKPOINT.value is None):
+    if bool(WORKDIR.value) == bool(CHECKPOINT.value):
         raise UserError("give either --workdir, or --checkpoint with --config")
     if CHECKPOINT.value and CONFIG.value is None:
         raise UserError("--checkpoint needs --config")
-    if (REQUESTS.value is None) == (IMAGE.value is None or PROMPT.value is None):
+    if bool(REQUESTS.value) == bool(IMAGE.value and PROMPT.value is not None):
         raise UserError("give either --image and --prompt, or --requests")
     config = commands.configuration(CONFIG) if CONFIG.value else None
     from motif_jax import animation

@@ -278,6 +278,16 @@ BAD_CALLS = {
         ["motif_jax.sample", "--workdir={run}", "--image=x", "--prompt=x", "--output={tmp}/x.avi"],
         "must end in .mp4 or .gif",
     ),
+    "no work directory": (["motif_jax.sample", "--workdir=", "--image=x", "--prompt=x", "--output=x.gif"], "give either --workdir, or"),
+    "no list": (["motif_jax.sample", "--workdir={run}", "--requests=", "--output=x"], "give either --image and --prompt, or --requests"),
+    "huge seed": (
+        ["motif_jax.sample", "--workdir={run}", "--image=x", "--prompt=x", "--output=x.gif", "--seed=2147483648"],
+        "--seed=2147483648",
+    ),
+    "guidance that is no number": (
+        ["motif_jax.sample", "--workdir={run}", "--image=x", "--prompt=x", "--output=x.gif", "--guidance=nan"],
+        "--guidance=nan: must be a finite number",
+    ),
     "bad list": (["motif_jax.sample", "--workdir={run}", "--requests={tmp}/none.jsonl", "--output={tmp}/o"], "cannot be read"),
     "unknown world": (["motif_jax.bench", "synthetic", "--workdir={run}", "--world=mars"], "no such world"),
     "other settings": (
