@@ -143,7 +143,11 @@ def read_config(directory: str | pathlib.Path) -> Config:
     path = run_directory(pathlib.Path(directory)) / "config.json"
     if not path.exists():
         raise UserError(f"{directory}: holds neither config.json (a work directory of motif_jax.main) nor {CONTENTS} (an import)")
-    return from_json(path.read_text())
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+    return from_json(text)
 
 
 def fit(params: Params, shapes: dict[str, jax.ShapeDtypeStruct], source: str, inflate: str = "") -> Params:

@@ -228,6 +228,8 @@ def test_an_output_that_is_something_else(tmp_path, model):
     source = save(tmp_path / "x.safetensors", model)
     with pytest.raises(UserError, match="is a file; name a directory"):
         import_checkpoint("videocrafter", source, source)
+    with pytest.raises(UserError, match=r"safetensors/in: cannot be written: .*Not a directory"):
+        import_checkpoint("videocrafter", source, source / "in")
     with pytest.raises(UserError, match="is not empty and no import"):
         import_checkpoint("videocrafter", source, tmp_path)
     (tmp_path / "bad").mkdir()
@@ -263,6 +265,8 @@ def test_raft_serves_as_flow_weights(tmp_path):
     import_checkpoint("raft", save(tmp_path / "x.safetensors", given), tmp_path / "in")
     model = raft.load_raft(tmp_path / "in/raft.safetensors", "small")
     same(raft.to_reference(model, "torchvision"), given)
+    with pytest.raises(UserError, match=r"--yaml=x\.yaml: --kind=raft takes none"):
+        import_checkpoint("raft", tmp_path / "x.safetensors", tmp_path / "other", "x.yaml")
     with pytest.raises(UserError, match=r"x\.safetensors: these are not RAFT weights"):
         import_checkpoint("raft", save(tmp_path / "x.safetensors", {"a": np.zeros(2)}), tmp_path / "other")
 
@@ -276,6 +280,7 @@ def test_the_command(tmp_path, networks, model):
     source = save(tmp_path / "model.safetensors", model)
     code, out, err = command("import", "--kind=videocrafter", f"--input={source}", f"--output={tmp_path}/in")
     assert (code, err) == (0, "") and f"{len(networks['text'])} tensors" in out
+    assert "assumed, for want of a --yaml: diffusion.prediction=eps" in out and "text.heads=unknown" in out
     code, out, err = command("export", f"--workdir={tmp_path}/in", f"--output={tmp_path}/out.safetensors")
     assert (code, err) == (0, "") and "out.yaml" in out
     same(safetensors.numpy.load_file(tmp_path / "out.safetensors"), networks["denoiser"])

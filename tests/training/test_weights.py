@@ -5,6 +5,8 @@ import importlib.util
 import inspect
 import lzma
 import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +18,7 @@ import yaml
 from motif_jax.animation import Animator
 from motif_jax.config import CheckpointConfig, UserError, from_config_dict, to_dict, to_json
 from motif_jax.interop import autoencoder, unet
-from motif_jax.interop.imported import import_checkpoint
+from motif_jax.interop.imported import import_checkpoint, imported_settings
 from motif_jax.interop.settings import Settings, read_yaml, to_yaml
 from motif_jax.models.networks import Networks
 from motif_jax.training import weights
@@ -163,6 +165,9 @@ def test_what_cannot_be_exported(run, make_run, tmp_path, tiny):
     (tmp_path / "run/config.json").write_text(to_json(tiny(backbone="dit", dit=dit)))
     with pytest.raises(UserError, match="trained with backbone='dit', which the reference does not have; only 'unet3d'"):
         export(tmp_path / "run", tmp_path / "x.safetensors")
+    (tmp_path / "run/config.json").write_bytes(b"\xff")
+    with pytest.raises(UserError, match=r"run/config\.json: cannot be read: 'utf-8'"):
+        export(tmp_path / "run", tmp_path / "x.safetensors")
     (tmp_path / "run/config.json").write_text(to_json(tiny()))
     with pytest.raises(UserError, match="holds no checkpoint yet"):
         export(tmp_path / "run", tmp_path / "x.safetensors")
@@ -184,6 +189,15 @@ def test_an_exported_run_comes_back_as_an_import(run, tmp_path, tiny):
     import_checkpoint("videocrafter", tmp_path / "x.safetensors", tmp_path / "in", tmp_path / "x.yaml")
     config = changed(tiny(), init_from=str(tmp_path / "in"))
     assert_same(weights.initial_weights(config, Networks.of(config)).denoiser, run[2])
+
+
+def test_an_import_finds_the_yaml_beside_the_file(run, tmp_path, tiny):
+    """What no tensor says comes back: prediction and schedule, heads and groups, and the networks without weights."""
+    export(run[0], tmp_path / "x.safetensors")
+    command = ["import", "--kind=videocrafter", f"--input={tmp_path}/x.safetensors", f"--output={tmp_path}/in"]
+    done = subprocess.run([sys.executable, "-m", "motif_jax.convert", *command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and f"--yaml={tmp_path}/x.yaml: found beside the input" in done.stdout, done.stderr
+    assert imported_settings(tmp_path / "in") == Settings.of(tiny())
 
 
 def test_a_run_starts_from_another(run, tiny):
