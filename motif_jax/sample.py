@@ -6,6 +6,8 @@ or a whole list: --requests=FILE.jsonl (keys image, prompt, id) --output=DIR. Op
 --checkpoint=DIR --config=configs/X.py samples with a configuration of your own from an import, a run, or a run's checkpoint.
 """
 
+import functools
+
 from absl import flags
 from ml_collections import config_flags
 
@@ -41,13 +43,12 @@ def main(argv: list[str]) -> None:
     config = commands.configuration(CONFIG) if CONFIG.value else None
     from motif_jax import animation
 
-    animator = animation.Animator.load(
-        WORKDIR.value or CHECKPOINT.value, config, steps=STEPS.value, guidance=GUIDANCE.value, frame_stride=FRAME_STRIDE.value
-    )
+    options = {"steps": STEPS.value, "guidance": GUIDANCE.value, "frame_stride": FRAME_STRIDE.value}
+    load = functools.partial(animation.Animator.load, WORKDIR.value or CHECKPOINT.value, config, **options)
     if REQUESTS.value:
-        animation.animate_list(animator, REQUESTS.value, OUTPUT.value, SEED.value, BATCH.value, FORMAT.value)
+        animation.animate_list(load, REQUESTS.value, OUTPUT.value, SEED.value, BATCH.value, FORMAT.value)
     else:
-        animation.animate_one(animator, IMAGE.value, PROMPT.value, OUTPUT.value, SEED.value)
+        animation.animate_one(load, IMAGE.value, PROMPT.value, OUTPUT.value, SEED.value)
 
 
 if __name__ == "__main__":
