@@ -25,7 +25,7 @@ from motif_jax.models.unet3d import UNet3D
 TABLES = {"denoiser": unet, "autoencoder": autoencoder, "text": openclip, "image": image, "resampler": resampler}
 # A tensor that says what a file without prefixes is, and what may precede its name there.
 _MARKS = {
-    "denoiser": ("input_blocks.0.0.weight", ("",)),
+    "denoiser": ("input_blocks.0.0.weight", ("", "diffusion_model.")),
     "autoencoder": ("encoder.conv_in.weight", ("",)),
     "text": ("token_embedding.weight", ("", "model.")),
     "image": ("class_embedding", ("visual.",)),

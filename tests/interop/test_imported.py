@@ -130,6 +130,13 @@ def test_networks_one_by_one_share_a_directory(tmp_path, networks):
     assert {path.name: path.read_bytes() for path in (tmp_path / "in").iterdir()} == before
 
 
+def test_a_unet_under_its_name_within_the_model(tmp_path, networks):
+    inner = {name.removeprefix("model."): tensor for name, tensor in networks["denoiser"].items()}
+    import_checkpoint("videocrafter", save(tmp_path / "x.safetensors", inner), tmp_path / "in")
+    export(tmp_path / "in", tmp_path / "out.safetensors")
+    same(safetensors.numpy.load_file(tmp_path / "out.safetensors"), networks["denoiser"])
+
+
 def test_dynamicrafter_is_told_from_videocrafter(tmp_path, model):
     config = UNetConfig(**{**vars(SETTINGS.unet), "in_channels": 8, "image_cross_attention": True})
     image = tensors(lambda: UNet3D(config, rngs=nnx.Rngs(0)), unet.PREFIX)
