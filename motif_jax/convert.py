@@ -1,7 +1,7 @@
 """Weights from PyTorch and back:
 
 python -m motif_jax.convert import --kind=KIND --input=FILE --output=DIR [--yaml=FILE]
-    reads a .ckpt, .pth or .safetensors file (KIND: see below); DIR then serves as --config.init_from (raft: DIR/raft.safetensors as
+    reads a .safetensors or PyTorch file (KIND: see below); DIR then serves as --config.init_from (raft: DIR/raft.safetensors as
     --config.prepare.flow_weights). Without the reference's YAML, or one of the same name beside the file, the networks are read off the
     shapes of the tensors.
 python -m motif_jax.convert export --workdir=DIR --output=FILE.safetensors|.ckpt [--weights=ema|raw] [--frozen]
@@ -20,7 +20,7 @@ from motif_jax.config import UserError
 KIND = flags.DEFINE_enum(
     "kind", None, ["videocrafter", "dynamicrafter", "openclip", "openclip_image", "autoencoder", "raft"], "import: what the file holds"
 )
-INPUT = flags.DEFINE_string("input", None, "import: a .ckpt, .pth or .safetensors file")
+INPUT = flags.DEFINE_string("input", None, "import: a .safetensors, .ckpt, .pth, .pt, .bin or .index.json file")
 YAML = flags.DEFINE_string("yaml", None, "import: the reference's configuration of that file (default: FILE.yaml if it is there)")
 WORKDIR = flags.DEFINE_string("workdir", None, "export: work directory of a run, or the directory of an import")
 WEIGHTS = flags.DEFINE_enum("weights", None, ["ema", "raw"], "export: averaged or raw weights (default: averaged if the run keeps them)")

@@ -151,8 +151,8 @@ def read_checkpoint(path: str | pathlib.Path, yaml: str | pathlib.Path | None = 
             return call(*args)
         except UserError as error:
             errors.append(str(error))
-        except (ValueError, IndexError, ZeroDivisionError):  # from a network that cannot be
-            errors.append(f"the sizes of its {name} contradict each other: it is another network, or in another library's layout")
+        except (ValueError, IndexError, ZeroDivisionError) as error:  # from a network that cannot be
+            errors.append(f"the sizes of its {name} contradict each other ({error}): it is another network, or in another layout")
         return None
 
     unknown = list(parts)
