@@ -1,6 +1,7 @@
 """Animates images with a trained run: python -m motif_jax.sample --workdir=RUN --image=FILE --prompt=TEXT --output=FILE.mp4|.gif
 
-or a whole list: --requests=FILE.jsonl (keys image, prompt, id) --output=DIR. Options: --seed --steps --guidance
+or a whole list: --requests=FILE.jsonl (keys image, prompt, id) --output=DIR. The same command continues a stopped one; DIR/manifest.json
+says how its clips were made, and what would be made otherwise is refused. Options: --seed --steps --guidance
 --frame_stride (how many source frames the steps of the clip are apart).
 --workdir=RUN/checkpoints/STEP takes another checkpoint than the newest.
 --checkpoint=DIR --config=configs/X.py samples with a configuration of your own from an import, a run, or a run's checkpoint.
