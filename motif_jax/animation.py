@@ -1,15 +1,22 @@
 """A trained run as a function from images and sentences to video files."""
 
 import dataclasses
+import functools
 import json
+import math
 import pathlib
 import zlib
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import UInt8
 
+from motif_jax.bench.generate import Request, generate, write_manifest
+from motif_jax.bench.pairs import LONGEST_NAME, MANIFEST, Pair
 from motif_jax.config import Config, UserError
 from motif_jax.data.tokens import make_tokenizer
 from motif_jax.data.videos import VideoError, cover, read_image, save_video
@@ -17,6 +24,7 @@ from motif_jax.dist.mesh import BATCH
 from motif_jax.generation import make_generator
 from motif_jax.models.networks import Networks, Params
 from motif_jax.training import weights
+from motif_jax.training.checkpoint import latest_step
 from motif_jax.training.step import empty_sentence
 
 SOURCE_FPS = 24.0  # --frame_stride counts frames of a film
@@ -32,6 +40,7 @@ class Animator:
     frozen: dict[str, Params]
     fps: float  # frame rate condition
     mesh: Mesh | None = None
+    directory: pathlib.Path | None = None  # where it was loaded from
 
     def __post_init__(self) -> None:
         if self.mesh is not None:
@@ -56,14 +65,25 @@ class Animator:
             if not (weights.run_directory(directory) / "config.json").exists():
                 raise UserError(f"{directory}: no config.json there; expected a work directory of motif_jax.main")
             config = weights.read_config(directory)
+        if guidance is not None and not math.isfinite(guidance):
+            raise UserError(f"--guidance={guidance}: must be a finite number")
         changed = {k: v for k, v in {"steps": steps, "guidance": guidance}.items() if v is not None}
         if changed.get("steps", 1) > config.diffusion.num_timesteps:
             raise UserError(f"--steps={steps}: at most {config.diffusion.num_timesteps}, the timesteps of training")
         config = dataclasses.replace(config, sample=dataclasses.replace(config.sample, **changed))
         networks = Networks.of(config)
-        frozen = weights.initial_weights(config, networks, trained=False).frozen
-        params = weights.fit(weights.load(directory)["denoiser"], networks.denoiser.shapes, str(directory))
-        return cls(config, networks, params, frozen, SOURCE_FPS / frame_stride if frame_stride else config.sample.fps, mesh)
+        loaded = weights.load(directory)
+        frozen = weights.frozen_weights(networks, loaded, str(directory))
+        params = weights.fit(loaded["denoiser"], networks.denoiser.shapes, str(directory))
+        return cls(config, networks, params, frozen, SOURCE_FPS / frame_stride if frame_stride else config.sample.fps, mesh, directory)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a clip depends on besides its image, sentence and seed."""
+        c, directory = self.config, self.directory or pathlib.Path()
+        model = {"model": str(directory.resolve()), "step": latest_step(directory), "name": c.name}
+        sample = {name: value for name, value in dataclasses.asdict(c.sample).items() if name not in ("every", "count")}
+        return {**model, "frames": c.data.frames, "height": c.data.height, "width": c.data.width, "fps_condition": self.fps, **sample}
 
     def __call__(self, images: list[UInt8[np.ndarray, "H W 3"]], prompts: list[str], seeds: list[int]) -> UInt8[np.ndarray, "B T H W 3"]:
         """Clips that start at `images` (any size: covered and centre-cropped) and move as `prompts` say.
@@ -99,61 +119,70 @@ def save_clip(path: pathlib.Path, clip: UInt8[np.ndarray, "T H W 3"], fps: float
         raise UserError(f"--output: {path} cannot be written: {error}") from error
 
 
-def animate_one(animator: Animator, image: str, prompt: str, output: str, seed: int) -> None:
+def animate_one(load: Callable[[], Animator], image: str, prompt: str, output: str, seed: int) -> None:
     """Writes one clip to `output` (.mp4 or .gif)."""
     if pathlib.Path(output).suffix.lower() not in (".mp4", ".gif"):
         raise UserError(f"--output={output}: must end in .mp4 or .gif")
+    animator = load()
     clip = animator([open_image(image)], [prompt], [seed])[0]
     save_clip(pathlib.Path(output), clip, animator.config.sample.fps)
     print(f"{output}: {len(clip)} frames of {clip.shape[1]}x{clip.shape[2]}")
 
 
-def read_requests(path: str) -> list[dict[str, str]]:
+def read_requests(path: str) -> list[Pair]:
     """The lines of a jsonl file with keys image, prompt, id; image paths are relative to the file. Raises UserError listing bad lines."""
     file = pathlib.Path(path)
     try:
-        lines = [line for line in file.read_text().splitlines() if line.strip()]
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--requests={path}: cannot be read: {error}") from error
     requests, bad = [], []
     for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
             found = json.loads(line)
-            requests.append({key: str(found[key]) for key in ("image", "prompt", "id")})
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            bad.append(f"line {number}: {error!r}")
+            image, prompt, name = (found[key] for key in ("image", "prompt", "id"))
+            if not isinstance(image, str) or not isinstance(prompt, str) or not isinstance(name, (str, int)):
+                raise TypeError("image, prompt and id must be text")
+            name, image = str(name), file.parent / image
+            if not image.is_file():
+                raise ValueError(f"no image {image}")
+            if name in ("", ".", "..") or "/" in name or "\0" in name or len(name.encode()) > LONGEST_NAME:
+                raise ValueError(f"id {name!r} is no file name")
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            bad.append(f"line {number}: {f'no key {error}' if isinstance(error, KeyError) else error}")
             continue
-        image = file.parent / requests[-1]["image"]
-        requests[-1]["image"] = str(image)
-        if not image.is_file():
-            bad.append(f"line {number}: no image {image}")
-        if "/" in requests[-1]["id"] or requests[-1]["id"] in ("", ".", ".."):
-            bad.append(f"line {number}: id {requests[-1]['id']!r} is no file name")
-    ids = [r["id"] for r in requests]
-    bad += [f"id {i!r} occurs {ids.count(i)} times" for i in sorted({i for i in ids if ids.count(i) > 1})]
+        requests.append(Pair(name, image.resolve(), prompt))
+    bad += [f"id {name!r} occurs {count} times" for name, count in Counter(r.id for r in requests).items() if count > 1]
     if bad or not requests:
         raise UserError(f"--requests={path}: " + ("; ".join(bad) if bad else "holds no request"))
     return requests
 
 
-def animate_list(animator: Animator, requests_file: str, output: str, seed: int, batch_size: int, suffix: str) -> None:
-    """Writes `<output>/<id>.<suffix>` for every request; files that are there are kept, so that a stopped run continues.
+def _others(directory: pathlib.Path, requests: Sequence[Request]) -> list[str]:
+    """Those of the requests' files that are there and that the manifest gives another image or sentence."""
+    try:
+        made = {v["file"]: (v["image"], v["prompt"]) for v in json.loads((directory / MANIFEST).read_text())["videos"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return []  # there is none yet, or `write_manifest` names its fault
+    asked = {r.file: (str(r.pair.image), r.pair.prompt) for r in requests if (directory / r.file).exists()}
+    return [file for file, shown in asked.items() if made.get(file, shown) != shown]
 
-    The noise of a clip depends on (seed, id) alone.
+
+def animate_list(load: Callable[[], Animator], requests_file: str, output: str, seed: int, batch_size: int, suffix: str) -> None:
+    """Writes `<output>/<id>.<suffix>` for every request, and a manifest of them; a stopped run continues, unless it was another one.
+
+    The noise of a clip depends on (seed, id) alone. Raises UserError where a clip that is there was made otherwise.
     """
     directory = pathlib.Path(output)
+    requests = [Request(pair, seed, f"{pair.id}.{suffix}") for pair in read_requests(requests_file)]
+    animator = load()
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output={output}: cannot be made: {error}") from error
-    everything = read_requests(requests_file)
-    todo = [r for r in everything if not (directory / f"{r['id']}.{suffix}").exists()]
-    print(f"{len(everything)} requests, {len(everything) - len(todo)} done before")
-    for start in range(0, len(todo), batch_size):
-        part = todo[start : start + batch_size]
-        full = part + [part[-1]] * (batch_size - len(part))  # one compiled shape
-        seeds = [noise_seed(seed, r["id"]) for r in full]
-        clips = animator([open_image(r["image"]) for r in full], [r["prompt"] for r in full], seeds)
-        for request, clip in zip(part, clips, strict=False):
-            save_clip(directory / f"{request['id']}.{suffix}", clip, animator.config.sample.fps)
-        print(f"{min(start + batch_size, len(todo))}/{len(todo)} clips", flush=True)
+    if others := _others(directory, requests):
+        raise UserError(f"--output={output}: {others[0]} there shows another image or prompt; delete it, or choose another --output")
+    write_manifest(directory, requests, {**animator.settings, "seed": seed})
+    generate(animator, requests, directory, animator.config.sample.fps, batch_size, functools.partial(print, flush=True))

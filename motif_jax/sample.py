@@ -1,10 +1,13 @@
 """Animates images with a trained run: python -m motif_jax.sample --workdir=RUN --image=FILE --prompt=TEXT --output=FILE.mp4|.gif
 
-or a whole list: --requests=FILE.jsonl (keys image, prompt, id) --output=DIR. Options: --seed --steps --guidance
+or a whole list: --requests=FILE.jsonl (keys image, prompt, id) --output=DIR. The same command continues a stopped one; DIR/manifest.json
+says how its clips were made, and what would be made otherwise is refused. Options: --seed --steps --guidance
 --frame_stride (how many source frames the steps of the clip are apart).
 --workdir=RUN/checkpoints/STEP takes another checkpoint than the newest.
 --checkpoint=DIR --config=configs/X.py samples with a configuration of your own from an import, a run, or a run's checkpoint.
 """
+
+import functools
 
 from absl import flags
 from ml_collections import config_flags
@@ -19,7 +22,7 @@ IMAGE = flags.DEFINE_string("image", None, "the first frame (any image file)")
 PROMPT = flags.DEFINE_string("prompt", None, "what happens")
 REQUESTS = flags.DEFINE_string("requests", None, "jsonl file with keys image, prompt, id")
 OUTPUT = flags.DEFINE_string("output", None, "FILE.mp4 or FILE.gif; with --requests a directory")
-SEED = flags.DEFINE_integer("seed", 0, "noise seed", lower_bound=0)
+SEED = flags.DEFINE_integer("seed", 0, "noise seed", lower_bound=0, upper_bound=2**31 - 1)
 STEPS = flags.DEFINE_integer("steps", None, "denoising steps (default: the configuration's)", lower_bound=1)
 GUIDANCE = flags.DEFINE_float("guidance", None, "classifier-free guidance scale (default: the configuration's)", lower_bound=0.0)
 FRAME_STRIDE = flags.DEFINE_integer(
@@ -32,22 +35,21 @@ flags.mark_flag_as_required("output")
 
 def main(argv: list[str]) -> None:
     commands.no_more(argv)
-    if (WORKDIR.value is None) == (CHECKPOINT.value is None):
+    if bool(WORKDIR.value) == bool(CHECKPOINT.value):
         raise UserError("give either --workdir, or --checkpoint with --config")
     if CHECKPOINT.value and CONFIG.value is None:
         raise UserError("--checkpoint needs --config")
-    if (REQUESTS.value is None) == (IMAGE.value is None or PROMPT.value is None):
+    if bool(REQUESTS.value) == bool(IMAGE.value and PROMPT.value is not None):
         raise UserError("give either --image and --prompt, or --requests")
     config = commands.configuration(CONFIG) if CONFIG.value else None
     from motif_jax import animation
 
-    animator = animation.Animator.load(
-        WORKDIR.value or CHECKPOINT.value, config, steps=STEPS.value, guidance=GUIDANCE.value, frame_stride=FRAME_STRIDE.value
-    )
+    options = {"steps": STEPS.value, "guidance": GUIDANCE.value, "frame_stride": FRAME_STRIDE.value}
+    load = functools.partial(animation.Animator.load, WORKDIR.value or CHECKPOINT.value, config, **options)
     if REQUESTS.value:
-        animation.animate_list(animator, REQUESTS.value, OUTPUT.value, SEED.value, BATCH.value, FORMAT.value)
+        animation.animate_list(load, REQUESTS.value, OUTPUT.value, SEED.value, BATCH.value, FORMAT.value)
     else:
-        animation.animate_one(animator, IMAGE.value, PROMPT.value, OUTPUT.value, SEED.value)
+        animation.animate_one(load, IMAGE.value, PROMPT.value, OUTPUT.value, SEED.value)
 
 
 if __name__ == "__main__":

@@ -175,11 +175,12 @@ def test_sampling(environment, trained, tmp_path):
     )
     run(environment, *command, "--batch_size=2")
     first = {p.name: p.read_bytes() for p in (tmp_path / "all").iterdir()}
-    assert sorted(first) == ["blue.gif", "green.gif", "red.gif"]
+    assert sorted(first) == ["blue.gif", "green.gif", "manifest.json", "red.gif"]
     # Another batch size, and files of an earlier run in place: a clip depends on (seed, id), what is there is kept.
     (tmp_path / "all" / "green.gif").unlink()
-    assert "3 requests, 2 done before" in run(environment, *command, "--batch_size=2")
+    assert "3 videos, 2 done before" in run(environment, *command, "--batch_size=2")
     assert (tmp_path / "all" / "green.gif").read_bytes() == first["green.gif"]
+    assert "made otherwise (seed: 0 there, 1 now)" in run(environment, *command, "--seed=1", expect=1)
 
 
 def test_synthetic_benchmark(environment, trained):
@@ -277,6 +278,16 @@ BAD_CALLS = {
     "no video type": (
         ["motif_jax.sample", "--workdir={run}", "--image=x", "--prompt=x", "--output={tmp}/x.avi"],
         "must end in .mp4 or .gif",
+    ),
+    "no work directory": (["motif_jax.sample", "--workdir=", "--image=x", "--prompt=x", "--output=x.gif"], "give either --workdir, or"),
+    "no list": (["motif_jax.sample", "--workdir={run}", "--requests=", "--output=x"], "give either --image and --prompt, or --requests"),
+    "huge seed": (
+        ["motif_jax.sample", "--workdir={run}", "--image=x", "--prompt=x", "--output=x.gif", "--seed=2147483648"],
+        "--seed=2147483648",
+    ),
+    "guidance that is no number": (
+        ["motif_jax.sample", "--workdir={run}", "--image=x", "--prompt=x", "--output=x.gif", "--guidance=nan"],
+        "--guidance=nan: must be a finite number",
     ),
     "bad list": (["motif_jax.sample", "--workdir={run}", "--requests={tmp}/none.jsonl", "--output={tmp}/o"], "cannot be read"),
     "unknown world": (["motif_jax.bench", "synthetic", "--workdir={run}", "--world=mars"], "no such world"),

@@ -6,6 +6,7 @@ import re
 import zlib
 from collections.abc import Callable, Sequence
 
+import ftfy
 import numpy as np
 from jaxtyping import Int
 
@@ -60,10 +61,5 @@ def _openclip(sentences: Sequence[str], *, length: int, vocabulary) -> np.ndarra
 
 
 def _clean(sentence: str) -> str:
-    try:
-        import ftfy
-
-        sentence = ftfy.fix_text(sentence)
-    except ImportError:
-        pass  # only repairs text that was decoded with the wrong encoding
+    sentence = ftfy.fix_text(sentence)
     return re.sub(r"\s+", " ", html.unescape(html.unescape(sentence))).strip().lower()

@@ -15,12 +15,12 @@ from motif_jax.models.attention import IMAGE_TOKENS
 HEAD = 64  # width of an attention head where shapes do not tell
 
 
-def _shape(tensors: Mapping[str, Any], name: str, what: str, axes: int | None = None) -> tuple[int, ...]:
+def _shape(tensors: Mapping[str, Any], name: str, what: str, axes: int) -> tuple[int, ...]:
     if name not in tensors:
         raise UserError(f"holds no {what} in the reference's names: there is no {name}")
     shape = tuple(tensors[name].shape)
-    if axes is not None and len(shape) != axes:
-        raise UserError(f"holds no {what} as the reference has it: {name} is {list(shape)}, which should have {axes} axes")
+    if len(shape) != axes or 0 in shape:
+        raise UserError(f"holds no {what} as the reference has it: {name} is {list(shape)}, which should have {axes} axes and be filled")
     return shape
 
 
@@ -34,29 +34,32 @@ def unet_config(tensors: Mapping[str, Any]) -> UNetConfig:
 
     The head width is read off `init_attn`, whose inner width is eight heads; without it, it is taken as 64.
     """
-    width, channels, *_ = _shape(tensors, "input_blocks.0.0.weight", "U-Net")
+    width, channels, *_ = _shape(tensors, "input_blocks.0.0.weight", "U-Net", 4)
     mults, rates, rate = [[]], set(), 1
     for i in range(1, _count(tensors, r"input_blocks\.(\d+)\.")):
         if f"input_blocks.{i}.0.op.weight" in tensors:
             mults.append([])
             rate *= 2
             continue
-        mults[-1].append(_shape(tensors, f"input_blocks.{i}.0.in_layers.2.weight", "U-Net")[0] // width)
+        mults[-1].append(_shape(tensors, f"input_blocks.{i}.0.in_layers.2.weight", "U-Net", 4)[0] // width)
         if f"input_blocks.{i}.1.norm.weight" in tensors:
             rates.add(rate)
     if any(len(set(level)) != 1 or len(level) != len(mults[0]) for level in mults):
         raise UserError(f"its U-Net has levels of unequal blocks (widths over {width}: {mults}), which no configuration describes")
     spatial = r"(?:input|output)_blocks\.\d+\.1\.transformer_blocks\.0\.attn2\.to_k\.weight"
-    contexts = [tensor.shape[1] for name, tensor in tensors.items() if re.fullmatch(spatial, name)]
-    inner = tensors["init_attn.0.proj_in.weight"].shape[0] if "init_attn.0.proj_in.weight" in tensors else 8 * HEAD
+    contexts = [_shape(tensors, name, "U-Net", 2)[1] for name in tensors if re.fullmatch(spatial, name)]
+    first = "init_attn.0.proj_in.weight"
+    head = _shape(tensors, first, "U-Net", 3)[0] // 8 if first in tensors else HEAD
+    if wrong := [width * level[0] for level in mults if width * level[0] % head]:
+        raise UserError(f"its U-Net has a level of width {wrong[0]}, no multiple of a head's {head}; name num_head_channels in a --yaml")
     return UNetConfig(
         in_channels=channels,
-        out_channels=_shape(tensors, "out.2.weight", "U-Net")[0],
+        out_channels=_shape(tensors, "out.2.weight", "U-Net", 4)[0],
         model_channels=width,
         channel_mult=tuple(level[0] for level in mults),
         num_res_blocks=len(mults[0]),
         attention_resolutions=tuple(sorted(rates, reverse=True)),
-        num_head_channels=inner // 8,
+        num_head_channels=head,
         transformer_depth=max(1, _count(tensors, r"middle_block\.1\.transformer_blocks\.(\d+)\.")),
         context_dim=contexts[0] if contexts else UNetConfig().context_dim,
         temporal_conv="middle_block.0.temopral_conv.conv1.0.weight" in tensors,
@@ -70,12 +73,12 @@ def unet_config(tensors: Mapping[str, Any]) -> UNetConfig:
 
 def autoencoder_config(tensors: Mapping[str, Any]) -> AutoencoderConfig:
     """The KL autoencoder that these tensors belong to; its scale factor is not among them."""
-    ch = _shape(tensors, "encoder.conv_in.weight", "autoencoder")[0]
+    ch = _shape(tensors, "encoder.conv_in.weight", "autoencoder", 4)[0]
     levels = _count(tensors, r"encoder\.down\.(\d+)\.")
-    widths = [_shape(tensors, f"encoder.down.{i}.block.0.conv1.weight", "autoencoder")[0] for i in range(levels)]
+    widths = [_shape(tensors, f"encoder.down.{i}.block.0.conv1.weight", "autoencoder", 4)[0] for i in range(levels)]
     return AutoencoderConfig(
         factor=2 ** (levels - 1),
-        z_channels=_shape(tensors, "quant_conv.weight", "autoencoder")[0] // 2,
+        z_channels=_shape(tensors, "quant_conv.weight", "autoencoder", 4)[0] // 2,
         ch=ch,
         ch_mult=tuple(width // ch for width in widths),
         num_res_blocks=_count(tensors, r"encoder\.down\.0\.block\.(\d+)\."),
@@ -87,10 +90,10 @@ def text_config(tensors: Mapping[str, Any]) -> TextConfig:
 
     OpenCLIP's published towers have heads of 64; `heads` is 0, unknown, for widths that none of them has.
     """
-    vocabulary, width = _shape(tensors, "token_embedding.weight", "text tower")
+    vocabulary, width = _shape(tensors, "token_embedding.weight", "text tower", 2)
     return TextConfig(
         vocab_size=vocabulary,
-        context_length=_shape(tensors, "positional_embedding", "text tower")[0],
+        context_length=_shape(tensors, "positional_embedding", "text tower", 2)[0],
         width=width,
         layers=_count(tensors, r"transformer\.resblocks\.(\d+)\."),
         heads=width // HEAD if width in (512, 640, 768, 1024, 1280) else 0,
@@ -114,7 +117,7 @@ def image_config(tensors: Mapping[str, Any]) -> ImageConfig:
 def resampler_config(tensors: Mapping[str, Any]) -> ResamplerConfig:
     """The resampler that these tensors belong to, its heads taken as 64 wide. Its input is as wide as the image tower."""
     queries, width = _shape(tensors, "latents", "resampler", 3)[1:]
-    inner = _shape(tensors, "layers.0.0.to_q.weight", "resampler")[0]
+    inner = _shape(tensors, "layers.0.0.to_q.weight", "resampler", 2)[0]
     return ResamplerConfig(
         width=width,
         depth=_count(tensors, r"layers\.(\d+)\."),

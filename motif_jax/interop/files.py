@@ -1,4 +1,4 @@
-"""Files of named tensors: .safetensors, and PyTorch's .ckpt, .pth and .pt. Read lazily; written whole or not at all.
+"""Files of named tensors: .safetensors, and PyTorch's .ckpt, .pth, .pt and .bin. Read lazily; written whole or not at all.
 
 Nothing stored in a file is executed, and PyTorch is imported only for its own files.
 """
@@ -14,6 +14,7 @@ import pickle
 import re
 import struct
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -24,8 +25,8 @@ import safetensors
 
 from motif_jax.config import UserError
 
-PYTORCH = (".ckpt", ".pth", ".pt")
-_DEEPSPEED = "_forward_module."  # precedes every name of a DeepSpeed file
+PYTORCH = (".ckpt", ".pth", ".pt", ".bin")
+_WRAPPERS = ("_forward_module.", "module.", "_orig_mod.")  # what DeepSpeed, DistributedDataParallel and compile put before every name
 
 _DTYPES = {
     "F64": np.float64,
@@ -57,23 +58,47 @@ class Lazy:
 def read_tensors(path: str | pathlib.Path) -> dict[str, Lazy]:
     """The tensors of a file by name, in the file's types; bfloat16 as the NumPy type of ml_dtypes, or widened to float32.
 
-    PyTorch files may be DeepSpeed's ("module"), Lightning's ("state_dict") or a bare dict of tensors; DeepSpeed's name prefix is
-    taken off. Raises UserError for a file that is absent, damaged, of another kind, or whose reading would run code.
+    PyTorch files may be DeepSpeed's ("module"), Lightning's ("state_dict") or a bare dict of tensors; what a wrapper has put before all
+    names is taken off. An .index.json stands for the files that it lists. Raises UserError for a file that is absent, damaged, of another
+    kind, or whose reading would run code; reading a tensor raises it for one that is not finite.
     """
     path = pathlib.Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: there is no such file")
-    if path.suffix == ".safetensors":
-        tensors = _read_safetensors(path)
-    elif path.suffix in PYTORCH:
-        tensors = _read_pytorch(path)
-    else:
-        raise UserError(f"{path}: must be a .safetensors, .ckpt, .pth or .pt file")
+    tensors = _read_index(path) if path.name.endswith(".index.json") else _read_one(path)
     if not tensors:
         raise UserError(f"{path}: holds no tensors")
-    if all(name.startswith(_DEEPSPEED) for name in tensors):
-        tensors = {name.removeprefix(_DEEPSPEED): tensor for name, tensor in tensors.items()}
-    return tensors
+    while wrapper := next((w for w in _WRAPPERS if all(name.startswith(w) for name in tensors)), None):
+        tensors = {name.removeprefix(wrapper): tensor for name, tensor in tensors.items()}
+    return {name: dataclasses.replace(tensor, read=partial(_finite, path, name, tensor.read)) for name, tensor in tensors.items()}
+
+
+def _read_one(path: pathlib.Path) -> dict[str, Lazy]:
+    if not path.is_file():
+        raise UserError(f"{path}: there is no such file")
+    if path.suffix.lower() == ".safetensors":
+        return _read_safetensors(path)
+    if path.suffix.lower() in PYTORCH:
+        return _read_pytorch(path)
+    raise UserError(f"{path}: must be a .safetensors, {', '.join(PYTORCH)} or .index.json file")
+
+
+def _read_index(path: pathlib.Path) -> dict[str, Lazy]:
+    try:
+        places = json.loads(path.read_text())["weight_map"]
+        parts = {file: _read_one(path.parent / file) for file in sorted(set(places.values()))}
+    except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path}: is no index of weight files: {error!r}") from error
+    if absent := [f"{name} in {file}" for name, file in places.items() if name not in parts[file]]:
+        raise UserError(f"{path}: lists what its files do not hold: {'; '.join(absent)}")
+    return {name: parts[file][name] for name, file in places.items()}
+
+
+def _finite(path: pathlib.Path, name: str, read: Callable[[], np.ndarray]) -> np.ndarray:
+    array = read()
+    if not np.isfinite(array).all():
+        raise UserError(f"{path}: {name} holds NaN or infinity, so that no network can use it; fetch the file again")
+    return array
 
 
 def _read_safetensors(path: pathlib.Path) -> dict[str, Lazy]:
@@ -86,14 +111,20 @@ def _read_safetensors(path: pathlib.Path) -> dict[str, Lazy]:
         (length,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(length))
     header.pop("__metadata__", None)
-    if strange := sorted({entry["dtype"] for entry in header.values()} - _DTYPES.keys()):
-        raise UserError(f"{path}: holds tensors of type {', '.join(strange)}; must be floating point or integers")
+    _check_types(path, {entry["dtype"] for entry in header.values()} - _DTYPES.keys())
 
     def tensor(entry: dict[str, Any]) -> Lazy:
         dtype, shape = np.dtype(_DTYPES[entry["dtype"]]), tuple(entry["shape"])
         return Lazy(shape, dtype, partial(_read_part, path, 8 + length + entry["data_offsets"][0], shape, dtype))
 
     return {name: tensor(entry) for name, entry in header.items()}
+
+
+def _check_types(path: pathlib.Path, strange: set[str]) -> None:
+    if strange:
+        raise UserError(
+            f"{path}: holds tensors of type {', '.join(sorted(strange))}; must be integers or floating point of 16 bits or more"
+        )
 
 
 def _read_part(path: pathlib.Path, offset: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -112,6 +143,8 @@ def _read_pytorch(path: pathlib.Path) -> dict[str, Lazy]:
     with open(path, "rb") as file:
         if file.read(4) == b"PK\x03\x04" and not zipped:
             raise UserError(f"{path}: is incomplete (the table of contents at its end is missing); fetch it again")
+    if zipped and (damaged := _damaged_member(path)):
+        raise UserError(f"{path}: is damaged (the checksum of {damaged} is another); fetch it again")
     try:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
@@ -131,6 +164,8 @@ def _read_pytorch(path: pathlib.Path) -> dict[str, Lazy]:
         raise UserError(
             f"{path}: holds no state dict: expected names and tensors, maybe below 'state_dict' or 'module', found {sorted(kinds)}"
         )
+    kinds = {str(value.dtype).removeprefix("torch.") for value in found.values()}
+    _check_types(path, kinds - {dtype.name for dtype in _NAMES})
 
     def tensor(value: Any) -> Lazy:
         wide = value.dtype == torch.bfloat16  # which NumPy does not know
@@ -138,6 +173,15 @@ def _read_pytorch(path: pathlib.Path) -> dict[str, Lazy]:
         return Lazy(tuple(value.shape), dtype, lambda: (value.float() if wide else value).detach().numpy())
 
     return {str(name): tensor(value) for name, value in found.items()}
+
+
+def _damaged_member(path: pathlib.Path) -> str | None:
+    """The first part of a zipped PyTorch file that is not what its checksum says; PyTorch does not look."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip()
+    except (zipfile.BadZipFile, zlib.error, RuntimeError, OSError, ValueError) as error:
+        return f"a part that cannot be read, {error}"
 
 
 @contextlib.contextmanager

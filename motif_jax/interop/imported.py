@@ -5,9 +5,11 @@
 as each brings other networks.
 """
 
+import contextlib
 import dataclasses
 import json
 import pathlib
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -41,6 +43,8 @@ def import_checkpoint(
     source, output = pathlib.Path(source), pathlib.Path(output)
     if kind not in KINDS:
         raise UserError(f"--kind={kind}: must be one of {', '.join(KINDS)}")
+    if kind == "raft" and yaml:
+        raise UserError(f"--yaml={yaml}: --kind=raft takes none, since its shapes say everything")
     networks, config = _raft(source) if kind == "raft" else _networks(kind, source, yaml)
     contents = _contents(output) if (output / CONTENTS).exists() else {"networks": {}}
     _check_output(output, contents["networks"], networks)
@@ -53,12 +57,13 @@ def import_checkpoint(
             made.insert(0, path)
             contents["networks"][name] = {**about, "sha256": files.write_safetensors(path, tensors), "config": config.get(name, {})}
         if "denoiser" in networks:
-            contents["diffusion"] = config["diffusion"]
+            contents |= {key: config[key] for key in ("diffusion", "weightless")}
         with files.replacing(output / CONTENTS) as temporary:
             temporary.write_text(json.dumps(contents, indent=2, sort_keys=True) + "\n")
     except BaseException as error:
         for path in made:
-            path.rmdir() if path.is_dir() else path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.rmdir() if path.is_dir() else path.unlink()
         if isinstance(error, OSError):
             raise UserError(f"{output}: cannot be written: {error}") from error
         raise
@@ -81,7 +86,8 @@ def _networks(kind: str, source: pathlib.Path, yaml: str | pathlib.Path | None) 
     for name in ("text", "image"):
         if config[name]["heads"] == 0:
             del config[name]["heads"]  # nothing says how many
-    return weights, config | {"diffusion": dataclasses.asdict(settings.diffusion)}
+    weightless = {name: config[name] for name in ("autoencoder", "text", "image") if config[name]["kind"] in ("pixel", "words", "random")}
+    return weights, config | {"diffusion": dataclasses.asdict(settings.diffusion), "weightless": weightless}
 
 
 def _raft(source: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -106,10 +112,14 @@ def _contents(directory: pathlib.Path) -> dict[str, Any]:
     path = directory / CONTENTS
     try:
         found = json.loads(path.read_text())
-        if isinstance(found.get("networks"), dict):
+        parts = found["networks"].values()
+        groups = [found.get("diffusion", {}), found.get("weightless", {}), *(part["config"] for part in parts)]
+        if all(isinstance(group, dict) for group in groups) and all(isinstance(part["sha256"], str) for part in parts):
             return found
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error}); import again") from error
+    except (KeyError, TypeError, AttributeError):
+        pass
     raise UserError(f"{path}: is no table of contents of an import; import again")
 
 
@@ -117,24 +127,49 @@ def is_imported(directory: str | pathlib.Path) -> bool:
     return (pathlib.Path(directory) / CONTENTS).exists()
 
 
-def read_imported(directory: str | pathlib.Path) -> Weights:
-    """{network: {dotted path: array, not yet read}} of the networks in a directory. Raises UserError."""
+def read_imported(directory: str | pathlib.Path, names: Iterable[str] = tuple(_CONFIGS)) -> Weights:
+    """{network: {dotted path: array, not yet read}} of those of `names` that a directory holds.
+
+    Raises UserError, also for a file that is no longer what was imported.
+    """
     directory = pathlib.Path(directory)
-    names = [name for name in _CONFIGS if name in _contents(directory)["networks"]]
-    return {name: files.read_tensors(directory / f"{name}.safetensors") for name in names}
+    contents, found = _contents(directory)["networks"], {}
+    for name in names:
+        if name in contents:
+            path = directory / f"{name}.safetensors"
+            found[name] = files.read_tensors(path)
+            if files.sha256(path) != contents[name]["sha256"]:
+                raise UserError(f"{path}: is not what was imported (its SHA-256 is not that in {CONTENTS}); import again")
+    return found
 
 
 def imported_settings(directory: str | pathlib.Path) -> Settings:
     """What the networks of a directory are; defaults for those that it does not hold."""
     contents = _contents(pathlib.Path(directory))
     errors: list[str] = []
-    given = {name: contents["networks"].get(name, {}).get("config", {}) for name in _CONFIGS}
-    found = [build(cls, given[name], f"{name}.", errors) for name, cls in _CONFIGS.items()]
+    given = contents.get("weightless", {}) | {name: part["config"] for name, part in contents["networks"].items()}
+    found = [build(cls, given.get(name, {}), f"{name}.", errors) for name, cls in _CONFIGS.items()]
     diffusion = build(DiffusionConfig, contents.get("diffusion", {}), "diffusion.", errors)
     if errors:
         raise UserError(f"{directory}/{CONTENTS}: " + "; ".join(errors))
     for i, name in enumerate(_CONFIGS):
-        if name in ("text", "image") and given[name] and "heads" not in given[name]:
+        if name in ("text", "image") and given.get(name) and "heads" not in given[name]:
             found[i] = dataclasses.replace(found[i], heads=0)
     unet, autoencoder, text, image, resampler = found
     return Settings(unet, autoencoder, text, diffusion, image, resampler)
+
+
+def assumptions(directory: str | pathlib.Path, names: Iterable[str]) -> str:
+    """What no tensor of these networks says, so that an import without the reference's YAML took it from the published models."""
+    settings = imported_settings(directory)
+    d, u = settings.diffusion, settings.unet
+    facts = {
+        "denoiser": f"diffusion.prediction={d.prediction}, diffusion.zero_terminal_snr={d.zero_terminal_snr}, "
+        f"diffusion.base_scale={d.base_scale}, unet.norm_groups={u.norm_groups}"
+        + ("" if u.addition_attention else f", unet.num_head_channels={u.num_head_channels}"),
+        "autoencoder": f"autoencoder.scale_factor={settings.autoencoder.scale_factor}",
+        "text": f"text.heads={settings.text.heads or 'unknown'}",
+        "image": f"image.heads={settings.image.heads or 'unknown'}",
+        "resampler": f"resampler.heads={settings.resampler.heads}",
+    }
+    return ", ".join(facts[name] for name in facts if name in names)

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from motif_jax.config import UserError
 from motif_jax.interop.files import Lazy
 
 # Last part of our path -> last part of the PyTorch name; everything else keeps its name.
@@ -44,7 +45,7 @@ def to_jax(tensors: Mapping[str, Any], template: Any, *, what: str = "network", 
 
     tensors: arrays, or `files.Lazy`. template: a pytree whose leaves have a shape. ignored: regular expressions of tensor
     names that may be left over. lazy: leaves are `files.Lazy`, read and converted when asked for.
-    Raises ValueError listing every tensor that is missing, left over or of another shape.
+    Raises UserError listing every tensor that is missing, left over or of another shape.
     """
     missing, misshapen, used = [], [], set()
 
@@ -66,7 +67,7 @@ def to_jax(tensors: Mapping[str, Any], template: Any, *, what: str = "network", 
     problems = [("missing", missing), ("left over", sorted(extra)), ("of another shape", misshapen)]
     if any(names for _, names in problems):
         lines = [f"  {len(names)} {kind}: " + "; ".join(names) for kind, names in problems if names]
-        raise ValueError(f"these weights are not those of the configured {what}; check its configuration\n" + "\n".join(lines))
+        raise UserError(f"these weights are not those of the configured {what}; check its configuration\n" + "\n".join(lines))
     return filled if lazy else jax.tree.map(np.asarray, filled)
 
 

@@ -25,10 +25,18 @@ from motif_jax.models.unet3d import UNet3D
 TABLES = {"denoiser": unet, "autoencoder": autoencoder, "text": openclip, "image": image, "resampler": resampler}
 # A tensor that says what a file without prefixes is, and what may precede its name there.
 _MARKS = {
-    "denoiser": ("input_blocks.0.0.weight", ("",)),
+    "denoiser": ("input_blocks.0.0.weight", ("", "diffusion_model.")),
     "autoencoder": ("encoder.conv_in.weight", ("",)),
     "text": ("token_embedding.weight", ("", "model.")),
     "image": ("class_embedding", ("visual.",)),
+}
+# Names of layouts that are other libraries' conversions of these networks, and what to do.
+_FOREIGN = {
+    r"(^|\.)(text|vision)_model\.": ("transformers", "take the OpenCLIP file of the same model (open_clip_pytorch_model.bin)"),
+    r"(^|\.)((down|up)_blocks|mid_block|time_embedding)\.": (
+        "diffusers",
+        "take the original .ckpt or .safetensors, or convert it back with diffusers' convert_diffusers_to_original_stable_diffusion.py",
+    ),
 }
 # How the shapes of its tensors tell what a network is, and where `Settings` says so.
 _INFERRED = {
@@ -138,17 +146,19 @@ def read_checkpoint(path: str | pathlib.Path, yaml: str | pathlib.Path | None = 
         parts = {only: parts[only]}
     errors: list[str] = []
 
-    def attempt(call: Callable, *args: Any) -> Any:
+    def attempt(call: Callable, name: str, *args: Any) -> Any:
         try:
             return call(*args)
-        except ValueError as error:
+        except UserError as error:
             errors.append(str(error))
-            return None
+        except (ValueError, IndexError, ZeroDivisionError) as error:  # from a network that cannot be
+            errors.append(f"the sizes of its {name} contradict each other ({error}): it is another network, or in another layout")
+        return None
 
     unknown = list(parts)
     if settings is not None:  # the reference's YAML never gives the sizes of the towers
         unknown = [name for name, default in (("text", TextConfig()), ("image", ImageConfig())) if getattr(settings, name) == default]
-    inferred = {name: attempt(_INFERRED[name][1], parts[name]) for name in unknown if name in parts}
+    inferred = {name: attempt(_INFERRED[name][1], name, parts[name]) for name in unknown if name in parts}
     if settings is None:
         network = inferred.get("denoiser") or UNetConfig()
         trained = DYNAMICRAFTER if network.image_cross_attention else VIDEOCRAFTER
@@ -163,7 +173,7 @@ def read_checkpoint(path: str | pathlib.Path, yaml: str | pathlib.Path | None = 
         return TABLES[name].to_jax(parts[name], Network.of(make[name]).shapes, lazy=True)
 
     described = [name for name in parts if inferred.get(name, name) is not None]
-    weights = {name: attempt(fill, name) for name in described}
+    weights = {name: attempt(fill, name, name) for name in described}
     if errors:
         raise UserError(f"{path}: " + "\n".join(errors) + (f"\n(the configuration is that of {yaml})" if yaml else ""))
     return settings, weights
@@ -172,6 +182,9 @@ def read_checkpoint(path: str | pathlib.Path, yaml: str | pathlib.Path | None = 
 def _parts(tensors: Mapping[str, Lazy], path: str | pathlib.Path) -> dict[str, dict[str, Lazy]]:
     """The tensors of each network, without its prefix."""
     parts = {name: found for name, table in TABLES.items() if (found := select(tensors, table.PREFIX))}
+    for pattern, (layout, remedy) in _FOREIGN.items():
+        if found := [name for name in tensors if re.search(pattern, name)]:
+            raise UserError(f"{path}: is in the layout of {layout} ({found[0]}), which is not read; {remedy}")
     if not parts:
         for name, (mark, prefixes) in _MARKS.items():
             for prefix in prefixes:

@@ -118,7 +118,10 @@ def _unet(params: dict[str, Any], errors: list[str]) -> UNetConfig | None:
             errors.append(f"unet_config.params.{key}: unknown here, so that the network may be another one")
     need = ("in_channels", "out_channels", "model_channels", "channel_mult", "num_res_blocks", "attention_resolutions", "num_head_channels")
     errors += [f"there is no model.params.unet_config.params.{key}" for key in need if key not in params]
-    return _build(UNetConfig, given, "unet_config.params.", errors)
+    unet = _build(UNetConfig, given, "unet_config.params.", errors)
+    head, widths = unet.num_head_channels, sorted({m * unet.model_channels for m in unet.channel_mult})
+    errors += [f"unet_config.params.num_head_channels={head}: must divide the level width {width}" for width in widths if width % head]
+    return unet
 
 
 def _autoencoder(model: dict[str, Any], errors: list[str]) -> AutoencoderConfig | None:

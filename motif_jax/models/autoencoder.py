@@ -1,7 +1,7 @@
 """Pixels <-> latents: the KL autoencoder of Stable Diffusion, and an exact one that moves pixel blocks to channels.
 
 Both take images in [-1, 1] and give the moments of a Gaussian; both decode unscaled latents. Attribute names of the KL
-autoencoder are those of the reference checkpoint (`first_stage_model`).
+autoencoder are those of the reference checkpoint (`first_stage_model`). What its blocks add up is float32 in any `dtype`.
 """
 
 from typing import Any
@@ -71,7 +71,7 @@ class ResBlock(nnx.Module):
     def __call__(self, x: Float[Array, "N h w C"]) -> Float[Array, "N h w C2"]:
         y = self.conv1(jax.nn.silu(self.norm1(x)))
         y = self.conv2(jax.nn.silu(self.norm2(y)))
-        return (self.nin_shortcut(x) if self.has_shortcut else x) + y
+        return (self.nin_shortcut(x) if self.has_shortcut else x) + y.astype(jnp.float32)
 
 
 class AttentionBlock(nnx.Module):
@@ -85,7 +85,7 @@ class AttentionBlock(nnx.Module):
         N, h, w, C = x.shape
         y = self.norm(x)
         q, k, v = (layer(y).reshape(N, h * w, 1, C) for layer in (self.q, self.k, self.v))
-        return x + self.proj_out(attention(q, k, v, "xla").reshape(x.shape))
+        return x + self.proj_out(attention(q, k, v, "xla").reshape(x.shape)).astype(jnp.float32)
 
 
 class Middle(nnx.Module):

@@ -32,29 +32,41 @@ def initial_weights(config: Config, networks: Networks, trained: bool = True) ->
     Without `init_from` the denoiser is drawn from the seed. Frozen networks that have parameters (the KL autoencoder, the
     OpenCLIP towers) cannot be drawn: they need `init_from`. Raises UserError.
     """
-    key = jax.random.fold_in(jax.random.key(config.seed), WEIGHTS_STREAM)
-    need = networks.pretrained
-    if not config.init_from:
-        if need:
-            small = {"autoencoder": "autoencoder.kind='pixel'", "text": "text.kind='words'", "image": "image.kind='random'"}
-            raise UserError(
-                f"the {' and '.join(need)} of this configuration are pretrained networks: set --config.init_from to an imported "
-                f"checkpoint (docs/weights.md), or use {' and '.join(small[name] for name in need)}"
-            )
-        return Weights(networks.denoiser.init(key) if trained else {}, networks.init_frozen())
-    loaded = load(config.init_from) if trained else load_frozen(config.init_from)
-    missing = [name for name in ["denoiser"] * trained + need if name not in loaded]
-    if missing:
-        raise UserError(f"init_from={config.init_from}: holds no weights of the {' and '.join(missing)}")
-    frozen = networks.init_frozen()
-    frozen |= {name: fit(loaded[name], networks.frozen[name].shapes, f"{config.init_from} ({name})") for name in need}
     if not trained:
-        return Weights({}, frozen)
+        return Weights({}, frozen_weights(networks))
+    key = jax.random.fold_in(jax.random.key(config.seed), WEIGHTS_STREAM)
+    if not config.init_from:
+        frozen = frozen_weights(networks)
+        return Weights(networks.denoiser.init(key), frozen)
+    loaded = load(config.init_from)
+    frozen = frozen_weights(networks, loaded, config.init_from)
     given = loaded["denoiser"]
     if not any(IMAGE_PATH.fullmatch(name) for name in given):
         given = {**given, **_new_image_path(networks, key)}
     source = f"{config.init_from} (denoiser)"
     return Weights(fit(given, networks.denoiser.shapes, source, inflate="input_blocks.0.0.kernel"), frozen)
+
+
+def frozen_weights(networks: Networks, loaded: dict[str, Params] | None = None, source: str = "") -> dict[str, Params]:
+    """The frozen networks' weights: of `loaded`, which came from `source`, and where that lacks one, of the configuration's `init_from`.
+
+    Raises UserError for a pretrained network that neither holds.
+    """
+    init_from, need = networks.config.init_from, networks.pretrained
+    found = {name: (source, loaded[name]) for name in need if name in (loaded or {})}
+    if found.keys() < set(need):
+        found = {name: (init_from, params) for name, params in load_frozen(init_from).items() if name in need} | found
+    missing = [name for name in need if name not in found]
+    if missing and init_from:
+        raise UserError(f"init_from={init_from}: holds no weights of the {' and '.join(missing)}")
+    if missing:
+        small = {"autoencoder": "autoencoder.kind='pixel'", "text": "text.kind='words'", "image": "image.kind='random'"}
+        raise UserError(
+            f"the {' and '.join(missing)} of this configuration are pretrained networks: set --config.init_from to an imported "
+            f"checkpoint (docs/weights.md), or use {' and '.join(small[name] for name in missing)}"
+        )
+    fitted = {name: fit(params, networks.frozen[name].shapes, f"{source} ({name})") for name, (source, params) in found.items()}
+    return networks.init_frozen() | fitted
 
 
 def _new_image_path(networks: Networks, key: jax.Array) -> Params:
@@ -85,7 +97,10 @@ def load(directory: str | pathlib.Path, kind: str = "best") -> dict[str, Params]
     if is_imported(directory):
         if kind != "best":
             raise UserError(f"{directory}: an import holds one set of weights, not {kind}")
-        return _assembled(read_imported(directory))
+        loaded = _assembled(read_imported(directory))
+        if "denoiser" not in loaded:
+            raise UserError(f"{directory}: holds no weights of the denoiser, but {', '.join(loaded) or 'nothing that init_from reads'}")
+        return loaded
     config = read_config(directory)
     averaged = config.ema.decay > 0
     if kind == "ema" and not averaged:
@@ -113,7 +128,7 @@ def load_frozen(directory: str | pathlib.Path) -> dict[str, Params]:
     if not str(directory) or not pathlib.Path(directory).exists():
         return {}
     if is_imported(directory):
-        return {name: params for name, params in read_imported(directory).items() if name in ("autoencoder", "text", "image")}
+        return read_imported(directory, ("autoencoder", "text", "image"))
     return load_frozen(read_config(directory).init_from)
 
 
@@ -128,7 +143,11 @@ def read_config(directory: str | pathlib.Path) -> Config:
     path = run_directory(pathlib.Path(directory)) / "config.json"
     if not path.exists():
         raise UserError(f"{directory}: holds neither config.json (a work directory of motif_jax.main) nor {CONTENTS} (an import)")
-    return from_json(path.read_text())
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+    return from_json(text)
 
 
 def fit(params: Params, shapes: dict[str, jax.ShapeDtypeStruct], source: str, inflate: str = "") -> Params:

@@ -48,6 +48,13 @@ def test_openclip_start_end_and_zeros(clip_folder):
     assert tokens.dtype == np.int32
 
 
+def test_openclip_cleans_what_is_typed(clip_folder):
+    """As ftfy does for OpenCLIP: curly quotes, ligatures and full-width letters become plain ones; half a surrogate pair is no error."""
+    tokenize = make_tokenizer(TextConfig(tokenizer=str(clip_folder[0]), context_length=8))
+    for typed, plain in (("“cat’s”", '"cat\'s"'), ("ﬁ", "fi"), ("ｃａｔ", "cat"), ("a \ud83d", "a \ufffd")):
+        np.testing.assert_array_equal(tokenize([typed]), tokenize([plain]), err_msg=ascii(typed))
+
+
 def test_a_missing_vocabulary_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"text\.tokenizer=.*vocab\.json and merges\.txt"):
         make_tokenizer(TextConfig(tokenizer=str(tmp_path / "nothing")))

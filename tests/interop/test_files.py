@@ -1,5 +1,6 @@
 """Weight files: what one library writes the other reads, and what a damaged or dangerous file says."""
 
+import json
 import os
 import pathlib
 import struct
@@ -75,11 +76,20 @@ def test_a_header_that_lies_about_sizes(tmp_path):
         files.read_tensors(tmp_path / "x.safetensors")
 
 
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+def test_a_value_that_is_no_number(tmp_path, value):
+    files.write_safetensors(tmp_path / "x.safetensors", TENSORS | {"bad.weight": np.asarray([1, value], jnp.bfloat16)})
+    tensors = files.read_tensors(tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match=r"x\.safetensors: bad\.weight holds NaN or infinity"):
+        np.asarray(tensors.pop("bad.weight"))
+    assert_same(tensors, TENSORS)
+
+
 def test_absent_other_and_empty_files(tmp_path):
     with pytest.raises(UserError, match=r"none\.ckpt: there is no such file"):
         files.read_tensors(tmp_path / "none.ckpt")
     (tmp_path / "x.npz").write_bytes(b"")
-    with pytest.raises(UserError, match=r"must be a \.safetensors, \.ckpt, \.pth or \.pt file"):
+    with pytest.raises(UserError, match=r"must be a \.safetensors, \.ckpt, \.pth, \.pt, \.bin or \.index\.json file"):
         files.read_tensors(tmp_path / "x.npz")
     files.write_safetensors(tmp_path / "x.safetensors", {})
     with pytest.raises(UserError, match="holds no tensors"):
@@ -100,9 +110,34 @@ def test_a_failed_write_leaves_the_old_file_alone(tmp_path):
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["x.safetensors"]
 
 
-def test_deepspeed_names_lose_their_prefix(tmp_path):
-    files.write_safetensors(tmp_path / "x.safetensors", {"_forward_module." + name: tensor for name, tensor in TENSORS.items()})
+@pytest.mark.parametrize("wrapper", ["_forward_module.", "module.", "_orig_mod.", "module._orig_mod."])
+def test_names_lose_what_a_wrapper_put_before_all_of_them(tmp_path, wrapper):
+    files.write_safetensors(tmp_path / "x.safetensors", {wrapper + name: tensor for name, tensor in TENSORS.items()})
     assert_same(files.read_tensors(tmp_path / "x.safetensors"), TENSORS)
+    mixed = {wrapper + "a": TENSORS["a.half"], "b": TENSORS["scalar"]}
+    files.write_safetensors(tmp_path / "x.safetensors", mixed)
+    assert_same(files.read_tensors(tmp_path / "x.safetensors"), mixed)
+
+
+def test_a_model_in_several_files(tmp_path):
+    names = sorted(TENSORS)
+    parts = {"1.safetensors": names[:3], "2.safetensors": names[3:]}
+    for file, part in parts.items():
+        files.write_safetensors(tmp_path / file, {name: TENSORS[name] for name in part})
+    index, places = tmp_path / "x.safetensors.index.json", {name: file for file, part in parts.items() for name in part}
+    index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    assert_same(files.read_tensors(index), TENSORS)
+    for given, message in (
+        (json.dumps({"weight_map": places | {"c": "1.safetensors"}}), "lists what its files do not hold: c in 1.safetensors"),
+        (json.dumps({"weight_map": places | {"c": "3.safetensors"}}), r"3\.safetensors: there is no such file"),
+        (json.dumps({"weight_map": {"c": index.name}}), r"must be a \.safetensors"),
+        ("[]", "is no index of weight files"),
+        ('{"weight_map": {"a": 3}}', "is no index of weight files"),
+        ("{", "is no index of weight files"),
+    ):
+        index.write_text(given)
+        with pytest.raises(UserError, match=message):
+            files.read_tensors(index)
 
 
 def test_without_pytorch(tmp_path, monkeypatch):
@@ -129,8 +164,9 @@ def test_pytorch_layouts(tmp_path, layout, zipped):
     tensors = {name: tensor for name, tensor in TENSORS.items() if name != "brain"}
     state = {name: torch.from_numpy(tensor) for name, tensor in tensors.items()}
     state["brain"] = torch.from_numpy(TENSORS["brain"].astype(np.float32)).bfloat16()
-    torch.save(LAYOUTS[layout](state), tmp_path / "x.pth", _use_new_zipfile_serialization=zipped)
-    assert_same(files.read_tensors(tmp_path / "x.pth"), tensors | {"brain": TENSORS["brain"].astype(np.float32)})
+    path = tmp_path / {"bare": "x.bin", "lightning": "X.CKPT", "deepspeed": "x.pth"}[layout]
+    torch.save(LAYOUTS[layout](state), path, _use_new_zipfile_serialization=zipped)
+    assert_same(files.read_tensors(path), tensors | {"brain": TENSORS["brain"].astype(np.float32)})
 
 
 def test_what_we_write_pytorch_reads(tmp_path):
@@ -172,6 +208,25 @@ def test_truncated_pytorch_files(tmp_path, zipped, share):
     whole = path.read_bytes()
     path.write_bytes(whole[: int(share * len(whole))])
     with pytest.raises(UserError, match=r"x\.ckpt: is (incomplete|not a PyTorch checkpoint of tensors, or damaged)"):
+        files.read_tensors(path)
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "complex64"])
+def test_a_pytorch_type_that_is_not_read(tmp_path, dtype):
+    torch = pytest.importorskip("torch")
+    torch.save({"a": torch.zeros(2), "b": torch.zeros(2).to(getattr(torch, dtype))}, tmp_path / "x.ckpt")
+    with pytest.raises(UserError, match=rf"x\.ckpt: holds tensors of type {dtype}; must be integers or floating point"):
+        files.read_tensors(tmp_path / "x.ckpt")
+
+
+def test_a_damaged_byte_in_a_pytorch_file(tmp_path):
+    torch = pytest.importorskip("torch")
+    path = tmp_path / "x.ckpt"
+    torch.save({"a": torch.zeros(1000)}, path)
+    whole = bytearray(path.read_bytes())
+    whole[len(whole) // 2] ^= 1
+    path.write_bytes(whole)
+    with pytest.raises(UserError, match=r"x\.ckpt: is damaged \(the checksum of x/data/0 is another\); fetch it again"):
         files.read_tensors(path)
 
 

@@ -130,6 +130,13 @@ def test_networks_one_by_one_share_a_directory(tmp_path, networks):
     assert {path.name: path.read_bytes() for path in (tmp_path / "in").iterdir()} == before
 
 
+def test_a_unet_under_its_name_within_the_model(tmp_path, networks):
+    inner = {name.removeprefix("model."): tensor for name, tensor in networks["denoiser"].items()}
+    import_checkpoint("videocrafter", save(tmp_path / "x.safetensors", inner), tmp_path / "in")
+    export(tmp_path / "in", tmp_path / "out.safetensors")
+    same(safetensors.numpy.load_file(tmp_path / "out.safetensors"), networks["denoiser"])
+
+
 def test_dynamicrafter_is_told_from_videocrafter(tmp_path, model):
     config = UNetConfig(**{**vars(SETTINGS.unet), "in_channels": 8, "image_cross_attention": True})
     image = tensors(lambda: UNet3D(config, rngs=nnx.Rngs(0)), unet.PREFIX)
@@ -151,6 +158,8 @@ def broken(model, change):
 
 
 BIAS, SMALL = unet.PREFIX + "out.0.bias", np.zeros(3, np.float32)
+CONV, TABLE = unet.PREFIX + "input_blocks.0.0.weight", openclip.PREFIX + "token_embedding.weight"
+TO_K = unet.PREFIX + "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
 WRONG = {
     "an autoencoder alone": (lambda s: [s.pop(n) for n in list(s) if not n.startswith("first_stage")], "holds no U-Net, but autoencoder"),
     "another network": (lambda s: (s.clear(), s.update({"layer1.0.conv1.weight": SMALL})), "holds no network in the reference's names"),
@@ -158,6 +167,28 @@ WRONG = {
     "a tensor too many": (lambda s: s.update({unet.PREFIX + "x.y": SMALL}), r"1 left over: x\.y"),
     "a strange tensor": (lambda s: s.update({"upscaler.w": SMALL}), r"1 tensors belong to no network known here: upscaler\.w"),
     "another shape": (lambda s: s.update({BIAS: SMALL}), r"out\.0\.bias: \[3\] in the file, \[32\]"),
+    "another layout": (
+        lambda s: s.update({n: t.transpose(2, 3, 1, 0) for n, t in s.items() if t.ndim == 4}),
+        "sizes of its autoencoder contr",
+    ),
+    "a first layer of another width": (
+        lambda s: s.update({CONV: np.zeros((320, 4, 3, 3), np.float32)}),
+        "sizes of its denoiser contradict",
+    ),
+    "a value that is no number": (lambda s: s.update({BIAS: np.full(32, np.nan, np.float32)}), r"out\.0\.bias holds NaN or infinity"),
+    "a kernel without axes": (
+        lambda s: s.update({"first_stage_model.quant_conv.weight": np.zeros((), np.float32)}),
+        r"is \[\], which should have 4 axes",
+    ),
+    "a kernel of one axis": (lambda s: s.update({TO_K: SMALL}), r"attn2\.to_k\.weight is \[3\], which should have 2 axes"),
+    "an empty table": (lambda s: s.update({TABLE: np.zeros((0, 8), np.float32)}), r"token_embedding\.weight is \[0, 8\]"),
+    "no init_attn": (
+        lambda s: [s.pop(n) for n in list(s) if ".init_attn." in n],
+        "of width 32, no multiple of a head's 64; name num_head_ch",
+    ),
+    "a diffusers U-Net": (lambda s: (s.clear(), s.update({"down_blocks.0.x": SMALL})), r"is in the layout of diffusers \(down_blocks"),
+    "a diffusers autoencoder": (lambda s: s.update({"encoder.down_blocks.0.x": SMALL}), r"in the layout of diffusers.*; take the original"),
+    "a transformers tower": (lambda s: s.update({"text_model.x": SMALL}), r"in the layout of transformers.*; take the OpenCLIP file"),
 }
 
 
@@ -204,12 +235,19 @@ def test_an_output_that_is_something_else(tmp_path, model):
     source = save(tmp_path / "x.safetensors", model)
     with pytest.raises(UserError, match="is a file; name a directory"):
         import_checkpoint("videocrafter", source, source)
+    with pytest.raises(UserError, match=r"safetensors/in: cannot be written: .*Not a directory"):
+        import_checkpoint("videocrafter", source, source / "in")
     with pytest.raises(UserError, match="is not empty and no import"):
         import_checkpoint("videocrafter", source, tmp_path)
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad/imported.json").write_text("{")
     with pytest.raises(UserError, match=r"imported\.json: cannot be read"):
         read_imported(tmp_path / "bad")
+    for text in ("[]", '{"networks": 3}', '{"networks": {"denoiser": 3}}', '{"networks": {"denoiser": {"config": 3, "sha256": ""}}}'):
+        (tmp_path / "bad/imported.json").write_text(text)
+        for read in (read_imported, imported_settings):
+            with pytest.raises(UserError, match=r"imported\.json: is no table of contents"):
+                read(tmp_path / "bad")
 
 
 def test_a_half_written_import_is_refused_when_read(tmp_path, model):
@@ -218,6 +256,10 @@ def test_a_half_written_import_is_refused_when_read(tmp_path, model):
     (tmp_path / "in/text.safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match=r"text\.safetensors: .*incomplete"):
         read_imported(tmp_path / "in")
+    (tmp_path / "in/text.safetensors").write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(UserError, match=r"text\.safetensors: is not what was imported"):
+        read_imported(tmp_path / "in")
+    assert read_imported(tmp_path / "in", ["denoiser"]).keys() == {"denoiser"}  # the others are not looked at
     (tmp_path / "in/text.safetensors").unlink()
     with pytest.raises(UserError, match=r"text\.safetensors: there is no such file"):
         read_imported(tmp_path / "in")
@@ -230,6 +272,8 @@ def test_raft_serves_as_flow_weights(tmp_path):
     import_checkpoint("raft", save(tmp_path / "x.safetensors", given), tmp_path / "in")
     model = raft.load_raft(tmp_path / "in/raft.safetensors", "small")
     same(raft.to_reference(model, "torchvision"), given)
+    with pytest.raises(UserError, match=r"--yaml=x\.yaml: --kind=raft takes none"):
+        import_checkpoint("raft", tmp_path / "x.safetensors", tmp_path / "other", "x.yaml")
     with pytest.raises(UserError, match=r"x\.safetensors: these are not RAFT weights"):
         import_checkpoint("raft", save(tmp_path / "x.safetensors", {"a": np.zeros(2)}), tmp_path / "other")
 
@@ -243,6 +287,7 @@ def test_the_command(tmp_path, networks, model):
     source = save(tmp_path / "model.safetensors", model)
     code, out, err = command("import", "--kind=videocrafter", f"--input={source}", f"--output={tmp_path}/in")
     assert (code, err) == (0, "") and f"{len(networks['text'])} tensors" in out
+    assert "assumed, for want of a --yaml: diffusion.prediction=eps" in out and "text.heads=unknown" in out
     code, out, err = command("export", f"--workdir={tmp_path}/in", f"--output={tmp_path}/out.safetensors")
     assert (code, err) == (0, "") and "out.yaml" in out
     same(safetensors.numpy.load_file(tmp_path / "out.safetensors"), networks["denoiser"])

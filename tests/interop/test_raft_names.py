@@ -123,7 +123,7 @@ def test_files(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"no RAFT weights at .*absent\.pth"):
         interop.load_raft(tmp_path / "absent.pth")
     (tmp_path / "weights.npz").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"must be a \.safetensors, \.ckpt, \.pth or \.pt file"):
+    with pytest.raises(ValueError, match=r"must be a \.safetensors, \.ckpt, \.pth, \.pt, \.bin or \.index\.json file"):
         interop.load_raft(tmp_path / "weights.npz")
     with pytest.raises(ValueError, match=r"weights\.safetensors: these are weights of RAFT small"):
         interop.load_raft(path, "large")

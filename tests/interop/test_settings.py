@@ -177,6 +177,7 @@ def test_every_mistake_is_listed(tmp_path):
         ("- 1\n- 2", "is not a YAML of the reference: there is no model"),
         ("model: {params: {}}", "is not a YAML of the reference"),
         ("model: {params: {timesteps: 1000}}", "there is no unet_config"),
+        (VIDEOCRAFTER.replace("channels: 64", "channels: 640"), "num_head_channels=640: must divide the level width 320$"),
         ("!!python/object/apply:os.mkdir [x]", "cannot be read as YAML"),
     ],
 )

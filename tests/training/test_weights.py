@@ -5,6 +5,8 @@ import importlib.util
 import inspect
 import lzma
 import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +15,11 @@ import pytest
 import safetensors.numpy
 import yaml
 
+from motif_jax.animation import Animator
 from motif_jax.config import CheckpointConfig, UserError, from_config_dict, to_dict, to_json
-from motif_jax.interop import unet
-from motif_jax.interop.imported import import_checkpoint
-from motif_jax.interop.settings import read_yaml
+from motif_jax.interop import autoencoder, unet
+from motif_jax.interop.imported import import_checkpoint, imported_settings
+from motif_jax.interop.settings import Settings, read_yaml, to_yaml
 from motif_jax.models.networks import Networks
 from motif_jax.training import weights
 from motif_jax.training.checkpoint import Checkpoints
@@ -162,6 +165,9 @@ def test_what_cannot_be_exported(run, make_run, tmp_path, tiny):
     (tmp_path / "run/config.json").write_text(to_json(tiny(backbone="dit", dit=dit)))
     with pytest.raises(UserError, match="trained with backbone='dit', which the reference does not have; only 'unet3d'"):
         export(tmp_path / "run", tmp_path / "x.safetensors")
+    (tmp_path / "run/config.json").write_bytes(b"\xff")
+    with pytest.raises(UserError, match=r"run/config\.json: cannot be read: 'utf-8'"):
+        export(tmp_path / "run", tmp_path / "x.safetensors")
     (tmp_path / "run/config.json").write_text(to_json(tiny()))
     with pytest.raises(UserError, match="holds no checkpoint yet"):
         export(tmp_path / "run", tmp_path / "x.safetensors")
@@ -183,6 +189,15 @@ def test_an_exported_run_comes_back_as_an_import(run, tmp_path, tiny):
     import_checkpoint("videocrafter", tmp_path / "x.safetensors", tmp_path / "in", tmp_path / "x.yaml")
     config = changed(tiny(), init_from=str(tmp_path / "in"))
     assert_same(weights.initial_weights(config, Networks.of(config)).denoiser, run[2])
+
+
+def test_an_import_finds_the_yaml_beside_the_file(run, tmp_path, tiny):
+    """What no tensor says comes back: prediction and schedule, heads and groups, and the networks without weights."""
+    export(run[0], tmp_path / "x.safetensors")
+    command = ["import", "--kind=videocrafter", f"--input={tmp_path}/x.safetensors", f"--output={tmp_path}/in"]
+    done = subprocess.run([sys.executable, "-m", "motif_jax.convert", *command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and f"--yaml={tmp_path}/x.yaml: found beside the input" in done.stdout, done.stderr
+    assert imported_settings(tmp_path / "in") == Settings.of(tiny())
 
 
 def test_a_run_starts_from_another(run, tiny):
@@ -261,3 +276,30 @@ def test_step_0_equals_the_text_to_video_model(shared, golden_import, image):
         output = jax.jit(networks.denoise)(params, x[..., :4], golden["t"], golden["context"], golden["fps"], condition)
     expected = np.moveaxis(golden["out4"], 1, -1)
     assert np.linalg.norm(output - expected) <= 1e-5 * np.linalg.norm(expected)
+
+
+KL = {"kind": "kl", "factor": 4, "z_channels": 4, "ch": 32, "ch_mult": [1, 1, 1], "num_res_blocks": 1}
+
+
+def test_sampling_takes_the_frozen_networks_of_the_import(tmp_path, tiny):
+    """An import that holds everything needs no init_from; what it lacks comes from there."""
+    config = tiny(autoencoder=KL, unet={"in_channels": 8, "out_channels": 4})
+    networks = Networks.of(config)
+    denoiser = random_params(networks, 1)
+    rng = np.random.default_rng(2)
+    kl = {path: rng.normal(size=leaf.shape).astype(np.float32) for path, leaf in networks.autoencoder.shapes.items()}
+    files = {"unet": torch_layout(denoiser), "kl": {autoencoder.PREFIX + name: x for name, x in autoencoder.to_torch(kl).items()}}
+    (tmp_path / "x.yaml").write_text(to_yaml(Settings.of(config)))
+    for name, tensors in {**files, "whole": files["unet"] | files["kl"]}.items():
+        safetensors.numpy.save_file(tensors, tmp_path / f"{name}.safetensors")
+        import_checkpoint(
+            "autoencoder" if name == "kl" else "videocrafter", tmp_path / f"{name}.safetensors", tmp_path / name, tmp_path / "x.yaml"
+        )
+    for directory, init_from in (("whole", ""), ("unet", str(tmp_path / "kl")), ("whole", str(tmp_path / "unet"))):
+        animator = Animator.load(tmp_path / directory, changed(config, init_from=init_from))
+        assert_same(animator.params, denoiser)
+        assert_same(animator.frozen["autoencoder"], kl)
+    with pytest.raises(UserError, match=r"the autoencoder of this configuration are pretrained networks: set --config\.init_from"):
+        Animator.load(tmp_path / "unet", config)
+    with pytest.raises(UserError, match="kl: holds no weights of the denoiser, but autoencoder"):
+        Animator.load(tmp_path / "kl", config)

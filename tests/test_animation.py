@@ -1,0 +1,97 @@
+"""Lists for sampling: what is refused, and that a directory holds clips of one kind."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from motif_jax.animation import animate_list, animate_one, read_requests
+from motif_jax.config import UserError
+
+
+@pytest.fixture
+def folder(tmp_path):
+    Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(tmp_path / "a.png")
+    return tmp_path
+
+
+def save(folder, *requests, head=b"", separator="\n"):
+    lines = [
+        r if isinstance(r, str) else json.dumps({"image": "a.png", "prompt": "x", "id": "1", **r}, ensure_ascii=False) for r in requests
+    ]
+    (folder / "list.jsonl").write_bytes(head + separator.join(lines).encode())
+    return str(folder / "list.jsonl")
+
+
+def test_lines_end_at_line_ends_alone(folder):
+    """A byte-order mark, Windows line ends, and in a sentence what str.splitlines takes for a line end too."""
+    path = save(folder, {"prompt": "a\u2028b\x85c"}, {"id": 2}, head=b"\xef\xbb\xbf", separator="\r\n\r\n")
+    assert [(r.id, r.prompt, r.image) for r in read_requests(path)] == [
+        ("1", "a\u2028b\x85c", folder / "a.png"),
+        ("2", "x", folder / "a.png"),
+    ]
+
+
+BAD = {
+    "null": ({"prompt": None}, "line 1: image, prompt and id must be text"),
+    "no id": ('{"image": "a.png", "prompt": "x"}', "line 1: no key 'id'"),
+    "a list": ("[1]", "line 1: list indices must be"),
+    "a path": ({"id": "a/b"}, "id 'a/b' is no file name"),
+    "a long id": ({"id": "x" * 201}, "xx' is no file name"),
+    "a null byte": ({"id": "a\0"}, "is no file name"),
+    "half a surrogate pair": ('{"image": "a.png", "prompt": "x", "id": "\\ud83d"}', "surrogates not allowed"),
+    "a long image": ({"image": "x" * 300}, "File name too long"),
+    "no image": ({"image": "b.png"}, r"no image .*b\.png"),
+    "no json": ("{", "line 1: Expecting"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_lines(folder, case):
+    line, message = BAD[case]
+    with pytest.raises(UserError, match=rf"--requests=.*list\.jsonl: .*{message}"):
+        read_requests(save(folder, line))
+
+
+def never():
+    raise AssertionError("weights are loaded before the flags are checked")
+
+
+def test_flags_are_checked_before_weights_are_loaded(folder):
+    with pytest.raises(UserError, match="line 1: Expecting"):
+        animate_list(never, save(folder, "{"), str(folder / "out"), 0, 1, "gif")
+    with pytest.raises(UserError, match=r"must end in \.mp4 or \.gif"):
+        animate_one(never, "a.png", "x", "x.avi", 0)
+    assert not (folder / "out").exists()
+
+
+class Still:
+    """Stands for an animator: every frame is the image's mean colour."""
+
+    def __init__(self, config, guidance=7.5):
+        self.config, self.settings = config, {"model": "m", "guidance": guidance}
+
+    def __call__(self, images, prompts, seeds):
+        return np.stack([np.full((4, 16, 16, 3), image.mean(), np.uint8) for image in images])
+
+
+def test_a_directory_holds_clips_of_one_kind(folder, tiny, capsys):
+    output, config = folder / "out", tiny()
+
+    def make(*requests, seed=0, guidance=7.5):
+        animate_list(lambda: Still(config, guidance), save(folder, *requests), str(output), seed, 2, "gif")
+
+    make({})
+    make({}, {"id": "2"})
+    assert "2 videos, 1 done before" in capsys.readouterr().out
+    assert sorted(p.name for p in output.iterdir()) == ["1.gif", "2.gif", "manifest.json"]
+    before = {p: p.read_bytes() for p in output.iterdir()}
+    for other, message in (({"seed": 1}, "seed: 0 there, 1 now"), ({"guidance": 1.0}, "guidance: 7.5 there, 1.0 now")):
+        with pytest.raises(UserError, match=rf"made otherwise \({message}\); choose another --output"):
+            make({}, **other)
+    with pytest.raises(UserError, match=r"1\.gif there shows another image or prompt; delete it"):
+        make({"prompt": "y"})
+    assert {p: p.read_bytes() for p in output.iterdir()} == before
+    (output / "1.gif").unlink()
+    make({"prompt": "y"})
