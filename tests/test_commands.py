@@ -281,8 +281,8 @@ BAD_CALLS = {
     "bad list": (["motif_jax.sample", "--workdir={run}", "--requests={tmp}/none.jsonl", "--output={tmp}/o"], "cannot be read"),
     "unknown world": (["motif_jax.bench", "synthetic", "--workdir={run}", "--world=mars"], "no such world"),
     "other settings": (
-        ["motif_jax.main", CONFIG, *SMALL, "--workdir={run}", "--config.data.path={data}", "--config.learning_rate=1e-5"],
-        "learning_rate differ",
+        ["motif_jax.main", CONFIG, *SMALL, "--workdir={run}", "--config.data.path={data}", "--config.loss.motion_weight=2.0"],
+        "loss.motion_weight was 1.0 and is now 2.0",
     ),
 }
 

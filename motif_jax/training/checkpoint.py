@@ -8,6 +8,7 @@ import concurrent.futures
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import pathlib
 import sys
@@ -119,9 +120,10 @@ def set_damaged_aside(workdir: str | pathlib.Path) -> list[str]:
             read_arrays(path, FIELDS, np.ndarray)
             break
         except CheckpointError as error:
-            reasons.append(f"{error}; moved to {workdir / 'damaged'}")
-        (workdir / "damaged").mkdir(exist_ok=True)
-        path.replace(workdir / "damaged" / str(step))
+            (workdir / "damaged").mkdir(exist_ok=True)
+            names = (workdir / "damaged" / (f"{step}-{n}" if n else str(step)) for n in itertools.count())
+            aside = path.replace(next(name for name in names if not name.exists()))
+            reasons.append(f"{error}; moved to {aside}")
     else:
         if reasons:
             raise CheckpointError("\n".join([*reasons, f"{workdir} holds no checkpoint that can be read"]))
