@@ -10,6 +10,7 @@ import functools
 import hashlib
 import itertools
 import json
+import logging
 import pathlib
 import sys
 from collections.abc import Callable, Iterator
@@ -156,6 +157,20 @@ def read_arrays(directory: pathlib.Path, names: tuple[str, ...], kind: type = ja
     return found
 
 
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Keeps Orbax' threads and event loops from telling of a failure at length. They do so long after, too: it stays quiet then."""
+    loggers, hook = [logging.getLogger(name) for name in ("absl", "asyncio")], sys.unraisablehook
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    sys.unraisablehook = lambda _: None
+    yield
+    sys.unraisablehook = hook
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
+
+
 class Checkpoints:
     """The directory `<workdir>/checkpoints`: asynchronous saves, newest `keep` kept (and every `keep_every`-th).
 
@@ -219,7 +234,8 @@ class Checkpoints:
             interval = sys.getswitchinterval()
             sys.setswitchinterval(2e-4)  # else the loop waits 5 ms each of the many times that a step needs the interpreter
             try:
-                self._manager.save(step, args=args.Composite(**items), force=True)
+                with _quietly():
+                    self._manager.save(step, args=args.Composite(**items), force=True)
             finally:
                 sys.setswitchinterval(interval)
 
