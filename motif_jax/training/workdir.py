@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, TextIO
 
 from motif_jax import report
-from motif_jax.config import Config, UserError, from_json, to_json
+from motif_jax.config import Config, UserError, read_json, to_json
 from motif_jax.models.networks import Params
 from motif_jax.training.checkpoint import CheckpointError
 
@@ -56,7 +56,7 @@ def check(config: Config, workdir: pathlib.Path) -> None:
     path = workdir / "config.json"
     try:
         if path.exists() and (workdir / "checkpoints").is_dir() and any((workdir / "checkpoints").iterdir()):
-            compare(settings(from_json(path.read_text())), settings(config), workdir)
+            compare(settings(read_json(path)), settings(config), workdir)
     except OSError as error:
         raise UserError(f"cannot read the work directory {workdir}: {error}") from error
 

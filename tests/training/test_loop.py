@@ -12,12 +12,12 @@ import jax
 import numpy as np
 import pytest
 
-from motif_jax import preparation
+from motif_jax import preparation, report
 from motif_jax.config import MeshConfig, ProfileConfig, UserError
 from motif_jax.dist.preemption import Interrupted, StopSignal
 from motif_jax.interop.files import write_safetensors
 from motif_jax.models.networks import Networks
-from motif_jax.training import checkpoint, loop, workdir
+from motif_jax.training import checkpoint, loop, samples, workdir
 from motif_jax.training.metrics import read_lines
 
 
@@ -190,6 +190,23 @@ def test_a_finished_run_needs_no_data_and_more_steps_take_its_mark(config, undis
     monkeypatch.setattr(loop, "validate", lambda *_: os.kill(os.getpid(), signal.SIGTERM) or {})
     assert not loop.train(changed(config, steps=6, eval={"every": 5}), run)
     assert checkpoint.latest_step(run) == 5 and not (run / "DONE").exists()
+
+
+def test_a_sample_sheet_appears_whole(config, undisturbed, tmp_path, monkeypatch):
+    """The report shows the newest whole one, also where an earlier version left a part of one."""
+    shutil.copytree(undisturbed, run := tmp_path / "run")
+    (run / "samples" / "5").mkdir()
+    monkeypatch.setattr(samples.pictures, "save_png", lambda *_: 1 / 0)
+    clips = np.zeros((1, 2, 8, 8, 3), np.uint8)
+    with pytest.raises(ZeroDivisionError):
+        samples.save_comparison(run / "samples" / "6", clips, clips, ["x"], 8.0)
+    assert not (run / "samples" / "6").exists()
+    assert "after 4 steps" in report.write(run).read_text()
+    monkeypatch.undo()
+    for caption in "xy":
+        samples.save_comparison(run / "samples" / "6", clips, clips, [caption], 8.0)
+    assert sorted(p.name for p in (run / "samples").iterdir()) == ["0", "2", "4", "5", "6"]
+    assert json.loads((run / "samples" / "6" / "captions.json").read_text()) == ["y"]
 
 
 def test_one_process_at_a_time(config, undisturbed, tmp_path):
