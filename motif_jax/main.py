@@ -7,6 +7,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from motif_jax import commands
+from motif_jax.config import UserError
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "configs/X.py[:args]", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "directory of checkpoints, metrics and samples")
@@ -15,6 +16,8 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 def main(argv: list[str]) -> None:
     commands.no_more(argv)
+    if not WORKDIR.value:
+        raise UserError("--workdir= is empty: name the directory of the run")
     config = commands.configuration(CONFIG)
     from motif_jax.dist import startup
     from motif_jax.training import loop

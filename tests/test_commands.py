@@ -243,12 +243,23 @@ def test_compiled_programs_are_kept_where_the_user_says(monkeypatch, tmp_path):
     assert os.environ["JAX_COMPILATION_CACHE_DIR"] == "elsewhere"
 
 
+OPENCLIP = ("--config.text.kind=openclip", "--config.text.tokenizer={tmp}", "--config.text.heads=8")
 BAD_CALLS = {
     "unknown field": (
         ["motif_jax.main", CONFIG, "--workdir={tmp}/w", "--config.stepz=3"],
         "--config.stepz: no such field; did you mean --config.steps?",
     ),
     "unknown group": (["motif_jax.main", CONFIG, "--workdir={tmp}/w", "--config.los.heatmap=flow"], "did you mean --config.loss.heatmap?"),
+    "fields that the file leaves out": (
+        ["motif_jax.main", "--config={tmp}/few.py", "--workdir={tmp}/w", "--config.data.path={tmp}/none", "--config.mesh.data=1"],
+        "no dataset in",
+    ),
+    "no configuration": (["motif_jax.main", "--config={tmp}/list.py", "--workdir={tmp}/w"], "a configuration must be a group of fields"),
+    "workdir not named": (["motif_jax.main", CONFIG, "--workdir="], "--workdir= is empty"),
+    "no vocabulary": (
+        ["motif_jax.main", CONFIG, *SMALL, "--workdir={tmp}/w", "--config.data.path={data}", *OPENCLIP],
+        "no CLIP vocabulary there",
+    ),
     "data not named": (["motif_jax.main", CONFIG, "--workdir={tmp}/w"], "data.path is not set"),
     "no data": (["motif_jax.main", CONFIG, "--workdir={tmp}/w", "--config.data.path={tmp}/none"], "none"),
     "wrong value": (["motif_jax.main", CONFIG, "--workdir={tmp}/w", "--config.loss.heatmap=flo"], "loss.heatmap='flo': must be one of"),
@@ -290,6 +301,8 @@ BAD_CALLS = {
 @pytest.mark.parametrize("name", BAD_CALLS)
 def test_bad_input_gets_one_clear_line(environment, data, trained, tmp_path, name):
     arguments, message = BAD_CALLS[name]
+    (tmp_path / "few.py").write_text("from ml_collections import ConfigDict\ndef get_config(): return ConfigDict({'name': 'few'})\n")
+    (tmp_path / "list.py").write_text("def get_config(): return [1]\n")
     process = start(environment, *(a.format(tmp=tmp_path, data=data, run=trained) for a in arguments))
     text, _ = process.communicate(timeout=120)
     assert process.returncode != 0
