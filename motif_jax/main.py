@@ -3,6 +3,8 @@
 Continues by itself when DIR holds a checkpoint; exits 0 at once when `config.steps` are done.
 """
 
+import sys
+
 from absl import flags
 from ml_collections import config_flags
 
@@ -11,6 +13,7 @@ from motif_jax.config import UserError
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "configs/X.py[:args]", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "directory of checkpoints, metrics and samples")
+STOPPED_STATUS = flags.DEFINE_integer("stopped_status", 0, "exit status when a signal stopped the run, for what starts it again", 0, 255)
 flags.mark_flags_as_required(["config", "workdir"])
 
 
@@ -23,7 +26,9 @@ def main(argv: list[str]) -> None:
     from motif_jax.training import loop
 
     with startup.job():
-        loop.train(config, WORKDIR.value)
+        done = loop.train(config, WORKDIR.value)
+    if not done:
+        sys.exit(STOPPED_STATUS.value)
 
 
 if __name__ == "__main__":

@@ -123,8 +123,8 @@ def test_a_finished_run_exits_at_once(environment, data, trained):
 def test_a_disturbed_run_ends_in_the_same_bits(environment, data, trained, tmp_path, number):
     """Stopped twice, at whatever moment the signal finds it; parameters, average, moments and metrics equal the undisturbed run's."""
     command = ("motif_jax.main", CONFIG, *SMALL, f"--workdir={tmp_path}", f"--config.data.path={data}")
-    for after in (50, 130):
-        process = start(environment, *command)
+    for after, status in (50, 0), (130, 75):
+        process = start(environment, *command, f"--stopped_status={status}")
         end = time.monotonic() + 240
         while not any(step >= after for step, _ in (lines(tmp_path, "loss") if (tmp_path / "metrics.jsonl").exists() else [])):
             assert process.poll() is None and time.monotonic() < end, process.communicate()[0]
@@ -132,7 +132,7 @@ def test_a_disturbed_run_ends_in_the_same_bits(environment, data, trained, tmp_p
         process.send_signal(number)
         text, _ = process.communicate(timeout=120)
         if number == signal.SIGTERM:
-            assert process.returncode == 0 and "the same command continues" in text, text
+            assert process.returncode == status and "the same command continues" in text, text
         else:
             assert process.returncode == -signal.SIGKILL
         assert not (tmp_path / "DONE").exists()
