@@ -31,6 +31,8 @@ on_every_host() {
   trap 'rm -f "$archive"' EXIT
   run git archive --format=tar.gz --output="$archive" HEAD
   run gcloud compute tpus tpu-vm scp "$archive" "$name":motif_jax.tar.gz --worker=all "${where[@]}"
-  install="rm -rf motif_jax && mkdir motif_jax && tar -xzf motif_jax.tar.gz -C motif_jax && cd motif_jax && source launch/environment.sh $1"
+  # Only the package is made anew: the directory may hold a run by now.
+  install="mkdir -p motif_jax && rm -rf motif_jax/motif_jax && tar -xzf motif_jax.tar.gz -C motif_jax && cd motif_jax"
+  install="$install && source launch/environment.sh $1"
   run gcloud compute tpus tpu-vm ssh "$name" --worker=all "${where[@]}" --command="$install && $2"
 }

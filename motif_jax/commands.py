@@ -1,16 +1,18 @@
 """How every entry point runs: one clear line instead of a traceback for whatever the user can mend."""
 
 import difflib
+import functools
 import os
 import pathlib
 import platform
 import re
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from absl import app, flags, logging
 
-from motif_jax.config import Config, UserError, from_config_dict
+from motif_jax.config import Config, UserError, from_config_dict, to_dict
 from motif_jax.fields import field_names
 
 HELP = frozenset({"--help", "-help", "-h", "--helpshort", "--helpfull", "-?"})
@@ -40,6 +42,9 @@ def run(name: str, main: Callable[[list[str]], None]) -> None:
             sys.exit(f"{name}: {_unknown_field(arguments) or f'--config: {_reason(error)}'}")
 
     keep_compiled_programs()
+    if "config" in flags.FLAGS:
+        parser = flags.FLAGS["config"].parser
+        parser.parse = functools.partial(_complete, parser.parse)
 
     def guarded(arguments: list[str]) -> None:
         if not flags.FLAGS["verbosity"].present:
@@ -50,6 +55,25 @@ def run(name: str, main: Callable[[list[str]], None]) -> None:
             sys.exit(f"{name}: {error}")
 
     app.run(guarded, flags_parser=parse)
+
+
+def _complete(load: Callable[[str], Any], path: str) -> Any:
+    """What a configuration file gives, with the fields that it leaves out: flags can override every field."""
+    from ml_collections import ConfigDict
+
+    def fill(given: ConfigDict, defaults: dict[str, Any]) -> None:
+        for name, value in defaults.items():
+            if name not in given:
+                given[name] = value
+            elif isinstance(value, dict) and isinstance(given[name], ConfigDict):
+                fill(given[name], value)
+
+    given = load(path)
+    config = ConfigDict(given) if isinstance(given, dict) else given
+    if isinstance(config, ConfigDict):
+        with config.unlocked():
+            fill(config, to_dict(Config()))
+    return config
 
 
 def _unknown_field(arguments: list[str]) -> str | None:

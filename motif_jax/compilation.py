@@ -21,7 +21,7 @@ from motif_jax.dist.mesh import FRAMES, ROWS, check_fits, make_mesh, shard_netwo
 from motif_jax.models.layers import target_platform
 from motif_jax.models.networks import Networks
 from motif_jax.training.flops import jaxpr_flops, peak_tflops, training_flops
-from motif_jax.training.loop import make_state
+from motif_jax.training.loop import check_kernel, make_state
 from motif_jax.training.optimizer import make_optimizer
 from motif_jax.training.step import make_train_step
 
@@ -183,6 +183,7 @@ def compile_step(config: Config, devices: list[jax.Device], effort: float = -1.0
 
     effort: XLA's exec_time_optimization_effort, -1 (compiles fastest) to 1. Its default, 0, takes several times as long.
     """
+    check_kernel(config, devices[0].platform)
     jax.config.update("jax_exec_time_optimization_effort", effort)
     mesh = make_mesh(config.mesh, devices)
     began = time.perf_counter()

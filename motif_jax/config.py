@@ -7,6 +7,7 @@ that every entry point can answer --help at once.
 
 import dataclasses
 import json
+import pathlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -249,7 +250,7 @@ class Config:
     """Everything a run depends on besides its work directory."""
 
     name: str = _f("motif", "name of the experiment")
-    seed: int = _f(0, "seed of weights, data order and noise", low=0)
+    seed: int = _f(0, "seed of weights, data order and noise", low=0, high=2**32 - 1)
     steps: int = _f(32_000, "training steps", low=0)
     batch_size: int = _f(64, "clips per step over all devices", low=1)
     grad_accumulation: int = _f(1, "micro-batches per step", low=1)
@@ -313,12 +314,15 @@ def from_config_dict(given: Mapping[str, Any]) -> Config:
     errors: list[str] = []
     if hasattr(given, "to_dict"):
         given = given.to_dict()
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"a configuration must be a group of fields, not {type(given).__name__}")
     config = build(Config, given, "", errors)
     # Fields that were rejected hold their defaults here, which could contradict each other for no fault of the user.
     if not errors:
         errors = contradictions(config)
     if errors:
-        raise ConfigError("the configuration has {} mistake{}:\n  {}".format(len(errors), "s"[: len(errors) > 1], "\n  ".join(errors)))
+        several = f"the configuration has {len(errors)} mistakes:\n  " if len(errors) > 1 else ""
+        raise ConfigError(several + "\n  ".join(errors))
     return config
 
 
@@ -332,10 +336,18 @@ def to_json(config: Config) -> str:
     return json.dumps(to_dict(config), indent=2, sort_keys=True) + "\n"
 
 
-def from_json(text: str) -> Config:
-    """The inverse of `to_json`; raises `ConfigError` on text that is not a configuration."""
+def from_json(text: str, source: str = "config.json") -> Config:
+    """The inverse of `to_json`; raises `ConfigError`, which names `source`, on text that is not a configuration."""
     try:
         given = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ConfigError(f"config.json is not JSON: {error}") from error
-    return from_config_dict(given)
+        raise ConfigError(f"{source} is not JSON: {error}") from error
+    try:
+        return from_config_dict(given)
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from error
+
+
+def read_json(path: pathlib.Path) -> Config:
+    """The configuration in a config.json. Raises `ConfigError` that names the file; OSError."""
+    return from_json(path.read_text(errors="replace"), str(path))

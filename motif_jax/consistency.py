@@ -20,6 +20,10 @@ def contradictions(c: "Config") -> list[str]:
     else:
         levels = 2 ** (len(c.autoencoder.ch_mult) - 1)
         check(factor == levels, f"autoencoder.factor={factor}: ch_mult {c.autoencoder.ch_mult} gives {levels}")
+        for width in sorted({c.autoencoder.ch * m for m in (1, *c.autoencoder.ch_mult)}):  # every norm has 32 groups
+            check(width > 0 and width % 32 == 0, f"autoencoder.ch, ch_mult: the level width {width} must be a multiple of 32")
+    if c.text.kind == "openclip":
+        check(c.text.width % c.text.heads == 0, f"text.heads={c.text.heads}: must divide text.width={c.text.width}")
     u, dit = c.unet, c.dit
     unet = c.backbone == "unet3d"
     if unet:
@@ -27,7 +31,7 @@ def contradictions(c: "Config") -> list[str]:
         parts = f"noisy latent {z}" + f", image latent {z}" * (c.condition.image != "none") + ", mask 1" * (c.condition.image == "first")
         check(u.in_channels == c.in_channels, f"unet.in_channels={u.in_channels}: must be {c.in_channels} ({parts})")
         check(u.context_dim == c.text.width, f"unet.context_dim={u.context_dim}: must equal text.width={c.text.width}")
-        check(len(u.channel_mult) > 0, "unet.channel_mult=(): must name at least one level")
+        check(min(u.channel_mult, default=0) > 0, f"unet.channel_mult={u.channel_mult}: must name at least one level, each of 1 or more")
         for width in [m * u.model_channels for m in u.channel_mult]:
             check(width % u.norm_groups == 0, f"unet.norm_groups={u.norm_groups}: must divide the level width {width}")
             check(width % u.num_head_channels == 0, f"unet.num_head_channels={u.num_head_channels}: must divide the level width {width}")

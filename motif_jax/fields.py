@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 import typing
 from collections.abc import Mapping
 from dataclasses import field
@@ -23,7 +24,7 @@ def field_names(cls: type, prefix: str = "") -> list[str]:
 
 
 def _coerce(value: Any, kind: Any, name: str, errors: list[str]) -> Any:
-    """`value` as `kind`; int is accepted for float, list for tuple, nothing else is converted."""
+    """`value` as `kind`; int is accepted for float, list for tuple, nothing else is converted. Floats must be finite."""
     if typing.get_origin(kind) is tuple:
         item = typing.get_args(kind)[0]
         if isinstance(value, (list, tuple)) and all(isinstance(v, item) and not isinstance(v, bool) for v in value):
@@ -32,6 +33,9 @@ def _coerce(value: Any, kind: Any, name: str, errors: list[str]) -> Any:
         return None
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if kind is float and isinstance(value, float) and not math.isfinite(value):
+        errors.append(f"{name}={value!r}: must be finite")
+        return None
     if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value
     errors.append(f"{name}={value!r}: must be {kind.__name__}, not {type(value).__name__}")

@@ -3,24 +3,32 @@
 Continues by itself when DIR holds a checkpoint; exits 0 at once when `config.steps` are done.
 """
 
+import sys
+
 from absl import flags
 from ml_collections import config_flags
 
 from motif_jax import commands
+from motif_jax.config import UserError
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "configs/X.py[:args]", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "directory of checkpoints, metrics and samples")
+STOPPED_STATUS = flags.DEFINE_integer("stopped_status", 0, "exit status when a signal stopped the run, for what starts it again", 0, 255)
 flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main(argv: list[str]) -> None:
     commands.no_more(argv)
+    if not WORKDIR.value:
+        raise UserError("--workdir= is empty: name the directory of the run")
     config = commands.configuration(CONFIG)
     from motif_jax.dist import startup
     from motif_jax.training import loop
 
     with startup.job():
-        loop.train(config, WORKDIR.value)
+        done = loop.train(config, WORKDIR.value)
+    if not done:
+        sys.exit(STOPPED_STATUS.value)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import pathlib
 
 import numpy as np
 
-from motif_jax.config import Config, UserError, from_json
+from motif_jax.config import Config, UserError, read_json
 from motif_jax.training.metrics import read_lines
 
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
@@ -22,7 +22,7 @@ def write(workdir: str | pathlib.Path) -> pathlib.Path:
     workdir = pathlib.Path(workdir)
     if not (workdir / "config.json").exists():
         raise UserError(f"{workdir}: no config.json there; expected a work directory of motif_jax.main")
-    config = from_json((workdir / "config.json").read_text())
+    config = read_json(workdir / "config.json")
     lines = read_lines(workdir / "metrics.jsonl")
     body = [f"<h1>{html.escape(config.name)}</h1>", _summary(config, lines), "<h2>Training</h2>", _curves(lines)]
     body += ["<h2>What the loss looks at</h2>", _heatmaps(config), "<h2>Samples</h2>", _samples(workdir), _judged(workdir)]
@@ -114,10 +114,11 @@ def _heatmaps(config: Config) -> str:
 
 
 def _samples(workdir: pathlib.Path) -> str:
-    steps = sorted((int(p.name), p) for p in (workdir / "samples").glob("*") if p.name.isdigit())
-    if not steps:
+    found = [p.parent for p in (workdir / "samples").glob("*/captions.json") if p.parent.name.isdigit()]
+    if not found:
         return "<p>No samples were made (sample.every=0).</p>"
-    step, directory = steps[-1]
+    directory = max(found, key=lambda p: int(p.name))
+    step = int(directory.name)
     return (
         f"<p>Left: a real clip that was not trained on. Right: made from its first frame and the sentence, after {step:,} steps.</p>"
         + _clips(directory)

@@ -86,10 +86,7 @@ class Towers:
             frames = jax.ShapeDtypeStruct((d.frames, d.height, d.width, 3), np.uint8)
             self.latent = jax.eval_shape(moments, networks.autoencoder.shapes, frames).shape[1:]
         if p.text_embeddings:
-            try:
-                self._tokenizer = make_tokenizer(config.text)
-            except ValueError as error:
-                raise UserError(str(error)) from error
+            self._tokenizer = make_tokenizer(config.text)
             self._embedding = Replicas(embedding, frozen["text"])
             self.text = (config.text.context_length, config.text.width)
 

@@ -123,8 +123,8 @@ def test_a_finished_run_exits_at_once(environment, data, trained):
 def test_a_disturbed_run_ends_in_the_same_bits(environment, data, trained, tmp_path, number):
     """Stopped twice, at whatever moment the signal finds it; parameters, average, moments and metrics equal the undisturbed run's."""
     command = ("motif_jax.main", CONFIG, *SMALL, f"--workdir={tmp_path}", f"--config.data.path={data}")
-    for after in (50, 130):
-        process = start(environment, *command)
+    for after, status in (50, 0), (130, 75):
+        process = start(environment, *command, f"--stopped_status={status}")
         end = time.monotonic() + 240
         while not any(step >= after for step, _ in (lines(tmp_path, "loss") if (tmp_path / "metrics.jsonl").exists() else [])):
             assert process.poll() is None and time.monotonic() < end, process.communicate()[0]
@@ -132,7 +132,7 @@ def test_a_disturbed_run_ends_in_the_same_bits(environment, data, trained, tmp_p
         process.send_signal(number)
         text, _ = process.communicate(timeout=120)
         if number == signal.SIGTERM:
-            assert process.returncode == 0 and "the same command continues" in text, text
+            assert process.returncode == status and "the same command continues" in text, text
         else:
             assert process.returncode == -signal.SIGKILL
         assert not (tmp_path / "DONE").exists()
@@ -244,12 +244,23 @@ def test_compiled_programs_are_kept_where_the_user_says(monkeypatch, tmp_path):
     assert os.environ["JAX_COMPILATION_CACHE_DIR"] == "elsewhere"
 
 
+OPENCLIP = ("--config.text.kind=openclip", "--config.text.tokenizer={tmp}", "--config.text.heads=8")
 BAD_CALLS = {
     "unknown field": (
         ["motif_jax.main", CONFIG, "--workdir={tmp}/w", "--config.stepz=3"],
         "--config.stepz: no such field; did you mean --config.steps?",
     ),
     "unknown group": (["motif_jax.main", CONFIG, "--workdir={tmp}/w", "--config.los.heatmap=flow"], "did you mean --config.loss.heatmap?"),
+    "fields that the file leaves out": (
+        ["motif_jax.main", "--config={tmp}/few.py", "--workdir={tmp}/w", "--config.data.path={tmp}/none", "--config.mesh.data=1"],
+        "no dataset in",
+    ),
+    "no configuration": (["motif_jax.main", "--config={tmp}/list.py", "--workdir={tmp}/w"], "a configuration must be a group of fields"),
+    "workdir not named": (["motif_jax.main", CONFIG, "--workdir="], "--workdir= is empty"),
+    "no vocabulary": (
+        ["motif_jax.main", CONFIG, *SMALL, "--workdir={tmp}/w", "--config.data.path={data}", *OPENCLIP],
+        "no CLIP vocabulary there",
+    ),
     "data not named": (["motif_jax.main", CONFIG, "--workdir={tmp}/w"], "data.path is not set"),
     "no data": (["motif_jax.main", CONFIG, "--workdir={tmp}/w", "--config.data.path={tmp}/none"], "none"),
     "wrong value": (["motif_jax.main", CONFIG, "--workdir={tmp}/w", "--config.loss.heatmap=flo"], "loss.heatmap='flo': must be one of"),
@@ -292,8 +303,8 @@ BAD_CALLS = {
     "bad list": (["motif_jax.sample", "--workdir={run}", "--requests={tmp}/none.jsonl", "--output={tmp}/o"], "cannot be read"),
     "unknown world": (["motif_jax.bench", "synthetic", "--workdir={run}", "--world=mars"], "no such world"),
     "other settings": (
-        ["motif_jax.main", CONFIG, *SMALL, "--workdir={run}", "--config.data.path={data}", "--config.learning_rate=1e-5"],
-        "learning_rate differ",
+        ["motif_jax.main", CONFIG, *SMALL, "--workdir={run}", "--config.data.path={data}", "--config.loss.motion_weight=2.0"],
+        "loss.motion_weight was 1.0 and is now 2.0",
     ),
 }
 
@@ -301,6 +312,8 @@ BAD_CALLS = {
 @pytest.mark.parametrize("name", BAD_CALLS)
 def test_bad_input_gets_one_clear_line(environment, data, trained, tmp_path, name):
     arguments, message = BAD_CALLS[name]
+    (tmp_path / "few.py").write_text("from ml_collections import ConfigDict\ndef get_config(): return ConfigDict({'name': 'few'})\n")
+    (tmp_path / "list.py").write_text("def get_config(): return [1]\n")
     process = start(environment, *(a.format(tmp=tmp_path, data=data, run=trained) for a in arguments))
     text, _ = process.communicate(timeout=120)
     assert process.returncode != 0

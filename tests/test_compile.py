@@ -1,5 +1,6 @@
 """Ahead-of-time compilation: the report of a step on eight fake devices, what is said when it cannot be, and a real TPU compile."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -7,10 +8,11 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import pytest
 
-from motif_jax.compilation import batch_shapes, too_large
-from motif_jax.config import MeshConfig, from_config_dict, to_json
+from motif_jax.compilation import batch_shapes, compile_step, too_large
+from motif_jax.config import MeshConfig, UserError, from_config_dict, to_json
 from motif_jax.dist.mesh import make_mesh
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -53,6 +55,11 @@ def test_report_on_eight_devices(config):
     assert report["mfu_bound"] is None  # a CPU has no stated peak
     for text in ("8 x cpu, data=2 fsdp=4 context=1 tensor=1", "memory of a chip", "collectives       all-gather", "MFU bound         none"):
         assert text in done.stderr
+
+
+def test_a_kernel_of_another_platform_is_refused(config):
+    with pytest.raises(UserError, match="attention='cudnn': runs on gpu and this is cpu"):
+        compile_step(dataclasses.replace(config, attention="cudnn"), jax.devices())
 
 
 def test_pretrained_towers_are_not_in_the_step():

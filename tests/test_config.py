@@ -45,6 +45,9 @@ def test_every_mistake_is_named_at_once():
         ({"diffusion": {"loss_space": "flow"}}, "diffusion.loss_space='flow'"),
         ({"text": {"width": 512}}, "unet.context_dim=1024: must equal text.width=512"),
         ({"unet": {"norm_groups": 48}}, "unet.norm_groups=48: must divide the level width 320"),
+        ({"unet": {"channel_mult": [1, 0]}}, "unet.channel_mult=(1, 0): must name at least one level, each of 1 or more"),
+        ({"autoencoder": {"ch": 40}}, "autoencoder.ch, ch_mult: the level width 40 must be a multiple of 32"),
+        ({"text": {"heads": 3}}, "text.heads=3: must divide text.width=1024"),
         ({"grad_accumulation": 7}, "grad_accumulation=7: must divide batch_size=64"),
         ({"mesh": {"fsdp": -1}}, "at most one axis may be -1"),
         ({"autoencoder": {"kind": "pixel"}}, "a pixel autoencoder of factor 8 has 192"),
@@ -56,6 +59,29 @@ def test_contradictions(given, message):
     with pytest.raises(c.ConfigError, match=None) as error:
         c.from_config_dict(given)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"learning_rate": float("inf")}, "learning_rate=inf: must be finite"),
+        ({"loss": {"motion_weight": float("nan")}}, "loss.motion_weight=nan: must be finite"),
+        ({"seed": 2**32}, "seed=4294967296: must be in [0, 4294967295]"),  # whose key would be that of 0
+        ([1], "a configuration must be a group of fields, not list"),
+    ],
+)
+def test_one_mistake_is_one_line(given, message):
+    with pytest.raises(c.ConfigError) as error:
+        c.from_config_dict(given)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize("content", [b"[1]", b'{"steps": "x"}', b"\xff\xfe"])
+def test_a_file_that_is_no_configuration_is_named(tmp_path, content):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(c.ConfigError) as error:
+        c.read_json(tmp_path / "config.json")
+    assert str(error.value).startswith(str(tmp_path / "config.json")) and "\n" not in str(error.value)
 
 
 def test_bool_is_no_number():

@@ -3,6 +3,7 @@
 import json
 import pathlib
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -53,9 +54,35 @@ def test_tpu_vm():
     assert not any("create" in line for line in run("tpu_vm.sh", "--dry-run", "pod", *ARGUMENTS).stdout.splitlines())
 
 
+def test_installing_again_keeps_what_lies_in_the_directory(tmp_path):
+    """A host's part of the command, up to the installation: a run by a relative path stays, a module that is gone does not."""
+    ssh = run("tpu_vm.sh", "--dry-run", "pod", *ARGUMENTS).stdout.splitlines()[-1]
+    remote = next(word for word in shlex.split(ssh) if word.startswith("--command=")).removeprefix("--command=")
+    for name in ("runs/checkpoints/1", "motif_jax/gone.py"):
+        (tmp_path / "motif_jax" / name).parent.mkdir(parents=True)
+        (tmp_path / "motif_jax" / name).touch()
+    subprocess.run(["git", "archive", "--format=tar.gz", f"--output={tmp_path}/motif_jax.tar.gz", "HEAD"], cwd=ROOT, check=True)
+    subprocess.run(["bash", "-ec", remote.partition(" && source")[0]], cwd=tmp_path, check=True)
+    assert (tmp_path / "motif_jax" / "runs" / "checkpoints" / "1").exists() and (tmp_path / "motif_jax" / "pyproject.toml").exists()
+    assert (tmp_path / "motif_jax" / "motif_jax" / "main.py").exists() and not (tmp_path / "motif_jax" / "motif_jax" / "gone.py").exists()
+
+
 def test_slurm():
     done = run("train_slurm.sbatch", "--dry-run", *ARGUMENTS)
-    assert done.stdout.startswith("srun --kill-on-bad-exit=1") and "motif_jax.main --config=configs/motif.py" in done.stdout
+    assert done.stdout.startswith("srun --wait=60") and "motif_jax.main --stopped_status=75 --config=configs/motif.py" in done.stdout
+
+
+@pytest.mark.parametrize(("status", "expected"), [(0, (0, "")), (75, (0, "requeue 7\n")), (143, (0, "requeue 7\n")), (1, (1, ""))])
+def test_slurm_requeues_a_run_that_was_stopped(tmp_path, status, expected):
+    programs = {"srun": f"exit {status}", "scontrol": 'echo "$@"', "python": "", "activate": ""}
+    (tmp_path / "bin").mkdir()
+    for name, text in programs.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    (tmp_path / "installed-gpu").touch()
+    variables = {"PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin", "VENV": str(tmp_path), "SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": str(ROOT)}
+    done = run("train_slurm.sbatch", *ARGUMENTS, **variables)
+    assert (done.returncode, done.stdout) == expected, done.stderr
 
 
 def test_gke():
@@ -65,6 +92,8 @@ def test_gke():
     job = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]
     pod = job["template"]["spec"]
     assert manifest["kind"] == "JobSet" and job["parallelism"] == job["completions"] == 16
+    assert pod["restartPolicy"] == "Never" and job["backoffLimit"] == 0  # a stopped pod fails the job, which JobSet starts again
+    assert pod["containers"][0]["command"][-1] == "--stopped_status=75"
     assert pod["containers"][0]["args"] == ARGUMENTS and pod["containers"][0]["image"] == "registry/motif:1"
     assert pod["volumes"][0]["persistentVolumeClaim"]["claimName"] == "filestore"
     assert json.dumps(manifest).count("${") == 0

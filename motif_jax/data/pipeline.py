@@ -4,9 +4,10 @@ The data state is the step. Batch s of the run is a function of (dataset, global
 saved, and a run may continue on another number of hosts. Nothing is filtered here; that is `prepare`'s business.
 """
 
+import bisect
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float16, UInt8
@@ -32,20 +33,52 @@ class Example:
     latent_moments: Float16[np.ndarray, "T h2 w2 C2"] | None = None
 
 
+class _Records(Sequence):
+    """The raw records of one split, by index. Raises UserError that names the shard which cannot be read."""
+
+    def __init__(self, manifest: Manifest, split: str) -> None:
+        from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+        self._directory, self._split, shards = manifest.directory, split, manifest.shards[split]
+        self._names = [name for name, _, _ in shards]
+        self._ends = list(itertools.accumulate(count for _, count, _ in shards))
+        paths = [str(manifest.directory / name) for name in self._names]
+        try:
+            self._source = ArrayRecordDataSource(paths)
+            if len(self._source) == self._ends[-1]:
+                return
+        except RuntimeError:
+            pass
+        for path, (name, count, _) in zip(paths, shards, strict=True):
+            try:
+                found = len(ArrayRecordDataSource([path]))
+            except RuntimeError as error:
+                raise self._fault(name, error) from error
+            if found != count:  # a file that was never closed opens as an empty one, without an error
+                raise self._fault(name, f"{found} records of {count}")
+
+    def _fault(self, name: str, reason: Exception | str) -> UserError:
+        return UserError(
+            f"dataset {self._directory}: split {self._split}, shard {name} cannot be read ({reason}): run the same motif_jax.prepare "
+            "command again, which repairs it"
+        )
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> bytes:
+        try:
+            return self._source[index]
+        except RuntimeError as error:
+            raise self._fault(self._names[bisect.bisect_right(self._ends, index)], error) from error
+
+
 class Dataset:
     """The records of one split, by index; what `make_iterator` shuffles."""
 
     def __init__(self, manifest: Manifest, split: str, data: DataConfig | None = None) -> None:
-        from array_record.python.array_record_data_source import ArrayRecordDataSource
-
         self.manifest, self.split, self.data = manifest, split, data or DataConfig()
-        self._source = ArrayRecordDataSource([str(manifest.directory / name) for name, _, _ in manifest.shards[split]])
-        if len(self._source) != manifest.count(split):
-            # A file that was never closed opens as an empty one, without an error.
-            raise UserError(
-                f"dataset {manifest.directory}: {len(self._source)} records in split {split}, {manifest.count(split)} in dataset.json; "
-                "run the same motif_jax.prepare again"
-            )
+        self._source = _Records(manifest, split)
 
     @property
     def fingerprint(self) -> str:
@@ -57,7 +90,7 @@ class Dataset:
         return self.manifest.layout
 
     @property
-    def source(self) -> Any:
+    def source(self) -> Sequence[bytes]:
         """Random access to the raw records, for Grain."""
         return self._source
 

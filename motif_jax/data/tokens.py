@@ -10,7 +10,7 @@ import ftfy
 import numpy as np
 from jaxtyping import Int
 
-from motif_jax.config import TextConfig
+from motif_jax.config import TextConfig, UserError
 
 PAD, START = 0, 1  # of `words`; ids from 2 on are words
 
@@ -18,7 +18,7 @@ Tokenizer = Callable[[Sequence[str]], Int[np.ndarray, "N L"]]
 
 
 def make_tokenizer(config: TextConfig) -> Tokenizer:
-    """The tokenizer `config.kind` names. Raises ValueError when the vocabulary of `openclip` cannot be read."""
+    """The tokenizer `config.kind` names. Raises UserError when the vocabulary of `openclip` cannot be read."""
     if config.kind == "words":
         return functools.partial(_words, length=config.context_length, vocab_size=config.vocab_size)
     return functools.partial(_openclip, length=config.context_length, vocabulary=_load_vocabulary(config.tokenizer))
@@ -41,9 +41,12 @@ def _load_vocabulary(name: str):
     from transformers import CLIPTokenizer  # heavy, and only this tokenizer needs it
 
     try:
-        return CLIPTokenizer.from_pretrained(name)
+        vocabulary = CLIPTokenizer.from_pretrained(name)
+        if len(vocabulary) <= 2:  # of a folder without the files it makes one of the start and the end
+            raise OSError("its files are missing")
+        return vocabulary
     except (OSError, ValueError) as error:
-        raise ValueError(
+        raise UserError(
             f"text.tokenizer={name!r}: no CLIP vocabulary there ({error}); give a folder with vocab.json and merges.txt, "
             "or the name of a Hugging Face repository that this machine can reach"
         ) from error

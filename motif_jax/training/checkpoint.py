@@ -8,7 +8,9 @@ import concurrent.futures
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
+import logging
 import pathlib
 import sys
 from collections.abc import Callable, Iterator
@@ -119,9 +121,10 @@ def set_damaged_aside(workdir: str | pathlib.Path) -> list[str]:
             read_arrays(path, FIELDS, np.ndarray)
             break
         except CheckpointError as error:
-            reasons.append(f"{error}; moved to {workdir / 'damaged'}")
-        (workdir / "damaged").mkdir(exist_ok=True)
-        path.replace(workdir / "damaged" / str(step))
+            (workdir / "damaged").mkdir(exist_ok=True)
+            names = (workdir / "damaged" / (f"{step}-{n}" if n else str(step)) for n in itertools.count())
+            aside = path.replace(next(name for name in names if not name.exists()))
+            reasons.append(f"{error}; moved to {aside}")
     else:
         if reasons:
             raise CheckpointError("\n".join([*reasons, f"{workdir} holds no checkpoint that can be read"]))
@@ -152,6 +155,20 @@ def read_arrays(directory: pathlib.Path, names: tuple[str, ...], kind: type = ja
         raise CheckpointError(f"checkpoint {directory} cannot be read: {error}") from error
     _compare(directory, checksums(found), meta)
     return found
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Keeps Orbax' threads and event loops from telling of a failure at length. They do so long after, too: it stays quiet then."""
+    loggers, hook = [logging.getLogger(name) for name in ("absl", "asyncio")], sys.unraisablehook
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    sys.unraisablehook = lambda _: None
+    yield
+    sys.unraisablehook = hook
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
 
 
 class Checkpoints:
@@ -217,7 +234,8 @@ class Checkpoints:
             interval = sys.getswitchinterval()
             sys.setswitchinterval(2e-4)  # else the loop waits 5 ms each of the many times that a step needs the interpreter
             try:
-                self._manager.save(step, args=args.Composite(**items), force=True)
+                with _quietly():
+                    self._manager.save(step, args=args.Composite(**items), force=True)
             finally:
                 sys.setswitchinterval(interval)
 

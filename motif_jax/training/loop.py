@@ -5,6 +5,7 @@ restore or init -> [evaluate and sample with the state before the update -> save
 step -> log the steps before] -> wait for the save, write the report, mark done.
 """
 
+import contextlib
 import math
 import pathlib
 import time
@@ -21,7 +22,7 @@ from motif_jax.dist import startup
 from motif_jax.dist.mesh import batch_rows, check_fits, global_batch, make_mesh, place, shard_like_params, shard_networks
 from motif_jax.dist.preemption import Interrupted, StopSignal
 from motif_jax.models.networks import Networks, Params
-from motif_jax.towers import check_towers
+from motif_jax.towers import check_towers, checksum
 from motif_jax.training import checkpoint, finetune, workdir
 from motif_jax.training import state as train_state
 from motif_jax.training.evaluation import validate
@@ -47,52 +48,72 @@ def make_state(config: Config, networks: Networks, mesh: Mesh, optimizer: optax.
     return template, jax.jit(create, out_shardings=shardings, donate_argnums=0)
 
 
-def find_start(config: Config, directory: pathlib.Path, dataset: pipeline.Dataset) -> int | None:
-    """The checkpoint to continue from, after all processes have agreed on what they run; prepares the work directory."""
-    workdir.check(config, directory)
-    facts = {"the configuration": to_json(config), "the data": dataset.fingerprint, "the code": startup.code_version()}
-    startup.agree({name: startup.digest(text) for name, text in facts.items()})
+def check_kernel(config: Config, platform: str) -> None:
+    """Raises UserError when the attention kernel is not one of `platform`."""
+    needed = {"splash": "tpu", "cudnn": "gpu"}.get(config.attention, platform)
+    if needed != platform:
+        raise UserError(f"attention={config.attention!r}: runs on {needed} and this is {platform}; use 'auto'")
+
+
+def newest_checkpoint(directory: pathlib.Path) -> int | None:
+    """The newest checkpoint, once all processes have agreed on it."""
+    newest = checkpoint.latest_step(directory)
+    startup.agree({f"the newest checkpoint in {directory} (is it on a file system that all share?)": str(newest)})
+    return newest
+
+
+def find_start(config: Config, directory: pathlib.Path) -> int | None:
+    """The checkpoint to continue from; tells of unfinished ones, and sets damaged ones aside when asked to."""
     if jax.process_index() == 0:
-        workdir.prepare(config, directory)
         for name in checkpoint.unfinished(directory):
             print(f"{directory / 'checkpoints' / name}: an unfinished save, left out", flush=True)
         if config.checkpoint.fallback:
             for reason in checkpoint.set_damaged_aside(directory):
                 print(reason, flush=True)
     startup.barrier("work directory")
-    newest = checkpoint.latest_step(directory)
-    startup.agree({f"the newest checkpoint in {directory} (is it on a file system that all share?)": str(newest)})
-    return newest
+    return newest_checkpoint(directory)
 
 
-def train(config: Config, directory: str | pathlib.Path) -> None:
-    """Trains until `config.steps`, continuing what `directory` holds. Raises UserError with the remedy on bad input."""
+def finished(config: Config, directory: pathlib.Path, step: int | None) -> bool:
+    """Whether a run whose newest checkpoint is `step` has no steps left; then it is marked done."""
+    if step is None or step < config.steps:
+        return False
+    if jax.process_index() == 0:
+        print(f"nothing to train: {step} of {config.steps} steps are done", flush=True)
+        workdir.finish(directory, step)
+    return True
+
+
+def train(config: Config, directory: str | pathlib.Path) -> bool:
+    """Trains until `config.steps`, continuing what `directory` holds; False when a signal ended it before.
+
+    Raises UserError with the remedy on bad input; then the directory's run is as it was.
+    """
     directory = pathlib.Path(directory)
+    check_kernel(config, jax.default_backend())
+    workdir.check(config, directory)
+    facts = {"the configuration": to_json(config), "the code": startup.code_version()}
+    startup.agree({name: startup.digest(text) for name, text in facts.items()})
     with workdir.full_disk_reported(directory):
-        _train(config, directory)
+        if not config.checkpoint.fallback and finished(config, directory, newest_checkpoint(directory)):
+            return True
+        dataset = pipeline.open_dataset(config.data, "train")
+        if config.loss.heatmap == "mask" and not dataset.layout.motion_mask:
+            raise UserError(f"loss.heatmap='mask': the clips of {config.data.path} have no masks; prepare them with some (docs/data.md)")
+        mesh = make_mesh(config.mesh)
+        check_fits(mesh, config.batch_size, config.grad_accumulation, config.data.frames)
+        startup.agree({"the data": dataset.fingerprint})
+        with workdir.lock(directory) if jax.process_index() == 0 else contextlib.nullcontext():
+            restored = find_start(config, directory)
+            return finished(config, directory, restored) or _train(config, directory, dataset, mesh, restored)
 
 
-def _train(config: Config, directory: pathlib.Path) -> None:
+def _train(config: Config, directory: pathlib.Path, dataset: pipeline.Dataset, mesh: Mesh, restored: int | None) -> bool:
     first_process = jax.process_index() == 0
 
     def say(text: str) -> None:
         if first_process:
             print(text, flush=True)
-
-    needed = {"splash": "tpu", "cudnn": "gpu"}.get(config.attention)
-    if needed and jax.default_backend() != needed:
-        raise UserError(f"attention={config.attention!r}: runs on {needed} and this is {jax.default_backend()}; use 'auto'")
-    dataset = pipeline.open_dataset(config.data, "train")
-    if config.loss.heatmap == "mask" and not dataset.layout.motion_mask:
-        raise UserError(f"loss.heatmap='mask': the clips of {config.data.path} have no masks; prepare them with some (docs/data.md)")
-    mesh = make_mesh(config.mesh)
-    check_fits(mesh, config.batch_size, config.grad_accumulation, config.data.frames)
-    restored = find_start(config, directory, dataset)
-    if restored is not None and restored >= config.steps:
-        say(f"nothing to train: {restored} of {config.steps} steps are done")
-        if first_process:
-            workdir.finish(directory, restored)
-        return
 
     tokenizer = make_tokenizer(config.text)
     empty_L = empty_sentence(config, tokenizer)
@@ -105,23 +126,30 @@ def _train(config: Config, directory: pathlib.Path) -> None:
     eval_step = jax.jit(make_eval_step(networks, empty_L, mesh), out_shardings=replicated)
 
     position = {"global_batch": config.batch_size, "seed": config.seed, "dataset": dataset.fingerprint}
-    meta = {"version": motif_jax.__version__, "run": workdir.run_fingerprint(config)}
-    checkpoints = checkpoint.Checkpoints(directory, config.checkpoint)
     weights = initial_weights(config, networks, trained=restored is None)
     check_towers(config, dataset.manifest, weights.frozen)
+    pretrained = {name: checksum(weights.frozen[name]) for name in networks.pretrained}
+    meta = {"version": motif_jax.__version__, "settings": workdir.settings(config), "pretrained": pretrained}
+    checkpoints = checkpoint.Checkpoints(directory, config.checkpoint)
     if restored is None:
         params = finetune.add_updates(config, weights.denoiser, jax.random.key(config.seed))
         state, step, visited = create(place(params, shardings.params)), 0, False
-        if first_process:
-            workdir.write_overview(directory, state.params)
         sizes = [sum(math.prod(s.shape) for s in tree.values()) for tree in (template.params, finetune.trained(config, template.params))]
         share = f"{sizes[0]:,} parameters" + (f", {sizes[1]:,} of them trained ({config.finetune})" if config.finetune != "all" else "")
         say(f"starting: {share}, {len(dataset):,} clips, {directory}")
     else:
         state, saved, meta_saved = checkpoints.restore(restored, template)
-        workdir.check_position(saved, {"step": restored, **position}, checkpoints.directory / str(restored))
+        source = checkpoints.directory / str(restored)
+        for text in workdir.compare(meta_saved.get("settings", {}), meta["settings"], directory):
+            say(text)
+        workdir.check_position(saved, {"step": restored, **position}, source)
+        workdir.check_pretrained(meta_saved.get("pretrained", {}), pretrained, source)
         step, visited = restored, meta_saved["visited"]
         say(f"continuing at step {step} of {config.steps}, {directory}")
+    if first_process:
+        workdir.begin(config, directory)
+        if restored is None:
+            workdir.write_overview(directory, state.params)
     checkpoints.prepare(state)
     shape = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     say(f"{jax.device_count()} x {jax.devices()[0].device_kind} ({shape}) in {jax.process_count()} processes")
@@ -165,13 +193,13 @@ def _train(config: Config, directory: pathlib.Path) -> None:
         progress.flush(step)
         began = time.perf_counter()
         checkpoints.save(step, state, {"step": step, **position}, meta | {"visited": visited})
-        progress.good = step
+        progress.last = step
         if writer:
             writer.write(step, {"save_seconds": time.perf_counter() - began})
         progress.restart()
 
     with stop:
-        before = None
+        before, tracing = None, False
         kept = restored  # the newest step that is saved
         try:
             while True:
@@ -185,6 +213,7 @@ def _train(config: Config, directory: pathlib.Path) -> None:
                     break
                 if step == config.profile.start and step > 0:
                     jax.profiler.start_trace(directory)
+                    tracing = True
                 began = time.perf_counter()
                 batch = next(batches)
                 wait = time.perf_counter() - began
@@ -196,14 +225,17 @@ def _train(config: Config, directory: pathlib.Path) -> None:
                     progress.compiled()
                 jax.block_until_ready(before)  # the host runs one step ahead, no more
                 before = metrics
-                if step == config.profile.start + config.profile.steps and config.profile.start > 0:
+                if tracing and step == config.profile.start + config.profile.steps:
                     jax.block_until_ready(metrics)
                     jax.profiler.stop_trace()
+                    tracing = False
                 if (step - 1) % config.log_every == 0:  # while the device works on this step
                     progress.flush(step - 1)
                     checkpoints.check()
             checkpoints.wait()
         finally:
+            if tracing:
+                jax.profiler.stop_trace()
             batches.close()
             checkpoints.close()
             if writer:
@@ -212,3 +244,4 @@ def _train(config: Config, directory: pathlib.Path) -> None:
         say(f"stopped by a signal at step {step}; " + ("it is saved, " if step else "") + "the same command continues")
     elif first_process:
         workdir.finish(directory, step)
+    return step >= config.steps

@@ -1,5 +1,6 @@
 """Scalars to `metrics.jsonl` and TensorBoard event files, without TensorFlow; curves to read back."""
 
+import contextlib
 import json
 import math
 import pathlib
@@ -57,12 +58,10 @@ class MetricWriter:
 
 
 def read_lines(path: str | pathlib.Path) -> list[dict]:
-    """The lines of a metrics.jsonl; a last line cut off by a killed writer is left out."""
+    """The lines of a metrics.jsonl; what is none, such as a last line cut off by a killed writer, is left out."""
     path = pathlib.Path(path)
     lines = []
-    for text in path.read_text().splitlines() if path.exists() else ():
-        try:
+    for text in path.read_text(errors="replace").splitlines() if path.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):
             lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
-    return lines
+    return [line for line in lines if isinstance(line, dict) and "step" in line]

@@ -18,12 +18,12 @@ from motif_jax.training.metrics import MetricWriter
 class Progress:
     """Collects metrics on the device and writes their means, with speed, memory and waiting time.
 
-    flops: of one step of the model over all devices. `good` is the newest checkpoint, for the message of a run that diverged.
+    flops: of one step of the model over all devices. `last` is the newest checkpoint, for the message of a run that diverged.
     """
 
-    def __init__(self, writer: MetricWriter | None, config: Config, flops: int, good: int | None) -> None:
+    def __init__(self, writer: MetricWriter | None, config: Config, flops: int, last: int | None) -> None:
         self._writer, self._config, self._flops = writer, config, flops
-        self.good = good
+        self.last = last
         self._peak = peak_tflops(jax.devices()[0].device_kind)
         self._window: list[_Step] = []
         self._clock = concurrent.futures.ThreadPoolExecutor(1, "clock")  # sees when a step ends, which the loop does not wait for
@@ -79,10 +79,12 @@ class Progress:
         """Raises UserError when a metric of `step` is not finite."""
         for name, value in metrics.items():
             if not math.isfinite(value):
-                good = "no checkpoint was written before" if self.good is None else f"the last good checkpoint is step {self.good}"
+                last = "no checkpoint was written before"
+                if self.last is not None:
+                    last = f"the last checkpoint is step {self.last}; to continue from an earlier one, move checkpoints/{self.last} away"
                 raise UserError(
-                    f"{name} is {float(value)} in step {step}: training stops; {good}. Lower learning_rate, set optimizer.grad_clip, "
-                    "or check the data, then run the same command again"
+                    f"{name} is {float(value)} in step {step}: training stops. Run the command again with a lower learning_rate or "
+                    f"optimizer.grad_clip set, or check the data; {last}"
                 )
 
     def restart(self) -> None:

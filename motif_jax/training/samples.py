@@ -7,6 +7,7 @@ samples and truth in the metrics, since a model that copies its image shows firs
 import json
 import math
 import pathlib
+import shutil
 from collections.abc import Callable
 
 import jax
@@ -28,15 +29,20 @@ from motif_jax.training.metrics import MetricWriter
 def save_comparison(
     directory: pathlib.Path, truth: UInt8[np.ndarray, "B T H W 3"], made: UInt8[np.ndarray, "B T H W 3"], captions: list[str], fps: float
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """Writes NN.gif (truth left, made right), captions.json and sheet.png, and returns the sheet."""
-    directory.mkdir(parents=True, exist_ok=True)
+    """Writes NN.gif (truth left, made right), captions.json and sheet.png to a directory that appears whole, and returns the sheet."""
+    temporary = directory.with_name(f".{directory.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
     rows = []
     for index, (real, clip, caption) in enumerate(zip(truth, made, captions, strict=True)):
-        save_video(directory / f"{index:02d}.gif", np.concatenate([real, clip], axis=2), fps)
+        save_video(temporary / f"{index:02d}.gif", np.concatenate([real, clip], axis=2), fps)
         rows += [pictures.strip(real, f"{caption} (truth)"), pictures.strip(clip, "sample")]
     sheet = pictures.stack(rows)
-    pictures.save_png(directory / "sheet.png", sheet)
-    (directory / "captions.json").write_text(json.dumps(captions, indent=1))
+    pictures.save_png(temporary / "sheet.png", sheet)
+    (temporary / "captions.json").write_text(json.dumps(captions, indent=1))
+    if directory.exists():
+        shutil.rmtree(directory)
+    temporary.replace(directory)
     return sheet
 
 

@@ -162,7 +162,8 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, trained)
         trained = optax.apply_updates(trained, updates)
         ema = update_ema(state.ema, trained, state.step, config.ema.decay, config.ema.warmup) if state.ema else state.ema
-        metrics |= {"grad_norm": optax.global_norm(grads), "learning_rate": learning_rate(state.step)}
+        norms = {"grad_norm": optax.global_norm(grads), "update_norm": optax.global_norm(updates)}
+        metrics |= norms | {"learning_rate": learning_rate(state.step)}
         return TrainState(state.step + 1, {**state.params, **trained}, ema, opt_state), metrics
 
     return train_step

@@ -2,13 +2,14 @@
 
 import contextlib
 import errno
-import hashlib
+import fcntl
 import json
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any, TextIO
 
 from motif_jax import report
-from motif_jax.config import Config, UserError, from_json, to_json
+from motif_jax.config import Config, UserError, read_json, to_json
 from motif_jax.models.networks import Params
 from motif_jax.training.checkpoint import CheckpointError
 
@@ -28,12 +29,26 @@ FREE_TO_CHANGE = (
     "prepare",
     "name",
 )
+# A run that diverged may be continued with other values of these, which is said. None of them changes what the optimizer's state holds.
+STEERING = ("learning_rate", "optimizer.grad_clip", "optimizer.warmup_steps", "optimizer.schedule")
 
 
-def run_fingerprint(config: Config) -> str:
-    """sha256 over the settings that a continued run must share with its beginning."""
-    fixed = {k: v for k, v in json.loads(to_json(config)).items() if k not in FREE_TO_CHANGE}
-    return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
+def settings(config: Config) -> dict[str, Any]:
+    """By dotted name, the settings that a continued run shares with its beginning."""
+    found: dict[str, Any] = {}
+    for name, value in json.loads(to_json(config)).items():
+        if name not in FREE_TO_CHANGE:
+            found |= {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
+    return found
+
+
+def compare(before: Mapping[str, Any], now: Mapping[str, Any], workdir: pathlib.Path) -> list[str]:
+    """What steers the rest of the run otherwise than before, a line each. Raises UserError when other `settings` differ."""
+    changed = {k: f"{k} was {before[k]!r} and is now {v!r}" for k, v in now.items() if k in before and before[k] != v}
+    fixed = [text for name, text in changed.items() if name not in STEERING]
+    if fixed:
+        raise UserError(f"{workdir} holds a run with other settings: {'; '.join(fixed)}. Use its settings, or another --workdir")
+    return list(changed.values())
 
 
 def check(config: Config, workdir: pathlib.Path) -> None:
@@ -41,27 +56,37 @@ def check(config: Config, workdir: pathlib.Path) -> None:
     path = workdir / "config.json"
     try:
         if path.exists() and (workdir / "checkpoints").is_dir() and any((workdir / "checkpoints").iterdir()):
-            before = from_json(path.read_text())
-            if run_fingerprint(before) != run_fingerprint(config):
-                old, new = json.loads(to_json(before)), json.loads(to_json(config))
-                changed = [k for k in new if k not in FREE_TO_CHANGE and old[k] != new[k]]
-                raise UserError(
-                    f"{workdir} holds a run with other settings ({', '.join(changed)} differ); use its settings, or another --workdir"
-                )
+            compare(settings(read_json(path)), settings(config), workdir)
     except OSError as error:
         raise UserError(f"cannot read the work directory {workdir}: {error}") from error
 
 
-def prepare(config: Config, workdir: pathlib.Path) -> None:
-    """Makes the directory and writes config.json; for one process of the job. Raises UserError."""
-    path = workdir / "config.json"
+def lock(workdir: pathlib.Path) -> TextIO:
+    """Makes the directory; until the file that this returns is closed, no other process trains there. For one process of the job.
+
+    Raises UserError. On a file system without locks nothing is held.
+    """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(to_json(config))
-        temporary.replace(path)
+        file = (workdir / "lock").open("w")
     except OSError as error:
         raise UserError(f"cannot write to the work directory {workdir}: {error}") from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise UserError(f"another process trains in {workdir}: wait until it ends, or use another --workdir") from error
+    except OSError:
+        pass
+    return file
+
+
+def begin(config: Config, workdir: pathlib.Path) -> None:
+    """Writes config.json and takes away DONE, once nothing speaks against the run; for one process of the job."""
+    (workdir / "DONE").unlink(missing_ok=True)
+    temporary = workdir / "config.tmp"
+    temporary.write_text(to_json(config))
+    temporary.replace(workdir / "config.json")
 
 
 def write_overview(workdir: pathlib.Path, params: Params) -> None:
@@ -76,6 +101,16 @@ def check_position(saved: dict, expected: dict, directory: pathlib.Path) -> None
     differs = [f"{k}: {saved.get(k)} then, {v} now" for k, v in expected.items() if saved.get(k) != v]
     if differs:
         raise CheckpointError(f"checkpoint {directory} was made with other data ({', '.join(differs)}); use the same, or another --workdir")
+
+
+def check_pretrained(saved: Mapping[str, str], now: Mapping[str, str], directory: pathlib.Path) -> None:
+    """Refuses a checkpoint that was trained behind other frozen networks: {name: checksum of its weights}, of then and now."""
+    differs = [name for name, value in now.items() if saved.get(name, value) != value]
+    if differs:
+        raise CheckpointError(
+            f"checkpoint {directory} was made with another {' and '.join(differs)}: set init_from to the weights that the run began with, "
+            "or use another --workdir"
+        )
 
 
 def finish(workdir: pathlib.Path, step: int) -> None:

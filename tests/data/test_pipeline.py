@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -177,5 +178,24 @@ def test_records_are_counted_when_opening(tmp_path):
     dataset = json.loads((tmp_path / "dataset.json").read_text())
     dataset["splits"]["train"][0]["records"] += 1
     (tmp_path / "dataset.json").write_text(json.dumps(dataset))
-    with pytest.raises(UserError, match="records in split train"):
+    with pytest.raises(UserError, match=r"split train, shard motif-train\S* cannot be read \(\d records of \d\): run the same"):
         pipeline.open_dataset(dataclasses.replace(CONFIG.data, path=str(tmp_path)))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_shard_is_named(data, tmp_path, workers):
+    """In its middle, which shows when a record is read, also by another process; or at its end, which shows when it is opened."""
+    shutil.copytree(data.path, path := tmp_path / "data")
+    data = dataclasses.replace(data, path=str(path), workers=workers)
+    names = sorted(p.name for p in path.glob("motif-train*"))
+    shard = path / names[2]
+    content = bytearray(shard.read_bytes())
+    content[1000:2000] = bytes(1000)
+    shard.write_bytes(content)
+    fault = rf"^dataset {path}: split train, shard {names[2]} cannot be read \(.*\): run the same motif_jax\.prepare command again"
+    with pytest.raises(UserError, match=fault) as error:
+        batches(pipeline.open_dataset(data), 11)
+    assert "\n" not in str(error.value)
+    shard.write_bytes(bytes(len(content)))
+    with pytest.raises(UserError, match=fault):
+        pipeline.open_dataset(data)

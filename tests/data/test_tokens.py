@@ -6,7 +6,7 @@ import zlib
 import numpy as np
 import pytest
 
-from motif_jax.config import TextConfig
+from motif_jax.config import TextConfig, UserError
 from motif_jax.data.tokens import make_tokenizer
 
 WORDS = TextConfig(kind="words", vocab_size=1000, context_length=6)
@@ -56,5 +56,6 @@ def test_openclip_cleans_what_is_typed(clip_folder):
 
 
 def test_a_missing_vocabulary_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"text\.tokenizer=.*vocab\.json and merges\.txt"):
-        make_tokenizer(TextConfig(tokenizer=str(tmp_path / "nothing")))
+    for folder in (tmp_path, tmp_path / "nothing"):
+        with pytest.raises(UserError, match=r"text\.tokenizer=.*vocab\.json and merges\.txt"):
+            make_tokenizer(TextConfig(tokenizer=str(folder)))

@@ -3,6 +3,7 @@
 import os
 import pathlib
 import subprocess
+import sys
 import threading
 
 import jax
@@ -126,10 +127,11 @@ def test_damaged_ones_are_set_aside_on_request(saved):
     workdir, _ = saved
     for step in (20, 30):
         damage(workdir, step)
+    (workdir / "damaged" / "30").mkdir(parents=True)  # of another time
     reasons = checkpoint.set_damaged_aside(workdir)
     assert len(reasons) == 2 and "checkpoints/30" in reasons[0] and "checkpoints/20" in reasons[1]
     assert checkpoint.latest_step(workdir) == 10
-    assert sorted(p.name for p in (workdir / "damaged").iterdir()) == ["20", "30"]
+    assert sorted(p.name for p in (workdir / "damaged").iterdir()) == ["20", "30", "30-1"] and "damaged/30-1" in reasons[0]
     assert checkpoint.set_damaged_aside(workdir) == []
 
 
@@ -175,13 +177,30 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", directory], check=True)
 
 
-def test_a_full_disk_is_one_clear_error_and_loses_nothing(tiny, small_disk):
-    state = make_state(tiny, 1)
-    checkpoints = Checkpoints(small_disk, CheckpointConfig(keep=1))
-    checkpoints.save(1, state, {"step": 1}, {})
-    checkpoints.wait()
-    checkpoints.save(2, make_state(tiny, 2, size=64 * 1024), {"step": 2}, {})  # 25 MB
-    with pytest.raises(CheckpointError, match=rf"cannot write checkpoints in {small_disk}/checkpoints(.|\n)*Make room"):
+FULL_DISK = """
+import sys
+import jax
+import jax.numpy as jnp
+from motif_jax.config import CheckpointConfig
+from motif_jax.training.checkpoint import CheckpointError, Checkpoints
+from motif_jax.training.state import TrainState
+
+checkpoints = Checkpoints(sys.argv[1], CheckpointConfig(keep=1))
+try:
+    for step, size in (1, 64), (2, 64 * 1024):  # 65 MB
+        params = {f"{i}.kernel": jax.random.normal(jax.random.key(i), (size, 8)) for i in range(32)}
+        checkpoints.save(step, TrainState(jnp.int32(step), params, {}, {}), {"step": step}, {})
         checkpoints.wait()
-    assert checkpoint.latest_step(small_disk) == 1
-    assert_equal(checkpoint.read_arrays(small_disk / "checkpoints" / "1", ("params",))["params"], state.params)
+except CheckpointError as error:
+    sys.exit(str(error))
+"""
+
+
+def test_a_full_disk_is_one_clear_error_and_loses_nothing(small_disk):
+    found = subprocess.run([sys.executable, "-c", FULL_DISK, small_disk], capture_output=True, text=True)
+    assert found.returncode == 1
+    first, remedy = found.stderr.splitlines()  # and nothing that Orbax' threads have to say
+    assert first.startswith(f"cannot write checkpoints in {small_disk}/checkpoints: ") and "No space left on device" in first
+    assert remedy.startswith("Make room") and remedy.endswith("whole checkpoints there: [1]")
+    found = checkpoint.read_arrays(small_disk / "checkpoints" / "1", ("params",))["params"]
+    assert_equal(found, {f"{i}.kernel": jax.random.normal(jax.random.key(i), (64, 8)) for i in range(32)})

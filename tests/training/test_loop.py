@@ -2,18 +2,22 @@
 
 import collections
 import dataclasses
+import json
 import os
 import re
+import shutil
 import signal
 
 import jax
 import numpy as np
 import pytest
 
-from motif_jax import preparation
+from motif_jax import preparation, report
 from motif_jax.config import MeshConfig, ProfileConfig, UserError
 from motif_jax.dist.preemption import Interrupted, StopSignal
-from motif_jax.training import checkpoint, loop
+from motif_jax.interop.files import write_safetensors
+from motif_jax.models.networks import Networks
+from motif_jax.training import checkpoint, loop, samples, workdir
 from motif_jax.training.metrics import read_lines
 
 
@@ -45,17 +49,17 @@ def config(tiny, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def undisturbed(config, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("whole")
-    loop.train(config, workdir)
-    return workdir
+    directory = tmp_path_factory.mktemp("whole")
+    loop.train(config, directory)
+    return directory
 
 
-def evaluations(workdir):
-    return {line["step"]: line["eval/loss"] for line in read_lines(workdir / "metrics.jsonl") if "eval/loss" in line}
+def evaluations(run):
+    return {line["step"]: line["eval/loss"] for line in read_lines(run / "metrics.jsonl") if "eval/loss" in line}
 
 
-def parameters(workdir):
-    return checkpoint.read_arrays(workdir / "checkpoints" / "4", ("params", "ema", "opt_state"), np.ndarray)
+def parameters(run):
+    return checkpoint.read_arrays(run / "checkpoints" / "4", ("params", "ema", "opt_state"), np.ndarray)
 
 
 @pytest.mark.parametrize("place", ["validate", "SampleSheets.write", "checkpoint.Checkpoints.save", "global_batch"])
@@ -115,6 +119,110 @@ def test_a_damaged_checkpoint_stops_the_run_unless_told_otherwise(config, undist
 def test_a_kernel_of_another_platform_is_refused(config, tmp_path):
     with pytest.raises(UserError, match="attention='splash': runs on tpu and this is cpu"):
         loop.train(dataclasses.replace(config, attention="splash"), tmp_path)
+
+
+def changed(config, **fields):
+    """The configuration with other values; those of a group as a dictionary."""
+    return dataclasses.replace(
+        config, **{k: dataclasses.replace(getattr(config, k), **v) if isinstance(v, dict) else v for k, v in fields.items()}
+    )
+
+
+def files(run):
+    """What a refused run must leave as it is; the lock is not a part of it."""
+    return {str(p.relative_to(run)): p.read_bytes() for p in run.rglob("*") if p.is_file() and p.name != "lock"}
+
+
+def test_a_run_keeps_its_pretrained_networks_wherever_they_lie(config, tmp_path):
+    kl = {"kind": "kl", "factor": 1, "z_channels": 4, "ch": 32, "ch_mult": (1,), "num_res_blocks": 1}
+    config = changed(config, steps=2, autoencoder=kl, dit={"patch": (4, 8, 8)}, eval={"every": 0}, sample={"every": 0})
+    networks, rng = Networks.of(config), np.random.default_rng(0)
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        for part, shapes in {"denoiser": networks.denoiser.shapes, "autoencoder": networks.autoencoder.shapes}.items():
+            weights = {key: rng.normal(size=s.shape, scale=0.1).astype(np.float32) for key, s in shapes.items()}
+            write_safetensors(tmp_path / name / f"{part}.safetensors", weights)
+        (tmp_path / name / "imported.json").write_text(json.dumps({"networks": {"denoiser": {}, "autoencoder": {}}}))
+    run = tmp_path / "run"
+    loop.train(changed(config, init_from=str(tmp_path / "one")), run)
+    before = files(run)
+    with pytest.raises(UserError, match="checkpoints/2 was made with another autoencoder: set init_from to the weights"):
+        loop.train(changed(config, init_from=str(tmp_path / "other"), steps=4), run)
+    assert files(run) == before
+    loop.train(changed(config, init_from=str((tmp_path / "one").rename(tmp_path / "moved")), steps=4), run)
+    assert (run / "DONE").read_text() == "4\n"
+
+
+def test_a_refused_run_is_left_as_it_was(config, undisturbed, tmp_path):
+    """Refused by the settings, by those of the checkpoint alone, by its place in the data; or with nothing to do."""
+    shutil.copytree(undisturbed, run := tmp_path / "run")
+    before = files(run)
+    with pytest.raises(UserError, match=r"other settings: loss\.motion_weight was 1\.0 and is now 2\.0\. Use"):
+        loop.train(changed(config, steps=6, loss={"motion_weight": 2.0}), run)
+    loop.train(changed(config, steps=2), run)
+    small = tmp_path / "small"
+    preparation.prepare(config, "synthetic:shapes:20", small, log=lambda line: None)
+    with pytest.raises(UserError, match=r"checkpoints/4 was made with other data \(dataset"):
+        loop.train(changed(config, steps=6, data={"path": str(small)}), run)
+    assert files(run) == before
+    (run / "config.json").unlink()
+    with pytest.raises(UserError, match=r"other settings: seed was 0 and is now 1\."):
+        loop.train(changed(config, steps=6, seed=1), run)
+    assert not (run / "config.json").exists()
+
+
+def test_a_run_that_diverged_continues_with_another_learning_rate(config, undisturbed, tmp_path, capsys):
+    """As its message says. The update that blew up is not saved: it, too, has to be finite."""
+    shutil.copytree(undisturbed, run := tmp_path / "run")
+    config = changed(config, steps=5, eval={"every": 0}, sample={"every": 0})
+    with pytest.raises(UserError, match=r"update_norm is inf in step 5: .* lower learning_rate or optimizer\.grad_clip .* is step 4;"):
+        loop.train(changed(config, learning_rate=1e30), run)
+    capsys.readouterr()
+    loop.train(changed(config, learning_rate=1e-4, optimizer={"grad_clip": 1.0, "schedule": "cosine"}), run)
+    text = capsys.readouterr().out
+    assert "learning_rate was 0.001 and is now 0.0001" in text and "optimizer.grad_clip was 0.0 and is now 1.0" in text
+    assert "continuing at step 4 of 5" in text and "done: 5 steps" in text
+
+
+def test_a_finished_run_needs_no_data_and_more_steps_take_its_mark(config, undisturbed, tmp_path, monkeypatch):
+    shutil.copytree(undisturbed, run := tmp_path / "run")
+    assert loop.train(changed(config, data={"path": str(tmp_path / "gone")}), run)
+    monkeypatch.setattr(loop, "validate", lambda *_: os.kill(os.getpid(), signal.SIGTERM) or {})
+    assert not loop.train(changed(config, steps=6, eval={"every": 5}), run)
+    assert checkpoint.latest_step(run) == 5 and not (run / "DONE").exists()
+
+
+def test_a_sample_sheet_appears_whole(config, undisturbed, tmp_path, monkeypatch):
+    """The report shows the newest whole one, also where an earlier version left a part of one."""
+    shutil.copytree(undisturbed, run := tmp_path / "run")
+    (run / "samples" / "5").mkdir()
+    monkeypatch.setattr(samples.pictures, "save_png", lambda *_: 1 / 0)
+    clips = np.zeros((1, 2, 8, 8, 3), np.uint8)
+    with pytest.raises(ZeroDivisionError):
+        samples.save_comparison(run / "samples" / "6", clips, clips, ["x"], 8.0)
+    assert not (run / "samples" / "6").exists()
+    assert "after 4 steps" in report.write(run).read_text()
+    monkeypatch.undo()
+    for caption in "xy":
+        samples.save_comparison(run / "samples" / "6", clips, clips, [caption], 8.0)
+    assert sorted(p.name for p in (run / "samples").iterdir()) == ["0", "2", "4", "5", "6"]
+    assert json.loads((run / "samples" / "6" / "captions.json").read_text()) == ["y"]
+
+
+def test_one_process_at_a_time(config, undisturbed, tmp_path):
+    shutil.copytree(undisturbed, run := tmp_path / "run")
+    before = files(run)
+    with workdir.lock(run), pytest.raises(UserError, match=f"another process trains in {run}: wait until it ends"):
+        loop.train(changed(config, steps=6), run)
+    assert files(run) == before
+    with workdir.lock(run):
+        pass
+
+
+def test_a_trace_that_the_end_cuts_short_is_written(config, tmp_path):
+    config = changed(config, eval={"every": 0}, sample={"every": 0})
+    loop.train(changed(config, profile={"start": 3, "steps": 5}), tmp_path)
+    assert len(list((tmp_path / "plugins" / "profile").rglob("*.xplane.pb"))) == 1
 
 
 def test_guarded_work_ends_at_the_next_item():

@@ -26,12 +26,12 @@ def test_resuming_drops_lines_of_lost_work_and_half_a_line(tmp_path):
         writer.write(step, {"loss": float(step)})
     writer.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 6, "lo')
+        file.write('{"loss": 1.0}\n{"step": 6, "lo')
     MetricWriter(tmp_path, start_step=3).close()
     assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [1, 2, 3]
 
 
-@pytest.mark.parametrize("text", ["", '{"step": 1'])
+@pytest.mark.parametrize("text", ["", '{"step": 1', "[1]", '{"loss": 1.0}', "\x00"])
 def test_nothing_complete(tmp_path, text):
     (tmp_path / "metrics.jsonl").write_text(text)
     assert read_lines(tmp_path / "metrics.jsonl") == []
