@@ -31,7 +31,7 @@ import jax.numpy as jnp  # noqa: E402
 from motif_jax.config import Config, MeshConfig, from_config_dict  # noqa: E402
 from motif_jax.models.layers import target_platform  # noqa: E402
 from motif_jax.models.networks import Networks, image_condition  # noqa: E402
-from motif_jax.training.flops import training_flops  # noqa: E402
+from motif_jax.training.flops import jaxpr_flops, training_flops  # noqa: E402
 
 GIB = 2**30
 
@@ -53,7 +53,7 @@ class Chip(NamedTuple):
 CHIPS = {
     "v5e": Chip(197, 15.75, 100, 0.26),
     "v5p": Chip(459, 95.74, 300, 0.29),
-    "v6e": Chip(918, 31.25, 200, 0.13),
+    "v6e": Chip(918, 31.25, 200, 0.18),
     "H100": Chip(989, 76, 450, 0.27),
     "H200": Chip(989, 134, 450, 0.27),
 }
@@ -91,8 +91,11 @@ def changed(config: Config, **values) -> Config:
     return dataclasses.replace(config, **values)
 
 
-def saved_bytes(config: Config, networks: Networks) -> int:
-    """Bytes of the activations of one clip that the forward pass leaves for the backward pass; parameters are not counted."""
+def backward_costs(config: Config, networks: Networks) -> tuple[int, int]:
+    """(bytes of the activations that the forward pass leaves for the backward pass, matrix FLOPs of both passes) of one clip.
+
+    Parameters are not counted among the bytes.
+    """
     d, z = config.data, config.autoencoder.z_channels
     latent = jax.ShapeDtypeStruct((1, d.frames, config.latent_height, config.latent_width, z), jnp.float32)
     image = jax.eval_shape(lambda z: image_condition(z[:, 0], d.frames, config.condition.image), latent)
@@ -100,13 +103,18 @@ def saved_bytes(config: Config, networks: Networks) -> int:
     text = jax.ShapeDtypeStruct((1, config.text.context_length, config.text.width), jnp.float32)
     key = jax.eval_shape(lambda: jax.random.key(0))
 
-    def backward(params, latent, one, text, image, key):
-        return jax.vjp(lambda p, x: networks.denoise(p, x, one, text, one, image, key), params, latent)[1]
+    def forward(params, latent, one, text, image, key):
+        return jax.vjp(lambda p, x: networks.denoise(p, x, one, text, one, image, key), params, latent)
 
-    kept = jax.eval_shape(backward, networks.denoiser.shapes, latent, one, text, image, key)
+    def both(*inputs):
+        out, pull = forward(*inputs)
+        return pull(out)
+
+    inputs = networks.denoiser.shapes, latent, one, text, image, key
+    kept = jax.eval_shape(lambda *inputs: forward(*inputs)[1], *inputs)
     shapes = {s.shape for s in networks.denoiser.shapes.values()}
     sizes = [s.size * s.dtype.itemsize for s in jax.tree.leaves(kept) if s.shape not in shapes and jnp.issubdtype(s.dtype, jnp.number)]
-    return sum(sizes)
+    return sum(sizes), jaxpr_flops(jax.make_jaxpr(both)(*inputs).jaxpr)
 
 
 def parameters(networks: Networks) -> int:
@@ -114,27 +122,32 @@ def parameters(networks: Networks) -> int:
 
 
 def growth(config: Config) -> None:
-    """One clip: model FLOPs and kept activations, along each axis of the size."""
+    """One clip: model FLOPs, executed ones and kept activations, along each axis of the size and by what is recomputed."""
     d, width = config.data, config.unet.model_channels
     config = dataclasses.replace(config, batch_size=1)
     rows = {
         "as configured": {},
+        "remat block": {"remat": "block"},
+        "remat dots": {"remat": "dots"},
         "half the frames": {"frames": d.frames // 2},
         "twice the frames": {"frames": 2 * d.frames},
         "twice the height and width": {"height": 2 * d.height, "width": 2 * d.width},
         "half the channels": {"model_channels": width // 2},
         "twice the channels": {"model_channels": 2 * width},
     }
-    print("| one clip | parameters | TFLOP | times | kept, GiB | times |\n|---|---|---|---|---|---|")
+    print("| one clip | parameters | TFLOP | times | executed, of them | kept, GiB | times |\n|---|---|---|---|---|---|---|")
     base = None
     for name, values in rows.items():
         resized = changed(config, **values)
         networks = Networks.of(resized)
         with target_platform("tpu"):  # trace what an accelerator runs
-            flops, kept = training_flops(resized, networks) / 1e12, saved_bytes(resized, networks) / GIB
+            flops = training_flops(resized, networks) / 1e12
+            kept, executed = backward_costs(resized, networks)
+        kept, executed = kept / GIB, executed / 1e12 / flops
         base = base or (flops, kept)
         count = f"{parameters(networks) / 1e9:.3f} B"
-        print(f"| {name} | {count} | {flops:.3g} | {flops / base[0]:.2f} | {kept:.3g} | {kept / base[1]:.2f} |", flush=True)
+        cells = (name, count, f"{flops:.3g}", f"{flops / base[0]:.2f}", f"{executed:.2f}", f"{kept:.3g}", f"{kept / base[1]:.2f}")
+        print(f"| {' | '.join(cells)} |", flush=True)
 
 
 def meshes(config: Config) -> None:
@@ -142,7 +155,7 @@ def meshes(config: Config) -> None:
     networks = Networks.of(config)
     with target_platform("tpu"):
         flops = training_flops(dataclasses.replace(config, batch_size=1), Networks.of(dataclasses.replace(config, batch_size=1)))
-        kept = saved_bytes(config, networks)
+        kept, _ = backward_costs(config, networks)
     count = parameters(networks)
     print(f"{count / 1e9:.2f} B parameters, {flops / 1e12:.1f} TFLOP a clip, {kept / GIB:.2f} GiB kept of a clip\n")
     print("| slice | data x fsdp | clips of a chip | state, GiB | memory, GiB | fits | sent, GiB | arithmetic, s | sending, s | share |")
