@@ -91,9 +91,11 @@ def job() -> Iterator[None]:
         yield
     except BaseException as error:
         reason = str(error) if isinstance(error, UserError) else traceback.format_exc()
-        sys.stdout.flush()
-        print(f"process {jax.process_index()} of {jax.process_count()} on {socket.gethostname()}: {reason}", file=sys.stderr, flush=True)
-        os._exit(1)
+        try:
+            sys.stdout.flush()
+            print(f"process {jax.process_index()} of {jax.process_count()} on {socket.gethostname()}: {reason}", file=sys.stderr, flush=True)
+        finally:  # also when nobody reads it any more
+            os._exit(1)
     jax.distributed.shutdown()
 
 

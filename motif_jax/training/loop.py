@@ -8,6 +8,7 @@ step -> log the steps before] -> wait for the save, write the report, mark done.
 import contextlib
 import math
 import pathlib
+import sys
 import time
 
 import jax
@@ -237,7 +238,8 @@ def _train(config: Config, directory: pathlib.Path, dataset: pipeline.Dataset, m
             if tracing:
                 jax.profiler.stop_trace()
             batches.close()
-            checkpoints.close()
+            if jax.process_count() == 1 or sys.exc_info()[0] is None:  # else a save would wait for those who fail, too
+                checkpoints.close()
             if writer:
                 writer.close()
     if step < config.steps:

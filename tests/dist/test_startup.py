@@ -1,5 +1,6 @@
 """What starts a job, read off the environment; what processes disagree about."""
 
+import jax
 import pytest
 
 from motif_jax.config import UserError
@@ -38,6 +39,18 @@ def test_cluster(environment, kind):
 def test_variables_that_cannot_be(environment, message):
     with pytest.raises(UserError, match=message):
         startup.join(environment)
+
+
+def test_a_process_that_fails_is_gone_at_once_though_nobody_reads_why(monkeypatch):
+    def leave(status):
+        raise SystemExit(status)
+
+    monkeypatch.setattr(startup, "join", lambda: None)
+    monkeypatch.setattr(startup.os, "_exit", leave)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr("builtins.print", lambda *_, **__: 1 / 0)
+    with pytest.raises(SystemExit), startup.job():
+        raise UserError("reason")
 
 
 def test_the_odd_one_out_is_named():
