@@ -162,7 +162,7 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, trained)
         trained = optax.apply_updates(trained, updates)
         ema = update_ema(state.ema, trained, state.step, config.ema.decay, config.ema.warmup) if state.ema else state.ema
-        norms = {"grad_norm": optax.global_norm(grads), "update_norm": optax.global_norm(updates)}
+        norms = {"grad_norm": optax.global_norm(grads), "parameter_norm": optax.global_norm(trained)}
         metrics |= norms | {"learning_rate": learning_rate(state.step)}
         return TrainState(state.step + 1, {**state.params, **trained}, ema, opt_state), metrics
 

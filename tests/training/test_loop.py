@@ -172,10 +172,10 @@ def test_a_refused_run_is_left_as_it_was(config, undisturbed, tmp_path):
 
 
 def test_a_run_that_diverged_continues_with_another_learning_rate(config, undisturbed, tmp_path, capsys):
-    """As its message says. The update that blew up is not saved: it, too, has to be finite."""
+    """As its message says. What an update has blown up is not saved: the parameters, too, have to be finite, and so their norm."""
     shutil.copytree(undisturbed, run := tmp_path / "run")
     config = changed(config, steps=5, eval={"every": 0}, sample={"every": 0})
-    with pytest.raises(UserError, match=r"update_norm is inf in step 5: .* lower learning_rate or optimizer\.grad_clip .* is step 4;"):
+    with pytest.raises(UserError, match=r"parameter_norm is inf in step 5: .* lower learning_rate or optimizer\.grad_clip .* is step 4;"):
         loop.train(changed(config, learning_rate=1e30), run)
     capsys.readouterr()
     loop.train(changed(config, learning_rate=1e-4, optimizer={"grad_clip": 1.0, "schedule": "cosine"}), run)
