@@ -236,16 +236,17 @@ _convolve_on_cpu.defvjp(_forward_on_cpu, _backward_on_cpu)
 
 
 def _moments(x: Float[Array, "*n"], average: Callable, dtype: Any) -> tuple[Array, Array]:
-    """(mean, variance) of float32 `x` by `average`, for a result of type `dtype`.
+    """(x - mean, variance) of float32 `x` by `average`, for a result of type `dtype`.
 
     In float32 the variance is that of x - mean, which costs no digits. For half precision it is E[x^2] - E[x]^2: both averages come out of
     one pass, which XLA makes part of the product or convolution before it. It loses what float32 loses of mean^2 beside the variance:
     with a mean of 30 deviations, 1e-4 of it, where bfloat16 keeps 4e-3.
     """
     mean = average(x)
+    centred = x - mean
     if jnp.dtype(dtype).itemsize >= 4:
-        return mean, average(jnp.square(x - mean))
-    return mean, jnp.maximum(average(jnp.square(x)) - jnp.square(mean), 0)
+        return centred, average(jnp.square(centred))
+    return centred, jnp.maximum(average(jnp.square(x)) - jnp.square(mean), 0)
 
 
 class GroupNorm(nnx.Module):
@@ -265,8 +266,8 @@ class GroupNorm(nnx.Module):
         x = x.astype(jnp.float32)
         axes = tuple(range(1, x.ndim - 1))
         # Channels are averaged before groups: splitting the last axis of the activations would spoil its tiling on TPU.
-        mean, variance = _moments(x, lambda x: self._group_mean(x.mean(axes, keepdims=True)), self.dtype)
-        y = (x - mean) * (jax.lax.rsqrt(variance + self.epsilon) * self.scale[...]) + self.bias[...]
+        x, variance = _moments(x, lambda x: self._group_mean(x.mean(axes, keepdims=True)), self.dtype)
+        y = x * (jax.lax.rsqrt(variance + self.epsilon) * self.scale[...]) + self.bias[...]
         return y.astype(self.dtype)
 
     def _group_mean(self, m: Float[Array, "N *one C"]) -> Float[Array, "N *one C"]:
@@ -284,8 +285,8 @@ class LayerNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "*n C"]) -> Float[Array, "*n C"]:
         x = x.astype(jnp.float32)
-        mean, variance = _moments(x, lambda x: x.mean(-1, keepdims=True), self.dtype)
-        y = (x - mean) * jax.lax.rsqrt(variance + self.epsilon)
+        x, variance = _moments(x, lambda x: x.mean(-1, keepdims=True), self.dtype)
+        y = x * jax.lax.rsqrt(variance + self.epsilon)
         return (y * self.scale[...] + self.bias[...]).astype(self.dtype)
 
 
