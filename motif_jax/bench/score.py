@@ -252,7 +252,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, type=pathlib.Path, help="directory of the results")
     parser.add_argument("--flow", default="dis", choices=("dis", "raft_small", "raft_large"), help="optical flow (default: dis)")
     parser.add_argument("--flow_weights", default="", help="RAFT weights, .safetensors or .pth")
-    parser.add_argument("--clip", default="", help="directory of a CLIP model (Hugging Face's layout): adds its alignments")
+    parser.add_argument("--clip", default="", help="directory of a CLIP model (Hugging Face's layout): adds its alignments; needs PyTorch")
     parser.add_argument("--frames", type=int, help="use the first so many frames of every video (default: all)")
     parser.add_argument("--size", help="WIDTHxHEIGHT to cover and crop every video to (default: its own size)")
     parser.add_argument("--fps", type=float, default=FRAME_RATE, help="frame rate of folders of frames (default: 8)")
