@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from motif_jax.config import Config, UserError, from_json
+from motif_jax.config import Config, UserError, read_json
 from motif_jax.interop.files import Lazy
 from motif_jax.interop.imported import CONTENTS, is_imported, read_imported
 from motif_jax.models import lora
@@ -144,10 +144,9 @@ def read_config(directory: str | pathlib.Path) -> Config:
     if not path.exists():
         raise UserError(f"{directory}: holds neither config.json (a work directory of motif_jax.main) nor {CONTENTS} (an import)")
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return read_json(path)
+    except OSError as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
-    return from_json(text)
 
 
 def fit(params: Params, shapes: dict[str, jax.ShapeDtypeStruct], source: str, inflate: str = "") -> Params:
