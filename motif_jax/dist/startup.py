@@ -59,11 +59,14 @@ def join(environment: Mapping[str, str] = os.environ) -> None:
         absent = [name for name in (ADDRESS, COUNT, INDEX) if name not in environment]
         if absent:
             raise UserError(f"several processes: set {', '.join(absent)} as well (docs/training.md)")
-        arguments = {"coordinator_address": environment[ADDRESS]}
+        given = f"{COUNT}={environment[COUNT]!r}, {INDEX}={environment[INDEX]!r}"
         try:
-            arguments |= {"num_processes": int(environment[COUNT]), "process_id": int(environment[INDEX])}
+            count, index = int(environment[COUNT]), int(environment[INDEX])
         except ValueError:
-            raise UserError(f"{COUNT}={environment[COUNT]!r}, {INDEX}={environment[INDEX]!r}: must be whole numbers") from None
+            raise UserError(f"{given}: must be whole numbers") from None
+        if not 0 <= index < count:
+            raise UserError(f"{given}: the processes of a job are numbered from 0 to its count less one")
+        arguments = {"coordinator_address": environment[ADDRESS], "num_processes": count, "process_id": index}
     try:
         jax.distributed.initialize(**arguments, heartbeat_timeout_seconds=int(environment.get(HEARTBEAT, 30)))
     except ValueError as error:

@@ -33,7 +33,7 @@ def test_cluster(environment, kind):
     [
         ({"MOTIF_PROCESS_INDEX": "1"}, "set JAX_COORDINATOR_ADDRESS, MOTIF_PROCESS_COUNT as well"),
         ({"JAX_COORDINATOR_ADDRESS": "h:1", "MOTIF_PROCESS_COUNT": "two", "MOTIF_PROCESS_INDEX": "0"}, "'two'.*must be whole numbers"),
-        ({"JAX_COORDINATOR_ADDRESS": "h:1", "MOTIF_PROCESS_COUNT": "2", "MOTIF_PROCESS_INDEX": "2"}, "process_id"),
+        ({"JAX_COORDINATOR_ADDRESS": "h:1", "MOTIF_PROCESS_COUNT": "2", "MOTIF_PROCESS_INDEX": "2"}, "'2': the processes of a job are"),
     ],
 )
 def test_variables_that_cannot_be(environment, message):

@@ -139,10 +139,11 @@ def test_a_run_keeps_its_pretrained_networks_wherever_they_lie(config, tmp_path)
     networks, rng = Networks.of(config), np.random.default_rng(0)
     for name in ("one", "other"):
         (tmp_path / name).mkdir()
+        contents = {}
         for part, shapes in {"denoiser": networks.denoiser.shapes, "autoencoder": networks.autoencoder.shapes}.items():
             weights = {key: rng.normal(size=s.shape, scale=0.1).astype(np.float32) for key, s in shapes.items()}
-            write_safetensors(tmp_path / name / f"{part}.safetensors", weights)
-        (tmp_path / name / "imported.json").write_text(json.dumps({"networks": {"denoiser": {}, "autoencoder": {}}}))
+            contents[part] = {"config": {}, "sha256": write_safetensors(tmp_path / name / f"{part}.safetensors", weights)}
+        (tmp_path / name / "imported.json").write_text(json.dumps({"networks": contents}))
     run = tmp_path / "run"
     loop.train(changed(config, init_from=str(tmp_path / "one")), run)
     before = files(run)
