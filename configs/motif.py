@@ -38,6 +38,10 @@ def get_config(size: str = "paper") -> ConfigDict:
     config.loss.intensity = "diagonal"
     config.remat = "convs"
 
+    # Parameters, optimizer and average are sharded over all devices: docs/scaling.md says why. Copies do not fit a v5e or v6e chip.
+    if size == "paper":
+        config.mesh.update(data=1, fsdp=-1)
+
     if size in ("small", "tiny"):
         config.name = f"motif_{size}"
         config.dtype = "float32"
