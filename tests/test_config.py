@@ -108,6 +108,7 @@ def test_paper_values():
     assert (config.diffusion.prediction, config.loss.motion_weight, config.condition.text_drop) == ("v", 1.0, 0.1)
     assert (config.latent_height, config.latent_width) == (40, 64)
     assert (config.unet.model_channels, config.unet.channel_mult, config.unet.in_channels) == (320, (1, 2, 4, 4), 8)
+    assert (config.mesh.data, config.mesh.fsdp) == (1, -1)  # copies of the state do not fit a v5e or v6e chip
 
 
 def test_shipped_configs_are_locked():
