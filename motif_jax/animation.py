@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import UInt8
 
-from motif_jax.bench.generate import Request, generate, write_manifest
+from motif_jax.bench.generate import Request, generate, make_output, write_manifest, writing
 from motif_jax.bench.pairs import LONGEST_NAME, MANIFEST, Pair
 from motif_jax.config import Config, UserError
 from motif_jax.data.tokens import make_tokenizer
@@ -24,7 +24,6 @@ from motif_jax.dist.mesh import BATCH
 from motif_jax.generation import make_generator
 from motif_jax.models.networks import Networks, Params
 from motif_jax.training import weights
-from motif_jax.training.checkpoint import latest_step
 from motif_jax.training.step import empty_sentence
 
 SOURCE_FPS = 24.0  # --frame_stride counts frames of a film
@@ -40,7 +39,8 @@ class Animator:
     frozen: dict[str, Params]
     fps: float  # frame rate condition
     mesh: Mesh | None = None
-    directory: pathlib.Path | None = None  # where it was loaded from
+    directory: pathlib.Path = pathlib.Path()  # of the run or import that it was loaded from
+    step: int | None = None  # of the run
 
     def __post_init__(self) -> None:
         if self.mesh is not None:
@@ -72,16 +72,18 @@ class Animator:
             raise UserError(f"--steps={steps}: at most {config.diffusion.num_timesteps}, the timesteps of training")
         config = dataclasses.replace(config, sample=dataclasses.replace(config.sample, **changed))
         networks = Networks.of(config)
-        loaded = weights.load(directory)
+        path = weights.checkpoint_of(directory)  # once: a run that goes on has another one soon
+        loaded, run = weights.load(path), weights.run_directory(path)
         frozen = weights.frozen_weights(networks, loaded, str(directory))
         params = weights.fit(loaded["denoiser"], networks.denoiser.shapes, str(directory))
-        return cls(config, networks, params, frozen, SOURCE_FPS / frame_stride if frame_stride else config.sample.fps, mesh, directory)
+        fps = SOURCE_FPS / frame_stride if frame_stride else config.sample.fps
+        return cls(config, networks, params, frozen, fps, mesh, run, None if run == path else int(path.name))
 
     @property
     def settings(self) -> dict[str, Any]:
         """What a clip depends on besides its image, sentence and seed."""
-        c, directory = self.config, self.directory or pathlib.Path()
-        model = {"model": str(directory.resolve()), "step": latest_step(directory), "name": c.name}
+        c = self.config
+        model = {"model": str(self.directory.resolve()), "step": self.step, "name": c.name}
         sample = {name: value for name, value in dataclasses.asdict(c.sample).items() if name not in ("every", "count")}
         return {**model, "frames": c.data.frames, "height": c.data.height, "width": c.data.width, "fps_condition": self.fps, **sample}
 
@@ -160,14 +162,18 @@ def read_requests(path: str) -> list[Pair]:
     return requests
 
 
-def _others(directory: pathlib.Path, requests: Sequence[Request]) -> list[str]:
-    """Those of the requests' files that are there and that the manifest gives another image or sentence."""
+def _check_made(directory: pathlib.Path, requests: Sequence[Request]) -> None:
+    """Raises UserError for a requested file that is there though the manifest gives it another image or sentence, or does not know it."""
     try:
         made = {v["file"]: (v["image"], v["prompt"]) for v in json.loads((directory / MANIFEST).read_text())["videos"]}
+    except FileNotFoundError:
+        made = {}
     except (OSError, ValueError, KeyError, TypeError):
-        return []  # there is none yet, or `write_manifest` names its fault
-    asked = {r.file: (str(r.pair.image), r.pair.prompt) for r in requests if (directory / r.file).exists()}
-    return [file for file, shown in asked.items() if made.get(file, shown) != shown]
+        return  # `write_manifest` names its fault
+    for r in requests:
+        if (directory / r.file).exists() and made.get(r.file) != (str(r.pair.image), r.pair.prompt):
+            fault = "shows another image or prompt" if r.file in made else f"is not in {MANIFEST}, which says how clips were made"
+            raise UserError(f"--output={directory}: {r.file} there {fault}; delete it, or choose another --output")
 
 
 def animate_list(load: Callable[[], Animator], requests_file: str, output: str, seed: int, batch_size: int, suffix: str) -> None:
@@ -177,12 +183,9 @@ def animate_list(load: Callable[[], Animator], requests_file: str, output: str, 
     """
     directory = pathlib.Path(output)
     requests = [Request(pair, seed, f"{pair.id}.{suffix}") for pair in read_requests(requests_file)]
+    make_output(directory)
+    _check_made(directory, requests)
     animator = load()
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output={output}: cannot be made: {error}") from error
-    if others := _others(directory, requests):
-        raise UserError(f"--output={output}: {others[0]} there shows another image or prompt; delete it, or choose another --output")
-    write_manifest(directory, requests, {**animator.settings, "seed": seed})
+    with writing(directory):
+        write_manifest(directory, requests, {**animator.settings, "seed": seed})
     generate(animator, requests, directory, animator.config.sample.fps, batch_size, functools.partial(print, flush=True))

@@ -2,13 +2,12 @@
 
 python -m motif_jax.convert import --kind=KIND --input=FILE --output=DIR [--yaml=FILE]
     reads a .safetensors or PyTorch file (KIND: see below); DIR then serves as --config.init_from (raft: DIR/raft.safetensors as
-    --config.prepare.flow_weights). Without the reference's YAML, or one of the same name beside the file, the networks are read off the
-    shapes of the tensors.
+    --config.prepare.flow_weights). Without the reference's YAML, or a readable one of the same name beside the file, the networks are
+    read off the shapes of the tensors; --yaml= takes none.
 python -m motif_jax.convert export --workdir=DIR --output=FILE.safetensors|.ckpt [--weights=ema|raw] [--frozen]
     writes the U-Net (--frozen: also autoencoder and towers) in the reference's names, and FILE.yaml. DIR may be an import.
 """
 
-import pathlib
 import signal
 import sys
 
@@ -21,7 +20,9 @@ KIND = flags.DEFINE_enum(
     "kind", None, ["videocrafter", "dynamicrafter", "openclip", "openclip_image", "autoencoder", "raft"], "import: what the file holds"
 )
 INPUT = flags.DEFINE_string("input", None, "import: a .safetensors, .ckpt, .pth, .pt, .bin or .index.json file")
-YAML = flags.DEFINE_string("yaml", None, "import: the reference's configuration of that file (default: FILE.yaml if it is there)")
+YAML = flags.DEFINE_string(
+    "yaml", None, "import: the reference's configuration of that file (default: FILE.yaml if there is one; empty: none)"
+)
 WORKDIR = flags.DEFINE_string("workdir", None, "export: work directory of a run, or the directory of an import")
 WEIGHTS = flags.DEFINE_enum("weights", None, ["ema", "raw"], "export: averaged or raw weights (default: averaged if the run keeps them)")
 FROZEN = flags.DEFINE_boolean("frozen", False, "export: also write the autoencoder and the towers")
@@ -43,14 +44,14 @@ def main(argv: list[str]) -> None:
     for stop in (signal.SIGTERM, signal.SIGINT):
         signal.signal(stop, lambda *_: sys.exit(f"motif_jax.convert: stopped; {OUTPUT.value} was not written"))
     if command == "import":
-        from motif_jax.interop.imported import assumptions, import_checkpoint
+        from motif_jax.interop.imported import assumptions, import_checkpoint, yaml_beside
 
-        source, yaml = pathlib.Path(INPUT.value), YAML.value
-        beside = source.parent / f"{source.stem}.yaml"
-        if not yaml and KIND.value != "raft" and beside.is_file():
-            yaml = beside
-            print(f"--yaml={yaml}: found beside the input")
-        counts = import_checkpoint(KIND.value, source, OUTPUT.value, yaml)
+        yaml = YAML.value
+        if yaml is None:
+            yaml, remark = yaml_beside(KIND.value, INPUT.value)
+            if remark:
+                print(remark)
+        counts = import_checkpoint(KIND.value, INPUT.value, OUTPUT.value, yaml)
         for name, (tensors, parameters) in counts.items():
             print(f"{OUTPUT.value}/{name}.safetensors: {tensors} tensors, {parameters:,} parameters")
         if not yaml and KIND.value != "raft":

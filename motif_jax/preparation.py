@@ -75,10 +75,11 @@ def prepare(
         progress = _Progress(clips, log)
         written = sum(job.run(i, progress) for i in mine)
         progress.line()
-        if job.lost:
-            log(f"{len(job.lost)} clips are kept though their files are gone, the first: {job.lost[0]}")
+        lost = len(job.lost)
     else:
-        written = _run_on_beam(config, source, output, mine, beam_options)
+        written, lost = _run_on_beam(config, source, output, mine, beam_options)
+    if lost:
+        log(f"{lost} clips are kept though their files are gone" + (f", the first: {job.lost[0]}" if job.lost else ""))
 
     missing = job.finish()
     summary = job.summary(written, len(mine) - written, missing)
@@ -149,8 +150,8 @@ class Job:
             sizes = [[f[0] if isinstance(f, list) else f for f in clip] for clip in files]  # all that an earlier version looked at
             if manifest["fingerprint"] in (shards.digest([self.plan_id, files]), shards.digest([self.plan_id, sizes])):
                 return ""
-            missing = {s["clip_id"] for s in manifest["skipped"] if s["reason"].endswith("missing file")}
-            lost = [item.video for item in shard.items if item.clip_id not in missing and gone(item)]
+            skipped = {s["clip_id"] for s in manifest["skipped"]}  # these have no record to lose
+            lost = [item.video for item in shard.items if item.clip_id not in skipped and gone(item)]
             if lost:
                 self.lost += lost
                 return ""
@@ -172,8 +173,11 @@ class Job:
         return Summary(dict(count), written, kept, missing, dict(skipped))
 
 
-def _run_on_beam(config: Config, source: str, output: str | os.PathLike, indices: Sequence[int], options: Sequence[str]) -> int:
-    """The shards as one Beam pipeline; each worker opens the source and the flow network once. Returns how many were written."""
+def _run_on_beam(config: Config, source: str, output: str | os.PathLike, indices: Sequence[int], options: Sequence[str]) -> tuple[int, int]:
+    """The shards as one Beam pipeline; each worker opens the source and the flow network once.
+
+    Returns how many were written, and how many clips are kept though their files are gone.
+    """
     try:
         import apache_beam as beam
         from apache_beam.options.pipeline_options import PipelineOptions
@@ -185,16 +189,21 @@ def _run_on_beam(config: Config, source: str, output: str | os.PathLike, indices
             self._job = Job(config, source, output, log=lambda line: None)
 
         def process(self, index: int) -> Iterator[int]:
-            if self._job.run(index):
-                beam.metrics.Metrics.counter("motif_jax", "shards_written").inc()
+            self._job.lost.clear()
+            beam.metrics.Metrics.counter("motif_jax", "written").inc(int(self._job.run(index)))
+            beam.metrics.Metrics.counter("motif_jax", "lost").inc(len(self._job.lost))
             yield index
 
     pipeline_run = beam.Pipeline(options=PipelineOptions(list(options)))
     pipeline_run | beam.Create(list(indices)) | beam.Reshuffle() | beam.ParDo(MakeShard())
     result = pipeline_run.run()
     result.wait_until_finish()
-    counters = result.metrics().query(beam.metrics.MetricsFilter().with_name("shards_written"))["counters"]
-    return sum(c.committed or c.attempted or 0 for c in counters)
+
+    def total(name: str) -> int:
+        counters = result.metrics().query(beam.metrics.MetricsFilter().with_name(name))["counters"]
+        return sum(c.committed or c.attempted or 0 for c in counters)
+
+    return total("written"), total("lost")
 
 
 def open_source(config: Config, source: str, estimator: FlowEstimator | None = None, towers: "Towers | None" = None) -> Source:

@@ -35,6 +35,8 @@ flags.mark_flag_as_required("output")
 
 def main(argv: list[str]) -> None:
     commands.no_more(argv)
+    if not OUTPUT.value:
+        raise UserError("--output is empty: name a file, or with --requests a directory")
     if bool(WORKDIR.value) == bool(CHECKPOINT.value):
         raise UserError("give either --workdir, or --checkpoint with --config")
     if CHECKPOINT.value and CONFIG.value is None:

@@ -64,6 +64,8 @@ def test_flags_are_checked_before_weights_are_loaded(folder):
     with pytest.raises(UserError, match=r"must end in \.mp4 or \.gif"):
         animate_one(never, "a.png", "x", "x.avi", 0)
     assert not (folder / "out").exists()
+    with pytest.raises(UserError, match=r"--output=.*a\.png/out: cannot be written: .*Not a directory"):
+        animate_list(never, save(folder, {}), str(folder / "a.png" / "out"), 0, 1, "gif")
 
 
 class Still:
@@ -95,3 +97,28 @@ def test_a_directory_holds_clips_of_one_kind(folder, tiny, capsys):
     assert {p: p.read_bytes() for p in output.iterdir()} == before
     (output / "1.gif").unlink()
     make({"prompt": "y"})
+
+
+def test_files_of_unknown_making_are_refused(folder, tiny):
+    output = folder / "out"
+    output.mkdir()
+    (output / "1.gif").write_bytes(b"another's")
+
+    def make():
+        animate_list(lambda: Still(tiny()), save(folder, {}, {"id": "2"}), str(output), 0, 2, "gif")
+
+    with pytest.raises(UserError, match=r"1\.gif there is not in manifest\.json, .*; delete it"):
+        make()
+    assert [p.name for p in output.iterdir()] == ["1.gif"]
+    (output / "1.gif").unlink()
+    make()
+    manifest = json.loads((output / "manifest.json").read_text())
+    (output / "manifest.json").write_text(json.dumps(manifest | {"videos": manifest["videos"][1:]}))
+    with pytest.raises(UserError, match=r"1\.gif there is not in"):
+        make()
+
+
+def test_a_manifest_that_cannot_be_written(folder, tiny):
+    (folder / "out" / "manifest.json").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"--output=.*out: cannot be written: .*Is a directory"):
+        animate_list(lambda: Still(tiny()), save(folder, {}), str(folder / "out"), 0, 2, "gif")

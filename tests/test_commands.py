@@ -292,6 +292,7 @@ BAD_CALLS = {
     ),
     "no work directory": (["motif_jax.sample", "--workdir=", "--image=x", "--prompt=x", "--output=x.gif"], "give either --workdir, or"),
     "no list": (["motif_jax.sample", "--workdir={run}", "--requests=", "--output=x"], "give either --image and --prompt, or --requests"),
+    "no output": (["motif_jax.sample", "--workdir={run}", "--requests=x.jsonl", "--output="], "--output is empty: name a file"),
     "huge seed": (
         ["motif_jax.sample", "--workdir={run}", "--image=x", "--prompt=x", "--output=x.gif", "--seed=2147483648"],
         "--seed=2147483648",

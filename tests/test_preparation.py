@@ -246,6 +246,20 @@ def test_videos_that_are_gone_take_no_clip_with_them(tmp_path, clips):
     assert prepare(clips / "list.csv", tmp_path / "out", config, estimator=Still())[0].clips == {"train": 8}
 
 
+def test_a_clip_that_was_skipped_has_nothing_to_lose(tmp_path, clips):
+    """Its file may go; another of its shard that was repaired comes in all the same."""
+    whole = (clips / "1.mp4").read_bytes()
+    save_video(clips / "0.mp4", np.zeros((1, 32, 32, 3), np.uint8), 10)
+    (clips / "1.mp4").write_bytes(whole[: len(whole) // 2])
+    config = with_prepare(validation_share=0.0)
+    first, _ = prepare(clips / "list.csv", tmp_path / "out", config, estimator=Still())
+    assert (first.clips, first.skipped) == ({"train": 6}, {"too short": 1, "truncated": 1})
+    (clips / "0.mp4").unlink()
+    (clips / "1.mp4").write_bytes(whole)
+    again, lines = prepare(clips / "list.csv", tmp_path / "out", config, estimator=Still())
+    assert (again.clips, again.skipped) == ({"train": 7}, {"missing file": 1}) and not any("kept though" in line for line in lines)
+
+
 def test_a_video_that_was_replaced_is_taken_anew(tmp_path, clips):
     """Also one of the same size. A manifest of before, which knew the sizes alone, is still good."""
     config = with_prepare(validation_share=0.0, clips_per_shard=4)
@@ -456,6 +470,16 @@ def test_beam_gives_the_same_bytes(tmp_path):
     assert summary.written == len(list((tmp_path / "b").glob("motif-*"))) > 1
     assert files(tmp_path / "a") == files(tmp_path / "b")
     assert prepare("synthetic:shapes:60", tmp_path / "b", beam_options=[])[0].written == 0
+
+
+def test_beam_says_that_videos_are_gone(tmp_path, clips):
+    pytest.importorskip("apache_beam")
+    config = with_prepare(flow="dis", validation_share=0.0, clips_per_shard=4)
+    prepare(clips / "list.csv", tmp_path / "out", config)
+    for i in (0, 1, 5):
+        (clips / f"{i}.mp4").unlink()
+    summary, lines = prepare(clips / "list.csv", tmp_path / "out", config, beam_options=[])
+    assert summary.written == 0 and "3 clips are kept though their files are gone" in lines
 
 
 def test_a_validation_split_made_of_chance_alone(tmp_path, clips):

@@ -110,7 +110,7 @@ def clips(directory: pathlib.Path, result: dict[str, Any], runs: dict[tuple[str,
         names = list(row)
         lines = [pictures.side_by_side({name: row[name] for name in names[k : k + COLUMNS]}) for k in range(0, len(names), COLUMNS)]
         save_video(path, np.stack([pictures.stack(line) for line in zip(*lines, strict=True)]), made["fps"])
-        sheet = pictures.stack([pictures.strip(clip, f"{caption} ({name})") for name, clip in row.items()])
+        sheet = pictures.stack([pictures.strip(clip, caption, end=f" ({name})") for name, clip in row.items()])
         pictures.save_png(path.with_suffix(".png"), sheet)
         parts.append(f"<h3>{html.escape(caption)}</h3>{report.picture(path.read_bytes(), 'image/gif', caption)}")
     return "".join(parts) + "</div>"

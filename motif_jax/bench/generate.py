@@ -5,12 +5,14 @@ devices, jobs and the rest of the list change nothing but rounding. --vbench nam
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
 import pathlib
 import runpy
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from motif_jax.bench.pairs import MANIFEST, Pair, read_pairs, vbench_names
@@ -68,8 +70,24 @@ def generate(
     return len(todo)
 
 
+@contextlib.contextmanager
+def writing(output: pathlib.Path) -> Iterator[None]:
+    """Makes a UserError of what cannot be written there."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"--output={output}: cannot be written: {error}") from error
+
+
+def make_output(output: pathlib.Path) -> None:
+    """Makes the directory and tries it, for before weights are loaded. Raises UserError."""
+    with writing(output):
+        output.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=output).close()
+
+
 def write_manifest(output: pathlib.Path, requests: Sequence[Request], settings: dict[str, Any]) -> None:
-    """Which file shows what, and how all were made; earlier entries are kept. Raises UserError if those were made otherwise."""
+    """Which file shows what, and how all were made; earlier entries are kept. Raises UserError if those were made otherwise, OSError."""
     path, earlier = output / MANIFEST, {}
     if path.exists():
         try:
@@ -87,7 +105,10 @@ def write_manifest(output: pathlib.Path, requests: Sequence[Request], settings: 
 
 
 def write_vbench(output: pathlib.Path, requests: Sequence[Request], height: int, width: int) -> None:
-    """images/<name>.jpg, the image as the model saw it, and vbench_info.json, which VBench-I2V takes as its full_info.json."""
+    """images/<name>.jpg, the image as the model saw it, and vbench_info.json, which VBench-I2V takes as its full_info.json.
+
+    Raises UserError for an image that cannot be read, OSError.
+    """
     from PIL import Image
 
     from motif_jax.animation import open_image
@@ -161,17 +182,13 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError(f"--task_index={arguments.task_index}: must be from 0 to --task_count - 1 = {arguments.task_count - 1}")
     config = read_configuration(arguments.config) if arguments.config else None
     everything = requests_of(read_pairs(arguments.list), seeds, arguments.vbench)
-    try:
-        arguments.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output={arguments.output}: cannot be made: {error}") from error
+    make_output(arguments.output)
 
     import jax
 
     from motif_jax.animation import Animator
     from motif_jax.config import MeshConfig
     from motif_jax.dist.mesh import make_mesh
-    from motif_jax.training.checkpoint import latest_step
 
     devices = jax.local_devices()
     animator = Animator.load(
@@ -183,20 +200,9 @@ def run(arguments: argparse.Namespace) -> None:
         mesh=make_mesh(MeshConfig(), devices),
     )
     c = animator.config
-    settings = {
-        "model": str((arguments.workdir or arguments.checkpoint).resolve()),
-        "step": latest_step(arguments.workdir) if arguments.workdir else None,
-        "name": c.name,
-        "frames": c.data.frames,
-        "height": c.data.height,
-        "width": c.data.width,
-        "fps_condition": animator.fps,
-        **dataclasses.asdict(c.sample),
-    }
-    for of_training in ("every", "count"):
-        del settings[of_training]
-    write_manifest(arguments.output, everything, settings)
-    if arguments.vbench:
-        write_vbench(arguments.output, everything, c.data.height, c.data.width)
+    with writing(arguments.output):
+        write_manifest(arguments.output, everything, animator.settings)
+        if arguments.vbench:
+            write_vbench(arguments.output, everything, c.data.height, c.data.width)
     mine = everything[arguments.task_index :: arguments.task_count]
     generate(animator, mine, arguments.output, c.sample.fps, arguments.batch_size * len(devices), lambda text: print(text, flush=True))

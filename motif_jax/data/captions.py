@@ -105,7 +105,10 @@ def _csv_rows(source: str, text: str) -> Iterator[tuple[int, dict[str, str]]]:
             good = reader.line_num
             yield good, row
     except csv.Error as error:
-        raise UserError(f"source {source!r}, from line {good + 1} on: {error}; is a double quote left open?") from error
+        raise UserError(
+            f"source {source!r}, from line {good + 1} on: {error}; a cell that begins with a double quote must end with one, "
+            'and has those within doubled: """Hello"" he said"'
+        ) from error
 
 
 def _jsonl_rows(source: str, text: str) -> Iterator[tuple[int, dict[str, str]]]:

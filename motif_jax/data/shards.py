@@ -20,7 +20,7 @@ from typing import Any
 
 from motif_jax.config import UserError
 from motif_jax.data import records
-from motif_jax.data.storage import Path, size, upload
+from motif_jax.data.storage import Path, local_path, size, upload
 
 NAME = "motif"  # TFDS takes a dataset's name from its file names
 SPLITS = ("train", "validation")
@@ -240,9 +240,10 @@ def read_manifest(directory: str | os.PathLike) -> Manifest:
     """
     if not str(directory):
         raise UserError("data.path is not set: give the output of motif_jax.prepare, --config.data.path=DIR")
-    if "://" in str(directory):
+    path = local_path(str(directory))
+    if path is None:
         raise UserError(f"data.path={directory}: training reads local files; copy or mount the directory first (docs/data.md)")
-    directory = pathlib.Path(directory)
+    directory = path
     again = "run the same motif_jax.prepare again, which rewrites what is missing or damaged and nothing else"
     try:
         dataset = json.loads((directory / "dataset.json").read_text())

@@ -61,6 +61,16 @@ class RemotePath:
 Path = pathlib.Path | RemotePath
 
 
+def local_path(name: str) -> pathlib.Path | None:
+    """What a path or file:///PATH names on this machine; None for another URL. Raises UserError for another host's file."""
+    if not name.startswith("file://"):
+        return None if "://" in name else pathlib.Path(name)
+    path = name.removeprefix("file://").removeprefix("localhost")
+    if not path.startswith("/"):
+        raise UserError(f"{name}: names a file of another machine; for one of this machine write file:///PATH, or the path alone")
+    return pathlib.Path(path)
+
+
 def location(name: str) -> Path:
     """The directory `name`, a path or a URL.
 
@@ -68,8 +78,8 @@ def location(name: str) -> Path:
     """
     if name.encode(errors="replace").decode() != name:
         raise UserError(f"{name!a}: its name is not UTF-8, which the shards' writer needs; use another directory")
-    if "://" not in name or name.startswith("file://"):
-        return pathlib.Path(name.removeprefix("file://"))
+    if (path := local_path(name)) is not None:
+        return path
     import fsspec
 
     try:

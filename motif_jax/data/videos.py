@@ -117,14 +117,20 @@ def _first_stream(path: Any, read: Callable[[int], Clip]) -> Clip:
         with _open(path) as container:
             pictures = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
             streams = [s.index for s in pictures if s.codec_context is not None]
-        for stream in streams:
-            try:
-                return read(stream)
-            except VideoError as error:
-                errors.append(error)
     except _DAMAGE as error:
-        raise VideoError("cannot be read", str(error).split("\n")[0]) from error
+        raise _unreadable(error) from error
+    for stream in streams:
+        try:
+            return read(stream)
+        except VideoError as error:
+            errors.append(error)
+        except _DAMAGE as error:
+            errors.append(_unreadable(error))
     raise errors[0] if errors else VideoError("no video stream")
+
+
+def _unreadable(error: Exception) -> VideoError:
+    return VideoError("cannot be read", str(error).split("\n")[0])
 
 
 def _whole_stream(path: Any, index: int) -> Clip:
@@ -341,12 +347,15 @@ def read_image(path: str | os.PathLike, height: int | None = None, width: int | 
 
 
 def _to_8_bits(grey: Float[np.ndarray, "h w"], mode: str) -> UInt8[np.ndarray, "h w"]:
-    """Grey values of Pillow's mode I;16, I or F: 16 bits are scaled by 1/257, and wider numbers by the smallest usual range they fit in."""
+    """Grey values of Pillow's mode I;16, I or F: 16 bits are scaled by 1/257, and wider numbers by the smallest usual range they fit in.
+
+    Floating point up to 2 is taken for 0..1 with some overshoot, as resampling leaves it, and what exceeds 1 is white.
+    """
     largest = grey.max(initial=0)
     if not (grey.min(initial=0) >= 0 and largest <= 65535):
         raise ValueError("grey values beyond 16 bits")
-    scale = 1 / 257 if mode.startswith("I;16") or largest > 255 else 255 if mode == "F" and largest <= 1 else 1
-    return (grey * scale).round().astype(np.uint8)
+    scale = 1 / 257 if mode.startswith("I;16") or largest > 255 else 255 if mode == "F" and largest <= 2 else 1
+    return (grey * scale).round().clip(max=255).astype(np.uint8)
 
 
 def save_video(path: str | os.PathLike, frames: Sequence[np.ndarray] | UInt8[np.ndarray, "T H W 3"], fps: float) -> None:

@@ -7,9 +7,11 @@ as each brings other networks.
 
 import contextlib
 import dataclasses
+import fcntl
 import json
+import os
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,7 @@ from motif_jax.config import AutoencoderConfig, DiffusionConfig, ImageConfig, Re
 from motif_jax.fields import build
 from motif_jax.interop import files, raft
 from motif_jax.interop.reference import Weights, read_checkpoint
-from motif_jax.interop.settings import Settings
+from motif_jax.interop.settings import Settings, read_yaml
 
 CONTENTS = "imported.json"
 KINDS = ("videocrafter", "dynamicrafter", "openclip", "openclip_image", "autoencoder", "raft")
@@ -38,7 +40,8 @@ def import_checkpoint(
 ) -> dict[str, tuple[int, int]]:
     """Writes the networks of `source` to the directory `output`; returns {network: (tensors, parameters)}.
 
-    Everything is checked before the first byte is written, and a failure leaves nothing behind. Raises UserError.
+    Everything is checked before the first byte is written, and a failure leaves nothing behind. Imports into one directory take turns.
+    Raises UserError.
     """
     source, output = pathlib.Path(source), pathlib.Path(output)
     if kind not in KINDS:
@@ -46,28 +49,60 @@ def import_checkpoint(
     if kind == "raft" and yaml:
         raise UserError(f"--yaml={yaml}: --kind=raft takes none, since its shapes say everything")
     networks, config = _raft(source) if kind == "raft" else _networks(kind, source, yaml)
-    contents = _contents(output) if (output / CONTENTS).exists() else {"networks": {}}
-    _check_output(output, contents["networks"], networks)
-    about = {"kind": kind, "source": source.name, "source_sha256": files.sha256(source)}
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output={output}: is a file; name a directory")
     made = [directory for directory in (output, *output.parents) if not directory.exists()]  # inside out
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        for name, tensors in networks.items():
-            path = output / f"{name}.safetensors"
-            made.insert(0, path)
-            contents["networks"][name] = {**about, "sha256": files.write_safetensors(path, tensors), "config": config.get(name, {})}
-        if "denoiser" in networks:
-            contents |= {key: config[key] for key in ("diffusion", "weightless")}
-        with files.replacing(output / CONTENTS) as temporary:
-            temporary.write_text(json.dumps(contents, indent=2, sort_keys=True) + "\n")
-    except BaseException as error:
-        for path in made:
-            with contextlib.suppress(OSError):
-                path.rmdir() if path.is_dir() else path.unlink()
-        if isinstance(error, OSError):
-            raise UserError(f"{output}: cannot be written: {error}") from error
-        raise
+    with contextlib.ExitStack() as held:
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+            held.enter_context(_locked(output))
+            contents = _contents(output) if (output / CONTENTS).exists() else {"networks": {}}
+            _check_output(output, contents["networks"], networks)
+            about = {"kind": kind, "source": source.name, "source_sha256": files.sha256(source)}
+            for name, tensors in networks.items():
+                path = output / f"{name}.safetensors"
+                made.insert(0, path)
+                contents["networks"][name] = {**about, "sha256": files.write_safetensors(path, tensors), "config": config.get(name, {})}
+            if "denoiser" in networks:
+                contents |= {key: config[key] for key in ("diffusion", "weightless")}
+            with files.replacing(output / CONTENTS) as temporary:
+                temporary.write_text(json.dumps(contents, indent=2, sort_keys=True) + "\n")
+        except BaseException as error:
+            for path in made:
+                with contextlib.suppress(OSError):
+                    path.rmdir() if path.is_dir() else path.unlink()
+            if isinstance(error, OSError):
+                raise UserError(f"{output}: cannot be written: {error}") from error
+            raise
     return {name: (len(t), sum(int(np.prod(x.shape)) for x in t.values())) for name, t in networks.items()}
+
+
+def yaml_beside(kind: str, source: str | pathlib.Path) -> tuple[pathlib.Path | None, str]:
+    """The YAML of the same name as a file, if it is one of the reference and describes what is imported; and a line on what was found."""
+    source = pathlib.Path(source)
+    yaml = source.parent / f"{source.stem}.yaml"
+    if kind == "raft" or not yaml.is_file():
+        return None, ""
+    try:
+        settings = read_yaml(yaml)
+        tower = {"openclip": settings.text, "openclip_image": settings.image}.get(kind)
+        if tower and tower == type(tower)():
+            raise UserError(f"{yaml}: says nothing of this tower")
+    except UserError as error:
+        return None, f"note: found beside the input, and ignored: {' '.join(str(error).split())}"
+    return yaml, f"--yaml={yaml}: found beside the input; --yaml= leaves it out"
+
+
+@contextlib.contextmanager
+def _locked(directory: pathlib.Path) -> Iterator[None]:
+    """Waits until no other process is in this block. On a file system without locks nothing is held."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _networks(kind: str, source: pathlib.Path, yaml: str | pathlib.Path | None) -> tuple[Weights, dict[str, Any]]:
@@ -100,11 +135,9 @@ def _raft(source: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _check_output(output: pathlib.Path, present: dict[str, Any], new: dict[str, Any]) -> None:
-    if output.exists() and not output.is_dir():
-        raise UserError(f"--output={output}: is a file; name a directory")
     if both := sorted(present.keys() & new.keys()):
         raise UserError(f"--output={output}: already holds {', '.join(both)} of another import; name another directory")
-    if not present and output.exists() and any(output.iterdir()):
+    if not present and any(output.iterdir()):
         raise UserError(f"--output={output}: is not empty and no import; name another directory")
 
 

@@ -109,10 +109,10 @@ def stack(pictures: Sequence[Picture]) -> Picture:
     return _join(pictures, 0)
 
 
-def strip(frames_THW3: UInt8[np.ndarray, "T H W 3"], text: str = "", columns: int = 8) -> Picture:
-    """At most `columns` frames of a clip, evenly spaced from the first to the last, in one row under `text`."""
+def strip(frames_THW3: UInt8[np.ndarray, "T H W 3"], text: str = "", columns: int = 8, end: str = "") -> Picture:
+    """At most `columns` frames of a clip, evenly spaced from the first to the last, in one row under `text` and `end` (see `label`)."""
     picture = row([_tile(frames_THW3[t]) for t in _spaced(len(frames_THW3), columns)])
-    return label(picture, text) if text else picture
+    return label(picture, text, end) if text or end else picture
 
 
 def side_by_side(clips: Mapping[str, UInt8[np.ndarray, "T H W 3"]]) -> UInt8[np.ndarray, "T H2 W2 3"]:

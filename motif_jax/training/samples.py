@@ -36,7 +36,7 @@ def save_comparison(
     rows = []
     for index, (real, clip, caption) in enumerate(zip(truth, made, captions, strict=True)):
         save_video(temporary / f"{index:02d}.gif", np.concatenate([real, clip], axis=2), fps)
-        rows += [pictures.strip(real, f"{caption} (truth)"), pictures.strip(clip, "sample")]
+        rows += [pictures.strip(real, caption, end=" (truth)"), pictures.strip(clip, "sample")]
     sheet = pictures.stack(rows)
     pictures.save_png(temporary / "sheet.png", sheet)
     (temporary / "captions.json").write_text(json.dumps(captions, indent=1))

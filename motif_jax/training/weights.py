@@ -105,12 +105,7 @@ def load(directory: str | pathlib.Path, kind: str = "best") -> dict[str, Params]
     averaged = config.ema.decay > 0
     if kind == "ema" and not averaged:
         raise UserError(f"{directory}: keeps no average (ema.decay is 0); use the raw weights")
-    path = directory
-    if run_directory(directory) == directory:
-        step = latest_step(directory)
-        if step is None:
-            raise UserError(f"{directory}: holds no checkpoint yet; train first")
-        path = directory / "checkpoints" / str(step)
+    path = checkpoint_of(directory)
     average = read_arrays(path, ("ema",))["ema"] if averaged and kind != "raw" else {}
     # Without a mask the average covers every parameter.
     raw = read_arrays(path, ("params",))["params"] if not average or config.finetune != "all" else {}
@@ -136,6 +131,17 @@ def run_directory(directory: pathlib.Path) -> pathlib.Path:
     """The work directory of WORKDIR/checkpoints/STEP; any other directory itself."""
     is_step = directory.name.isdigit() and directory.absolute().parent.name == "checkpoints" and directory.is_dir()
     return directory.absolute().parent.parent if is_step else directory
+
+
+def checkpoint_of(directory: pathlib.Path) -> pathlib.Path:
+    """The newest checkpoint of a work directory; a checkpoint or an import itself. Raises UserError."""
+    if is_imported(directory) or run_directory(directory) != directory:
+        return directory
+    read_config(directory)  # says what a directory lacks that is none of these
+    step = latest_step(directory)
+    if step is None:
+        raise UserError(f"{directory}: holds no checkpoint yet; train first")
+    return directory / "checkpoints" / str(step)
 
 
 def read_config(directory: str | pathlib.Path) -> Config:

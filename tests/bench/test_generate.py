@@ -1,5 +1,6 @@
 """Videos of a list from a tiny model: complete, repeatable, the same however the work is cut up."""
 
+import argparse
 import json
 import os
 import pathlib
@@ -197,6 +198,24 @@ def test_configuration_files(tmp_path):
             read_configuration(str(tmp_path / name))
 
 
+def test_the_manifest_says_what_the_animator_says(animator, pairs, tmp_path, monkeypatch):
+    monkeypatch.setattr(Animator, "load", lambda *_, **__: animator)
+    monkeypatch.setattr(module, "generate", lambda *_: None)
+
+    def run(output):
+        parser = argparse.ArgumentParser()
+        module.add_arguments(parser)
+        module.run(parser.parse_args(["--workdir=x", f"--list={pairs[0].image.parent}", f"--output={output}"]))
+
+    run(tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["settings"] == animator.settings
+    (tmp_path / "bad" / "manifest.json").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"--output=.*bad: cannot be written: .*Is a directory"):
+        run(tmp_path / "bad")
+    with pytest.raises(UserError, match=r"--output=.*png/out: cannot be written: .*Not a directory"):
+        run(pairs[0].image / "out")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -210,8 +229,6 @@ def test_configuration_files(tmp_path):
     ],
 )
 def test_bad_arguments(arguments, message, tmp_path):
-    import argparse
-
     parser = argparse.ArgumentParser()
     module.add_arguments(parser)
     with pytest.raises(UserError, match=message):

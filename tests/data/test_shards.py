@@ -123,6 +123,7 @@ def test_manifest_of_a_finished_dataset(dataset):
     manifest = read_manifest(directory)
     assert {split: manifest.count(split) for split in ("train", "validation", "test")} == {"train": 6, "validation": 1, "test": 0}
     assert manifest.layout == LAYOUT and manifest.skipped == {"too short": 1}
+    assert read_manifest(f"file://{directory}") == manifest  # as motif_jax.prepare takes its --output
 
 
 def test_fingerprint_follows_the_content(dataset, tmp_path_factory):

@@ -77,3 +77,7 @@ def test_stores_that_cannot_be_used():
     with pytest.raises(UserError, match=r"caf\\udce9': its name is not UTF-8"):
         location(os.fsdecode(b"caf\xe9"))
     assert location("here/or/there") == pathlib.Path("here/or/there") and location("file:///tmp/x") == pathlib.Path("/tmp/x")
+    assert location("file://localhost/tmp/x") == pathlib.Path("/tmp/x")
+    for name in ("file://here/x", "file://", "file://localhost"):
+        with pytest.raises(UserError, match="names a file of another machine"):
+            location(name)

@@ -243,6 +243,20 @@ def test_first_stream_that_can_give_the_clip(tmp_path):
     assert len(read_video(cover_first).frames) == 9
 
 
+def test_the_second_stream_where_the_first_is_damaged(tmp_path, monkeypatch):
+    path = write(tmp_path / "two.mkv", [numbered(30), numbered(30)[::-1]], "ffv1", "yuv420p", streams=2)
+    frames = videos._frames
+
+    def damaged(container, stream):
+        if stream.index == 0:
+            raise av.error.ExternalError(1, "no such picture")
+        return frames(container, stream)
+
+    monkeypatch.setattr(videos, "_frames", damaged)
+    assert [number(f) for f in take(path, 0, 2).frames] == [29, 27, 25, 23]
+    assert number(read_video(path).frames[0]) == 29
+
+
 def test_tags_and_names_of_any_kind(tmp_path, monkeypatch):
     """A title in Latin-1; a relative name with a colon, which FFmpeg would take for an address."""
     path = write(tmp_path / "12:30.mp4", numbered(9), metadata={"title": "caf?"})
@@ -475,6 +489,9 @@ def test_read_image(tmp_path):
     for grey in (np.float32(byte) / 255, np.float32(byte), np.int32(byte), np.int32(byte) * 257):
         Image.fromarray(grey).save(tmp_path / "wide.tiff")
         np.testing.assert_array_equal(read_image(tmp_path / "wide.tiff"), np.repeat(picture[..., :1], 3, -1))
+    over = np.float32(byte) / 250  # up to 1.02
+    Image.fromarray(over).save(tmp_path / "wide.tiff")
+    np.testing.assert_array_equal(read_image(tmp_path / "wide.tiff")[..., 0], np.rint(np.minimum(255 * over, 255)))
     rgba = np.concatenate([picture, np.zeros_like(picture[..., :1])], -1)
     Image.fromarray(rgba).save(tmp_path / "clear.png")
     assert (read_image(tmp_path / "clear.png") == 255).all()

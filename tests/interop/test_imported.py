@@ -1,11 +1,14 @@
 """From a checkpoint to the directory of an import and back: bit for bit, or one error and nothing written."""
 
+import concurrent.futures
+import contextlib
 import json
 import os
 import pathlib
 import signal
 import subprocess
 import sys
+import threading
 
 import jax
 import numpy as np
@@ -17,7 +20,7 @@ from flax import nnx
 from motif_jax.config import AutoencoderConfig, TextConfig, UNetConfig, UserError
 from motif_jax.interop import autoencoder, files, imported, names, openclip, raft, reference, unet
 from motif_jax.interop.buffers import schedule_buffers
-from motif_jax.interop.imported import import_checkpoint, imported_settings, read_imported
+from motif_jax.interop.imported import import_checkpoint, imported_settings, read_imported, yaml_beside
 from motif_jax.interop.settings import Settings, read_yaml, to_yaml
 from motif_jax.models.autoencoder import make_autoencoder
 from motif_jax.models.text import make_text_tower
@@ -128,6 +131,21 @@ def test_networks_one_by_one_share_a_directory(tmp_path, networks):
     with pytest.raises(UserError, match="already holds text of another import"):
         import_checkpoint("openclip", tmp_path / "text.safetensors", tmp_path / "in")
     assert {path.name: path.read_bytes() for path in (tmp_path / "in").iterdir()} == before
+
+
+def test_two_imports_at_once_share_a_directory(tmp_path, networks, monkeypatch):
+    sha256, both = files.sha256, threading.Barrier(2)
+
+    def meet(path):  # where the table of contents has been read and not yet written
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait(timeout=1)
+        return sha256(path)
+
+    monkeypatch.setattr(files, "sha256", meet)
+    sources = {kind: save(tmp_path / f"{kind}.safetensors", networks[name]) for kind, name in (("openclip", "text"), ("autoencoder",) * 2)}
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        list(pool.map(lambda kind: import_checkpoint(kind, sources[kind], tmp_path / "in"), sources))
+    assert read_imported(tmp_path / "in").keys() == {"text", "autoencoder"}
 
 
 def test_a_unet_under_its_name_within_the_model(tmp_path, networks):
@@ -285,16 +303,37 @@ def command(*arguments):
 
 def test_the_command(tmp_path, networks, model):
     source = save(tmp_path / "model.safetensors", model)
-    code, out, err = command("import", "--kind=videocrafter", f"--input={source}", f"--output={tmp_path}/in")
-    assert (code, err) == (0, "") and f"{len(networks['text'])} tensors" in out
+    (tmp_path / "model.yaml").write_text(to_yaml(SETTINGS))
+    code, out, err = command("import", "--kind=videocrafter", f"--input={source}", f"--output={tmp_path}/in", "--yaml=")
+    assert (code, err) == (0, "") and f"{len(networks['text'])} tensors" in out and "beside" not in out
+    (tmp_path / "model.yaml").write_text("a: [")
     assert "assumed, for want of a --yaml: diffusion.prediction=eps" in out and "text.heads=unknown" in out
     code, out, err = command("export", f"--workdir={tmp_path}/in", f"--output={tmp_path}/out.safetensors")
     assert (code, err) == (0, "") and "out.yaml" in out
     same(safetensors.numpy.load_file(tmp_path / "out.safetensors"), networks["denoiser"])
     source.write_bytes(source.read_bytes()[:1000])
     code, out, err = command("import", "--kind=videocrafter", f"--input={source}", f"--output={tmp_path}/other")
-    assert code == 1 and not out and err.startswith("motif_jax.convert: ") and err.count("\n") == 1 and "incomplete" in err
+    assert out.startswith("note: found beside the input, and ignored") and out.count("\n") == 1
+    assert code == 1 and err.startswith("motif_jax.convert: ") and err.count("\n") == 1 and "incomplete" in err
     assert not (tmp_path / "other").exists()
+
+
+def test_a_yaml_beside_the_file_that_is_no_use_is_ignored(tmp_path):
+    source, path = tmp_path / "x.ckpt", tmp_path / "x.yaml"
+    assert yaml_beside("autoencoder", source) == (None, "")
+    for text, reason in (
+        ("model: {params: {ddconfig: {}}}", "there is no unet_config"),
+        ("a: [", "cannot be read as YAML"),
+        ("", "is not a YAML of the reference"),
+    ):
+        path.write_text(text)
+        found, remark = yaml_beside("autoencoder", source)
+        assert found is None and reason in remark and "\n" not in remark
+        assert remark.startswith(f"note: found beside the input, and ignored: {path}: ")
+    path.write_text(to_yaml(SETTINGS))
+    assert yaml_beside("autoencoder", source)[0] == yaml_beside("openclip", source)[0] == path
+    assert "x.yaml: says nothing of this tower" in yaml_beside("openclip_image", source)[1]
+    assert yaml_beside("raft", source) == (None, "")
 
 
 STOPPED = """

@@ -67,6 +67,8 @@ def test_strip_takes_first_and_last_frames():
     labelled = pictures.strip(frames, "seventeen", columns=5)
     np.testing.assert_array_equal(labelled[-200:], strip)
     assert labelled[:-200].min() < 80  # ink
+    ended = pictures.strip(frames, "word " * 200, 5, " (truth)")
+    np.testing.assert_array_equal(ended, pictures.label(strip, "word " * 200, " (truth)"))
 
 
 def test_small_frames_are_enlarged_by_whole_factors():

@@ -210,6 +210,13 @@ def test_a_sample_sheet_appears_whole(config, undisturbed, tmp_path, monkeypatch
     assert json.loads((run / "samples" / "6" / "captions.json").read_text()) == ["y"]
 
 
+def test_a_long_caption_leaves_room_for_what_its_row_shows(tmp_path):
+    clips, caption = np.zeros((1, 2, 8, 8, 3), np.uint8), "word " * 200
+    truth = samples.pictures.strip(clips[0], caption, end=" (truth)")
+    sheet = samples.save_comparison(tmp_path / "6", clips, clips, [caption], 8.0)
+    np.testing.assert_array_equal(sheet[: len(truth)], truth)
+
+
 def test_one_process_at_a_time(config, undisturbed, tmp_path):
     shutil.copytree(undisturbed, run := tmp_path / "run")
     before = files(run)

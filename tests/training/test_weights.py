@@ -87,6 +87,22 @@ def test_a_checkpoint_of_its_own(make_run, monkeypatch):
         weights.load("8")
 
 
+def test_an_animator_says_which_checkpoint_it_loaded(make_run, monkeypatch):
+    """Also when the run has a newer one by then; the same one by its own directory gives the same settings."""
+    directory, _, average = make_run()
+    later = jax.tree.map(lambda x: jnp.asarray(x) + 1, average)
+    checkpoints = Checkpoints(directory, CheckpointConfig())
+    checkpoints.save(9, TrainState(jnp.asarray(9), later, later, {}), {"step": 9}, {})
+    checkpoints.close()
+    own = Animator.load(directory / "checkpoints" / "7").settings
+    steps = iter([7, 9])
+    monkeypatch.setattr(weights, "latest_step", lambda _: next(steps))
+    animator = Animator.load(directory)
+    assert_same(animator.params, average)
+    assert animator.settings == own and own["step"] == 7 and own["model"] == str(directory.resolve())
+    assert Animator.load(directory, animator.config).settings["step"] == 9
+
+
 def test_raw_and_averaged_weights(run, tmp_path):
     directory, raw, average = run
     for kind, expected in (("raw", raw), ("ema", average), ("best", average)):
