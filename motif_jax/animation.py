@@ -7,7 +7,7 @@ import math
 import pathlib
 import zlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,8 +15,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import UInt8
 
-from motif_jax.bench.generate import Request, generate, make_output, write_manifest, writing
-from motif_jax.bench.pairs import LONGEST_NAME, MANIFEST, Pair
+from motif_jax.bench.generate import Request, check_made, generate, make_output, write_manifest, writing
+from motif_jax.bench.pairs import LONGEST_NAME, Pair
 from motif_jax.config import Config, UserError
 from motif_jax.data.tokens import make_tokenizer
 from motif_jax.data.videos import VideoError, cover, read_image, save_video
@@ -162,20 +162,6 @@ def read_requests(path: str) -> list[Pair]:
     return requests
 
 
-def _check_made(directory: pathlib.Path, requests: Sequence[Request]) -> None:
-    """Raises UserError for a requested file that is there though the manifest gives it another image or sentence, or does not know it."""
-    try:
-        made = {v["file"]: (v["image"], v["prompt"]) for v in json.loads((directory / MANIFEST).read_text())["videos"]}
-    except FileNotFoundError:
-        made = {}
-    except (OSError, ValueError, KeyError, TypeError):
-        return  # `write_manifest` names its fault
-    for r in requests:
-        if (directory / r.file).exists() and made.get(r.file) != (str(r.pair.image), r.pair.prompt):
-            fault = "shows another image or prompt" if r.file in made else f"is not in {MANIFEST}, which says how clips were made"
-            raise UserError(f"--output={directory}: {r.file} there {fault}; delete it, or choose another --output")
-
-
 def animate_list(load: Callable[[], Animator], requests_file: str, output: str, seed: int, batch_size: int, suffix: str) -> None:
     """Writes `<output>/<id>.<suffix>` for every request, and a manifest of them; a stopped run continues, unless it was another one.
 
@@ -184,7 +170,7 @@ def animate_list(load: Callable[[], Animator], requests_file: str, output: str, 
     directory = pathlib.Path(output)
     requests = [Request(pair, seed, f"{pair.id}.{suffix}") for pair in read_requests(requests_file)]
     make_output(directory)
-    _check_made(directory, requests)
+    check_made(directory, requests)
     animator = load()
     with writing(directory):
         write_manifest(directory, requests, {**animator.settings, "seed": seed})

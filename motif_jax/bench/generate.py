@@ -86,6 +86,24 @@ def make_output(output: pathlib.Path) -> None:
         tempfile.TemporaryFile(dir=output).close()
 
 
+def check_made(output: pathlib.Path, requests: Sequence[Request]) -> None:
+    """Raises UserError for a requested file that is there though the manifest gives it another image or sentence, or does not know it.
+
+    Images are compared by the names of their files: a list may be mounted elsewhere tomorrow.
+    """
+    present = [r for r in requests if (output / r.file).exists()]  # before the manifest, which another task writes before its clips
+    try:
+        made = {v["file"]: (pathlib.Path(v["image"]).name, v["prompt"]) for v in json.loads((output / MANIFEST).read_text())["videos"]}
+    except FileNotFoundError:
+        made = {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # `write_manifest` names its fault
+    for r in present:
+        if made.get(r.file) != (r.pair.image.name, r.pair.prompt):
+            fault = "shows another image or prompt" if r.file in made else f"is not in {MANIFEST}, which says how clips were made"
+            raise UserError(f"--output={output}: {r.file} there {fault}; delete it, or choose another --output")
+
+
 def write_manifest(output: pathlib.Path, requests: Sequence[Request], settings: dict[str, Any]) -> None:
     """Which file shows what, and how all were made; earlier entries are kept. Raises UserError if those were made otherwise, OSError."""
     path, earlier = output / MANIFEST, {}
@@ -183,6 +201,7 @@ def run(arguments: argparse.Namespace) -> None:
     config = read_configuration(arguments.config) if arguments.config else None
     everything = requests_of(read_pairs(arguments.list), seeds, arguments.vbench)
     make_output(arguments.output)
+    check_made(arguments.output, everything)
 
     import jax
 

@@ -209,6 +209,11 @@ def test_the_manifest_says_what_the_animator_says(animator, pairs, tmp_path, mon
 
     run(tmp_path / "out")
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["settings"] == animator.settings
+    file = json.loads((tmp_path / "out" / "manifest.json").read_text())["videos"][0]["file"]
+    (tmp_path / "strange").mkdir()
+    (tmp_path / "strange" / file).write_bytes(b"another's")
+    with pytest.raises(UserError, match=rf"{file} there is not in manifest\.json"):
+        run(tmp_path / "strange")
     (tmp_path / "bad" / "manifest.json").mkdir(parents=True)
     with pytest.raises(UserError, match=r"--output=.*bad: cannot be written: .*Is a directory"):
         run(tmp_path / "bad")
