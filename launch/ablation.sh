@@ -20,15 +20,20 @@ one_run() ( # ARM/SEED: on one core where there is taskset, so that the numbers 
   mkdir -p "$runs/$1"
   echo "$(date +%T) $1"
   trap 'echo "$1 failed; see $log" >&2; exit 255' ERR # 255 ends xargs
-  ${SLOT:+taskset -c "$SLOT"} python -m motif_jax.main --config="configs/ablation.py:${1%/*}" --workdir="$runs/$1" \
+  if [ -n "${SLOT:-}" ]; then
+    read -ra mine <<< "$cores"
+    taskset -cp "${mine[SLOT % ${#mine[@]}]}" "$BASHPID" > /dev/null
+  fi
+  python -m motif_jax.main --config="configs/ablation.py:${1%/*}" --workdir="$runs/$1" \
     --config.seed="${1#*/}" --config.data.path="$runs/data" > "$log" 2>&1
-  ${SLOT:+taskset -c "$SLOT"} python -m motif_jax.bench ablation --runs="$runs" --only="$1" >> "$log" 2>&1
+  python -m motif_jax.bench ablation --runs="$runs" --only="$1" >> "$log" 2>&1
   echo "$(date +%T) $1: done in $SECONDS s"
 )
 export -f one_run
 
 others=$(python -c "import runpy; print(*(a for a in runpy.run_path('$config')['ARMS'] if a not in ('none', 'flow', 'inverse') and not a.startswith('dit_')))")
 taskset=$(command -v taskset || true) # Linux has it, and the xargs that numbers its slots; macOS neither
+export cores="${taskset:+$(python -c 'import os; print(*sorted(os.sched_getaffinity(0)))')}"
 # shellcheck disable=SC2016  # the inner shell expands it
 {
   for seed in ${SEEDS:-0 1 2}; do printf '%s\n' "none/$seed" "flow/$seed" "inverse/$seed"; done

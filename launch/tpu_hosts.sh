@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Sourced by tpu_vm.sh and flow_tpu.sh, with their arguments: reads [--dry-run] TPU_NAME, leaves the job's arguments in $arguments.
 #   name, where: the slice, for gcloud (ZONE, PROJECT). run CMD...: runs it, or prints it with --dry-run ($dry).
-#   on_every_host EXTRAS CMD: copies this checkout to ~/motif_jax of every host, installs it with these extras, and runs CMD there.
+#   on_every_host EXTRAS CMD: copies this checkout to ~/motif_jax of every host, installs it with these extras (PYTHON: by which
+#     interpreter of the hosts), and runs CMD there.
 dry=""
 if [ "${1:-}" = "--dry-run" ]; then dry=1; shift; fi
 if [ $# -lt "${least_arguments:?}" ]; then
@@ -12,7 +13,7 @@ name="$1"
 shift
 printf -v arguments '%q ' "$@"
 export arguments
-where=()
+where=() # ${where[@]+...}: bash before 4.4 takes an empty array for an unset one
 [ -z "${ZONE:-}" ] || where+=(--zone="$ZONE")
 [ -z "${PROJECT:-}" ] || where+=(--project="$PROJECT")
 
@@ -30,9 +31,9 @@ on_every_host() {
   archive="$(mktemp)"
   trap 'rm -f "$archive"' EXIT
   run git archive --format=tar.gz --output="$archive" HEAD
-  run gcloud compute tpus tpu-vm scp "$archive" "$name":motif_jax.tar.gz --worker=all "${where[@]}"
+  run gcloud compute tpus tpu-vm scp "$archive" "$name":motif_jax.tar.gz --worker=all ${where[@]+"${where[@]}"}
   # Only the package is made anew: the directory may hold a run by now.
   install="mkdir -p motif_jax && rm -rf motif_jax/motif_jax && tar -xzf motif_jax.tar.gz -C motif_jax && cd motif_jax"
-  install="$install && source launch/environment.sh $1"
-  run gcloud compute tpus tpu-vm ssh "$name" --worker=all "${where[@]}" --command="$install && $2"
+  install="$install && ${PYTHON:+PYTHON=$(printf %q "$PYTHON") }source launch/environment.sh $1"
+  run gcloud compute tpus tpu-vm ssh "$name" --worker=all ${where[@]+"${where[@]}"} --command="$install && $2"
 }

@@ -5,7 +5,9 @@
 #   foreground. DIR and the data must be on storage that every host mounts (Filestore, gcsfuse).
 #   ZONE, PROJECT: of the slice (default: those of gcloud's configuration).
 #   ACCELERATOR=v5litepod-64: makes the slice as a queued resource first and waits for it; RUNTIME (default
-#   v2-alpha-tpuv5-lite), SPOT=1. Run the same command again after a preemption: it continues.
+#   v2-alpha-tpuv5-lite), SPOT=1.
+#   PYTHON: the interpreter of the hosts (default python3.11, else python3).
+#   Run the same command again after a preemption: it continues, on a new slice where ACCELERATOR is set.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 least_arguments=3
@@ -14,13 +16,21 @@ source launch/tpu_hosts.sh
 if [ -n "${ACCELERATOR:-}" ]; then
   spot=()
   [ -z "${SPOT:-}" ] || spot=(--spot)
-  if [ -n "$dry" ] || ! gcloud compute tpus queued-resources describe "$name" "${where[@]}" >/dev/null 2>&1; then
-    run gcloud compute tpus queued-resources create "$name" --node-id="$name" --accelerator-type="$ACCELERATOR" \
-      --runtime-version="${RUNTIME:-v2-alpha-tpuv5-lite}" "${spot[@]}" "${where[@]}"
-  fi
-  until [ -n "$dry" ] || [ "$(gcloud compute tpus queued-resources describe "$name" "${where[@]}" --format='value(state.state)')" = ACTIVE ]; do
-    echo "waiting for $name"
-    sleep 30
+  queued() { run gcloud compute tpus queued-resources "$1" "$name" ${where[@]+"${where[@]}"} "${@:2}"; }
+  create() {
+    queued create --node-id="$name" --accelerator-type="$ACCELERATOR" --runtime-version="${RUNTIME:-v2-alpha-tpuv5-lite}" ${spot[@]+"${spot[@]}"}
+  }
+  made=""
+  if [ -n "$dry" ]; then create; fi
+  while [ -z "$dry" ]; do
+    state="$(queued describe --format='value(state.state)' 2> /dev/null || true)"
+    case "$made$state" in
+      ACTIVE | made:ACTIVE) break ;;
+      "") create; made=made: ;;
+      SUSPENDED | FAILED) queued delete --force --quiet ;; # of an earlier call: preempted, or never there
+      made:SUSPENDED | made:FAILED) echo "$name is $state (gcloud compute tpus queued-resources describe $name says why)" >&2; exit 1 ;;
+      *) echo "waiting for $name (${state:-no answer})"; sleep 30 ;;
+    esac
   done
 fi
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from motif_jax.bench.pairs import MANIFEST, Pair, read_pairs, vbench_names
-from motif_jax.config import Config, UserError, from_config_dict, from_json
+from motif_jax.config import Config, ConfigError, UserError, from_config_dict, read_json
 
 VBENCH_INFO = "vbench_info.json"
 # Of VBench-I2V: those that need no instruction for the camera in the prompt
@@ -158,10 +158,11 @@ def read_configuration(text: str) -> Config:
     name, _, argument = text.partition(":")
     try:
         if name.endswith(".json"):
-            return from_json(pathlib.Path(name).read_text())
+            return read_json(pathlib.Path(name))
         return from_config_dict(runpy.run_path(name)["get_config"](*([argument] if argument else [])))
-    except (OSError, SyntaxError, KeyError) as error:
-        raise UserError(f"--config={text}: cannot be loaded: {' '.join(str(error).split())}") from error
+    except Exception as error:  # a configuration file is code: it may raise anything
+        reason = error if isinstance(error, ConfigError) else " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"--config={text}: cannot be loaded: {reason}") from error
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

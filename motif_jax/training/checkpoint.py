@@ -150,11 +150,34 @@ def read_arrays(directory: pathlib.Path, names: tuple[str, ...], kind: type = ja
             restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
         args = ocp.args.PyTreeRestore(wanted, restore_args=restore_args, partial_restore=True)
         found = handler.restore(directory / "state", args=args)
-        meta = json.loads((directory / "meta" / "metadata").read_text())
     except Exception as error:  # Orbax and tensorstore raise many kinds; all mean the same to a user.
         raise CheckpointError(f"checkpoint {directory} cannot be read: {error}") from error
-    _compare(directory, checksums(found), meta)
+    _compare(directory, checksums(found), read_meta(directory))
     return found
+
+
+def read_meta(directory: pathlib.Path) -> dict[str, Any]:
+    """The meta in the directory of one checkpoint. Raises CheckpointError."""
+    try:
+        return json.loads((directory / "meta" / "metadata").read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"checkpoint {directory} cannot be read: {error}") from error
+
+
+def _differences(directory: pathlib.Path, template: Any) -> list[str]:
+    """Names of what the state in the directory of one checkpoint and `template` do not both have in the same shape."""
+    import orbax.checkpoint as ocp
+
+    def shapes(tree: Any) -> dict[str, Any]:
+        leaves = jax.tree.leaves_with_path(tree, is_leaf=lambda x: not (isinstance(x, dict | list) and x))
+        return {jax.tree_util.keystr(path, simple=True, separator="."): getattr(x, "shape", None) for path, x in leaves}
+
+    try:
+        saved = shapes(ocp.PyTreeCheckpointHandler().metadata(directory / "state").tree)
+    except Exception:  # damaged, which is another matter
+        return []
+    expected = shapes(ocp.tree.serialize_tree(template, keep_empty_nodes=True))
+    return sorted({name for name, _ in saved.items() ^ expected.items()})
 
 
 @contextlib.contextmanager
@@ -250,6 +273,14 @@ class Checkpoints:
             )
             _compare(directory, state_checksums(found.state), found.meta)
         except Exception as error:
+            if differs := _differences(directory, template):
+                fit = not any(name.startswith("params") for name in differs)
+                raise CheckpointError(
+                    f"checkpoint {directory} holds another training state than this code makes ({', '.join(differs[:3])}"
+                    f"{', ...' * (len(differs) > 3)}): it was written by another version of motif_jax "
+                    f"({read_meta(directory).get('version', 'unknown')}) or another optimizer. Continue with that, or use another --workdir"
+                    + (f"; --config.init_from={self.directory.parent} takes over its weights there" if fit else "")
+                ) from error
             raise CheckpointError(
                 f"checkpoint {directory} cannot be restored: {error}\n"
                 f"--config.checkpoint.fallback=True continues from the newest one that can (steps here: {_steps(self.directory)})"

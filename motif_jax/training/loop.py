@@ -57,9 +57,10 @@ def check_kernel(config: Config, platform: str) -> None:
 
 
 def newest_checkpoint(directory: pathlib.Path) -> int | None:
-    """The newest checkpoint, once all processes have agreed on it."""
+    """The newest checkpoint, once all processes have agreed on it and on whether it ends the run."""
     newest = checkpoint.latest_step(directory)
-    startup.agree({f"the newest checkpoint in {directory} (is it on a file system that all share?)": str(newest)})
+    found = f"{newest}{', done' * workdir.is_done(directory, newest)}"
+    startup.agree({f"the newest checkpoint in {directory} (is it on a file system that all share?)": found})
     return newest
 
 
@@ -76,8 +77,10 @@ def find_start(config: Config, directory: pathlib.Path) -> int | None:
 
 
 def finished(config: Config, directory: pathlib.Path, step: int | None) -> bool:
-    """Whether a run whose newest checkpoint is `step` has no steps left; then it is marked done."""
+    """Whether a run whose newest checkpoint is `step` has nothing left to do; then it is marked done."""
     if step is None or step < config.steps:
+        return False
+    if not (workdir.is_done(directory, step) or checkpoint.read_meta(directory / "checkpoints" / str(step))["visited"]):
         return False
     if jax.process_index() == 0:
         print(f"nothing to train: {step} of {config.steps} steps are done", flush=True)
@@ -96,8 +99,10 @@ def train(config: Config, directory: str | pathlib.Path) -> bool:
     facts = {"the configuration": to_json(config), "the code": startup.code_version()}
     startup.agree({name: startup.digest(text) for name, text in facts.items()})
     with workdir.full_disk_reported(directory):
-        if not config.checkpoint.fallback and finished(config, directory, newest_checkpoint(directory)):
-            return True
+        if not config.checkpoint.fallback:
+            newest = newest_checkpoint(directory)
+            if workdir.is_done(directory, newest) and finished(config, directory, newest):  # needs no data, and writes nothing
+                return True
         dataset = pipeline.open_dataset(config.data, "train")
         if config.loss.heatmap == "mask" and not dataset.layout.motion_mask:
             raise UserError(f"loss.heatmap='mask': the clips of {config.data.path} have no masks; prepare them with some (docs/data.md)")
@@ -242,8 +247,9 @@ def _train(config: Config, directory: pathlib.Path, dataset: pipeline.Dataset, m
                 checkpoints.close()
             if writer:
                 writer.close()
-    if step < config.steps:
+    complete = step >= config.steps and visited
+    if not complete:
         say(f"stopped by a signal at step {step}; " + ("it is saved, " if step else "") + "the same command continues")
     elif first_process:
         workdir.finish(directory, step)
-    return step >= config.steps
+    return complete

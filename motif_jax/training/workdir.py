@@ -4,7 +4,10 @@ import contextlib
 import errno
 import fcntl
 import json
+import os
 import pathlib
+import socket
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any, TextIO
 
@@ -31,6 +34,7 @@ FREE_TO_CHANGE = (
 )
 # A run that diverged may be continued with other values of these, which is said. None of them changes what the optimizer's state holds.
 STEERING = ("learning_rate", "optimizer.grad_clip", "optimizer.warmup_steps", "optimizer.schedule")
+LOCK_SECONDS = 60  # how long `lock` waits for another process to end
 
 
 def settings(config: Config) -> dict[str, Any]:
@@ -64,20 +68,36 @@ def check(config: Config, workdir: pathlib.Path) -> None:
 def lock(workdir: pathlib.Path) -> TextIO:
     """Makes the directory; until the file that this returns is closed, no other process trains there. For one process of the job.
 
-    Raises UserError. On a file system without locks nothing is held.
+    Raises UserError when another process keeps it for LOCK_SECONDS. On a file system without locks nothing is held.
     """
+    path, waited = workdir / "lock", 0
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        file = (workdir / "lock").open("w")
+        file = path.open("a+")
     except OSError as error:
         raise UserError(f"cannot write to the work directory {workdir}: {error}") from error
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.close()
-        raise UserError(f"another process trains in {workdir}: wait until it ends, or use another --workdir") from error
-    except OSError:
-        pass
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError as error:
+            if waited >= LOCK_SECONDS:
+                file.seek(0)
+                holder = file.read().strip() or "that process"
+                file.close()
+                raise UserError(
+                    f"another process trains in {workdir}: wait until it ends, or use another --workdir; if {holder} is gone, delete {path}"
+                ) from error
+            if not waited:
+                print(f"another process trains in {workdir}: waiting up to {LOCK_SECONDS} s for its end", flush=True)
+            waited += 1
+            time.sleep(1)
+        except OSError:
+            break
+    with contextlib.suppress(OSError):  # on a full disk it says nothing
+        file.truncate(0)
+        os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        os.fsync(file.fileno())  # other hosts see it, too
     return file
 
 
@@ -113,12 +133,17 @@ def check_pretrained(saved: Mapping[str, str], now: Mapping[str, str], directory
         )
 
 
+def is_done(workdir: pathlib.Path, step: int | None) -> bool:
+    """Whether `finish` was called for `step`, and nothing has begun since."""
+    done = workdir / "DONE"
+    return done.exists() and done.read_text() == f"{step}\n"
+
+
 def finish(workdir: pathlib.Path, step: int) -> None:
     """Writes the report and the mark DONE, unless an earlier call did; for one process of the job."""
-    done = workdir / "DONE"
-    if not (done.exists() and done.read_text() == f"{step}\n"):
+    if not is_done(workdir, step):
         page = report.write(workdir)
-        done.write_text(f"{step}\n")
+        (workdir / "DONE").write_text(f"{step}\n")
         print(f"done: {step} steps; {page}", flush=True)
 
 

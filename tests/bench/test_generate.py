@@ -188,11 +188,19 @@ def test_configuration_files(tmp_path):
     assert read_configuration("configs/quickstart.py").name == "quickstart"
     (tmp_path / "empty.py").write_text("")
     (tmp_path / "broken.py").write_text("def")
+    (tmp_path / "raising.py").write_text("1 / 0")
+    (tmp_path / "wrong.py").write_text("def get_config():\n    return {'steps': -1}")
+    (tmp_path / "bad.json").write_text('{"steps": -1}')
+    (tmp_path / "latin.json").write_bytes(b'{"name": "\xe9"')
     for name, message in (
         ("none.py", "none.py: cannot be loaded"),
         ("empty.py", "get_config"),
         ("broken.py", "invalid"),
+        ("raising.py", "raising.py: cannot be loaded: .*division by zero"),
+        ("wrong.py", "wrong.py: .*steps"),
         ("none.json", "No such"),
+        ("bad.json", "/bad.json: .*steps"),
+        ("latin.json", "/latin.json is not JSON"),
     ):
         with pytest.raises(UserError, match=message):
             read_configuration(str(tmp_path / name))

@@ -1,5 +1,6 @@
 """Checkpoints: back bit for bit, whole or parts; damage is found, named and set aside only on request; a full disk loses nothing."""
 
+import dataclasses
 import os
 import pathlib
 import subprocess
@@ -111,6 +112,18 @@ def test_damage_is_named(saved):
     checkpoints.close()
     with pytest.raises(CheckpointError, match="checkpoints/30"):
         checkpoint.read_arrays(workdir / "checkpoints" / "30", ("params", "ema", "opt_state"))
+
+
+@pytest.mark.parametrize(("field", "remedy"), [("opt_state", True), ("params", False)])
+def test_another_state_is_not_called_damaged(saved, field, remedy):
+    """A new run can start from the weights of one that has the same."""
+    workdir, states = saved
+    other = dataclasses.replace(states[30], **{field: {"x": jnp.zeros(3)}})
+    checkpoints = Checkpoints(workdir, CheckpointConfig(keep=3))
+    with pytest.raises(CheckpointError, match="checkpoints/30 holds another training state") as found:
+        checkpoints.restore(30, template(other))
+    checkpoints.close()
+    assert f"{field}." in str(found.value) and "fallback" not in str(found.value) and ("init_from" in str(found.value)) == remedy
 
 
 def test_content_is_compared_with_its_checksum(saved, monkeypatch):

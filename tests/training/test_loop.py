@@ -7,11 +7,14 @@ import os
 import re
 import shutil
 import signal
+import socket
 
 import jax
 import numpy as np
+import optax
 import pytest
 
+import motif_jax
 from motif_jax import preparation, report
 from motif_jax.config import MeshConfig, ProfileConfig, UserError
 from motif_jax.dist.preemption import Interrupted, StopSignal
@@ -19,6 +22,7 @@ from motif_jax.interop.files import write_safetensors
 from motif_jax.models.networks import Networks
 from motif_jax.training import checkpoint, loop, samples, workdir
 from motif_jax.training.metrics import read_lines
+from motif_jax.training.weights import initial_weights
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +66,12 @@ def parameters(run):
     return checkpoint.read_arrays(run / "checkpoints" / "4", ("params", "ema", "opt_state"), np.ndarray)
 
 
-@pytest.mark.parametrize("place", ["validate", "SampleSheets.write", "checkpoint.Checkpoints.save", "global_batch"])
-def test_a_signal_at_any_place_saves_and_the_run_continues(config, undisturbed, tmp_path, monkeypatch, capsys, place):
-    """Sent at the second visit of the place; what it cut short is made up for."""
+@pytest.mark.parametrize(
+    ("place", "call"),
+    [("validate", 2), ("validate", 3), ("SampleSheets.write", 2), ("checkpoint.Checkpoints.save", 2), ("global_batch", 2)],
+)
+def test_a_signal_at_any_place_saves_and_the_run_continues(config, undisturbed, tmp_path, monkeypatch, capsys, place, call):
+    """Sent at one visit of the place (the third validation is the last); what it cut short is made up for."""
     *path, name = place.split(".")
     owner = loop
     for part in path:
@@ -73,15 +80,16 @@ def test_a_signal_at_any_place_saves_and_the_run_continues(config, undisturbed, 
 
     def with_signal(*args, **kwargs):
         calls.append(1)
-        if len(calls) == 2:
+        if len(calls) == call:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(*args, **kwargs)
 
     monkeypatch.setattr(owner, name, with_signal)
-    loop.train(config, tmp_path)
-    assert "it is saved, the same command continues" in capsys.readouterr().out or place == "checkpoint.Checkpoints.save"
+    complete = loop.train(config, tmp_path)
+    assert complete == (tmp_path / "DONE").exists() == (place == "checkpoint.Checkpoints.save")
+    assert complete or "it is saved, the same command continues" in capsys.readouterr().out
     monkeypatch.undo()
-    loop.train(config, tmp_path)
+    assert loop.train(config, tmp_path)
     assert (tmp_path / "DONE").exists()
     assert evaluations(tmp_path) == evaluations(undisturbed) and len(evaluations(undisturbed)) == 3
     assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == ["0", "2", "4"]
@@ -217,14 +225,38 @@ def test_a_long_caption_leaves_room_for_what_its_row_shows(tmp_path):
     np.testing.assert_array_equal(sheet[: len(truth)], truth)
 
 
-def test_one_process_at_a_time(config, undisturbed, tmp_path):
+def test_one_process_at_a_time(config, undisturbed, tmp_path, monkeypatch):
+    """Also where the second has fewer steps to do than the first has done; a training that goes on has no mark."""
     shutil.copytree(undisturbed, run := tmp_path / "run")
+    (run / "DONE").unlink()
     before = files(run)
-    with workdir.lock(run), pytest.raises(UserError, match=f"another process trains in {run}: wait until it ends"):
-        loop.train(changed(config, steps=6), run)
+    monkeypatch.setattr(workdir, "LOCK_SECONDS", 0)
+    for steps in (6, 2):
+        with workdir.lock(run), pytest.raises(UserError, match=f"another process trains in {run}: wait until it ends") as found:
+            loop.train(changed(config, steps=steps), run)
+        assert f"if process {os.getpid()} on {socket.gethostname()} is gone, delete {run}/lock" in str(found.value)
     assert files(run) == before
     with workdir.lock(run):
         pass
+
+
+def test_a_process_that_is_about_to_end_is_waited_for(tmp_path, monkeypatch, capsys):
+    held = workdir.lock(tmp_path)
+    monkeypatch.setattr(workdir.time, "sleep", lambda _: held.close())
+    with workdir.lock(tmp_path):
+        assert "waiting up to 60 s" in capsys.readouterr().out
+
+
+def test_a_checkpoint_of_another_optimizer_is_not_called_damaged(config, undisturbed, tmp_path, monkeypatch):
+    """Its weights are there for a new run, as the message says."""
+    shutil.copytree(undisturbed, run := tmp_path / "run")
+    before = files(run)
+    monkeypatch.setattr(loop, "make_optimizer", lambda _: optax.adamw(1e-3))
+    with pytest.raises(UserError, match=rf"checkpoints/4 holds another training state .*--config\.init_from={run} takes") as found:
+        loop.train(changed(config, steps=6), run)
+    assert f"motif_jax ({motif_jax.__version__})" in str(found.value) and "fallback" not in str(found.value)
+    assert files(run) == before
+    initial_weights(changed(config, init_from=str(run)), Networks.of(config))
 
 
 def test_a_trace_that_the_end_cuts_short_is_written(config, tmp_path):
