@@ -1,5 +1,6 @@
 """Shared fixtures, and what all processes of a test run share."""
 
+import functools
 import os
 import pathlib
 import shutil
@@ -15,10 +16,6 @@ def pytest_configure(config):
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         os.environ["JAX_COMPILATION_CACHE_DIR"] = directory = tempfile.mkdtemp(prefix="compiled-")
         config.add_cleanup(lambda: shutil.rmtree(directory, ignore_errors=True))
-    flags = os.environ.get("XLA_FLAGS", "")
-    if os.environ.get("JAX_PLATFORMS") == "cpu" and "optimization_level" not in flags:
-        # LLVM's optimiser is most of what compiling a network for a CPU takes, and changes roundings only.
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_backend_optimization_level=0"
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
 
@@ -35,6 +32,16 @@ def shared() -> pathlib.Path:
     if not SHARED.is_dir():
         pytest.skip("needs the reference material in ../shared, which is not part of the project")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def quick_jit():
+    """jax.jit without LLVM's optimiser, which is most of what compiling a whole network for a CPU takes and changes roundings only."""
+    import jax
+
+    if jax.default_backend() != "cpu":
+        return jax.jit
+    return functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 @pytest.fixture(scope="session")

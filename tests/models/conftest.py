@@ -73,11 +73,11 @@ def with_reference_weights(reference_tensors):
 
 
 @pytest.fixture(scope="session")
-def reference_unet(tiny_unet, with_reference_weights):
+def reference_unet(tiny_unet, with_reference_weights, quick_jit):
     """The graph and weights of the reference runs, and one compiled function for loss, output and gradients."""
     graph, params = with_reference_weights(lambda: UNet3D(tiny_unet, rngs=nnx.Rngs(0)), "unet", unet)
 
-    @jax.jit
+    @quick_jit
     def evaluate(params, x, t, context, fps, target):
         def loss(params):
             out = nnx.merge(graph, params)(x, t, context, fps)

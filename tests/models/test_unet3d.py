@@ -115,10 +115,10 @@ def build(**options):
 
 
 @pytest.fixture(scope="module")
-def evaluate():
+def evaluate(quick_jit):
     """(graph, params, args, key) -> output of the network, its loss against ones, and the gradients; compiled once per graph."""
 
-    @functools.partial(jax.jit, static_argnums=0)
+    @functools.partial(quick_jit, static_argnums=0)
     def evaluate(graph, params, args, key=None):
         def loss(params):
             out = nnx.merge(graph, params)(*args, dropout_rng=key)
