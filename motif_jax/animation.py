@@ -18,8 +18,9 @@ from jaxtyping import UInt8
 from motif_jax.bench.generate import Request, check_made, generate, make_output, write_manifest, writing
 from motif_jax.bench.pairs import LONGEST_NAME, Pair
 from motif_jax.config import Config, UserError
+from motif_jax.data.images import MediaError, cover, read_image
 from motif_jax.data.tokens import make_tokenizer
-from motif_jax.data.videos import VideoError, cover, read_image, save_video
+from motif_jax.data.videos import save_video
 from motif_jax.dist.mesh import BATCH
 from motif_jax.generation import make_generator
 from motif_jax.models.networks import Networks, Params
@@ -109,7 +110,7 @@ def noise_seed(seed: int, name: str) -> int:
 def open_image(path: str) -> UInt8[np.ndarray, "H W 3"]:
     try:
         return read_image(path)
-    except VideoError as error:
+    except MediaError as error:
         raise UserError(f"{path}: {error}") from error
 
 

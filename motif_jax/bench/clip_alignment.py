@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from motif_jax.config import UserError
-from motif_jax.data.videos import cover
+from motif_jax.data.images import cover
 
 # CLIP's normalisation, RGB in 0..1 (Radford et al. 2021)
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)

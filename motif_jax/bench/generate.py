@@ -130,7 +130,7 @@ def write_vbench(output: pathlib.Path, requests: Sequence[Request], height: int,
     from PIL import Image
 
     from motif_jax.animation import open_image
-    from motif_jax.data.videos import cover
+    from motif_jax.data.images import cover
 
     (output / "images").mkdir(exist_ok=True)
     entries: dict[str, dict[str, Any]] = {}

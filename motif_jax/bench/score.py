@@ -25,7 +25,8 @@ from motif_jax.bench.pairs import Pair, find_videos, frames_in, read_pairs
 from motif_jax.bench.standings import METRICS, STATIC, standings
 from motif_jax.bench.video_metrics import WINDOW, FlowFn, measure
 from motif_jax.config import UserError
-from motif_jax.data.videos import VideoError, cover, read_image, read_video
+from motif_jax.data.images import MediaError, cover, read_image
+from motif_jax.data.videos import read_video
 
 VERSION = 1  # of the measures: a cache of another version is not used
 FRAME_RATE = 8.0  # of folders of frames, which do not say theirs
@@ -54,11 +55,11 @@ class Problem:
 
 
 def load(path: pathlib.Path, settings: Settings) -> tuple[np.ndarray, float]:
-    """(uint8 [T, H, W, 3], frames per second) of a video file or a folder of frames. Raises VideoError."""
+    """(uint8 [T, H, W, 3], frames per second) of a video file or a folder of frames. Raises MediaError."""
     if path.is_dir():
         pictures = [read_image(p) for p in _frame_files(path)[: settings.frames]]
         if len({p.shape for p in pictures}) > 1:
-            raise VideoError("changes size", "its frames are not all of one size")
+            raise MediaError("changes size", "its frames are not all of one size")
         frames, fps = np.stack(pictures), settings.frame_rate
     else:
         clip = read_video(path)
@@ -66,9 +67,9 @@ def load(path: pathlib.Path, settings: Settings) -> tuple[np.ndarray, float]:
     if settings.size is not None:
         frames = np.stack([cover(f, *settings.size) for f in frames])
     if len(frames) < max(2, settings.frames or 2):
-        raise VideoError("too short", f"{len(frames)} frame{'s'[: len(frames) != 1]}")
+        raise MediaError("too short", f"{len(frames)} frame{'s'[: len(frames) != 1]}")
     if min(frames.shape[1:3]) < WINDOW:
-        raise VideoError("too small", f"{frames.shape[2]}x{frames.shape[1]}")
+        raise MediaError("too small", f"{frames.shape[2]}x{frames.shape[1]}")
     return frames, fps
 
 
@@ -93,9 +94,9 @@ class Scorer:
             except (ValueError, KeyError, TypeError, AttributeError):  # no result, or one cut off when the run before was stopped
                 continue
 
-    def __call__(self, jobs: Sequence[tuple[Pair, Any]], progress: Callable[[str], None]) -> list[Row | VideoError]:
+    def __call__(self, jobs: Sequence[tuple[Pair, Any]], progress: Callable[[str], None]) -> list[Row | MediaError]:
         """One row, or the reason why there is none, for each (pair, path of its video or shape [T, H, W] and rate of the still one)."""
-        results: list[Row | VideoError] = []
+        results: list[Row | MediaError] = []
         with concurrent.futures.ThreadPoolExecutor(self._workers) as pool, self._cache.open("a") as cache:
             if cache.tell():
                 cache.write("\n")  # ends a line that was cut off
@@ -104,7 +105,7 @@ class Scorer:
                 for n, future in enumerate(futures, 1):
                     try:
                         key, row = future.result()
-                    except VideoError as error:
+                    except MediaError as error:
                         results.append(error)
                     else:
                         results.append(row)
@@ -130,7 +131,7 @@ class Scorer:
             else:
                 digest.update(repr(video).encode())
         except OSError as error:
-            raise VideoError("cannot be read", str(error)) from error
+            raise MediaError("cannot be read", str(error)) from error
         key = digest.hexdigest()
         if key in self._known:
             return key, self._known[key]
@@ -138,7 +139,7 @@ class Scorer:
 
 
 def measure_video(pair: Pair, video: Any, settings: Settings, flow_fn: FlowFn, clip: Callable | None = None) -> Row:
-    """Shape and measures of one video: of a path, or of the image repeated for ([T, H, W], rate). Raises VideoError."""
+    """Shape and measures of one video: of a path, or of the image repeated for ([T, H, W], rate). Raises MediaError."""
     if isinstance(video, pathlib.Path):
         frames, fps = load(video, settings)
         image = read_image(pair.image, *frames.shape[1:3])
@@ -174,7 +175,7 @@ def score(
         measured = scorer([(by_id[i], found.videos[i, s]) for i, s in order], lambda text, model=model: progress(f"{model}: {text}"))
         for (identity, seed), row in zip(order, measured, strict=True):
             path = found.videos[identity, seed]
-            if isinstance(row, VideoError):
+            if isinstance(row, MediaError):
                 problems.append(Problem(model, "broken", path.name, str(row)))
                 continue
             rows.append({"model": model, "id": identity, "seed": seed, "file": str(path), **row})
@@ -185,7 +186,7 @@ def score(
     problems += _unlike(rows)
     order = [p for p in pairs if p.id in still]
     for pair, row in zip(order, scorer([(p, still[p.id]) for p in order], lambda text: progress(f"{STATIC}: {text}")), strict=True):
-        if isinstance(row, VideoError):
+        if isinstance(row, MediaError):
             problems.append(Problem(STATIC, "broken", pair.image.name, str(row)))
         else:
             rows.append({"model": STATIC, "id": pair.id, "seed": 0, "file": str(pair.image), **row})

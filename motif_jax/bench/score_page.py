@@ -13,7 +13,7 @@ from PIL import Image
 from motif_jax.bench.pairs import Pair
 from motif_jax.bench.standings import METRICS, STATIC
 from motif_jax.bench.video_metrics import DECAY
-from motif_jax.data.videos import VideoError, read_image
+from motif_jax.data.images import MediaError, read_image
 from motif_jax.motion import pictures
 
 MOTION = "dynamic_degree mean_flow top5_flow residual_flow moving_area camera_shift flicker luma_flicker smoothness warp_error".split()
@@ -190,7 +190,7 @@ def _strips(pairs: Sequence[Pair], rows: Sequence[Mapping[str, Any]], load: Call
         for model, row in reversed(of_model.items()):
             try:
                 frames = load(pathlib.Path(row["file"]))
-            except VideoError:  # gone since it was measured
+            except MediaError:  # gone since it was measured
                 continue
             chosen = frames[np.linspace(0, len(frames) - 1, min(COLUMNS, len(frames))).round().astype(int)]
             image = read_image(pair.image, *frames.shape[1:3])

@@ -15,7 +15,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from motif_jax.config import UserError
-from motif_jax.data import videos
+from motif_jax.data import images, videos
 
 # A frame rate this close to a whole multiple of the study's is taken for it: GIFs round their delays to 1/100 s.
 RATE_TOLERANCE = 0.1
@@ -32,7 +32,7 @@ class Format:
 
 
 def parallel(function: Callable, jobs: list, progress: Callable[[str], None]) -> list:
-    """[function(*job) for job in jobs] on all cores (decoders and encoders leave the interpreter); VideoErrors are collected.
+    """[function(*job) for job in jobs] on all cores (decoders and encoders leave the interpreter); MediaErrors are collected.
 
     Raises UserError naming the first files that could not be used. A job's first entry is the path.
     """
@@ -42,7 +42,7 @@ def parallel(function: Callable, jobs: list, progress: Callable[[str], None]) ->
         for n, (job, future) in enumerate(zip(jobs, futures, strict=True), 1):
             try:
                 results.append(future.result())
-            except videos.VideoError as error:
+            except images.MediaError as error:
                 faults.append(f"{job[0]}: {error}")
             if n % 100 == 0 or n == len(jobs):
                 progress(f"{n} of {len(jobs)}")
@@ -52,9 +52,9 @@ def parallel(function: Callable, jobs: list, progress: Callable[[str], None]) ->
 
 
 def length(path: pathlib.Path) -> tuple[int, float]:
-    """(frames, frames per second) of a video. Raises VideoError."""
+    """(frames, frames per second) of a video. Raises MediaError."""
     if path.is_dir():
-        raise videos.VideoError("is a folder", "frames have no frame rate, a study needs video files")
+        raise images.MediaError("is a folder", "frames have no frame rate, a study needs video files")
     available = []
 
     def first_frame(count: int) -> tuple[int, int]:
@@ -92,7 +92,7 @@ def stride(rate: float, fps: float) -> int:
 
 
 def read(path: pathlib.Path, rate: float, form: Format) -> UInt8[np.ndarray, "T H W 3"]:
-    """The first frames of a video in the study's format. Raises VideoError."""
+    """The first frames of a video in the study's format. Raises MediaError."""
     return videos.read_clip(path, form.frames, form.height, form.width, lambda _: (0, stride(rate, form.fps))).frames
 
 
@@ -110,8 +110,8 @@ def convert(path: pathlib.Path, rate: float, form: Format, folder: pathlib.Path,
 
 
 def convert_image(path: pathlib.Path, form: Format, folder: pathlib.Path, name: str) -> None:
-    """The starting image at the videos' size, without its metadata. Raises VideoError."""
-    picture = videos.read_image(path, form.height, form.width)
+    """The starting image at the videos' size, without its metadata. Raises MediaError."""
+    picture = images.read_image(path, form.height, form.width)
     Image.fromarray(picture).save(folder / name, quality=95)
     os.utime(folder / name, (0, 0))
 

@@ -22,6 +22,7 @@ from jaxtyping import Float, UInt8
 from motif_jax.config import Config, UserError
 from motif_jax.data import records, scenes, sprites, videos
 from motif_jax.data.captions import Entry, Problem
+from motif_jax.data.images import MediaError
 from motif_jax.data.shards import Skipped
 
 DEFAULT_SYNTHETIC_CLIPS = 1000
@@ -100,20 +101,20 @@ class VideoClips:
         d = self._data
         try:
             clip = self._within_a_scene(item)
-        except videos.VideoError as error:
+        except MediaError as error:
             return Skipped(item.clip_id, item.video, error.kind, str(error))
         values = vars(clip) | {"clip_id": item.clip_id, "video": item.video, "caption": item.caption}
         if item.mask is not None:
             try:
                 same = videos.read_clip(item.mask, d.frames, d.height, d.width, lambda _: (clip.first_frame, clip.frame_stride))
-            except videos.VideoError as error:
+            except MediaError as error:
                 return Skipped(item.clip_id, item.video, "unusable mask", f"mask {item.mask.name}: {error}")
             grey = same.frames.astype(np.float32).mean(-1, keepdims=True)
             values["motion_mask"] = np.rint(pool(grey, self._prepare.flow_stride)[..., 0]).astype(np.uint8)
         return self._recorder.record(values)
 
     def _within_a_scene(self, item: Item) -> videos.Clip:
-        """The first of a few drawn clips that crosses no cut. Raises VideoError."""
+        """The first of a few drawn clips that crosses no cut. Raises MediaError."""
         d, p = self._data, self._prepare
         for attempt in range(_ATTEMPTS if p.cut_threshold else 1):
             key = (self._seed, item.video, item.number, *([attempt] if attempt else []))
@@ -124,7 +125,7 @@ class VideoClips:
             clip = videos.read_clip(item.path, d.frames, d.height, d.width, choose, thumbnails=p.cut_threshold > 0)
             if clip.thumbnails is None or not len(scenes.cuts(clip.thumbnails, p.cut_threshold)):
                 return clip
-        raise videos.VideoError("scene cut", f"in each of {_ATTEMPTS} clips that were tried")
+        raise MediaError("scene cut", f"in each of {_ATTEMPTS} clips that were tried")
 
 
 class SpriteClips:

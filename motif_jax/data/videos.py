@@ -1,7 +1,7 @@
-"""Video and image files in and out of arrays.
+"""Video files in and out of arrays.
 
 In: a file of any container and codec that FFmpeg reads. Out: T frames of one size, uint8 RGB, taken at equal distances in
-time; which ones is a function of the seed and the video's id alone. A file that cannot give them raises `VideoError`.
+time; which ones is a function of the seed and the video's id alone. A file that cannot give them raises `MediaError`.
 """
 
 import hashlib
@@ -16,22 +16,16 @@ from typing import Any
 import av
 import numpy as np
 from av.sidedata.sidedata import Type as SideDataType
-from jaxtyping import Float, UInt8
-from PIL import Image, ImageOps
+from jaxtyping import UInt8
+from PIL import Image
+
+from motif_jax.data.images import MediaError, cover, on_white
 
 THUMBNAIL = (64, 36)  # width, height
 # A pause longer than this many seconds and ten frames is a jump of the clock (a cut, a paused recorder), not a still.
 _LONGEST_STILL = 1.0
 # What a damaged file makes FFmpeg, its Python binding and arithmetic with the file's numbers raise.
 _DAMAGE = (av.error.FFmpegError, OSError, ValueError, LookupError, ArithmeticError, MemoryError)
-
-
-class VideoError(ValueError):
-    """A file without a usable clip. `kind` is the reason in two words, for counting; the message adds the numbers."""
-
-    def __init__(self, kind: str, detail: str = "") -> None:
-        super().__init__(f"{kind}: {detail}" if detail else kind)
-        self.kind = kind
 
 
 @dataclass(frozen=True)
@@ -72,12 +66,12 @@ def choose_clip(available: int, frames: int, stride_min: int, stride_max: int, *
 
     `key` decides, usually (seed, video id, clip number). Reference: DynamiCrafter's loader draws from the whole range and
     falls back to one small stride in a short video; drawing from those that fit keeps the range's spread there too.
-    Raises VideoError when not even the smallest stride fits.
+    Raises MediaError when not even the smallest stride fits.
     """
     fitting = [s for s in range(stride_min, stride_max + 1) if (frames - 1) * s < available]
     if not fitting:
         need = (frames - 1) * stride_min + 1
-        raise VideoError("too short", f"{available} frame{'s'[: available != 1]}, a clip of {frames} at stride {stride_min} needs {need}")
+        raise MediaError("too short", f"{available} frame{'s'[: available != 1]}, a clip of {frames} at stride {stride_min} needs {need}")
     stride = fitting[stable_draw(len(fitting), "stride", *key)]
     return stable_draw(available - (frames - 1) * stride, "start", *key), stride
 
@@ -89,7 +83,7 @@ def read_clip(
 
     `choose(available)` returns (first frame, stride) for a video of that many frames (see `choose_clip`). Frames are
     turned as the file's display matrix says, transparent parts laid on white, then covered (`cover`).
-    Raises VideoError with the reason; the file's name is left to the caller.
+    Raises MediaError with the reason; the file's name is left to the caller.
     """
     return _first_stream(path, lambda stream: _read_stream(path, stream, frames, height, width, choose, thumbnails))
 
@@ -98,7 +92,7 @@ def read_video(path: str | os.PathLike) -> Clip:
     """Every frame of the first video stream with more than one, at its own size, at equal distances in time (a frame that is shown
     longer is repeated).
 
-    Raises VideoError with the reason.
+    Raises MediaError with the reason.
     """
     return _first_stream(path, lambda stream: _whole_stream(path, stream))
 
@@ -109,9 +103,9 @@ def _open(path: Any) -> Any:
 
 
 def _first_stream(path: Any, read: Callable[[int], Clip]) -> Clip:
-    """`read` of the first video stream that can give it. Raises VideoError: the first stream's, or that there is none."""
+    """`read` of the first video stream that can give it. Raises MediaError: the first stream's, or that there is none."""
     if not os.path.isfile(path):
-        raise VideoError("missing file")
+        raise MediaError("missing file")
     errors = []
     try:
         with _open(path) as container:
@@ -122,15 +116,15 @@ def _first_stream(path: Any, read: Callable[[int], Clip]) -> Clip:
     for stream in streams:
         try:
             return read(stream)
-        except VideoError as error:
+        except MediaError as error:
             errors.append(error)
         except _DAMAGE as error:
             errors.append(_unreadable(error))
-    raise errors[0] if errors else VideoError("no video stream")
+    raise errors[0] if errors else MediaError("no video stream")
 
 
-def _unreadable(error: Exception) -> VideoError:
-    return VideoError("cannot be read", str(error).split("\n")[0])
+def _unreadable(error: Exception) -> MediaError:
+    return MediaError("cannot be read", str(error).split("\n")[0])
 
 
 def _whole_stream(path: Any, index: int) -> Clip:
@@ -140,13 +134,13 @@ def _whole_stream(path: Any, index: int) -> Clip:
         pictures, pts = [], []
         for frame in _frames(container, stream):
             if frame.is_corrupt:
-                raise VideoError("does not decode", f"frame {len(pts)} is damaged")
+                raise MediaError("does not decode", f"frame {len(pts)} is damaged")
             pictures.append(_picture(frame)[0])
             pts.append(frame.pts)
         if len({p.shape for p in pictures}) > 1:
-            raise VideoError("changes size", " then ".join(dict.fromkeys(f"{p.shape[1]}x{p.shape[0]}" for p in pictures)))
+            raise MediaError("changes size", " then ".join(dict.fromkeys(f"{p.shape[1]}x{p.shape[0]}" for p in pictures)))
         if len(pictures) < 2:
-            raise VideoError("too short", f"{len(pictures)} frame{'s'[: len(pictures) != 1]}")
+            raise MediaError("too short", f"{len(pictures)} frame{'s'[: len(pictures) != 1]}")
         timeline = _timeline(_increasing(pts), stream, len(pts))
     return Clip(np.stack([pictures[i] for i in timeline.frame_at]), timeline.fps, 1, 0)
 
@@ -155,7 +149,7 @@ def _read_stream(path: Any, stream: int, frames: int, height: int, width: int, c
     def clip_of(timeline: Timeline) -> Clip | None:
         first, stride = choose(len(timeline.frame_at))
         if first < 0 or stride < 1 or first + (frames - 1) * stride >= len(timeline.frame_at):
-            raise VideoError("too short", f"{len(timeline.frame_at)} frames, asked for frames {first} to {first + (frames - 1) * stride}")
+            raise MediaError("too short", f"{len(timeline.frame_at)} frames, asked for frames {first} to {first + (frames - 1) * stride}")
         wanted = timeline.frame_at[first + stride * np.arange(frames)]
         small: list[np.ndarray] | None = [] if thumbnails else None
         found = _decode(path, stream, timeline, set(wanted.tolist()), height, width, small)
@@ -170,7 +164,7 @@ def _read_stream(path: Any, stream: int, frames: int, height: int, width: int, c
     if clip is None:
         clip = clip_of(_decoded_timeline(path, stream))
     if clip is None:
-        raise VideoError("does not decode", "its time stamps do not repeat from one reading to the next")
+        raise MediaError("does not decode", "its time stamps do not repeat from one reading to the next")
     return clip
 
 
@@ -188,10 +182,10 @@ def _packet_timeline(path: Any, index: int) -> Timeline | None:
                 if not packet.is_discard:
                     pts.append(packet.pts)
         if read < declared:
-            raise VideoError("truncated", f"{read} of {declared} frames are in the file")
+            raise MediaError("truncated", f"{read} of {declared} frames are in the file")
         whole = (container.duration or 0) / av.time_base
         if "matroska" in container.format.name and end < 0.9 * whole:
-            raise VideoError("truncated", f"{end:.1f} of {whole:.1f} seconds are in the file")
+            raise MediaError("truncated", f"{end:.1f} of {whole:.1f} seconds are in the file")
         if not pts or None in pts or len(set(pts)) < len(pts):
             return None
         return _timeline(sorted(pts), stream)
@@ -202,7 +196,7 @@ def _decoded_timeline(path: Any, index: int) -> Timeline:
         stream = container.streams[index]
         pts = [frame.pts for frame in _frames(container, stream)]
         if not pts:
-            raise VideoError("no frames")
+            raise MediaError("no frames")
         return _timeline(_increasing(pts), stream, len(pts))
 
 
@@ -241,7 +235,7 @@ def _frames(container: Any, stream: Any):
                 yield frame
         except av.error.InvalidDataError as error:
             if started:
-                raise VideoError("does not decode", "a packet is damaged") from error
+                raise MediaError("does not decode", "a packet is damaged") from error
 
 
 def _decode(
@@ -282,7 +276,7 @@ def _decode_from(
                 small.append(frame.reformat(*THUMBNAIL, format="rgb24", interpolation="AREA").to_ndarray())
             if i in wanted:
                 if damaged:
-                    raise VideoError("does not decode", f"frame {i} is damaged")
+                    raise MediaError("does not decode", f"frame {i} is damaged")
                 picture, turned = _picture(frame)
                 found[i] = cover(picture, height, width, 1 / aspect if turned else aspect)
             if len(found) == len(wanted):
@@ -293,7 +287,7 @@ def _decode_from(
 def _picture(frame: Any) -> tuple[np.ndarray, bool]:
     """(RGB as it is to be seen, whether its rows were columns)."""
     if any(c.is_alpha for c in frame.format.components):
-        picture = _on_white(frame.to_ndarray(format="rgba"))
+        picture = on_white(frame.to_ndarray(format="rgba"))
     else:
         picture = frame.to_ndarray(format="rgb24")
     side_data = frame.side_data.get(SideDataType.DISPLAYMATRIX)
@@ -306,56 +300,6 @@ def _picture(frame: Any) -> tuple[np.ndarray, bool]:
     if turned:
         picture = picture.transpose(1, 0, 2)
     return np.ascontiguousarray(picture[:: -1 if down < 0 else 1, :: -1 if across < 0 else 1]), turned
-
-
-def _on_white(rgba: np.ndarray) -> np.ndarray:
-    rgb, alpha = rgba[..., :3].astype(np.uint16), rgba[..., 3:].astype(np.uint16)
-    return ((rgb * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
-
-
-def cover(picture: UInt8[np.ndarray, "h w 3"], height: int, width: int, aspect: float = 1.0) -> UInt8[np.ndarray, "H W 3"]:
-    """Scaled until it covers H x W, the rest cut off evenly on both sides; bicubic, antialiased when shrinking.
-
-    `aspect` is the width of one source pixel over its height.
-    """
-    rows, columns = picture.shape[:2]
-    if (rows, columns, aspect) == (height, width, 1.0):
-        return picture
-    want = width / height / aspect  # width over height of the part that is kept, in source pixels
-    keep_w, keep_h = min(columns, rows * want), min(rows, columns / want)
-    left, top = (columns - keep_w) / 2, (rows - keep_h) / 2
-    box = (left, top, left + keep_w, top + keep_h)
-    return np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC, box))
-
-
-def read_image(path: str | os.PathLike, height: int | None = None, width: int | None = None) -> UInt8[np.ndarray, "H W 3"]:
-    """RGB of an image file, upright, transparent parts on white; covered to height x width when both are given.
-
-    Raises VideoError when the file is missing or is no image.
-    """
-    try:
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I") or image.mode == "F":  # more than 8 bits of grey, which Pillow would clip instead of scale
-                image = Image.fromarray(_to_8_bits(np.asarray(image, np.float64), image.mode))
-            picture = _on_white(np.asarray(image.convert("RGBA")))
-    except FileNotFoundError as error:
-        raise VideoError("missing file") from error
-    except Exception as error:  # Pillow's readers share no class of errors for damaged files
-        raise VideoError("is no image", str(error)) from error
-    return picture if height is None or width is None else cover(picture, height, width)
-
-
-def _to_8_bits(grey: Float[np.ndarray, "h w"], mode: str) -> UInt8[np.ndarray, "h w"]:
-    """Grey values of Pillow's mode I;16, I or F: 16 bits are scaled by 1/257, and wider numbers by the smallest usual range they fit in.
-
-    Floating point up to 2 is taken for 0..1 with some overshoot, as resampling leaves it, and what exceeds 1 is white.
-    """
-    largest = grey.max(initial=0)
-    if not (grey.min(initial=0) >= 0 and largest <= 65535):
-        raise ValueError("grey values beyond 16 bits")
-    scale = 1 / 257 if mode.startswith("I;16") or largest > 255 else 255 if mode == "F" and largest <= 2 else 1
-    return (grey * scale).round().clip(max=255).astype(np.uint8)
 
 
 def save_video(path: str | os.PathLike, frames: Sequence[np.ndarray] | UInt8[np.ndarray, "T H W 3"], fps: float) -> None:

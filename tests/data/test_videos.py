@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from motif_jax.data import videos
-from motif_jax.data.videos import VideoError, choose_clip, cover, read_clip, read_image, read_video, save_video
+from motif_jax.data.images import MediaError
+from motif_jax.data.videos import choose_clip, read_clip, read_video, save_video
 
 BITS = 8  # a numbered frame shows its number as black and white bars, which survive every codec
 
@@ -55,6 +56,11 @@ def take(path, first, stride, frames=4, height=48, width=64):
 # Which clip
 
 
+def test_stable_draw_is_uniform():
+    counts = np.bincount([videos.stable_draw(10, "key", i) for i in range(10000)], minlength=10)
+    assert np.abs(counts - 1000).max() < 160  # five standard deviations
+
+
 def test_stride_is_uniform_over_those_that_fit():
     """40 frames hold 16 frames at strides 1 and 2 only; both and all their starts are drawn, equally often."""
     drawn = [choose_clip(40, 16, 1, 6, 0, f"video{i}", 0) for i in range(4000)]
@@ -79,7 +85,7 @@ def test_choice_differs_by_seed_video_and_number():
 
 
 def test_too_short_says_how_much_is_missing():
-    with pytest.raises(VideoError, match="15 frames, a clip of 16 at stride 2 needs 31") as error:
+    with pytest.raises(MediaError, match="15 frames, a clip of 16 at stride 2 needs 31") as error:
         choose_clip(15, 16, 2, 6, 0, "a")
     assert error.value.kind == "too short"
     assert choose_clip(31, 16, 2, 6, 0, "a") == (0, 2)
@@ -119,7 +125,7 @@ def test_exactly_the_chosen_frames(tmp_path, name, codec, pixels, options):
         assert (clip.first_frame, clip.frame_stride) == (first, stride)
         assert clip.fps == pytest.approx(25 if name == "raw.h264" else 10)  # a raw stream does not know its rate
         assert clip.frames.shape == (4, 48, 64, 3) and clip.frames.dtype == np.uint8
-    with pytest.raises(VideoError, match="too short"):
+    with pytest.raises(MediaError, match="too short"):
         take(path, 57, 1)
 
 
@@ -281,7 +287,7 @@ def test_real_clip_equals_a_full_decode(shared):
 
 
 def kind_of(path) -> str:
-    with pytest.raises(VideoError) as error:
+    with pytest.raises(MediaError) as error:
         take(path, 0, 1)
     return error.value.kind
 
@@ -349,7 +355,7 @@ def test_whole_videos_that_are_none(tmp_path):
         ("text.mp4", "cannot be read"),
         ("no.mp4", "missing file"),
     ):
-        with pytest.raises(VideoError) as refused:
+        with pytest.raises(MediaError) as refused:
             read_video(tmp_path / name)
         assert refused.value.kind == kind
 
@@ -358,7 +364,7 @@ def test_a_codec_that_is_not_known(tmp_path):
     path = write(tmp_path / "a.mp4", numbered(9))
     path.write_bytes(path.read_bytes().replace(b"avc1", b"none"))
     for read in (read_video, lambda path: take(path, 0, 1)):
-        with pytest.raises(VideoError, match="no video stream"):
+        with pytest.raises(MediaError, match="no video stream"):
             read(path)
 
 
@@ -385,42 +391,9 @@ def test_damage_behind_the_clip_does_not_matter(tmp_path):
     data[place + 5 : place + size] = b"\xff" * (size - 5)  # its length and type stay
     path.write_bytes(data)
     assert [number(f) for f in take(path, 0, 8).frames] == [0, 8, 16, 24]
-    with pytest.raises(VideoError) as error:
+    with pytest.raises(MediaError) as error:
         take(path, 0, 9)
     assert error.value.kind == "does not decode"
-
-
-# Size
-
-
-def test_cover_leaves_a_picture_of_the_right_size_alone():
-    picture = np.random.default_rng(0).integers(0, 256, (16, 24, 3), np.uint8)
-    np.testing.assert_array_equal(cover(picture, 16, 24), picture)
-
-
-@pytest.mark.parametrize(("height", "width"), [(16, 16), (20, 64), (64, 20), (7, 5), (40, 40)])
-def test_cover_cuts_evenly_and_keeps_proportions(height, width):
-    """A ramp in each direction: the middle of the picture stays in the middle, its slope is the scale."""
-    rows, columns = 32, 48
-    ramp = np.zeros((rows, columns, 3), np.uint8)
-    ramp[..., 0] = np.arange(rows)[:, None] * 4 + 60
-    ramp[..., 1] = np.arange(columns) * 4 + 20
-    out = cover(ramp, height, width).astype(float)
-    assert out.shape == (height, width, 3)
-    scale = max(height / rows, width / columns)
-    middle = out[height // 4 : -(height // 4) or None, width // 4 : -(width // 4) or None]
-    assert middle[..., 0].mean() == pytest.approx(60 + 4 * (rows - 1) / 2, abs=1)
-    assert middle[..., 1].mean() == pytest.approx(20 + 4 * (columns - 1) / 2, abs=1)
-    assert np.diff(middle[..., 0], axis=0).mean() == pytest.approx(4 / scale, rel=0.1)
-    assert np.diff(middle[..., 1], axis=1).mean() == pytest.approx(4 / scale, rel=0.1)
-
-
-def test_cover_is_antialiased():
-    """One-pixel stripes shrink to grey, not to stripes of another width."""
-    stripes = np.zeros((64, 64, 3), np.uint8)
-    stripes[:, ::2] = 255
-    inner = cover(stripes, 24, 24)[4:-4, 4:-4].astype(int)
-    assert np.abs(inner - 127).max() < 12
 
 
 # Writing
@@ -467,52 +440,3 @@ def test_save_refuses(tmp_path):
     with pytest.raises(ValueError, match="fps"):
         save_video(tmp_path / "a.mp4", numbered(2), 0)
     assert not list(tmp_path.iterdir())
-
-
-# Images
-
-
-def test_read_image(tmp_path):
-    picture = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
-    Image.fromarray(picture).save(tmp_path / "a.png")
-    np.testing.assert_array_equal(read_image(tmp_path / "a.png"), picture)
-    assert read_image(tmp_path / "a.png", 16, 16).shape == (16, 16, 3)
-    exif = Image.Exif()
-    exif[0x0112] = 6  # shown a quarter turn clockwise
-    Image.fromarray(picture).save(tmp_path / "turned.png", exif=exif)
-    np.testing.assert_array_equal(read_image(tmp_path / "turned.png"), np.rot90(picture, -1))
-    Image.fromarray(picture[..., 0]).save(tmp_path / "grey.png")
-    np.testing.assert_array_equal(read_image(tmp_path / "grey.png"), np.repeat(picture[..., :1], 3, -1))
-    Image.fromarray(picture[..., 0].astype(np.uint16) * 257).save(tmp_path / "deep.png")
-    np.testing.assert_array_equal(read_image(tmp_path / "deep.png"), np.repeat(picture[..., :1], 3, -1))
-    byte = picture[..., 0]
-    for grey in (np.float32(byte) / 255, np.float32(byte), np.int32(byte), np.int32(byte) * 257):
-        Image.fromarray(grey).save(tmp_path / "wide.tiff")
-        np.testing.assert_array_equal(read_image(tmp_path / "wide.tiff"), np.repeat(picture[..., :1], 3, -1))
-    over = np.float32(byte) / 250  # up to 1.02
-    Image.fromarray(over).save(tmp_path / "wide.tiff")
-    np.testing.assert_array_equal(read_image(tmp_path / "wide.tiff")[..., 0], np.rint(np.minimum(255 * over, 255)))
-    rgba = np.concatenate([picture, np.zeros_like(picture[..., :1])], -1)
-    Image.fromarray(rgba).save(tmp_path / "clear.png")
-    assert (read_image(tmp_path / "clear.png") == 255).all()
-
-
-def test_bad_images(tmp_path):
-    with pytest.raises(VideoError, match="missing file"):
-        read_image(tmp_path / "a.png")
-    (tmp_path / "a.png").write_text("no")
-    with pytest.raises(VideoError, match="is no image"):
-        read_image(tmp_path / "a.png")
-    for value in (-1, 70_000, np.nan):
-        Image.fromarray(np.full((8, 8), value, np.float32)).save(tmp_path / "wide.tiff")
-        with pytest.raises(VideoError, match="beyond 16 bits"):
-            read_image(tmp_path / "wide.tiff")
-    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes().replace(b"\x00\x00\x00\rIHDR", b"\x00\x00\x00\x05IHDR"))
-    with pytest.raises(VideoError, match="is no image"):
-        read_image(tmp_path / "a.png")
-
-
-def test_stable_draw_is_uniform():
-    counts = np.bincount([videos.stable_draw(10, "key", i) for i in range(10000)], minlength=10)
-    assert np.abs(counts - 1000).max() < 160  # five standard deviations

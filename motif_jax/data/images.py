@@ -1,0 +1,66 @@
+"""Image files into arrays, and pictures of one size out of pictures of any."""
+
+import os
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from PIL import Image, ImageOps
+
+
+class MediaError(ValueError):
+    """A file without a usable clip or picture. `kind` is the reason in two words, for counting; the message adds the numbers."""
+
+    def __init__(self, kind: str, detail: str = "") -> None:
+        super().__init__(f"{kind}: {detail}" if detail else kind)
+        self.kind = kind
+
+
+def on_white(rgba: UInt8[np.ndarray, "H W 4"]) -> UInt8[np.ndarray, "H W 3"]:
+    """The picture laid on white; alpha is not premultiplied."""
+    rgb, alpha = rgba[..., :3].astype(np.uint16), rgba[..., 3:].astype(np.uint16)
+    return ((rgb * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
+
+
+def cover(picture: UInt8[np.ndarray, "h w 3"], height: int, width: int, aspect: float = 1.0) -> UInt8[np.ndarray, "H W 3"]:
+    """Scaled until it covers H x W, the rest cut off evenly on both sides; bicubic, antialiased when shrinking.
+
+    `aspect` is the width of one source pixel over its height.
+    """
+    rows, columns = picture.shape[:2]
+    if (rows, columns, aspect) == (height, width, 1.0):
+        return picture
+    want = width / height / aspect  # width over height of the part that is kept, in source pixels
+    keep_w, keep_h = min(columns, rows * want), min(rows, columns / want)
+    left, top = (columns - keep_w) / 2, (rows - keep_h) / 2
+    box = (left, top, left + keep_w, top + keep_h)
+    return np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC, box))
+
+
+def read_image(path: str | os.PathLike, height: int | None = None, width: int | None = None) -> UInt8[np.ndarray, "H W 3"]:
+    """RGB of an image file, upright, transparent parts on white; covered to height x width when both are given.
+
+    Raises MediaError when the file is missing or is no image.
+    """
+    try:
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I") or image.mode == "F":  # more than 8 bits of grey, which Pillow would clip instead of scale
+                image = Image.fromarray(_to_8_bits(np.asarray(image, np.float64), image.mode))
+            picture = on_white(np.asarray(image.convert("RGBA")))
+    except FileNotFoundError as error:
+        raise MediaError("missing file") from error
+    except Exception as error:  # Pillow's readers share no class of errors for damaged files
+        raise MediaError("is no image", str(error)) from error
+    return picture if height is None or width is None else cover(picture, height, width)
+
+
+def _to_8_bits(grey: Float[np.ndarray, "h w"], mode: str) -> UInt8[np.ndarray, "h w"]:
+    """Grey values of Pillow's mode I;16, I or F: 16 bits are scaled by 1/257, and wider numbers by the smallest usual range they fit in.
+
+    Floating point up to 2 is taken for 0..1 with some overshoot, as resampling leaves it, and what exceeds 1 is white.
+    """
+    largest = grey.max(initial=0)
+    if not (grey.min(initial=0) >= 0 and largest <= 65535):
+        raise ValueError("grey values beyond 16 bits")
+    scale = 1 / 257 if mode.startswith("I;16") or largest > 255 else 255 if mode == "F" and largest <= 2 else 1
+    return (grey * scale).round().clip(max=255).astype(np.uint8)
