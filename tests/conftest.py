@@ -1,6 +1,5 @@
 """Shared fixtures, and what all processes of a test run share."""
 
-import functools
 import os
 import pathlib
 import shutil
@@ -34,14 +33,14 @@ def shared() -> pathlib.Path:
     return SHARED
 
 
-@pytest.fixture(scope="session")
-def quick_jit():
-    """jax.jit without LLVM's optimiser, which is most of what compiling a whole network for a CPU takes and changes roundings only."""
+@pytest.fixture(scope="module")
+def quick_compile():
+    """No LLVM optimiser, for modules that compile much and compute little: half of their time, and roundings are all that changes."""
     import jax
 
-    if jax.default_backend() != "cpu":
-        return jax.jit
-    return functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    jax.config.update("jax_disable_most_optimizations", jax.default_backend() == "cpu")
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session")

@@ -119,6 +119,7 @@ def test_a_finished_run_exits_at_once(environment, data, trained):
     assert (trained / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["kill-9", "sigterm"])
 def test_a_disturbed_run_ends_in_the_same_bits(environment, data, trained, tmp_path, number):
     """Stopped twice, at whatever moment the signal finds it; parameters, average, moments and metrics equal the undisturbed run's."""
@@ -147,6 +148,7 @@ def test_a_disturbed_run_ends_in_the_same_bits(environment, data, trained, tmp_p
     assert lines(tmp_path, "eval/loss", "eval/ratio") == lines(trained, "eval/loss", "eval/ratio")
 
 
+@pytest.mark.slow
 def test_sampling(environment, trained, tmp_path):
     from PIL import Image
 
@@ -192,6 +194,7 @@ def test_synthetic_benchmark(environment, trained):
     assert "How often it does what it is told" in (trained / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_benchmark_of_a_users_list(environment, trained, tmp_path):
     """generate in two jobs and a repeat that finds all there, then score of what it made."""
     from PIL import Image

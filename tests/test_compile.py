@@ -40,6 +40,7 @@ def config(tiny):
     return tiny(batch_size=8, mesh={"data": 2, "fsdp": 4}, unet={"attention_resolutions": []})
 
 
+@pytest.mark.slow
 def test_report_on_eight_devices(config):
     fast = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
     done = run("-c", EIGHT_DEVICES, to_json(config), JAX_PLATFORMS="cpu", XLA_FLAGS=fast)

@@ -63,6 +63,7 @@ def ratios(tiny):
     return found
 
 
+@pytest.mark.slow
 def test_figure_6(ratios):
     """MotiF < none < inverse at every timestep. An all-ones heatmap gives exactly the order flow = none (Adam does not see a
     factor on the loss), an inverted one flow = inverse; the margin of 3 % tells them apart."""

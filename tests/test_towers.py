@@ -29,6 +29,8 @@ from motif_jax.training.state import create
 from motif_jax.training.step import empty_sentence, make_train_step
 from motif_jax.training.weights import initial_weights
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 KL = {"kind": "kl", "factor": 4, "z_channels": 4, "ch": 32, "ch_mult": [1, 1, 1], "num_res_blocks": 1, "scale_factor": 0.2}
 SOURCE = "synthetic:shapes:12"
 
@@ -75,6 +77,7 @@ def first_batch(config, dataset):
         batches.close()
 
 
+@pytest.mark.slow
 def test_a_run_on_latents_is_the_run_on_frames(kl, stored, tmp_path):
     """The same clips in the same order, the same noise: two updates differ by the rounding to float16 alone."""
     plain, _ = prepare(kl(), tmp_path / "plain")
@@ -190,6 +193,7 @@ def test_sheets_and_previews_show_decoded_latents(kl, tmp_path):
     assert (tmp_path / "run/samples/1/00.gif").exists() and np.isfinite(writer.scalars["sample/mean_flow_data"])
 
 
+@pytest.mark.slow
 def test_a_whole_run_on_latents(tiny, tmp_path):
     """Trains, validates, samples and reports without a frame in the dataset; an autoencoder of other blocks is refused."""
     config = tiny(prepare={"latents": True, "text_embeddings": True, "validation_share": 0.4}, sample={"every": 2}, steps=2)

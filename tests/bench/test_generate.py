@@ -21,6 +21,8 @@ from motif_jax.data.videos import read_video
 from motif_jax.models.networks import Networks
 from motif_jax.training.weights import initial_weights
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 ROOT = pathlib.Path(__file__).parents[2]
 # Another batch shape or sharding makes XLA sum in another order; a value on the edge between two grey levels may fall to either.
 ROUNDING = 1
@@ -113,6 +115,7 @@ def test_the_batch_size_changes_rounding_only(animator, pairs):
     assert np.abs(one[0] - one[1]).mean() > 10 * ROUNDING  # seeds are told apart
 
 
+@pytest.mark.slow
 def test_devices_change_rounding_only(animator, pairs, tiny, tmp_path):
     """The same batch of four over two devices, in a process that has two."""
     (tmp_path / "config.json").write_text(to_json(tiny()))

@@ -16,6 +16,8 @@ from motif_jax.models.networks import Network, Networks
 from motif_jax.training.export import export
 from motif_jax.training.weights import IMAGE_PATH, initial_weights
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 PIXELS, WORDS = AutoencoderConfig(kind="pixel", factor=2, z_channels=12), TextConfig(kind="words", vocab_size=8, context_length=3, width=6)
 LARGE = Settings(
     UNetConfig(in_channels=24, out_channels=12, model_channels=32, channel_mult=(1,), num_res_blocks=1, attention_resolutions=(1,),

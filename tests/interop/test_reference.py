@@ -25,6 +25,8 @@ from motif_jax.interop.settings import Settings, to_yaml
 from motif_jax.models.text import make_text_tower
 from motif_jax.models.unet3d import UNet3D
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 TINY = Settings(
     UNetConfig(in_channels=4, model_channels=32, num_res_blocks=1, num_head_channels=8, context_dim=64),
     AutoencoderConfig(ch=32),

@@ -73,11 +73,11 @@ def with_reference_weights(reference_tensors):
 
 
 @pytest.fixture(scope="session")
-def reference_unet(tiny_unet, with_reference_weights, quick_jit):
+def reference_unet(tiny_unet, with_reference_weights):
     """The graph and weights of the reference runs, and one compiled function for loss, output and gradients."""
     graph, params = with_reference_weights(lambda: UNet3D(tiny_unet, rngs=nnx.Rngs(0)), "unet", unet)
 
-    @quick_jit
+    @jax.jit
     def evaluate(params, x, t, context, fps, target):
         def loss(params):
             out = nnx.merge(graph, params)(x, t, context, fps)

@@ -11,6 +11,8 @@ from motif_jax.interop import autoencoder as interop
 from motif_jax.models.autoencoder import AttentionBlock, ResBlock, make_autoencoder, sample_latents
 from motif_jax.models.layers import Initializer
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 TOLERANCE = 1e-5
 
 
@@ -66,12 +68,12 @@ def test_every_stored_output(reference, shared, difference):
             assert difference(out, units[f"{case}{size}/out"]) < TOLERANCE, case + size
 
 
-def test_bfloat16_stays_close(tiny_autoencoder, reference, golden, difference, quick_jit):
+def test_bfloat16_stays_close(tiny_autoencoder, reference, golden, difference):
     """Some 60 roundings to 8 bits lie in a row, of weights and of the convolutions' inputs: 1.2e-2 for moments and 2.0e-2 for pixels,
     which are 2.2e-2 off where what the blocks add up is rounded too."""
     graph = nnx.split(nnx.eval_shape(lambda: make_autoencoder(tiny_autoencoder, nnx.Rngs(0), jnp.bfloat16)), nnx.Param)[0]
-    moments = quick_jit(lambda params, x: nnx.merge(graph, params).encode(x))(reference[1], last(golden["autoencoder/x"]))
-    decoded = quick_jit(lambda params, z: nnx.merge(graph, params).decode(z))(reference[1], last(golden["autoencoder/z"]))
+    moments = jax.jit(lambda params, x: nnx.merge(graph, params).encode(x))(reference[1], last(golden["autoencoder/x"]))
+    decoded = jax.jit(lambda params, z: nnx.merge(graph, params).decode(z))(reference[1], last(golden["autoencoder/z"]))
     assert difference(first(moments), golden["autoencoder/moments"]) < 2.1e-2
     assert difference(first(decoded)[:, :, ::3, 1::3], golden["autoencoder/decoded"]) < 2.1e-2
 

@@ -21,6 +21,8 @@ from motif_jax.models.layers import GroupNorm, LayerNorm, sinusoids
 from motif_jax.models.text import make_text_tower
 from motif_jax.models.unet3d import Downsample, ResBlock, TemporalConv, UNet3D
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 TOLERANCE = 1e-5
 
 

@@ -16,6 +16,8 @@ from jax.ad_checkpoint import print_saved_residuals
 
 from motif_jax.models.networks import Networks
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 BATCH = 4
 
 

@@ -17,6 +17,8 @@ from motif_jax.interop import unet as interop
 from motif_jax.models.layers import Dropout
 from motif_jax.models.unet3d import UNet3D
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 # Float32 noise against the reference is 2e-6; swapping the norms' epsilons would change the output by 1e-5 only, which is
 # why the small-input cases below exist.
 TOLERANCE = 1e-5
@@ -115,10 +117,10 @@ def build(**options):
 
 
 @pytest.fixture(scope="module")
-def evaluate(quick_jit):
+def evaluate():
     """(graph, params, args, key) -> output of the network, its loss against ones, and the gradients; compiled once per graph."""
 
-    @functools.partial(quick_jit, static_argnums=0)
+    @functools.partial(jax.jit, static_argnums=0)
     def evaluate(graph, params, args, key=None):
         def loss(params):
             out = nnx.merge(graph, params)(*args, dropout_rng=key)
@@ -179,6 +181,7 @@ def test_clips_do_not_mix(small, evaluate):
     assert not np.allclose(after[1], before[1], rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_remat_changes_memory_not_gradients(small, evaluate):
     """With dropout on, so that the recomputation must draw the same masks."""
     plain, params, args = small

@@ -10,7 +10,7 @@ from motif_jax.interop import unet as interop
 from motif_jax.models.layers import apply, sinusoids
 from motif_jax.models.unet3d import UNet3D
 
-pytestmark = [pytest.mark.shared, pytest.mark.slow]
+pytestmark = [pytest.mark.shared, pytest.mark.slow, pytest.mark.usefixtures("quick_compile")]
 TOLERANCE = 1e-5
 
 
@@ -39,7 +39,7 @@ def arguments(published, x):
     return last(x), published["t"], published["context"], published["fps"]
 
 
-def test_activations(reference_unet, quick_jit, published, difference, monkeypatch):
+def test_activations(reference_unet, published, difference, monkeypatch):
     graph, params, _ = reference_unet
     names = {}
     record = UNet3D._run
@@ -64,7 +64,7 @@ def test_activations(reference_unet, quick_jit, published, difference, monkeypat
         seen["fps_embedding"] = apply(model.fps_embedding, sinusoids(published["fps"], 32))
         return seen
 
-    seen = quick_jit(activations)(params)
+    seen = jax.jit(activations)(params)
     compared = 0
     for key in (k for k in published.files if k.startswith("act/")):
         name = key.removeprefix("act/")
@@ -91,7 +91,7 @@ def test_gradients(reference_unet, published, difference):
 
 
 @pytest.mark.parametrize("case", ["out4", "out9", "out8_T3"])
-def test_other_inputs(case, tiny_unet, make, quick_jit, published, difference):
+def test_other_inputs(case, tiny_unet, make, published, difference):
     """Four and nine channels as models of their own; a clip of another length."""
     x = {
         "out4": published["x8"][:, :4],
@@ -100,7 +100,7 @@ def test_other_inputs(case, tiny_unet, make, quick_jit, published, difference):
     }
     config = type(tiny_unet)(**{**vars(tiny_unet), "in_channels": x[case].shape[1]})
     graph, params = make(config)
-    out = quick_jit(lambda params: nnx.merge(graph, params)(*arguments(published, x[case])))(params)
+    out = jax.jit(lambda params: nnx.merge(graph, params)(*arguments(published, x[case])))(params)
     assert difference(np.moveaxis(np.asarray(out), -1, 1), published[case]) < TOLERANCE
 
 

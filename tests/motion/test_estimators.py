@@ -82,6 +82,7 @@ def test_coarser_cells(weights):
     np.testing.assert_allclose(coarse, fine.reshape(3, 4, 2, 6, 2, 2).mean((2, 4)), atol=ROUNDING)
 
 
+@pytest.mark.slow
 def test_bytes_depend_on_the_clip_alone(weights, tmp_path):
     """Not on the clips before it, nor on the process, which compiles for itself."""
     first, second = clip(4, 64, 64), clip(4, 64, 64, seed=1)

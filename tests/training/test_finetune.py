@@ -20,6 +20,8 @@ from motif_jax.training.checkpoint import Checkpoints
 from motif_jax.training.optimizer import make_optimizer
 from motif_jax.training.step import empty_sentence, make_train_step
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 FROZEN = {"autoencoder": {}, "text": {}}
 
 

@@ -14,6 +14,8 @@ from motif_jax.training.optimizer import make_optimizer
 from motif_jax.training.step import diffusion_schedule, empty_sentence, make_train_step, predict
 from motif_jax.training.weights import initial_weights
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 TOWER = {"kind": "random", "size": 8, "patch": 4, "width": 16, "layers": 2, "heads": 2}
 RESAMPLER = {"width": 16, "depth": 1, "heads": 2, "head_width": 8, "frames": 4}
 CAPTIONS = ["the red circle moves left", "the blue square moves up", "the green circle stays still", "the red square moves down"]
@@ -53,6 +55,7 @@ def make(tiny):
     return of
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["cx-attn", "both"])
 def test_train_and_sample(kind, make):
     config, networks, params, frozen, empty = make(kind, text_drop=0.1)

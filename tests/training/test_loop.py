@@ -24,6 +24,8 @@ from motif_jax.training import checkpoint, loop, samples, workdir
 from motif_jax.training.metrics import read_lines
 from motif_jax.training.weights import initial_weights
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 
 @pytest.fixture(scope="module")
 def config(tiny, tmp_path_factory):
@@ -70,6 +72,7 @@ def parameters(run):
     ("place", "call"),
     [("validate", 2), ("validate", 3), ("SampleSheets.write", 2), ("checkpoint.Checkpoints.save", 2), ("global_batch", 2)],
 )
+@pytest.mark.slow
 def test_a_signal_at_any_place_saves_and_the_run_continues(config, undisturbed, tmp_path, monkeypatch, capsys, place, call):
     """Sent at one visit of the place (the third validation is the last); what it cut short is made up for."""
     *path, name = place.split(".")

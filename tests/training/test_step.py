@@ -13,6 +13,8 @@ from motif_jax.training import state as train_state
 from motif_jax.training.optimizer import make_optimizer
 from motif_jax.training.step import Stream, diffusion_schedule, empty_sentence, make_eval_step, make_train_step, motion_heatmap, predict
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 FROZEN = {"autoencoder": {}, "text": {}}  # pixel latents and word vectors have no parameters
 CAPTIONS = ["the red circle moves left", "the blue square moves up", "the green circle stays still", "the red square moves down"]
 

@@ -26,6 +26,8 @@ from motif_jax.training.checkpoint import Checkpoints
 from motif_jax.training.export import export
 from motif_jax.training.state import TrainState
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
