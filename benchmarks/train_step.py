@@ -206,7 +206,9 @@ def by_turns(name: str, config: Config, arguments: argparse.Namespace) -> None:
     networks = Networks.of(config)
     params, batch = random_params(networks), make_batch(config)
     theirs = TorchStep(config, torch_twin(config, networks, params), batch, arguments.compile)
+    began = time.perf_counter()
     ours = OurStep(config, networks, batch)
+    print(f"our step was compiled, or read from the compile cache, in {time.perf_counter() - began:.0f} s", flush=True)
     ours.start(params)
     print(row(name, config, *alternate(ours, theirs, arguments.rounds), "torch.compile" if arguments.compile else "eager"), flush=True)
 

@@ -305,6 +305,7 @@ BAD_CALLS = {
         "--guidance=nan: must be a finite number",
     ),
     "bad list": (["motif_jax.sample", "--workdir={run}", "--requests={tmp}/none.jsonl", "--output={tmp}/o"], "cannot be read"),
+    "empty path": (["motif_jax.bench", "score", "--list=x", "--videos=a=b", "--output="], "--output= is empty: give it a value"),
     "unknown world": (["motif_jax.bench", "synthetic", "--workdir={run}", "--world=mars"], "no such world"),
     "other settings": (
         ["motif_jax.main", CONFIG, *SMALL, "--workdir={run}", "--config.data.path={data}", "--config.loss.motion_weight=2.0"],

@@ -33,6 +33,9 @@ def main(argv: list[str]) -> None:
         prog=f"{overview.prog} {name}", description=command.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     command.add_arguments(parser)
+    for argument in argv[1:]:  # an empty path would be the current directory
+        if not argument or (argument.startswith("--") and argument.endswith("=")):
+            sys.exit(f"motif_jax.bench {name}: {argument or 'an argument'} is empty: give it a value, or leave it out")
     try:
         command.run(parser.parse_args(argv[1:]))
     except (UserError, OSError) as error:  # the latter names a file that cannot be read or written
