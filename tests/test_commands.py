@@ -92,7 +92,8 @@ def final_state(workdir):
 
 
 def lines(workdir, *names):
-    found = [json.loads(text) for text in (workdir / "metrics.jsonl").read_text().splitlines()]
+    """Of the lines that are whole: a run that goes on may be writing its last one."""
+    found = [json.loads(text) for text in (workdir / "metrics.jsonl").read_text().splitlines(keepends=True) if text.endswith("\n")]
     return [(line["step"], *(line[n] for n in names)) for line in found if names[0] in line]
 
 

@@ -92,8 +92,10 @@ def children(job):
 
 
 def lines(workdir):
+    """Of the lines that are whole: a run that goes on may be writing its last one."""
     path = workdir / "metrics.jsonl"
-    found = [json.loads(text) for text in path.read_text().splitlines()] if path.exists() else []
+    texts = path.read_text().splitlines(keepends=True) if path.exists() else []
+    found = [json.loads(text) for text in texts if text.endswith("\n")]
     return {line["step"]: line for line in found if "loss" in line}
 
 
