@@ -30,6 +30,7 @@ from side_by_side import alternate, load_config, machine, random_params, torch_t
 
 from motif_jax.config import Config
 from motif_jax.diffusion.schedule import make_schedule
+from motif_jax.dist import startup
 from motif_jax.models.networks import Networks, Params
 from motif_jax.training import state as train_state
 from motif_jax.training.optimizer import make_optimizer
@@ -225,6 +226,7 @@ def main() -> None:
     parser.add_argument("--side", choices=("torch",), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if not arguments.side:
+        startup.keep_memory()  # as motif_jax.main; PyTorch keeps its memory by itself
         print(machine())
         print("| configuration | clips | ours, s | PyTorch, s | PyTorch / ours | PyTorch's way |\n|---|---|---|---|---|---|", flush=True)
     for name in arguments.config or ["configs/motif.py:tiny", "configs/motif.py:small"]:

@@ -6,12 +6,14 @@ where the first process is and who this one is (`ADDRESS`, `COUNT`, `INDEX`).
 
 import collections
 import contextlib
+import ctypes
 import glob
 import hashlib
 import importlib.metadata
 import json
 import os
 import pathlib
+import platform
 import socket
 import sys
 import traceback
@@ -24,6 +26,7 @@ from motif_jax.config import UserError
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "MOTIF_PROCESS_COUNT", "MOTIF_PROCESS_INDEX"  # host:port of process 0
 HEARTBEAT = "MOTIF_HEARTBEAT_SECONDS"  # a process that is silent for so long is dead, and the job ends
 VERSIONS = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # parameters of glibc's mallopt
 TEXT_BYTES = 2048  # room for the facts of one process, which travel as one array
 
 
@@ -77,14 +80,31 @@ def join(environment: Mapping[str, str] = os.environ) -> None:
         raise UserError(f"joining the job ({kind}): {error}") from error
 
 
+def keep_memory() -> None:
+    """On CPU: what a step frees stays with the process, for the next one; no effect elsewhere, nor with another C library than glibc.
+
+    XLA asks for a step's temporaries anew each time, and pages fresh from the kernel cost a fifth of it (docs/speed.md). Only glibc's
+    main heap keeps so large a piece, and only the main thread allocates from it, so that is where steps have to run.
+    For before anything touches a device.
+    """
+    import jax
+
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    if jax.default_backend() == "cpu" and platform.libc_ver()[0] == "glibc":
+        library = ctypes.CDLL(None)
+        library.mallopt(M_MMAP_MAX, 0)
+        library.mallopt(M_TRIM_THRESHOLD, -1)
+
+
 @contextlib.contextmanager
 def job() -> Iterator[None]:
-    """Joins the job, and leaves it at the end of the block.
+    """Joins the job, and leaves it at the end of the block; `keep_memory` holds in it.
 
     A process of several that fails says why and is gone at once: an orderly exit would wait for the others, who wait for it
     in a collective; its death ends theirs.
     """
     join()
+    keep_memory()
     import jax
 
     if jax.process_count() == 1:

@@ -1,5 +1,9 @@
 """What starts a job, read off the environment; what processes disagree about."""
 
+import platform
+import subprocess
+import sys
+
 import jax
 import pytest
 
@@ -45,7 +49,8 @@ def test_a_process_that_fails_is_gone_at_once_though_nobody_reads_why(monkeypatc
     def leave(status):
         raise SystemExit(status)
 
-    monkeypatch.setattr(startup, "join", lambda: None)
+    for name in ("join", "keep_memory"):
+        monkeypatch.setattr(startup, name, lambda: None)
     monkeypatch.setattr(startup.os, "_exit", leave)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr("builtins.print", lambda *_, **__: 1 / 0)
@@ -69,3 +74,27 @@ def test_code_version_follows_the_sources():
     version = startup.code_version()
     assert "dist/startup.py" in version and '"jax"' in version
     assert len(startup.digest(version)) == 64
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator alone can be told")
+def test_a_step_on_cpu_needs_no_fresh_pages():
+    """What a computation needs besides arguments and results, 36 MiB here, is asked from the kernel once and not for every call."""
+    script = """
+import resource, sys
+from motif_jax.dist import startup
+if sys.argv[1] == "keep":
+    startup.keep_memory()
+import jax, jax.numpy as jnp
+x = jnp.arange(3072.0)
+step = jax.jit(lambda x: jnp.sum(jnp.sort(jnp.sin(x)[:, None] + x, axis=0) ** 2)).lower(x).compile()
+assert step.memory_analysis().temp_size_in_bytes >= 4 * 3072**2
+pages = []
+for _ in range(4):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    step(x).block_until_ready()
+    pages.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(min(pages[1:]) * resource.getpagesize())
+"""
+    command = [sys.executable, "-c", script]
+    fresh, kept = (int(subprocess.run([*command, how], check=True, capture_output=True, text=True).stdout) for how in ("leave", "keep"))
+    assert kept < 2**20 < 2**25 < fresh
