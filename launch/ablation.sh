@@ -7,8 +7,6 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh
-# glibc keeps what a step has freed for the next one, which then needs no fresh pages: a fifth less time a step (docs/speed.md).
-export MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8589934592
 runs="${RUNS:-runs/ablation}"
 jobs="${JOBS:-$(nproc 2> /dev/null || getconf _NPROCESSORS_ONLN)}"
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}" runs

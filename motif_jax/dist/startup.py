@@ -84,8 +84,8 @@ def keep_memory() -> None:
     """On CPU: what a step frees stays with the process, for the next one; no effect elsewhere, nor with another C library than glibc.
 
     XLA asks for a step's temporaries anew each time, and pages fresh from the kernel cost a fifth of it (docs/speed.md). Only glibc's
-    main heap keeps so large a piece, and only the main thread allocates from it, so that is where steps have to run.
-    For before anything touches a device.
+    main heap keeps so large a piece, and only the main thread allocates from it, so that is where steps have to run:
+    without asynchronous dispatch they do, if their arguments are ready. For before anything touches a device.
     """
     import jax
 

@@ -223,7 +223,9 @@ def _train(config: Config, directory: pathlib.Path, dataset: pipeline.Dataset, m
                 began = time.perf_counter()
                 batch = next(batches)
                 wait = time.perf_counter() - began
-                state, metrics = train_step(state, frozen, global_batch(batch, mesh, config.batch_size))
+                # A step on CPU that has to wait for its batch would run in another thread (startup.keep_memory).
+                arrays = jax.block_until_ready(global_batch(batch, mesh, config.batch_size))
+                state, metrics = train_step(state, frozen, arrays)
                 step, visited = step + 1, False
                 progress.add(step, metrics, wait)
                 if before is None:

@@ -103,6 +103,20 @@ def test_softmax_is_float32_in_half_precision():
         np.testing.assert_allclose(np.asarray(out, np.float32), weight, rtol=1e-2)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_gradients_in_half_precision(causal):
+    q, k, v = inputs(N=2, L=24, S=24, H=2, K=16)
+
+    def loss(*x):
+        return jnp.sum(attention(*x, "reference", causal).astype(jnp.float32) ** 2)
+
+    expected = jax.grad(loss, (0, 1, 2))(q, k, v)
+    found = jax.grad(loss, (0, 1, 2))(*(jnp.asarray(x, jnp.bfloat16) for x in (q, k, v)))
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == jnp.bfloat16
+        assert np.linalg.norm(np.asarray(a, np.float32) - b) < 2e-2 * np.linalg.norm(b)  # bfloat16 in, out and between
+
+
 def test_the_choice_of_kernel():
     half, full = jnp.zeros((1, 2, 1, 64), jnp.bfloat16), jnp.zeros((1, 2, 1, 64))
     wide = jnp.zeros((1, 2, 1, 512), jnp.bfloat16)
