@@ -82,12 +82,23 @@ def _even_lengths(attend: Callable, q_NLHK: Array, k_NSHK: Array, v_NSHK: Array,
 
 
 def _reference(q_NLHK: Array, k_NSHK: Array, v_NSHK: Array, is_causal: bool = False) -> Array:
-    return jnp.swapaxes(_heads_first(*(jnp.swapaxes(x, 1, 2) for x in (q_NLHK, k_NSHK, v_NSHK)), is_causal), 1, 2)
+    if q_NLHK.dtype == jnp.float32:
+        return jnp.swapaxes(_heads_first(*(jnp.swapaxes(x, 1, 2) for x in (q_NLHK, k_NSHK, v_NSHK)), is_causal), 1, 2)
+    logits_NHLS = _logits(*(jnp.swapaxes(x, 1, 2) for x in (q_NLHK, k_NSHK)), is_causal)
+    return jnp.einsum("NHLS,NSHK->NLHK", jax.nn.softmax(logits_NHLS, axis=-1).astype(v_NSHK.dtype), v_NSHK)
+
+
+def _logits(q_NHLK: Array, k_NHSK: Array, is_causal: bool) -> Array:
+    logits_NHLS = jnp.einsum("NHLK,NHSK->NHLS", q_NHLK, k_NHSK, preferred_element_type=jnp.float32) * q_NHLK.shape[-1] ** -0.5
+    if is_causal:
+        length, size = logits_NHLS.shape[-2:]
+        logits_NHLS = jnp.where(jnp.arange(length)[:, None] >= jnp.arange(size), logits_NHLS, -jnp.inf)
+    return logits_NHLS
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _heads_first(q_NHLK: Array, k_NHSK: Array, v_NHSK: Array, is_causal: bool) -> Array:
-    """Attention whose weights are written once and read twice: they are divided by their sum after the product with the values.
+    """Attention in float32 whose weights are written once and read twice: they are divided by their sum after the product with the values.
 
     The backward pass is FlashAttention's (Dao et al. 2022, appendix B.2): of the softmax it needs the row sums of gradient * output alone.
     """
@@ -95,33 +106,26 @@ def _heads_first(q_NHLK: Array, k_NHSK: Array, v_NHSK: Array, is_causal: bool) -
 
 
 def _attend(q_NHLK: Array, k_NHSK: Array, v_NHSK: Array, is_causal: bool) -> tuple[Array, tuple[Array, ...]]:
-    scale = q_NHLK.shape[-1] ** -0.5
-    logits_NHLS = jnp.einsum("NHLK,NHSK->NHLS", q_NHLK, k_NHSK, preferred_element_type=jnp.float32) * scale
-    if is_causal:
-        length, size = logits_NHLS.shape[-2:]
-        logits_NHLS = jnp.where(jnp.arange(length)[:, None] >= jnp.arange(size), logits_NHLS, -jnp.inf)
+    logits_NHLS = _logits(q_NHLK, k_NHSK, is_causal)
     weights_NHLS = jnp.exp(logits_NHLS - logits_NHLS.max(-1, keepdims=True))
     total_NHL1 = weights_NHLS.sum(-1, keepdims=True)
-    weights_NHLS = weights_NHLS.astype(v_NHSK.dtype)
-    out_NHLK = jnp.einsum("NHLS,NHSK->NHLK", weights_NHLS, v_NHSK, preferred_element_type=jnp.float32) / total_NHL1
-    out_NHLK = out_NHLK.astype(v_NHSK.dtype)
+    out_NHLK = jnp.einsum("NHLS,NHSK->NHLK", weights_NHLS, v_NHSK) / total_NHL1
     return out_NHLK, (q_NHLK, k_NHSK, v_NHSK, weights_NHLS, total_NHL1, out_NHLK)
 
 
 def _attend_backward(is_causal: bool, saved: tuple[Array, ...], g_NHLK: Array) -> tuple[Array, Array, Array]:
     q_NHLK, k_NHSK, v_NHSK, weights_NHLS, total_NHL1, out_NHLK = saved
-    scale, dtype = q_NHLK.shape[-1] ** -0.5, q_NHLK.dtype
+    scale = q_NHLK.shape[-1] ** -0.5
 
     def keys(a_NHLK: Array, b_NHLS: Array) -> Array:
         """a^T b, [N, H, S, K], with the long axis last in the product: XLA's CPU backend takes three times as long for the other."""
         return jnp.swapaxes(jnp.einsum("NHKL,NHLS->NHKS", jnp.swapaxes(a_NHLK, 2, 3), b_NHLS), 2, 3)
 
-    g32_NHLK = g_NHLK.astype(jnp.float32) / total_NHL1
-    row_NHL1 = (g32_NHLK * out_NHLK).sum(-1, keepdims=True)
-    g_NHLK = g32_NHLK.astype(dtype)
-    dweights_NHLS = jnp.einsum("NHLK,NHSK->NHLS", g_NHLK, v_NHSK, preferred_element_type=jnp.float32)
-    dlogits_NHLS = (weights_NHLS * (dweights_NHLS - row_NHL1)).astype(dtype)
-    return jnp.einsum("NHLS,NHSK->NHLK", dlogits_NHLS, k_NHSK) * scale, keys(q_NHLK * scale, dlogits_NHLS), keys(g_NHLK, weights_NHLS)
+    g_NHLK = g_NHLK / total_NHL1
+    dweights_NHLS = jnp.einsum("NHLK,NHSK->NHLS", g_NHLK, v_NHSK)
+    dlogits_NHLS = weights_NHLS * (dweights_NHLS - (g_NHLK * out_NHLK).sum(-1, keepdims=True))
+    dq_NHLK = jnp.einsum("NHLS,NHSK->NHLK", dlogits_NHLS, k_NHSK) * scale
+    return dq_NHLK, keys(q_NHLK * scale, dlogits_NHLS), keys(g_NHLK, weights_NHLS)
 
 
 _heads_first.defvjp(_attend, _attend_backward)
