@@ -35,7 +35,7 @@ def shared() -> pathlib.Path:
 
 @pytest.fixture(scope="module")
 def quick_compile():
-    """No LLVM optimiser, for modules that compile much and compute little: they take a third less time, and only roundings change."""
+    """No LLVM optimiser, for modules that compile much and compute little: they take less time, and only roundings change."""
     import jax
 
     jax.config.update("jax_disable_most_optimizations", jax.default_backend() == "cpu")

@@ -81,9 +81,9 @@ def join(environment: Mapping[str, str] = os.environ) -> None:
 
 
 def keep_memory() -> None:
-    """On CPU: what a step frees stays with the process, for the next one; no effect elsewhere, nor with another C library than glibc.
+    """On CPU, with glibc: what a step frees stays with the process, for the next one; elsewhere only what runs on the CPU is dispatched otherwise.
 
-    XLA asks for a step's temporaries anew each time, and pages fresh from the kernel cost a fifth of it (docs/speed.md). Only glibc's
+    XLA asks for a step's temporaries anew each time, and pages fresh from the kernel take their time (docs/speed.md). Only glibc's
     main heap keeps so large a piece, and only the main thread allocates from it, so that is where steps have to run:
     without asynchronous dispatch they do, if their arguments are ready. For before anything touches a device.
     """
