@@ -30,6 +30,7 @@ from motif_jax.models.layers import (
 IMAGE_TOKENS = 16  # per frame, from DynamiCrafter's resampler
 BLOCKWISE_FROM = 2**22  # query-key pairs of one head: 2560 pixels (a 320x512 frame) are beyond it, 1280 are not
 QUERY_BLOCK = 512
+TILE = 128  # queries and keys of which cuDNN computes a tile, however few there are
 SPLASH_FROM = 512  # queries and keys
 
 
@@ -42,16 +43,20 @@ def attention(
 ) -> Float[Array, "N L H K"]:
     """softmax(q k^T / sqrt(K)) v per head, softmax in float32; `causal` hides the keys after a query.
 
-    implementation: "reference" is written out here; "xla" and "cudnn" are those of `jax.nn.dot_product_attention`;
-    "splash" is TPU's kernel of that name where both sequences are long, else "xla"; "auto" takes cudnn on GPU for half precision
-    and head widths it supports, xla on TPU, reference on CPU.
+    implementation: "reference" is written out here; "xla" and "cudnn" are those of `jax.nn.dot_product_attention`; "packed" is cudnn
+    that takes several sequences of self-attention at once where they are short; "splash" is TPU's kernel of that name where both
+    sequences are long, else "xla"; "auto" takes packed on GPU for half precision and head widths that cuDNN supports, xla on TPU,
+    reference on CPU.
     Where L * S is large, "reference" and "xla" take the queries in blocks and recompute each block's weights in the backward
     pass, so that memory does not grow with L * S. Raises ValueError for a name it does not know, or a kernel of another platform.
     """
     if implementation == "auto":
         implementation = _choose(q_NLHK)
-    if implementation == "cudnn":
-        return _even_lengths(functools.partial(jax.nn.dot_product_attention, implementation="cudnn"), q_NLHK, k_NSHK, v_NSHK, causal)
+    if implementation in ("cudnn", "packed"):
+        attend = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
+        if implementation == "packed" and not causal and (count := _together(q_NLHK.shape, k_NSHK.shape)) > 1:
+            return _packed(attend, count, q_NLHK, k_NSHK, v_NSHK)
+        return _even_lengths(attend, q_NLHK, k_NSHK, v_NSHK, causal)
     if implementation == "splash":
         if platform() != "tpu":
             raise ValueError(f"attention='splash' is a TPU kernel and this is {platform()}; use 'auto'")
@@ -60,7 +65,7 @@ def attention(
     if implementation == "splash":
         return splash.attend(q_NLHK, k_NSHK, v_NSHK)
     if implementation not in ("reference", "xla"):
-        raise ValueError(f"attention={implementation!r}: must be one of 'auto', 'reference', 'xla', 'cudnn', 'splash'")
+        raise ValueError(f"attention={implementation!r}: must be one of 'auto', 'reference', 'xla', 'cudnn', 'packed', 'splash'")
     attend = _reference if implementation == "reference" else functools.partial(jax.nn.dot_product_attention, implementation="xla")
     N, L, H, K = q_NLHK.shape
     block = max(size for size in range(1, QUERY_BLOCK + 1) if L % size == 0)
@@ -79,6 +84,25 @@ def _even_lengths(attend: Callable, q_NLHK: Array, k_NSHK: Array, v_NSHK: Array,
     padded = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q_NLHK, k_NSHK, v_NSHK))
     queries, keys = (jnp.full(len(q_NLHK), n, jnp.int32) for n in lengths)
     return attend(*padded, is_causal=is_causal, query_seq_lengths=queries, key_value_seq_lengths=keys)[:, : lengths[0]]
+
+
+def _together(queries: tuple[int, ...], keys: tuple[int, ...]) -> int:
+    """How many of N sequences, [N, L, H, K] both, fill a tile of cuDNN's kernel: a divisor of N that makes the length even; else 1."""
+    N, L = queries[:2]
+    if queries != keys:
+        return 1
+    return max((n for n in range(2, TILE // L + 1) if N % n == 0 and n * L % 2 == 0), default=1)
+
+
+def _packed(attend: Callable, count: int, q_NLHK: Array, k_NLHK: Array, v_NLHK: Array) -> Array:
+    """`attend` on `count` sequences in one, which do not see one another.
+
+    cuDNN's kernel of an H100 takes 128 queries and keys for 16 frames, too (its own choice of engine and tile is the same for both).
+    """
+    N, L = q_NLHK.shape[:2]
+    packed = (x.reshape(N // count, count * L, *x.shape[2:]) for x in (q_NLHK, k_NLHK, v_NLHK))
+    sequence = jnp.arange(count * L) // L
+    return attend(*packed, mask=(sequence[:, None] == sequence)[None, None]).reshape(q_NLHK.shape)
 
 
 def _reference(q_NLHK: Array, k_NSHK: Array, v_NSHK: Array, is_causal: bool = False) -> Array:
@@ -137,7 +161,7 @@ def _choose(q_NLHK: Array) -> str:
     if where in ("gpu", "cuda"):
         width = q_NLHK.shape[-1]
         half = q_NLHK.dtype in (jnp.bfloat16, jnp.float16)
-        return "cudnn" if half and width % 8 == 0 and width <= 128 else "xla"
+        return "packed" if half and width % 8 == 0 and width <= 128 else "xla"
     return "reference" if where == "cpu" else "xla"
 
 

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
@@ -242,11 +243,11 @@ def _moments(x: Float[Array, "*n"], average: Callable, dtype: Any) -> tuple[Arra
     one pass, which XLA makes part of the product or convolution before it. It loses what float32 loses of mean^2 beside the variance:
     with a mean of 30 deviations, 1e-4 of it, where bfloat16 keeps 4e-3.
     """
-    mean = average(x)
+    mean = checkpoint_name(average(x), "moments")
     centred = x - mean
     if jnp.dtype(dtype).itemsize >= 4:
-        return centred, average(jnp.square(centred))
-    return centred, jnp.maximum(average(jnp.square(x)) - jnp.square(mean), 0)
+        return centred, checkpoint_name(average(jnp.square(centred)), "moments")
+    return centred, jnp.maximum(checkpoint_name(average(jnp.square(x)), "moments") - jnp.square(mean), 0)
 
 
 class GroupNorm(nnx.Module):
@@ -354,10 +355,10 @@ def _keep(*names: str) -> Callable[..., bool]:
 
 # What the backward pass keeps of a block; the rest of it is computed again.
 REMAT = {
-    "block": None,  # its input
-    "convs": _keep("conv_general_dilated"),  # and the results of its convolutions
+    "block": _keep("name"),  # its input and the moments of its norms, a few numbers that would cost a pass over the activations
+    "convs": _keep("conv_general_dilated", "name"),  # and the results of its convolutions
     # and those of its dense layers and of cuDNN's attention: next to no product is computed twice
-    "dots": _keep("conv_general_dilated", "dot_general", "dot_product_attention_fwd_wrapper"),
+    "dots": _keep("conv_general_dilated", "name", "dot_general", "dot_product_attention_fwd_wrapper"),
 }
 
 

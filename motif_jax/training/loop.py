@@ -51,7 +51,7 @@ def make_state(config: Config, networks: Networks, mesh: Mesh, optimizer: optax.
 
 def check_kernel(config: Config, platform: str) -> None:
     """Raises UserError when the attention kernel is not one of `platform`."""
-    needed = {"splash": "tpu", "cudnn": "gpu"}.get(config.attention, platform)
+    needed = {"splash": "tpu", "cudnn": "gpu", "packed": "gpu"}.get(config.attention, platform)
     if needed != platform:
         raise UserError(f"attention={config.attention!r}: runs on {needed} and this is {platform}; use 'auto'")
 

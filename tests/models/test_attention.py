@@ -76,9 +76,45 @@ def test_odd_lengths_are_padded_and_hidden(L, S, causal):
     assert seen == [(L + L % 2, S + S % 2)]
 
 
+@pytest.mark.parametrize("N, L, count", [(12, 6, 3), (10, 5, 2)])
+def test_packed_sequences_do_not_see_one_another(N, L, count, monkeypatch):
+    """As it is done for cuDNN, here around XLA's attention, which also takes a mask."""
+    q, k, v = inputs(N, L, L)
+    monkeypatch.setattr(module, "TILE", 18)
+    assert module._together(q.shape, k.shape) == count
+    seen = []
+
+    def attend(q, k, v, **kwargs):
+        seen.append(q.shape)
+        return jax.nn.dot_product_attention(q, k, v, implementation="xla", **kwargs)
+
+    def loss(q, k, v):
+        out = module._packed(attend, count, q, k, v)
+        return jnp.sum(jnp.sin(out)), out
+
+    grads, out = jax.grad(loss, (0, 1, 2), has_aux=True)(q, k, v)
+    assert seen == [(N // count, count * L, 3, 4)]
+    np.testing.assert_allclose(out, by_hand(q, k, v), rtol=1e-4, atol=1e-5)
+    expected = jax.grad(lambda *x: jnp.sum(jnp.sin(attention(*x, "reference"))), (0, 1, 2))(q, k, v)
+    for a, b in zip(grads, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_packed():
+    """Short self-attention, in even lengths (JAX differentiates cuDNN's kernels for no other)."""
+
+    def count(N, L, S):
+        return module._together((N, L, 5, 64), (N, S, 5, 64))
+
+    assert count(20480, 16, 16) == 8 and count(20480, 64, 64) == 2
+    assert count(6, 16, 16) == 6 and count(9, 15, 15) == 1 and count(12, 15, 15) == 6
+    assert count(20480, 16, 77) == 1 and count(64, 77, 77) == 1 and count(64, 640, 640) == 1 and count(1, 16, 16) == 1
+
+
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
+@pytest.mark.parametrize("implementation", ["cudnn", "packed"])
 @pytest.mark.parametrize("N, L, S", [(2, 512, 77), (64, 16, 16), (2, 15, 77), (2, 640, 640)])
-def test_cudnn_equals_the_reference(N, L, S):
+def test_cudnn_equals_the_reference(N, L, S, implementation):
     q, k, v = inputs(N, L, S, H=4, K=64)
 
     def loss(implementation, *x):
@@ -86,7 +122,7 @@ def test_cudnn_equals_the_reference(N, L, S):
         return jnp.sum(out**2), out
 
     expected = jax.grad(loss, (1, 2, 3), has_aux=True)("reference", q, k, v)
-    found = jax.grad(loss, (1, 2, 3), has_aux=True)("cudnn", *(jnp.asarray(x, jnp.bfloat16) for x in (q, k, v)))
+    found = jax.grad(loss, (1, 2, 3), has_aux=True)(implementation, *(jnp.asarray(x, jnp.bfloat16) for x in (q, k, v)))
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         a, b = (np.asarray(x, np.float32) for x in (a, b))
         assert np.linalg.norm(a - b) < 2e-2 * np.linalg.norm(b)  # bfloat16 in, out and between
@@ -124,7 +160,7 @@ def test_the_choice_of_kernel():
     for where in ("cpu", "tpu", "gpu"):
         with layers.target_platform(where):
             choices[where] = [module._choose(q) for q in (half, full, wide)]
-    assert choices == {"cpu": ["reference"] * 3, "tpu": ["xla"] * 3, "gpu": ["cudnn", "xla", "xla"]}
+    assert choices == {"cpu": ["reference"] * 3, "tpu": ["xla"] * 3, "gpu": ["packed", "xla", "xla"]}
 
 
 def test_an_unknown_kernel_is_named():
