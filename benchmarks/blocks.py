@@ -1,14 +1,20 @@
-"""The blocks of the paper's U-Net at its finest level, forward and backward, compiled ahead of time for one TPU chip: what bounds them.
+"""The blocks of the paper's U-Net at its finest level, forward and backward, compiled ahead of time for one chip: what bounds them.
 
-    python benchmarks/blocks.py [--topology=v6e:2x2] [--clips=4] [--blocks residual spatial temporal] [--remat block convs dots]
+    python benchmarks/blocks.py [--chip=v6e:2x2 or h100] [--clips=4] [--blocks residual spatial temporal] [--remat block convs dots]
 
-Needs the TPU compiler (docs/compile.md) and about a minute of one core per row. "optimal" is XLA's estimate; it counts one turn of the loop
-over the queries of long self-attention (spatial) only.
+Needs the chip's compiler and no chip. A TPU's: docs/compile.md, about a minute of one core per row. "optimal" is XLA's estimate; it counts
+one turn of the loop over the queries of long self-attention (spatial) only. An H100's: `pip install 'jax[cuda12]'` in a virtual
+environment of its own, five seconds per row; XLA gives no estimate there, and does not try kernels. "accessed" is then what all kernels
+read and write, "elementwise" the part of it outside of matrix products, convolutions and attention.
 """
 
 import argparse
+import contextlib
 import itertools
+import math
+import os
 import pathlib
+import re
 import runpy
 import sys
 import time
@@ -19,6 +25,7 @@ sys.path.insert(0, str(ROOT))
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 from flax import nnx  # noqa: E402
+from jax.experimental import topologies  # noqa: E402
 
 from motif_jax.compilation import tpu_devices  # noqa: E402
 from motif_jax.config import from_config_dict  # noqa: E402
@@ -61,23 +68,75 @@ def lower(name: str, clips: int, remat: str, device: jax.Device) -> jax.stages.L
         return jax.jit(both).trace(jax.tree.map(lambda a: array(*a.shape), state), x, x, given).lower()
 
 
+# What XLA asks of a device about to be compiled for (GpuTargetConfigProto), from NVIDIA's data sheet of the H100 SXM and the CUDA guide.
+H100 = """
+gpu_device_info {
+  cuda_compute_capability { major: 9 } core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
+  device_memory_size: 85899345920 memory_bandwidth: 3352320000000 l2_cache_size: 52428800
+  threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  shared_memory_per_core: 233472 shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+}
+platform_name: "CUDA" device_description_str: "NVIDIA H100 80GB HBM3"
+dnn_version_info { major: 9 minor: 8 } runtime_version { major: 12 minor: 8 }
+"""
+
+
+def h100() -> jax.Device:
+    """The description of an H100 that is not here."""
+    os.environ["XLA_FLAGS"] = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false " + os.environ.get("XLA_FLAGS", "")
+    jax.config.update("jax_platforms", "cpu")
+    import jax_plugins.xla_cuda12
+    from jax._src import xla_bridge
+
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # loaded already
+        jax_plugins.xla_cuda12.initialize()
+    # JAX looks "gpu" up among the devices that are here (github.com/jax-ml/jax/issues/23971).
+    known = xla_bridge.canonicalize_platform
+    xla_bridge.canonicalize_platform = lambda platform: "cuda" if platform in ("gpu", "cuda") else known(platform)
+    return topologies.get_topology_desc("", "cuda", target_config=H100, topology="1x1x1").devices[0]
+
+
+def accessed(hlo: str) -> tuple[float, float]:
+    """(bytes that a compiled program's kernels read and write, those of its elementwise kernels)."""
+    sizes, total, elementwise = {}, 0, 0
+    for line in hlo[hlo.index("\nENTRY") :].splitlines():
+        if not (found := re.match(r"  (?:ROOT )?%?(\S+) = (\(.*?\)|\S+) ([\w-]+)\((.*?)\)", line)):
+            continue
+        name, shapes, kind, operands = found.groups()
+        arrays = re.findall(r"\b(?:pred|[a-z]+(16|32|64))\[([\d,]*)\]", shapes)  # not the bytes of a library's workspace
+        sizes[name] = sum(int(bits or 8) // 8 * math.prod(map(int, filter(None, shape.split(",")))) for bits, shape in arrays)
+        if kind in ("fusion", "copy", "custom-call"):
+            size = sizes[name] + sum(sizes.get(operand, 0) for operand in re.findall(r"%([\w.-]+)", operands))
+            total, elementwise = total + size, elementwise + size * (kind != "custom-call")
+    return total, elementwise
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--topology", default="v6e:2x2")
+    parser.add_argument("--chip", default="v6e:2x2", help="a TPU slice, of which one chip counts, or h100")
     parser.add_argument("--clips", type=int, default=4)
     parser.add_argument("--blocks", nargs="+", default=["residual", "spatial", "temporal"])
     parser.add_argument("--remat", nargs="+", default=["block", "convs", "dots"])
     arguments = parser.parse_args()
-    device = tpu_devices(arguments.topology)[0]
+    gpu = arguments.chip == "h100"
+    device = h100() if gpu else tpu_devices(arguments.chip)[0]
+    columns = ["elementwise, GiB"] if gpu else ["optimal, ms", "TFLOP"]
     jax.config.update("jax_exec_time_optimization_effort", -1.0)
     print(f"{arguments.clips} clips on one {device.device_kind}, bfloat16, jax {jax.__version__}")
-    print("| block | remat | optimal, ms | TFLOP | accessed, GiB | temporaries, GiB | compile, s |")
-    print("|---|---|---|---|---|---|---|", flush=True)
+    print(f"| block | remat | {' | '.join(columns)} | accessed, GiB | temporaries, GiB | compile, s |")
+    print("|---|---|---|---|---|---|" + "---|" * (len(columns) - 1), flush=True)
     for name, remat in itertools.product(arguments.blocks, arguments.remat):
         began = time.perf_counter()
         compiled = lower(name, arguments.clips, remat, device).compile()
-        cost, temporaries = compiled.cost_analysis(), compiled.memory_analysis().temp_size_in_bytes
-        numbers = cost["optimal_seconds"] * 1e3, cost["flops"] / 1e12, cost["bytes accessed"] / 2**30, temporaries / 2**30
+        temporaries = compiled.memory_analysis().temp_size_in_bytes / 2**30
+        if gpu:
+            total, elementwise = (size / 2**30 for size in accessed(compiled.as_text()))
+            numbers = elementwise, total, temporaries
+        else:
+            cost = compiled.cost_analysis()
+            numbers = cost["optimal_seconds"] * 1e3, cost["flops"] / 1e12, cost["bytes accessed"] / 2**30, temporaries
         row = " | ".join(f"{number:.2f}" for number in numbers)
         print(f"| {name} | {remat} | {row} | {time.perf_counter() - began:.0f} |", flush=True)
 

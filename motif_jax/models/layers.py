@@ -343,22 +343,25 @@ def _random_bits(key: Array, shape: tuple[int, ...]) -> Array:
 
 
 def _keep(*names: str) -> Callable[..., bool]:
-    """A policy of `jax.checkpoint`: keep the results of these primitives; of matrix products, those of layers and not attention's."""
+    """A policy of `jax.checkpoint`: keep the moments of norms, which are few, and the results of these primitives.
+
+    Of matrix products those of layers, not those of attention.
+    """
 
     def policy(primitive, *args, **params) -> bool:
         if primitive.name == "dot_general":
             return "dot_general" in names and jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *args, **params)
-        return primitive.name in names
+        return primitive.name in ("name", *names)
 
     return policy
 
 
 # What the backward pass keeps of a block; the rest of it is computed again.
 REMAT = {
-    "block": _keep("name"),  # its input and the moments of its norms, a few numbers that would cost a pass over the activations
-    "convs": _keep("conv_general_dilated", "name"),  # and the results of its convolutions
+    "block": _keep(),  # its input, and those moments
+    "convs": _keep("conv_general_dilated"),  # and the results of its convolutions
     # and those of its dense layers and of cuDNN's attention: next to no product is computed twice
-    "dots": _keep("conv_general_dilated", "name", "dot_general", "dot_product_attention_fwd_wrapper"),
+    "dots": _keep("conv_general_dilated", "dot_general", "dot_product_attention_fwd_wrapper"),
 }
 
 

@@ -23,7 +23,7 @@ BATCH = 4
 
 @pytest.fixture(scope="module")
 def found(tiny):
-    """{remat: (gradient, elements kept for the backward pass)}."""
+    """{remat: (gradient, elements kept for the backward pass, moments of norms among them)}."""
     rng = np.random.default_rng(0)
     z = jnp.asarray(rng.normal(size=(BATCH, 4, 8, 8, 48)), jnp.float32)
     results = {}
@@ -43,7 +43,8 @@ def found(tiny):
             print_saved_residuals(loss, params)
         kept = [line for line in text.getvalue().splitlines() if "from the argument" not in line]
         sizes = [math.prod(map(int, found.group(1).split(","))) for line in kept if (found := re.match(r"\w+\[([\d,]+)\]", line))]
-        results[remat] = jax.jit(jax.grad(loss))(params), sum(sizes)
+        moments = [line for line in kept if "named 'moments'" in line]
+        results[remat] = jax.jit(jax.grad(loss))(params), sum(sizes), len(moments)
     return results
 
 
@@ -55,6 +56,12 @@ def test_equal_gradients(found, remat):
 
 
 def test_less_is_kept(found):
-    kept = {remat: size for remat, (_, size) in found.items()}
+    kept = {remat: size for remat, (_, size, _) in found.items()}
     assert kept["block"] < 0.4 * kept["none"]
     assert kept["block"] < kept["dots"] < 0.6 * kept["none"]
+
+
+@pytest.mark.parametrize("remat", ["block", "convs", "dots"])
+def test_moments_are_kept(found, remat):
+    """The mean and the variance of the three norms of each of the two blocks; outside of the blocks nothing is recomputed."""
+    assert found[remat][2] >= 2 * 3 * 2
