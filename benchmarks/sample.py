@@ -52,6 +52,7 @@ def main() -> None:
 
     @jax.jit
     def generate(params, noise, first, text, fps):
+        params = networks.denoiser.cast(params)
         image = jax.numpy.repeat(image_condition(first, frames, "repeat"), 2, 0)
 
         def denoise(x, t):

@@ -48,6 +48,8 @@ def make_generator(networks: Networks, empty_L: np.ndarray, mesh: Mesh | None = 
             text_BLD = jnp.concatenate([text_BLD, image], axis=1)
             null_BLD = jnp.concatenate([null_BLD, jnp.repeat(grey, clips, axis=0)], axis=1)
 
+        params = networks.denoiser.cast(params)
+
         def paired(with_text: Array, without: Array) -> Array:
             # Clip by clip rather than one half after the other, so that a clip's two passes run on the device that has it.
             return jnp.stack([with_text, without], axis=1).reshape(2 * len(with_text), *with_text.shape[1:])

@@ -17,6 +17,7 @@ from motif_jax.models import lora
 from motif_jax.models.autoencoder import make_autoencoder, sample_latents
 from motif_jax.models.dit import VideoDiT
 from motif_jax.models.image import RANDOM_SEED, ImageTower
+from motif_jax.models.layers import Conv, Dense
 from motif_jax.models.resampler import Resampler
 from motif_jax.models.text import make_text_tower
 from motif_jax.models.unet3d import UNet3D
@@ -49,6 +50,15 @@ class Network:
         if params.keys() != self.paths.keys():
             raise ValueError(f"parameters do not fit the network: {sorted(params.keys() ^ self.paths.keys())[:5]} ...")
         return nnx.merge(self.graph, nnx.from_flat_state([(self.paths[k], nnx.Param(v)) for k, v in params.items()]))
+
+    def cast(self, params: Params) -> Params:
+        """The same network for many calls: low-rank updates added, kernels in the type in which their layers use them.
+
+        `bind` takes either and computes the same; XLA leaves in a loop what does not change there, and would cast at every turn.
+        """
+        params = lora.merge(params)
+        layers = ((".".join(map(str, path)), layer) for path, layer in self.bind(params).iter_modules() if isinstance(layer, (Conv, Dense)))
+        return {**params, **{f"{name}.kernel": params[f"{name}.kernel"].astype(layer.dtype) for name, layer in layers}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +101,7 @@ class Networks:
 
     def encode(self, params: Params, frames_BTHW3: Array, key: PRNGKeyArray | None) -> Float[Array, "B T h w C"]:
         """uint8 frames -> scaled latents, frame by frame (one frame of all clips at a time, to bound memory)."""
-        autoencoder = self.autoencoder.bind(params)
+        autoencoder = self.autoencoder.bind(self.autoencoder.cast(params))
         moments_TBhwC = jax.lax.map(lambda x: autoencoder.encode(x.astype(jnp.float32) / 127.5 - 1.0), jnp.swapaxes(frames_BTHW3, 0, 1))
         return self.latents(jnp.swapaxes(moments_TBhwC, 0, 1), key)
 
@@ -101,7 +111,7 @@ class Networks:
 
     def decode(self, params: Params, z_BThwC: Float[Array, "B T h w C"]) -> Array:
         """Scaled latents -> uint8 frames [B, T, H, W, 3]."""
-        autoencoder = self.autoencoder.bind(params)
+        autoencoder = self.autoencoder.bind(self.autoencoder.cast(params))
         z_TBhwC = jnp.swapaxes(z_BThwC, 0, 1) / self.config.autoencoder.scale_factor
         x_TBHW3 = jax.lax.map(autoencoder.decode, z_TBhwC)
         return jnp.swapaxes(jnp.clip(jnp.round((x_TBHW3.astype(jnp.float32) + 1.0) * 127.5), 0, 255).astype(jnp.uint8), 0, 1)

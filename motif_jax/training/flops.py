@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -77,17 +77,8 @@ def jaxpr_flops(jaxpr: core.Jaxpr) -> int:
             features = kernel[equation.params["dimension_numbers"].rhs_spec[0]]
             total += 2 * math.prod(kernel) // features * math.prod(equation.outvars[0].aval.shape)
         else:
-            inner = [jaxpr_flops(sub) for sub in _inside(equation.params)]
+            inner = [jaxpr_flops(sub) for sub in core.jaxprs_in_params(equation.params)]
             if inner:
                 times = equation.params["length"] if name == "scan" else 1
                 total += max(inner) if name == "cond" else times * sum(inner)
     return total
-
-
-def _inside(params: dict[str, Any]) -> Iterator[core.Jaxpr]:
-    for value in params.values():
-        for item in value if isinstance(value, (tuple, list)) else (value,):
-            if isinstance(item, core.ClosedJaxpr):
-                yield item.jaxpr
-            elif isinstance(item, core.Jaxpr):
-                yield item

@@ -1,0 +1,72 @@
+"""A network made ready for many calls computes what it did, and its loop casts nothing."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend import core
+
+from motif_jax.generation import make_generator
+from motif_jax.models import lora
+from motif_jax.models.networks import Networks
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+
+def half(tiny):
+    return dataclasses.replace(tiny(dtype="bfloat16"), finetune="lora", lora_rank=2)
+
+
+def weights(networks):
+    rng = np.random.default_rng(0)
+    shapes = networks.denoiser.shapes | lora.shapes(networks.denoiser.shapes, 2)
+    return {k: jnp.asarray(rng.normal(0, 0.05, s.shape) + k.endswith("scale"), jnp.float32) for k, s in sorted(shapes.items())}
+
+
+def test_cast_parameters_are_the_same_network(tiny):
+    config = half(tiny)
+    networks = Networks.of(config)
+    params = weights(networks)
+    cast = networks.denoiser.cast(params)
+    assert cast.keys() == networks.denoiser.shapes.keys()
+    kept = {k for k, v in cast.items() if k.endswith("kernel") and v.dtype == jnp.float32}
+    assert {k.split(".")[0] for k in kept} == {"time_embed", "fps_embedding", "input_blocks", "out"}  # the layers that stay float32
+    assert {k for k in kept if k.startswith("input_blocks")} == {"input_blocks.0.0.kernel"}
+    assert all(v.dtype == jnp.float32 for k, v in cast.items() if not k.endswith("kernel"))
+    rng = np.random.default_rng(1)
+    z = jnp.asarray(rng.normal(size=(2, 4, 4, 4, 48)), jnp.float32)
+    inputs = z, jnp.array([3, 700]), jnp.asarray(rng.normal(size=(2, 8, 16)), jnp.float32), jnp.full(2, 8.0), z
+    denoise = jax.jit(networks.denoise)
+    expected = denoise(params, *inputs)
+    np.testing.assert_array_equal(denoise(cast, *inputs), expected)
+    assert np.abs(expected).max() > 0.1
+
+
+def casts(jaxpr, inside=False):
+    """Shapes of what is cast from float32 to bfloat16 in the loops of a trace."""
+    for equation in jaxpr.eqns:
+        loop = inside or equation.primitive.name == "scan"
+        if loop and equation.primitive.name == "convert_element_type":
+            (x,), (y,) = equation.invars, equation.outvars
+            if (x.aval.dtype, y.aval.dtype) == (jnp.float32, jnp.bfloat16):
+                yield x.aval.shape
+        for sub in core.jaxprs_in_params(equation.params):
+            yield from casts(sub, loop)
+
+
+def test_the_sampling_loop_casts_no_kernel(tiny):
+    config = half(tiny)
+    networks = Networks.of(config)
+    params = jax.eval_shape(lambda: weights(networks))
+    inputs = (
+        jax.ShapeDtypeStruct((3, 16, 16, 3), jnp.uint8),
+        jax.ShapeDtypeStruct((3, 8), jnp.int32),
+        jax.ShapeDtypeStruct((3,), jnp.float32),
+        jax.ShapeDtypeStruct((3,), jnp.int32),
+    )
+    trace = jax.make_jaxpr(make_generator(networks, np.zeros(8, np.int32)))(params, networks.init_frozen(), *inputs)
+    found = set(casts(trace.jaxpr))
+    assert found  # activations
+    assert not found & {s.shape for k, s in networks.denoiser.shapes.items() if k.endswith("kernel")}
