@@ -37,8 +37,9 @@ GIB = 2**30
 
 
 class Chip(NamedTuple):
-    """peak: dense bfloat16 TFLOP/s. memory: GiB a program may use. link: GB/s that a chip receives while it sends as much.
+    """peak: dense bfloat16 TFLOP/s. memory: GiB a program may use (of a GPU, the nine tenths that motif_jax.main takes).
 
+    link: GB/s that a chip receives while it sends as much.
     TPU: half of the published interconnect bandwidth of a chip in one direction (v5e 200, v5p 600, v6e 400 GB/s;
     docs.cloud.google.com/tpu), as slices smaller than a full torus have no links around the edge. GPU: NVLink 4, 450 GB/s.
     utilisation: model FLOPs over the peak while nothing is waited for: XLA's bound for TPU (docs/compile.md), measured on one H200.
@@ -51,11 +52,11 @@ class Chip(NamedTuple):
 
 
 CHIPS = {
-    "v5e": Chip(197, 15.75, 100, 0.26),
-    "v5p": Chip(459, 95.74, 300, 0.29),
+    "v5e": Chip(197, 15.75, 100, 0.31),
+    "v5p": Chip(459, 95.74, 300, 0.38),
     "v6e": Chip(918, 31.25, 200, 0.18),
-    "H100": Chip(989, 76, 450, 0.27),
-    "H200": Chip(989, 134, 450, 0.27),
+    "H100": Chip(989, 71.6, 450, 0.27),
+    "H200": Chip(989, 126, 450, 0.27),
 }
 # slice -> meshes worth comparing, (data, fsdp)
 MESHES = {
@@ -70,8 +71,8 @@ MESHES = {
 GATHERS = 3  # of all kernels in a step, in bfloat16: forward, recomputation, input gradient
 STATE = 20  # bytes of a parameter: itself, two moments, average and gradient, all float32
 # GiB beside state and kept activations: the line through the two compiled steps of docs/compile.md (v5e:8x8 with one clip on a
-# chip needs 8.60 GiB in all, v5p:2x2x4 with four 19.83); gathered kernels and the block that is being recomputed.
-WORK, WORK_PER_CLIP = 4.86, 1.30
+# chip needs 7.88 GiB in all, v5p:2x2x4 with four 22.82); gathered kernels and the block that is being recomputed.
+WORK, WORK_PER_CLIP = 2.90, 1.35
 
 
 def load_config(name: str) -> Config:

@@ -18,12 +18,28 @@ from motif_jax.fields import field_names
 HELP = frozenset({"--help", "-help", "-h", "--helpshort", "--helpfull", "-?"})
 
 
+def _of_this_host() -> str:
+    return str(pathlib.Path("~/.cache/motif_jax").expanduser() / platform.node())
+
+
 def keep_compiled_programs() -> None:
     """Lets JAX keep what it compiles in ~/.cache/motif_jax, where the next start finds it; JAX_COMPILATION_CACHE_DIR says otherwise.
 
     One directory a host: a CPU cannot run what was compiled for another. For before JAX is imported.
     """
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path("~/.cache/motif_jax").expanduser() / platform.node()))
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _of_this_host())
+
+
+def share_compiled_programs(directory: str | pathlib.Path) -> None:
+    """For a process of a job on accelerators: programs are kept in `directory`, which all hosts see, unless the user says where.
+
+    Process 0 alone writes them. With a directory a host, the next start would find them on one host and compile on the others; on GPUs,
+    where XLA shares out the trying of kernels, those would wait for results that the first never sends.
+    """
+    import jax
+
+    if jax.process_count() > 1 and jax.default_backend() != "cpu" and os.environ.get("JAX_COMPILATION_CACHE_DIR") == _of_this_host():
+        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(directory).absolute()))
 
 
 def run(name: str, main: Callable[[list[str]], None]) -> None:

@@ -3,6 +3,8 @@
 Continues by itself when DIR holds a checkpoint; exits 0 at once when `config.steps` are done.
 """
 
+import os
+import pathlib
 import sys
 
 from absl import flags
@@ -22,10 +24,13 @@ def main(argv: list[str]) -> None:
     if not WORKDIR.value:
         raise UserError("--workdir= is empty: name the directory of the run")
     config = commands.configuration(CONFIG)
+    # A GPU is this process' alone; JAX would take three quarters of its memory.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
     from motif_jax.dist import startup
     from motif_jax.training import loop
 
     with startup.job():
+        commands.share_compiled_programs(pathlib.Path(WORKDIR.value) / "compiled")
         done = loop.train(config, WORKDIR.value)
     if not done:
         sys.exit(STOPPED_STATUS.value)

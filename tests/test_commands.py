@@ -248,6 +248,28 @@ def test_compiled_programs_are_kept_where_the_user_says(monkeypatch, tmp_path):
     assert os.environ["JAX_COMPILATION_CACHE_DIR"] == "elsewhere"
 
 
+@pytest.mark.parametrize(
+    ("processes", "backend", "said", "kept"),
+    [(4, "gpu", None, "run/compiled"), (1, "gpu", None, None), (4, "cpu", None, None), (4, "gpu", "elsewhere", None)],
+)
+def test_a_job_on_several_hosts_shares_its_compiled_programs(monkeypatch, tmp_path, processes, backend, said, kept):
+    """JAX's process 0 alone writes them: with a directory a host, a restart would compile on all hosts but one."""
+    import jax
+
+    from motif_jax import commands
+
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    if said:
+        monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", said)
+    set_to = {}
+    monkeypatch.setattr(jax.config, "update", set_to.__setitem__)
+    commands.keep_compiled_programs()
+    commands.share_compiled_programs(tmp_path / "run" / "compiled")
+    assert set_to == ({"jax_compilation_cache_dir": str(tmp_path / kept)} if kept else {})
+
+
 OPENCLIP = ("--config.text.kind=openclip", "--config.text.tokenizer={tmp}", "--config.text.heads=8")
 BAD_CALLS = {
     "unknown field": (

@@ -103,6 +103,26 @@ def test_without_the_compiler():
     assert done.stderr.count("\n") == 1
 
 
+MESHES = """
+from jax.experimental import topologies
+from motif_jax.compilation import tpu_devices
+from motif_jax.config import MeshConfig, UserError
+from motif_jax.dist.mesh import make_mesh
+
+for name, data, fsdp, context in (("v6e:4x4", 2, 8, 1), ("v6e:4x4", 8, 2, 1), ("v6e:8x8", 1, 32, 2), ("v5p:4x4x4", 2, 32, 1)):
+    mesh = make_mesh(MeshConfig(data=data, fsdp=fsdp, context=context), tpu_devices(name))
+    assert tuple(mesh.shape.values()) == (data, fsdp, context, 1), mesh
+two = list(topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4", num_slices=2).devices)
+mesh = make_mesh(MeshConfig(data=4, fsdp=8), two)
+assert [{d.slice_index for d in part.flat} for part in mesh.devices] == [{0}, {0}, {1}, {1}]
+try:
+    make_mesh(MeshConfig(data=1, fsdp=32), two)
+except UserError as error:
+    assert "data must be a multiple of the 2 slices" in str(error)
+    print("fine")
+"""
+
+
 def compile_for_tpu(*arguments):
     path = os.pathsep.join(filter(None, (LIBTPU, os.environ.get("PYTHONPATH"))))
     return run("-m", "motif_jax.compile", "--config=configs/motif.py:tiny", *arguments, PYTHONPATH=path, JAX_ENABLE_COMPILATION_CACHE="0")
@@ -115,6 +135,12 @@ class TestForTpu:
         assert done.returncode == 1
         assert "motif_jax.compile: --topology=v9:2x2: " in done.stderr and "v5e:4x4" in done.stderr
         assert "Traceback" not in done.stderr
+
+    def test_meshes(self):
+        """Axes that divide those of the torus otherwise than along its sides, and two slices, between which lies `data`."""
+        path = os.pathsep.join(filter(None, (LIBTPU, os.environ.get("PYTHONPATH"))))
+        done = run("-c", MESHES, PYTHONPATH=path)
+        assert done.returncode == 0 and done.stdout == "fine\n", done.stderr
 
     def test_tiny(self, tmp_path):
         small = ("batch_size=4", "mesh.data=2", "mesh.fsdp=2", "unet.channel_mult=(1,)", "unet.attention_resolutions=()", "data.frames=4")

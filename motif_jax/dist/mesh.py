@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from motif_jax.config import MeshConfig, UserError
@@ -31,8 +32,8 @@ FRAMES = frozenset({"frames", "latent_moments", "flow", "motion_mask"})
 def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
     """A mesh over `devices` (default: all); an axis of -1 takes what the others leave. One device is a mesh of one.
 
-    On TPU neighbours in the mesh are neighbours in the machine. Raises UserError when the axes do not multiply to the number of
-    devices.
+    On TPU neighbours in the mesh are neighbours in the machine, and of several slices each has an equal part of `data`. Raises UserError
+    when the axes do not multiply to the number of devices, or cannot be laid out on the machine.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [getattr(config, axis) for axis in AXES]
@@ -42,7 +43,20 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
         shape = ", ".join(f"{a}={getattr(config, a)}" for a in AXES)
         needs, remedy = (f"a multiple of {known}", "make an axis smaller") if "-1" in shape else (known, "set one axis to -1")
         raise UserError(f"mesh ({shape}) needs {needs} devices, but there are {len(devices)}; {remedy}")
-    return jax.make_mesh(sizes, AXES, (AxisType.Auto,) * len(AXES), devices=devices)
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
+    try:
+        if slices > 1:
+            outer = [slices] + [1] * (len(AXES) - 1)
+            if sizes[0] % slices:
+                raise ValueError(f"data must be a multiple of the {slices} slices")
+            inner = [sizes[0] // slices, *sizes[1:]]
+            grid = mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
+        else:
+            grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    except (AssertionError, NotImplementedError, ValueError) as error:
+        shape = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
+        raise UserError(f"mesh ({shape}) cannot be laid out on {len(devices)} x {devices[0].device_kind}: {error}") from error
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def partition(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:

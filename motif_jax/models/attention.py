@@ -53,10 +53,7 @@ def attention(
     if implementation == "auto":
         implementation = _choose(q_NLHK)
     if implementation in ("cudnn", "packed"):
-        attend = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
-        if implementation == "packed" and not causal and (count := _together(q_NLHK.shape, k_NSHK.shape)) > 1:
-            return _packed(attend, count, q_NLHK, k_NSHK, v_NSHK)
-        return _even_lengths(attend, q_NLHK, k_NSHK, v_NSHK, causal)
+        return _with_cudnn(q_NLHK, k_NSHK, v_NSHK, causal, implementation == "packed")
     if implementation == "splash":
         if platform() != "tpu":
             raise ValueError(f"attention='splash' is a TPU kernel and this is {platform()}; use 'auto'")
@@ -74,6 +71,25 @@ def attention(
     q_MNlHK = jnp.moveaxis(q_NLHK.reshape(N, L // block, block, H, K), 1, 0)
     out_MNlHK = jax.lax.map(jax.checkpoint(lambda q: attend(q, k_NSHK, v_NSHK)), q_MNlHK)
     return jnp.moveaxis(out_MNlHK, 0, 1).reshape(q_NLHK.shape)
+
+
+def _with_cudnn(q_NLHK: Array, k_NSHK: Array, v_NSHK: Array, causal: bool, pack: bool) -> Array:
+    """cuDNN's attention in the shapes that it takes, and takes well."""
+    attend = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = 1 if mesh.empty else mesh.shape["context"]
+    if parts > 1 and q_NLHK.shape[1] != k_NSHK.shape[1] and q_NLHK.shape[1] % parts == 0:
+        apart = (constrain(x, (*CLIPS, "context"), None, "tensor", None) for x in _queries_apart(parts, q_NLHK, k_NSHK, v_NSHK))
+        return _even_lengths(attend, *apart, causal).reshape(q_NLHK.shape)
+    if pack and not causal and (count := _together(q_NLHK.shape, k_NSHK.shape)) > 1:
+        return _packed(attend, count, q_NLHK, k_NSHK, v_NSHK)
+    return _even_lengths(attend, q_NLHK, k_NSHK, v_NSHK, causal)
+
+
+def _queries_apart(parts: int, q_NLHK: Array, k_NSHK: Array, v_NSHK: Array) -> tuple[Array, Array, Array]:
+    """The queries of each sequence as `parts` sequences with the same keys: cuDNN's kernel is not split over `context` within one."""
+    N, L, *heads = q_NLHK.shape
+    return q_NLHK.reshape(N * parts, L // parts, *heads), k_NSHK.repeat(parts, 0), v_NSHK.repeat(parts, 0)
 
 
 def _even_lengths(attend: Callable, q_NLHK: Array, k_NSHK: Array, v_NSHK: Array, is_causal: bool = False) -> Array:

@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import json
 import logging
+import math
 import pathlib
 import sys
 from collections.abc import Callable, Iterator
@@ -63,7 +64,21 @@ def checksums(state: dict[str, Any]) -> dict[str, str]:
 
 @functools.cache
 def _copier(shardings: tuple[jax.sharding.Sharding, ...]) -> Callable:
-    return jax.jit(lambda x: x, out_shardings=tuple(s.with_memory_kind("pinned_host") for s in shardings))
+    return jax.jit(lambda x: x, out_shardings=shardings)
+
+
+def _on_host(x: jax.Array) -> jax.sharding.Sharding:
+    """Where the copy of `x` lies: in the hosts' memory, once, also where several devices hold the same part of a kernel."""
+    sharding = x.sharding.with_memory_kind("pinned_host")
+    if x.ndim < 2 or not isinstance(sharding, jax.sharding.NamedSharding):
+        return sharding
+    mesh, spec = sharding.mesh, [(a,) if isinstance(a, str) else a or () for a in (*sharding.spec, *[None] * x.ndim)[: x.ndim]]
+    copies = tuple(axis for axis, size in mesh.shape.items() if size > 1 and not any(axis in axes for axes in spec))
+    for i, size in enumerate(x.shape):
+        if copies and size % math.prod(mesh.shape[axis] for axis in (*spec[i], *copies)) == 0:
+            spec[i] = (*spec[i], *copies)
+            return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*(axes or None for axes in spec)), memory_kind="pinned_host")
+    return sharding
 
 
 def _copies_on_host(state: Any) -> Any:
@@ -72,7 +87,7 @@ def _copies_on_host(state: Any) -> Any:
     copies = []
     for i in range(0, len(leaves), 256):  # compiling takes a time that grows with the square
         part = tuple(leaves[i : i + 256])
-        copies += _copier(tuple(x.sharding for x in part))(part)
+        copies += _copier(tuple(map(_on_host, part)))(part)
     return structure.unflatten(copies)
 
 

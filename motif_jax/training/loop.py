@@ -138,8 +138,8 @@ def _train(config: Config, directory: pathlib.Path, dataset: pipeline.Dataset, m
     meta = {"version": motif_jax.__version__, "settings": workdir.settings(config), "pretrained": pretrained}
     checkpoints = checkpoint.Checkpoints(directory, config.checkpoint)
     if restored is None:
-        params = finetune.add_updates(config, weights.denoiser, jax.random.key(config.seed))
-        state, step, visited = create(place(params, shardings.params)), 0, False
+        params = place(finetune.add_updates(config, weights.denoiser, jax.random.key(config.seed)), shardings.params)
+        state, step, visited = create(params), 0, False
         sizes = [sum(math.prod(s.shape) for s in tree.values()) for tree in (template.params, finetune.trained(config, template.params))]
         share = f"{sizes[0]:,} parameters" + (f", {sizes[1]:,} of them trained ({config.finetune})" if config.finetune != "all" else "")
         say(f"starting: {share}, {len(dataset):,} clips, {directory}")
@@ -160,7 +160,7 @@ def _train(config: Config, directory: pathlib.Path, dataset: pipeline.Dataset, m
     shape = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     say(f"{jax.device_count()} x {jax.devices()[0].device_kind} ({shape}) in {jax.process_count()} processes")
     frozen = place(weights.frozen, shard_networks(weights.frozen, mesh))
-    del weights
+    weights = params = None  # the denoiser's lives on in the state
 
     rows = batch_rows(mesh, config.batch_size)
     writer = MetricWriter(directory, -1 if restored is None else step) if first_process else None  # -1: nothing was done before

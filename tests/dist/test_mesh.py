@@ -36,6 +36,17 @@ frames = np.arange(64.0).reshape(4, 8, 2)
 flow = global_batch({"flow": frames}, make_mesh(MeshConfig(data=2, context=4)), 4)["flow"]
 assert {s.data.shape for s in flow.addressable_shards} == {(2, 2, 2)}
 np.testing.assert_array_equal(flow, frames)
+# A checkpoint's copy in the host's memory is there once, however many devices hold copies; small vectors lie as they did.
+from motif_jax.training.checkpoint import _copies_on_host
+for sizes, bias in ((MeshConfig(data=4, fsdp=2), 8), (MeshConfig(data=8), 8), (MeshConfig(data=1, fsdp=8), 8)):
+    mesh = make_mesh(sizes)
+    values = {"a.kernel": np.arange(2048.0).reshape(64, 32), "a.bias": np.arange(32.0)}
+    placed = {k: jax.device_put(x, jax.sharding.NamedSharding(mesh, partition(k, x.shape, mesh))) for k, x in values.items()}
+    copies = _copies_on_host(placed)
+    held = {k: sum(s.data.size for s in x.addressable_shards) / x.size for k, x in copies.items()}
+    assert held == {"a.kernel": 1, "a.bias": bias}, held
+    assert all(x.sharding.memory_kind == "pinned_host" for x in copies.values())
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(copies), values)
 # Devices 2 and 3 alone, as a process of four would have them; one mesh gives them rows of their own, the other all rows.
 mine = jax.devices()[2:4]
 patched = lambda self, shape: {d: i for d, i in self.devices_indices_map(shape).items() if d in mine}

@@ -100,6 +100,14 @@ def test_packed_sequences_do_not_see_one_another(N, L, count, monkeypatch):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
+def test_queries_apart_are_the_same_attention():
+    """As it is done for cuDNN on a mesh that splits the queries of a clip, here around XLA's attention."""
+    q, k, v = inputs(N=2, L=6, S=5)
+    apart = module._queries_apart(3, q, k, v)
+    assert [x.shape[:2] for x in apart] == [(6, 2), (6, 5), (6, 5)]
+    np.testing.assert_allclose(attention(*apart, "xla").reshape(q.shape), by_hand(q, k, v), rtol=1e-4, atol=1e-5)
+
+
 def test_what_is_packed():
     """Short self-attention, in even lengths (JAX differentiates cuDNN's kernels for no other)."""
 

@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import socket
+import weakref
 
 import jax
 import numpy as np
@@ -98,6 +99,25 @@ def test_a_signal_at_any_place_saves_and_the_run_continues(config, undisturbed, 
     assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == ["0", "2", "4"]
     for a, b in zip(jax.tree.leaves(parameters(tmp_path)), jax.tree.leaves(parameters(undisturbed)), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_a_new_run_does_not_keep_its_initial_weights(config, tmp_path, monkeypatch):
+    """They live on in the state; a second copy, on the first device of each process, would last as long as the run."""
+    initial, validate, alive, seen = loop.initial_weights, loop.validate, [], []
+
+    def watched(*args, **kwargs):
+        weights = initial(*args, **kwargs)
+        alive.extend(weakref.ref(x) for x in weights.denoiser.values())
+        return weights
+
+    def look(*args):
+        seen.append(sum(ref() is not None for ref in alive))
+        return validate(*args)
+
+    monkeypatch.setattr(loop, "initial_weights", watched)
+    monkeypatch.setattr(loop, "validate", look)
+    loop.train(dataclasses.replace(config, steps=2), tmp_path)
+    assert seen and not any(seen)
 
 
 def test_each_function_is_compiled_once_and_traced_on_request(config, tmp_path, caplog):
