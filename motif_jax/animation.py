@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import pathlib
 import zlib
 from collections import Counter
@@ -64,7 +65,9 @@ class Animator:
         directory = pathlib.Path(directory)
         if config is None:
             if not (weights.run_directory(directory) / "config.json").exists():
-                raise UserError(f"{directory}: no config.json there; expected a work directory of motif_jax.main")
+                steps = sorted(int(p.name) for p in directory.parent.glob("[0-9]*")) if directory.name.isdigit() else []
+                there = f"; checkpoints here: {steps}" if steps else ""
+                raise UserError(f"{directory}: no config.json there; expected a work directory of motif_jax.main or a checkpoint{there}")
             config = weights.read_config(directory)
         if guidance is not None and not math.isfinite(guidance):
             raise UserError(f"--guidance={guidance}: must be a finite number")
@@ -114,6 +117,18 @@ def open_image(path: str) -> UInt8[np.ndarray, "H W 3"]:
         raise UserError(f"{path}: {error}") from error
 
 
+def _check_writable(path: pathlib.Path) -> None:
+    """Before the time that a clip takes. Raises UserError."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError("it is a directory")
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise PermissionError("no permission")
+    except OSError as error:
+        raise UserError(f"--output: {path} cannot be written: {error}") from error
+
+
 def save_clip(path: pathlib.Path, clip: UInt8[np.ndarray, "T H W 3"], fps: float) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -126,9 +141,11 @@ def animate_one(load: Callable[[], Animator], image: str, prompt: str, output: s
     """Writes one clip to `output` (.mp4 or .gif)."""
     if pathlib.Path(output).suffix.lower() not in (".mp4", ".gif"):
         raise UserError(f"--output={output}: must end in .mp4 or .gif")
+    path = pathlib.Path(output)
+    _check_writable(path)
     animator = load()
     clip = animator([open_image(image)], [prompt], [seed])[0]
-    save_clip(pathlib.Path(output), clip, animator.config.sample.fps)
+    save_clip(path, clip, animator.config.sample.fps)
     print(f"{output}: {len(clip)} frames of {clip.shape[1]}x{clip.shape[2]}")
 
 

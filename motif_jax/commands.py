@@ -55,7 +55,7 @@ def run(name: str, main: Callable[[list[str]], None]) -> None:
         except flags.Error as error:
             sys.exit(f"{name}: {_reason(error)}")
         except Exception as error:  # a configuration file is code: it may raise anything
-            sys.exit(f"{name}: {_unknown_field(arguments) or f'--config: {_reason(error)}'}")
+            sys.exit(f"{name}: {_unknown_field(arguments) or f'--config={_given(arguments)}: {_reason(error)}'}")
 
     keep_compiled_programs()
     if "config" in flags.FLAGS:
@@ -103,6 +103,11 @@ def _unknown_field(arguments: list[str]) -> str | None:
     return None
 
 
+def _given(arguments: list[str]) -> str:
+    """The last value of --config."""
+    return next((a.partition("=")[2] for a in reversed(arguments) if a.startswith(("--config=", "-config="))), "")
+
+
 def _reason(error: Exception) -> str:
     """The message of an error in one line; of a configuration file's traceback within it, the last line."""
     text = str(error.args[0] if isinstance(error, KeyError) else error).replace("\\n", "\n")
@@ -117,6 +122,8 @@ def configuration(flag: flags.FlagHolder) -> Config:
     try:
         return from_config_dict(flag.value)
     except OSError as error:
+        if not _given(sys.argv):
+            raise UserError("--config= is empty: name a configuration file, such as configs/motif.py") from error
         raise UserError(f"--config: {' '.join(str(error).split())}") from error
 
 

@@ -27,11 +27,6 @@ BEAM = flags.DEFINE_string("beam_options", "", "options of the Beam pipeline, su
 PREVIEW = flags.DEFINE_integer("preview", 0, "draw this many clips under DIR/preview", lower_bound=0)
 VERIFY = flags.DEFINE_bool("verify", False, "make nothing: read every record of --output and exit with 1 if anything is broken")
 flags.mark_flag_as_required("output")
-flags.register_multi_flags_validator(
-    ["config", "source", "verify"],
-    lambda v: v["verify"] or (v["config"] and v["source"] is not None),
-    "--config and --source must be given",
-)
 
 
 def main(argv: list[str]) -> None:
@@ -44,6 +39,8 @@ def main(argv: list[str]) -> None:
 
         preparation.verify(OUTPUT.value)
         return
+    if absent := [name for name, given in (("config", CONFIG.value), ("source", SOURCE.value is not None)) if not given]:
+        raise UserError(f"--{' and --'.join(absent)} must be given")
     config = commands.configuration(CONFIG)
     index, count = _share()
     try:

@@ -282,6 +282,16 @@ BAD_CALLS = {
         "no dataset in",
     ),
     "no configuration": (["motif_jax.main", "--config={tmp}/list.py", "--workdir={tmp}/w"], "a configuration must be a group of fields"),
+    "a configuration without get_config": (
+        ["motif_jax.main", "--config={tmp}/empty.py", "--workdir={tmp}/w"],
+        "empty.py: module 'config_config' has no attribute 'get_config'",
+    ),
+    "no configuration file": (["motif_jax.main", "--config=", "--workdir={tmp}/w"], "--config= is empty"),
+    "no source": (["motif_jax.prepare", CONFIG, "--output={tmp}/d"], "motif_jax.prepare: --source must be given"),
+    "an output below a file": (
+        ["motif_jax.sample", "--workdir={tmp}/none", "--image={tmp}/a.png", "--prompt=x", "--output={tmp}/few.py/a.mp4"],
+        "a.mp4 cannot be written",
+    ),
     "workdir not named": (["motif_jax.main", CONFIG, "--workdir="], "--workdir= is empty"),
     "no vocabulary": (
         ["motif_jax.main", CONFIG, *SMALL, "--workdir={tmp}/w", "--config.data.path={data}", *OPENCLIP],
@@ -339,8 +349,12 @@ BAD_CALLS = {
 
 @pytest.mark.parametrize("name", BAD_CALLS)
 def test_bad_input_gets_one_clear_line(environment, data, trained, tmp_path, name):
+    from PIL import Image
+
     arguments, message = BAD_CALLS[name]
     (tmp_path / "few.py").write_text("from ml_collections import ConfigDict\ndef get_config(): return ConfigDict({'name': 'few'})\n")
+    (tmp_path / "empty.py").write_text("")
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     (tmp_path / "list.py").write_text("def get_config(): return [1]\n")
     process = start(environment, *(a.format(tmp=tmp_path, data=data, run=trained) for a in arguments))
     text, _ = process.communicate(timeout=120)

@@ -96,6 +96,9 @@ def _csv_rows(source: str, text: str) -> Iterator[tuple[int, dict[str, str]]]:
             raise UserError(
                 f"source {source!r}: no column {' and '.join(missing)}; the first line must name them, it is {','.join(columns)!r}"
             )
+        repeated = [c for c in ("video", "caption", "mask") if columns.count(c) > 1]
+        if repeated:
+            raise UserError(f"source {source!r}: the first line names {' and '.join(repeated)} more than once; keep one column of each")
         reader.fieldnames, good = columns, reader.line_num
         for row in reader:
             if any(cell.strip() for cell in row.get(None, ())):

@@ -209,7 +209,8 @@ def finish(directory: Path, shards: Sequence[Shard], plan: str, layout: records.
     if not any(m["records"] for s, m in zip(shards, manifests, strict=True) if s.split == "train"):
         skipped = [s for m in manifests for s in m["skipped"]]
         reasons = ", ".join(f"{kind}: {n}" for kind, n in sorted(collections.Counter(s["kind"] for s in skipped).items()))
-        raise UserError(f"no usable training clip ({reasons}); the first: {skipped[0]['video']}: {skipped[0]['reason']}")
+        first = f"{skipped[0]['video']}: {skipped[0]['reason']}"
+        raise UserError(f"no usable training clip ({reasons}); the first: {first}. Delete {directory} before it takes another list")
     for name, text in metadata(manifests, plan, layout, settings).items():
         write_file(directory / name, text)
     return 0

@@ -2,7 +2,11 @@
 
 import functools
 import html
+import os
 import re
+import socket
+import urllib.parse
+import urllib.request
 import zlib
 from collections.abc import Callable, Sequence
 
@@ -40,16 +44,38 @@ def _words(sentences: Sequence[str], *, length: int, vocab_size: int) -> np.ndar
 def _load_vocabulary(name: str):
     from transformers import CLIPTokenizer  # heavy, and only this tokenizer needs it
 
-    try:
-        vocabulary = CLIPTokenizer.from_pretrained(name)
+    def load(**options: bool):
+        vocabulary = CLIPTokenizer.from_pretrained(name, **options)
         if len(vocabulary) <= 2:  # of a folder without the files it makes one of the start and the end
             raise OSError("its files are missing")
         return vocabulary
+
+    try:
+        try:
+            return load(local_files_only=True)
+        except (OSError, ValueError):
+            if os.path.isdir(name):
+                raise
+            _check_hub()
+            return load()
     except (OSError, ValueError) as error:
         raise UserError(
             f"text.tokenizer={name!r}: no CLIP vocabulary there ({error}); give a folder with vocab.json and merges.txt, "
             "or the name of a Hugging Face repository that this machine can reach"
         ) from error
+
+
+def _check_hub() -> None:
+    """Raises OSError at once where its client would try for minutes; behind a proxy it says nothing."""
+    from huggingface_hub.constants import ENDPOINT
+
+    hub = urllib.parse.urlsplit(ENDPOINT)
+    if hub.scheme in urllib.request.getproxies():
+        return
+    try:
+        socket.create_connection((hub.hostname, hub.port or (443 if hub.scheme == "https" else 80)), timeout=10).close()
+    except OSError as error:
+        raise OSError(f"{hub.hostname} cannot be reached: {error}") from error
 
 
 def _openclip(sentences: Sequence[str], *, length: int, vocabulary) -> np.ndarray:

@@ -136,7 +136,7 @@ def _raft(source: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _check_output(output: pathlib.Path, present: dict[str, Any], new: dict[str, Any]) -> None:
     if both := sorted(present.keys() & new.keys()):
-        raise UserError(f"--output={output}: already holds {', '.join(both)} of another import; name another directory")
+        raise UserError(f"--output={output}: already holds {', '.join(both)} of an import; name another directory, or delete this one")
     if not present and any(output.iterdir()):
         raise UserError(f"--output={output}: is not empty and no import; name another directory")
 

@@ -126,23 +126,26 @@ def unfinished(workdir: str | pathlib.Path) -> list[str]:
 def set_damaged_aside(workdir: str | pathlib.Path) -> list[str]:
     """Moves the newest checkpoints that cannot be read to `<workdir>/damaged`, down to one that can; returns why, one line each.
 
-    For one process of the job, before `Checkpoints` opens the directory. Raises CheckpointError when none can be read.
+    For one process of the job, before `Checkpoints` opens the directory. Raises CheckpointError, and moves nothing, when none can be read.
     """
     workdir = pathlib.Path(workdir).absolute()
-    reasons = []
+    damaged: dict[int, CheckpointError] = {}
     for step in reversed(_steps(workdir / "checkpoints")):
-        path = workdir / "checkpoints" / str(step)
         try:
-            read_arrays(path, FIELDS, np.ndarray)
+            read_arrays(workdir / "checkpoints" / str(step), FIELDS, np.ndarray)
             break
         except CheckpointError as error:
-            (workdir / "damaged").mkdir(exist_ok=True)
-            names = (workdir / "damaged" / (f"{step}-{n}" if n else str(step)) for n in itertools.count())
-            aside = path.replace(next(name for name in names if not name.exists()))
-            reasons.append(f"{error}; moved to {aside}")
+            damaged[step] = error
     else:
-        if reasons:
-            raise CheckpointError("\n".join([*reasons, f"{workdir} holds no checkpoint that can be read"]))
+        if damaged:
+            text = f"{workdir} holds no checkpoint that can be read: begin anew with another --workdir"
+            raise CheckpointError("\n".join([*map(str, damaged.values()), text]))
+    reasons = []
+    for step, error in damaged.items():
+        (workdir / "damaged").mkdir(exist_ok=True)
+        names = (workdir / "damaged" / (f"{step}-{n}" if n else str(step)) for n in itertools.count())
+        aside = (workdir / "checkpoints" / str(step)).replace(next(name for name in names if not name.exists()))
+        reasons.append(f"{error}; moved to {aside}")
     return reasons
 
 
@@ -296,9 +299,11 @@ class Checkpoints:
                     f"({read_meta(directory).get('version', 'unknown')}) or another optimizer. Continue with that, or use another --workdir"
                     + (f"; --config.init_from={self.directory.parent} takes over its weights there" if fit else "")
                 ) from error
+            older = [found for found in _steps(self.directory) if found != step]
             raise CheckpointError(
                 f"checkpoint {directory} cannot be restored: {error}\n"
-                f"--config.checkpoint.fallback=True continues from the newest one that can (steps here: {_steps(self.directory)})"
+                + (f"--config.checkpoint.fallback=True continues from the newest one that can (others here: {older})" if older else "")
+                + ("" if older else "There is no other one here: begin anew with another --workdir")
             ) from error
         return found.state, found.data, found.meta
 

@@ -19,6 +19,8 @@ from motif_jax.training.checkpoint import latest_step, read_arrays
 IMAGE_PATH = re.compile(r"image_proj_model\..*|.*\.attn2\.(to_[kv]_ip\.kernel|alpha)")
 WEIGHTS_STREAM = 2**31 - 2  # fold_in number of the initial weights: no training step reaches it
 
+LISTED = 10  # of the differences between weights and configuration; a wrong configuration has a thousand
+
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
@@ -156,7 +158,7 @@ def read_config(directory: str | pathlib.Path) -> Config:
 
 
 def fit(params: Params, shapes: dict[str, jax.ShapeDtypeStruct], source: str, inflate: str = "") -> Params:
-    """`params` checked against `shapes`; every difference is listed in one UserError.
+    """`params` checked against `shapes`; the differences are counted, and the first listed, in one UserError.
 
     `inflate` names the one kernel whose input channels may grow: old ones are copied, new ones zero, so that step 0
     equals the model before (docs/weights.md).
@@ -169,6 +171,10 @@ def fit(params: Params, shapes: dict[str, jax.ShapeDtypeStruct], source: str, in
     bad = [f"missing {k}" for k in shapes.keys() - params.keys()] + [f"left over {k}" for k in params.keys() - shapes.keys()]
     bad += [f"{k} is {params[k].shape}, not {shapes[k].shape}" for k in shapes.keys() & params.keys() if params[k].shape != shapes[k].shape]
     if bad:
-        raise UserError(f"{source}: weights do not fit the configuration:\n  " + "\n  ".join(sorted(bad)))
+        more = [f"and {len(bad) - LISTED} more"] if len(bad) > LISTED else []
+        raise UserError(
+            f"{source}: weights do not fit the configuration, {len(bad)} differences from its {len(shapes)} arrays; "
+            "use the configuration that they were trained with:\n  " + "\n  ".join(sorted(bad)[:LISTED] + more)
+        )
     # What an import holds is read from its file here.
     return {k: np.array(v) if isinstance(v := params[k], Lazy) else v for k in shapes}

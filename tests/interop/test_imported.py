@@ -128,7 +128,7 @@ def test_networks_one_by_one_share_a_directory(tmp_path, networks):
         import_checkpoint(kind, source, tmp_path / "in")
     assert read_imported(tmp_path / "in").keys() == kinds.keys()
     before = {path.name: path.read_bytes() for path in (tmp_path / "in").iterdir()}
-    with pytest.raises(UserError, match="already holds text of another import"):
+    with pytest.raises(UserError, match="already holds text of an import"):
         import_checkpoint("openclip", tmp_path / "text.safetensors", tmp_path / "in")
     assert {path.name: path.read_bytes() for path in (tmp_path / "in").iterdir()} == before
 

@@ -154,6 +154,7 @@ def test_nothing_is_left_to_fall_back_to(saved):
         damage(workdir, step)
     with pytest.raises(CheckpointError, match="holds no checkpoint that can be read"):
         checkpoint.set_damaged_aside(workdir)
+    assert checkpoint.latest_step(workdir) == 30 and not (workdir / "damaged").exists()
 
 
 def test_unfinished_saves_are_no_checkpoints(saved):
