@@ -105,7 +105,8 @@ def _unknown_field(arguments: list[str]) -> str | None:
 
 def _given(arguments: list[str]) -> str:
     """The last value of --config."""
-    return next((a.partition("=")[2] for a in reversed(arguments) if a.startswith(("--config=", "-config="))), "")
+    found = re.findall(r"^--?config[=\n](.*)$", "\n".join(arguments), re.MULTILINE)
+    return found[-1] if found else ""
 
 
 def _reason(error: Exception) -> str:

@@ -287,6 +287,7 @@ BAD_CALLS = {
         "empty.py: module 'config_config' has no attribute 'get_config'",
     ),
     "no configuration file": (["motif_jax.main", "--config=", "--workdir={tmp}/w"], "--config= is empty"),
+    "no such file, in two arguments": (["motif_jax.main", "--config", "configs/nope.py", "--workdir={tmp}/w"], "configs/nope.py"),
     "no source": (["motif_jax.prepare", CONFIG, "--output={tmp}/d"], "motif_jax.prepare: --source must be given"),
     "an output below a file": (
         ["motif_jax.sample", "--workdir={tmp}/none", "--image={tmp}/a.png", "--prompt=x", "--output={tmp}/few.py/a.mp4"],

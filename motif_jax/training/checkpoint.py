@@ -299,11 +299,11 @@ class Checkpoints:
                     f"({read_meta(directory).get('version', 'unknown')}) or another optimizer. Continue with that, or use another --workdir"
                     + (f"; --config.init_from={self.directory.parent} takes over its weights there" if fit else "")
                 ) from error
-            older = [found for found in _steps(self.directory) if found != step]
+            others = [found for found in _steps(self.directory) if found != step]
             raise CheckpointError(
                 f"checkpoint {directory} cannot be restored: {error}\n"
-                + (f"--config.checkpoint.fallback=True continues from the newest one that can (others here: {older})" if older else "")
-                + ("" if older else "There is no other one here: begin anew with another --workdir")
+                + (f"--config.checkpoint.fallback=True continues from the newest one that can (others here: {others})" if others else "")
+                + ("" if others else "There is no other one here: begin anew with another --workdir")
             ) from error
         return found.state, found.data, found.meta
 

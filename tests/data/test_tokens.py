@@ -59,3 +59,13 @@ def test_a_missing_vocabulary_is_named(tmp_path):
     for folder in (tmp_path, tmp_path / "nothing"):
         with pytest.raises(UserError, match=r"text\.tokenizer=.*vocab\.json and merges\.txt"):
             make_tokenizer(TextConfig(tokenizer=str(folder)))
+
+
+def test_a_hub_that_cannot_be_reached_is_named_at_once(monkeypatch):
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:1")
+    for name in ("http_proxy", "HTTP_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UserError, match=r"text.tokenizer='nobody/nothing': no CLIP vocabulary there \(127\.0\.0\.1 cannot be reached"):
+        make_tokenizer(TextConfig(kind="openclip", tokenizer="nobody/nothing"))
