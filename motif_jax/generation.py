@@ -71,7 +71,9 @@ def make_generator(networks: Networks, empty_L: np.ndarray, mesh: Mesh | None = 
             noise = None
             if s.eta > 0:
                 noise = jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, 1), (len(timesteps), *shape)), out_axes=1)(keys)
-            z_BThwC = samplers.ddim(denoise, schedule, x_T, timesteps, d.prediction, s.eta, noise=noise)
+            # The references' last step leaves a trace of noise in the latents; in pixels one would see it.
+            final = "exact" if config.autoencoder.kind == "pixel" else "reference"
+            z_BThwC = samplers.ddim(denoise, schedule, x_T, timesteps, d.prediction, s.eta, final=final, noise=noise)
         return networks.decode(frozen["autoencoder"], z_BThwC)
 
     return generate

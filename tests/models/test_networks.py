@@ -44,6 +44,16 @@ def test_cast_parameters_are_the_same_network(tiny):
     assert np.abs(expected).max() > 0.1
 
 
+def test_samples_of_pixels_end_without_noise(tiny):
+    """A new network, whose last layer is zero, estimates grey clips; DDIM as VideoCrafter ends it would leave 3.7 grey levels of noise."""
+    config = tiny(diffusion={"prediction": "x0"})
+    networks = Networks.of(config)
+    generate = make_generator(networks, np.zeros(8, np.int32))
+    inputs = np.zeros((2, 16, 16, 3), np.uint8), np.zeros((2, 8), np.int32), np.full(2, 8, np.float32), np.arange(2)
+    clips = np.asarray(generate(networks.denoiser.init(jax.random.key(0)), networks.init_frozen(), *inputs))
+    assert set(np.unique(clips)) <= {127, 128}
+
+
 def casts(jaxpr, inside=False):
     """Shapes of what is cast from float32 to bfloat16 in the loops of a trace."""
     for equation in jaxpr.eqns:
