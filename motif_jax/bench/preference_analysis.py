@@ -92,6 +92,7 @@ def compare(a: str, b: str, votes: Sequence[Vote], samples: int, seed: int) -> d
     clusters = [group[0].image or group[0].pair for group in pairs]
     scenarios = [group[0].scenario for group in pairs] if all(group[0].scenario for group in pairs) else []
     weights = preference.cluster_weights(clusters, samples, seed)
+    drawn = weights if len(set(clusters)) >= MIN_CLUSTERS else weights[:0]  # without samples every interval is unknown
     by_scenario = preference.cluster_weights(scenarios, samples, seed) if len(set(scenarios)) >= MIN_CLUSTERS else None
 
     def rate(hits: np.ndarray, counts: np.ndarray) -> dict[str, Any]:
@@ -119,8 +120,9 @@ def compare(a: str, b: str, votes: Sequence[Vote], samples: int, seed: int) -> d
         "majority": rate(verdicts, np.ones(len(pairs)))
         | {"wins": wins, "losses": losses, "even": len(pairs) - wins - losses, "p": preference.binomial_p(wins, wins + losses)},
         "vote_share": rate(for_a, totals),
-        "reasons": {name: _reason(name, a, pairs, totals, weights) for name in REASONS},
-        "agreement": agreement(a, pairs, weights[: max(1, samples // 4)]),
+        # Votes none of which has a reason are of a study that did not ask for any.
+        "reasons": {name: _reason(name, a, pairs, totals, drawn) for name in REASONS} if any(v.reasons for v in votes) else {},
+        "agreement": agreement(a, pairs, drawn[: max(1, samples // 4)]),
         "detectable": {
             "independent": independent,
             "clustered": clustered and max(independent, clustered),  # exact tests move in steps: fewer pairs may seem to do better
@@ -177,9 +179,17 @@ def side_bias(votes: Sequence[Vote]) -> dict[str, Any]:
 
 
 def consistency(votes: Sequence[Vote]) -> dict[str, Any]:
-    """How often an annotator chose the same system again when a pair came back with the sides swapped."""
-    first = {(v.annotator, v.task): v for v in votes if v.kind == "pair"}
-    again = [(v, first[v.annotator, v.repeats]) for v in votes if v.kind == "repeat" and (v.annotator, v.repeats) in first]
+    """How often an annotator chose the same system again when a pair came back with the sides swapped.
+
+    The first vote is theirs on the same pair and systems; one of another task than the repeat names tells nothing.
+    """
+
+    def subject(v: Vote) -> tuple:
+        return v.annotator, v.pair, frozenset((v.left, v.right))
+
+    first = {subject(v): v for v in votes if v.kind == "pair"}
+    again = [(v, first[subject(v)]) for v in votes if v.kind == "repeat" and subject(v) in first]
+    again = [(v, before) for v, before in again if v.repeats in ("", before.task)]
     return _rate([float(_score(v, v.left) == _score(before, v.left)) for v, before in again])
 
 
@@ -235,7 +245,7 @@ def ranking(votes: Sequence[Vote], names: Sequence[str], samples: int, seed: int
     drawn = points * preference.bradley_terry(np.einsum("bc,cij->bij", weights, wins), steps=200)
     rows = []
     for i in np.argsort(-strength):
-        low, high = preference.interval(drawn[:, i])
+        low, high = preference.interval(drawn[:, i] if len(clusters) >= MIN_CLUSTERS else drawn[:0, i])
         rows.append(
             {
                 "model": names[i],

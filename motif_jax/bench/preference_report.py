@@ -24,7 +24,7 @@ WON, NEITHER, LOST = "#2a7f62", "#d9d9de", "#c0504d"
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:76rem;margin:2rem auto;padding:0 1rem;color:#222}
 img,video{max-width:100%}table{border-collapse:collapse;display:block;font-size:.86rem;overflow-x:auto}td,th{padding:.2rem .6rem;
 border-bottom:1px solid #ccc;text-align:right;vertical-align:top;white-space:nowrap}td:first-child,
-th:first-child{text-align:left}.note{color:#8a4b00}.comments td{white-space:pre-wrap}
+th:first-child{text-align:left}.note{color:#8a4b00}.comments td{white-space:pre-wrap;text-align:left}
 .example{display:inline-block;width:30rem;max-width:100%;margin:.5rem 1rem .5rem 0;vertical-align:top}.example div{display:flex;gap:.4rem}
 .example figure{margin:0;flex:1}figcaption{font-size:.85rem}"""
 
@@ -86,9 +86,7 @@ def page(found: dict[str, Any], votes: Sequence[Vote], examples: str = "") -> st
         _win_plot(found),
         _win_table(found),
         "<h2>Why</h2>",
-        _reason_plots(found),
-        "<p>Shares of single votes, in per cent: won for this reason, neither, lost for it. A vote may have several reasons.</p>",
-        _reason_table(found),
+        *_reasons(found),
         "<h2>Do annotators agree</h2>",
         _agreement_table(found),
         _ranking(found),
@@ -158,6 +156,13 @@ def _rates(r: dict[str, Any]) -> list[str]:
     return [_percent(r["rate"]), *map(_interval, (r["wilson"], r["bootstrap"], r["bootstrap_scenarios"]))]
 
 
+def _reasons(found: dict[str, Any]) -> list[str]:
+    if not any(r["reasons"] for r in found["comparisons"]):
+        return ["<p>The votes give no reasons.</p>"]
+    note = "<p>Shares of single votes, in per cent: won for this reason, neither, lost for it. A vote may have several reasons.</p>"
+    return [_reason_plots(found), note, _reason_table(found)]
+
+
 def _reason_table(found: dict[str, Any]) -> str:
     rows = []
     for r in found["comparisons"]:
@@ -194,7 +199,10 @@ def _ranking(found: dict[str, Any]) -> str:
         return ""
     if found["bradley_terry"] is None:
         return "<h2>Ranking</h2><p>None: some systems never met, not even through others.</p>"
-    rows = [(r["model"], f"{r['points']:.0f}", f"[{r['low']:.0f}, {r['high']:.0f}]", f"{r['votes']:.0f}") for r in found["bradley_terry"]]
+    rows = []
+    for r in found["bradley_terry"]:
+        points, low, high, votes = (_number(r[k], ".0f") for k in ("points", "low", "high", "votes"))
+        rows.append((r["model"], points, f"[{low}, {high}]", votes))
     note = "<p>Bradley-Terry over all votes: 400 points are odds of ten to one, the mean is zero; intervals: bootstrap over images.</p>"
     return "<h2>Ranking</h2>" + _table(("system", "points", "95 %", "votes"), rows) + note
 
@@ -205,7 +213,7 @@ def _annotators(found: dict[str, Any]) -> str:
     text += f"{_rate_cell(found['repeats'])}. Gold items right, %: {_rate_cell(found['gold'])}."
     if time:
         low, middle, high = time["quartiles"]
-        text += f" Seconds per item: median {middle:.0f}, quartiles {low:.0f} and {high:.0f}; {time['hours']:.1f} hours in all."
+        text += f" Seconds per pair: median {middle:.0f}, quartiles {low:.0f} and {high:.0f}; {time['hours']:.1f} hours for all pairs."
     rows = [
         (
             a["annotator"],
@@ -265,7 +273,7 @@ def _win_plot(found: dict[str, Any]) -> str:
 def _reason_plots(found: dict[str, Any]) -> str:
     from matplotlib.figure import Figure
 
-    rows = found["comparisons"]
+    rows = [r for r in found["comparisons"] if r["reasons"]]
     columns = min(3, len(rows))
     height = -(-len(rows) // columns)
     figure = Figure(figsize=(1.2 + 4.2 * columns, 0.4 + 2.4 * height), layout="constrained")

@@ -24,7 +24,8 @@ MAX_COMMENT = 1000
 class Vote:
     """One judgement with the systems' names. Only the first five are needed; `choice` is "left", "right" or "tie".
 
-    kind: "pair", or "repeat" (of the same annotator's task `repeats`), "gold" (`better` is the right answer), "training".
+    kind: "pair", or "repeat" (of the same annotator's task `repeats`, or of their vote on the same pair and systems), "gold" (`better` is
+    the right answer), "training".
     """
 
     pair: str
@@ -54,7 +55,7 @@ KINDS = ("pair", "repeat", "gold", "training")
 
 def _text(value: Any, what: str, longest: int, shortest: int = 0) -> str:
     if not isinstance(value, str) or not shortest <= len(value.strip()) <= len(value) <= longest:
-        raise ValueError(f"{what}: expected {shortest} to {longest} characters")
+        raise ValueError(f"{what}: expected {shortest} to {longest} characters of text")
     # Lone surrogates, which JSON can spell, exist in no encoding; control characters have no business in a name.
     if any(0xD800 <= ord(c) < 0xE000 or (ord(c) < 32 and c not in "\n\t") for c in value):
         raise ValueError(f"{what}: holds characters that are no text")
@@ -131,10 +132,14 @@ def _system(key: Key, name: str) -> str:
 
 
 def check_vote(row: Any) -> Vote:
-    """A row of an exported file, or of anybody's own table with the same columns. Raises ValueError naming the column."""
+    """A row of an exported file, or of anybody's own table with the same columns, where pairs and annotators may be whole numbers.
+
+    Raises ValueError naming the column.
+    """
     if not isinstance(row, dict) or (missing := [name for name in NEEDED if row.get(name) in (None, "")]):
         raise ValueError(f"needs the columns {', '.join(NEEDED)}" + (f"; {', '.join(missing)} missing" if isinstance(row, dict) else ""))
     given = {name: value for name, value in row.items() if name in FIELDS and value not in (None, "")}
+    given |= {name: str(value) for name, value in given.items() if type(value) is int and name not in ("seconds", "plays", "reasons")}
     reasons = given.get("reasons", [])
     reasons = reasons.split("|") if isinstance(reasons, str) else reasons
     if not isinstance(reasons, (list, tuple)) or not all(r in tuple(REASONS) for r in reasons):
@@ -154,6 +159,8 @@ def check_vote(row: Any) -> Vote:
         raise ValueError(f"kind: expected one of {', '.join(KINDS)}")
     if vote.choice not in (*SIDES, "tie"):
         raise ValueError("choice: expected left, right or tie")
+    if vote.kind == "gold" and vote.better not in SIDES:
+        raise ValueError("better: a gold item needs its right answer, left or right")
     if vote.left == vote.right:
         raise ValueError("left, right: expected two different systems")
     return vote

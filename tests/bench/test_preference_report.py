@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import pathlib
+import re
 
 import numpy as np
 import pytest
@@ -174,6 +175,7 @@ def test_annotators_are_judged_by_gold_repeats_and_the_others():
     votes.append(vote("p0", "good", "A", left="B", kind="repeat", repeats="good0"))
     votes.append(vote("p0", "bad", "A", left="A", kind="repeat", repeats="bad0"))
     votes.append(vote("p1", "bad", "B", "A", kind="repeat", repeats="good1"))  # of somebody else's task: tells nothing
+    votes.append(vote("p9", "bad", "A", kind="repeat"))  # of a pair that they never judged
     votes += [
         Vote("p0", name, "A", "A (gold)", choice, kind="gold", better="left") for name, choice in (("good", "left"), ("bad", "right"))
     ]
@@ -186,6 +188,43 @@ def test_annotators_are_judged_by_gold_repeats_and_the_others():
     assert rows["bad"]["median_seconds"] == 2 and rows["bad"]["left"]["rate"] == 1
     assert found["side"]["rate"] == 1 and found["side"]["p"] == pytest.approx(2 * 0.5**12)
     assert found["comparisons"][0]["votes"] == 12  # nothing but pairs counts
+
+
+def test_repeats_of_a_table_without_tasks():
+    """The first vote is the one on the same pair and systems, whatever else the annotator judged before or after."""
+    votes = [vote("p", "r", "A"), vote("q", "r", "B", "A"), vote("p", "r", "C"), vote("q", "s", "B", "A")]
+    again = [vote("p", "r", "A", left="B", kind="repeat"), vote("q", "r", "A", kind="repeat")]
+    for order in (votes, votes[::-1]):
+        found = analyse([*order, *again], samples=100)["repeats"]
+        assert (found["rate"], found["count"]) == (0.5, 2)
+
+
+def test_votes_without_reasons_have_no_shares_of_reasons(tmp_path):
+    """As a table from elsewhere that does not ask for any; beside one that does, both are in the report."""
+    rows = [ROW | {"pair": f"p{n}", "reasons": ""} for n in range(6)]
+    report(f"--votes={saved(tmp_path / 'votes.json', *rows)}", f"--output={tmp_path}", "--samples=100")
+    assert json.loads((tmp_path / "report.json").read_text())["comparisons"][0]["reasons"] == {}
+    page = (tmp_path / "report.html").read_text()
+    assert "give no reasons" in page and "Text alignment" not in page and page.count("data:image/svg+xml") == 1
+    rows += [ROW | {"right": "C"}]
+    report(f"--votes={saved(tmp_path / 'votes.json', *rows)}", f"--output={tmp_path}", "--samples=100")
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<td>A against B") == 3 and page.count("<td>A against C") == 3 + 4 and page.count("data:image/svg+xml") == 2
+
+
+@pytest.mark.parametrize("images", [4, 5])
+def test_a_few_images_are_no_sample(tmp_path, images):
+    rows = [ROW | {"pair": f"p{n}", "annotator": f"r{m}", "image": f"i{n % images}"} for n in range(20) for m in range(2)]
+    rows += [row | {"left": "C"} for row in rows] + [ROW | {"pair": "p0", "annotator": "s", "choice": "right", "image": "i0"}]
+    report(f"--votes={saved(tmp_path / 'votes.json', *rows)}", f"--output={tmp_path}", "--samples=100")
+    found = json.loads((tmp_path / "report.json").read_text())
+    row = next(r for r in found["comparisons"] if r["votes"] == 41)
+    intervals = [row["reasons"]["text_alignment"]["win"][k] for k in ("low", "high")] + row["agreement"]["alpha_interval"]
+    intervals += [found["bradley_terry"][0][k] for k in ("low", "high")]
+    assert [x is None for x in intervals] == [images < 5] * 6
+    assert (row["majority"]["bootstrap"] is None) == (images < 5) and "nan" not in re.sub(
+        'unanim|base64,[^"]*', "", (tmp_path / "report.html").read_text()
+    )
 
 
 def test_systems_that_never_met_are_not_ranked():
@@ -286,6 +325,9 @@ def test_an_unknown_reference_is_one_line():
         ({"choice": "both"}, "choice"),
         ({"right": "A"}, "two different systems"),
         ({"kind": "vote"}, "kind"),
+        ({"kind": "gold"}, "better"),
+        ({"kind": "gold", "better": "A"}, "better"),
+        ({"pair": 1.5}, "pair: expected .* text"),
         ({"seconds": "soon"}, "seconds"),
         ({"seconds": math.inf}, "seconds"),
         ({"plays": math.inf}, "plays"),
@@ -299,5 +341,6 @@ def test_an_unknown_reference_is_one_line():
 )
 def test_rows_that_are_no_votes(change, message):
     assert check_vote(ROW).reasons == ("text_alignment",) and check_vote(ROW | {"plays": "1.0"}).plays == 1
+    assert check_vote(ROW | {"annotator": 7, "pair": 0}) == check_vote(ROW | {"annotator": "7", "pair": "0"})
     with pytest.raises(ValueError, match=message):
         check_vote(ROW | change)
