@@ -50,6 +50,7 @@ def run(arguments: argparse.Namespace) -> None:
         runs = {name: path for name, path in runs.items() if f"{name[0]}/{name[1]}" == arguments.only}
         if not runs:
             raise UserError(f"--only={arguments.only}: no such run under {arguments.runs}")
+    steps_of_arms(runs)  # before hours of judging
     judge_runs(runs, arguments.world, arguments.seed, arguments.count)
     if not arguments.only:
         result = summarise(runs, arguments.world, arguments.seed, arguments.count)
@@ -75,6 +76,19 @@ def steps_of(run: pathlib.Path) -> list[int]:
     if not steps:
         raise UserError(f"{run}: holds no checkpoint yet; train it first")
     return [step for step in steps if 2 * step >= steps[-1]]
+
+
+def steps_of_arms(runs: dict[tuple[str, str], pathlib.Path]) -> dict[str, list[int]]:
+    """The checkpoints of `steps_of` that all seeds of an arm have. Raises UserError for a seed that was not trained as far as another."""
+    found: dict[str, dict[pathlib.Path, list[int]]] = {}
+    for (arm, _), path in runs.items():
+        found.setdefault(arm, {})[path] = steps_of(path)
+    for arm, seeds in found.items():
+        end = max(steps[-1] for steps in seeds.values())
+        for path, steps in seeds.items():
+            if steps[-1] < end:
+                raise UserError(f"{path}: ends at step {steps[-1]}, another seed of {arm} at {end}: train it on, or move it elsewhere")
+    return {arm: sorted(set.intersection(*map(set, seeds.values()))) for arm, seeds in found.items()}
 
 
 def _file(run: pathlib.Path, step: int, split: str, world: str, seed: int, count: int) -> pathlib.Path:
@@ -124,7 +138,7 @@ def summarise(runs: dict[tuple[str, str], pathlib.Path], world: str, seed: int, 
     arms: dict[str, list[str]] = {}
     for arm, number in runs:
         arms.setdefault(arm, []).append(number)
-    steps = {arm: sorted(set.intersection(*(set(steps_of(runs[arm, n])) for n in numbers))) for arm, numbers in arms.items()}
+    steps = steps_of_arms(runs)
     result: dict[str, Any] = {"world": world, "seed": seed, "count": count, "arms": {}, "pairs": [], "along": []}
 
     def measures(arm: str, numbers: list[str], split: str, step: int) -> dict[str, np.ndarray]:

@@ -1,6 +1,8 @@
 """The ablation's report from runs whose judged clips are written by the test."""
 
+import argparse
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -103,3 +105,16 @@ def test_what_is_missing_is_named(tmp_path):
         ablation.find_runs(tmp_path)
     with pytest.raises(UserError, match="holds no checkpoint"):
         ablation.steps_of(tmp_path)
+
+
+def test_a_seed_that_stopped_early_is_named(runs, monkeypatch):
+    """Before anything is judged; alone it may be judged."""
+    shutil.rmtree(runs / "flow" / "1" / "checkpoints" / "200")
+    arguments = argparse.Namespace(runs=runs, only="", count=COUNT, world="shapes", seed=1)
+    judged = []
+    monkeypatch.setattr(ablation, "judge_runs", lambda found, *_: judged.append(list(found)))
+    with pytest.raises(UserError, match=r"flow/1: ends at step 100, another seed of flow at 200"):
+        ablation.run(arguments)
+    arguments.only = "flow/1"
+    ablation.run(arguments)
+    assert judged == [[("flow", "1")]]
