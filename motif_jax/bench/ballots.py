@@ -49,15 +49,17 @@ class Ballots:
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = FULL")  # with NORMAL a power cut may take the last acknowledged votes
             self._db.executescript(SCHEMA)
+            if self._db.execute("PRAGMA quick_check(1)").fetchone() != ("ok",):
+                raise sqlite3.DatabaseError("damaged: put a sound copy in its place")
+            with self._db:
+                self._db.execute("BEGIN IMMEDIATE")
+                if (row := self._db.execute("SELECT id FROM study").fetchone()) is None:
+                    self._db.execute("INSERT INTO study VALUES (?, ?)", (key.id, secrets.token_urlsafe(16)))
+                    self._db.executemany("INSERT INTO sheets VALUES (?, NULL, NULL)", [(s,) for s in key.sheets])
+                elif row[0] != key.id:
+                    raise UserError(f"{path}: holds the votes of another study ({row[0]}, not {key.id})")
         except sqlite3.Error as error:
             raise UserError(f"{path}: cannot be used for votes ({error})") from error
-        with self._lock, self._db:
-            self._db.execute("BEGIN IMMEDIATE")
-            if (row := self._db.execute("SELECT id FROM study").fetchone()) is None:
-                self._db.execute("INSERT INTO study VALUES (?, ?)", (key.id, secrets.token_urlsafe(16)))
-                self._db.executemany("INSERT INTO sheets VALUES (?, NULL, NULL)", [(s,) for s in key.sheets])
-            elif row[0] != key.id:
-                raise UserError(f"{path}: holds the votes of another study ({row[0]}, not {key.id})")
 
     @property
     def token(self) -> str:
@@ -121,12 +123,23 @@ class Ballots:
             self._db.execute("UPDATE sheets SET seen = ? WHERE sheet = ?", (now, record["sheet"]))
 
 
-def read_records(path: pathlib.Path, key: Key) -> list[dict[str, Any]]:
-    """All records of a ballot box in the order of their arrival; the server may be running. Raises UserError as `Ballots` does."""
+def read_records(path: pathlib.Path, key: Key) -> list[Any]:
+    """All records of a ballot box in the order of their arrival; the server may be running. A damaged one is None.
+
+    Raises UserError as `Ballots` does.
+    """
+
+    def parsed(record: bytes) -> Any:
+        try:
+            return json.loads(record)
+        except ValueError:
+            return None
+
     try:
         with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as db:
             if (found := db.execute("SELECT id FROM study").fetchone()) != (key.id,):
                 raise UserError(f"{path}: holds the votes of another study ({found and found[0]}, not {key.id})")
-            return [json.loads(record) for (record,) in db.execute("SELECT record FROM votes ORDER BY received, rowid")]
+            # As bytes, because SQLite gives up at text that is no UTF-8.
+            return [parsed(record) for (record,) in db.execute("SELECT CAST(record AS BLOB) FROM votes ORDER BY received, rowid")]
     except sqlite3.Error as error:
         raise UserError(f"{path}: no file of votes of `annotate serve` ({error})") from error

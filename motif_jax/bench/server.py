@@ -118,7 +118,10 @@ def serve(study: pathlib.Path, votes: pathlib.Path, host: str, port: int, token:
     except ImportError as error:
         raise UserError("annotate serve needs starlette and uvicorn: pip install 'motif_jax[annotate]'") from error
 
-    ballots = Ballots(votes, plan.load(study), lease)
+    key = plan.load(study)
+    if not (page := study / "page" / "index.html").is_file():
+        raise UserError(f"{page}: missing; `annotate build` puts it there, beside key.json")
+    ballots = Ballots(votes, key, lease)
     token = token or ballots.token
     if not re.fullmatch(r"[A-Za-z0-9_-]{8,200}", token):
         raise UserError("--token: expected 8 to 200 letters, digits, - and _")

@@ -130,6 +130,39 @@ def test_votes_of_another_study_are_left_alone(tmp_path, key):
     assert not (tmp_path / "missing.sqlite").exists()
 
 
+def test_a_damaged_file_of_votes(tmp_path, key):
+    """A damaged record costs itself; where more is damaged, the server does not start."""
+    box = Ballots(tmp_path / "v.sqlite", key)
+    sheet = box.claim("a")["sheet"]
+    for task in key.sheets[sheet]:
+        box.vote(answer(task.id, "a", sheet))
+    box.close()
+    sound = (tmp_path / "v.sqlite").read_bytes()
+    records = [m.start() for m in re.finditer(b'"choice": "left"', sound)]
+    assert len(records) == 4
+    for place, byte in ((records[0], b"x"), (records[1] + 11, b"\xff")):  # no JSON, no UTF-8
+        (tmp_path / "v.sqlite").write_bytes(sound[:place] + byte + sound[place + 1 :])
+        found, refused = votes.read_all([tmp_path / "v.sqlite"], tmp_path / "study")
+        assert len(found) == 3 and len(refused) == 1 and "expected an object" in refused[0]
+    page = int.from_bytes(sound[16:18], "big")
+    for at in range(page, len(sound), page):
+        (tmp_path / "v.sqlite").write_bytes(sound[:at] + b"\xaa" * page + sound[at + page :])
+        with pytest.raises(UserError, match=r"v\.sqlite: cannot be used for votes"):
+            Ballots(tmp_path / "v.sqlite", key)
+
+
+def test_votes_that_another_program_writes(tmp_path, key, monkeypatch):
+    import sqlite3
+
+    connect = sqlite3.connect
+    Ballots(tmp_path / "v.sqlite", key).close()
+    other = connect(tmp_path / "v.sqlite", isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    monkeypatch.setattr(sqlite3, "connect", lambda *given, **more: connect(*given, timeout=0, **more))
+    with pytest.raises(UserError, match=r"cannot be used for votes .*locked"):
+        Ballots(tmp_path / "v.sqlite", key)
+
+
 @pytest.mark.parametrize("path", ["/", "/study.js", "/wrong-token/", "/index.html", f"/{TOKEN}x/", "/..%2f", f"/%2e%2e/{TOKEN}/"])
 def test_without_the_token_there_is_nothing(client, path):
     for method in ("GET", "POST"):
@@ -291,8 +324,11 @@ def test_it_listens_to_this_machine_only_unless_told_otherwise(tmp_path, key, se
         (["--host=203.0.113.1"], "cannot listen"),
         (["--lease=0"], "--lease=0"),
         (["--votes=v.db"], "must end in .sqlite"),
+        (["--study={folder}/moved"], "index.html: missing"),
     ],
 )
 def test_mistakes_of_the_server_are_one_line(tmp_path, key, serve, options, message):
+    (tmp_path / "moved").mkdir()
+    shutil.copy(tmp_path / "study" / "key.json", tmp_path / "moved")
     with pytest.raises(AssertionError, match=message):
-        serve(tmp_path / "study", tmp_path / "v.sqlite", *options)
+        serve(tmp_path / "study", tmp_path / "v.sqlite", *(o.format(folder=tmp_path) for o in options))
