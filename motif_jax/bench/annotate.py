@@ -5,6 +5,7 @@ build writes STUDY/page/, which opens from the file system or is served, and STU
 
 import argparse
 import importlib.resources
+import os
 import pathlib
 import shutil
 
@@ -153,6 +154,8 @@ def _make(arguments, folder: pathlib.Path, pairs: list, files: dict, asked: list
     for n, index in enumerate(rng.permutation(len(pairs))[: 4 * arguments.gold].tolist()):
         golds.append((index, *damaged(index, models[n % len(models)], "gold", study_clips.GOLD_DAMAGE)))
 
+    shared = os.path.commonpath([pair.image.parent.absolute() for pair in pairs])  # images of two folders may have one name
+    image_ids = [pair.image.absolute().relative_to(shared).with_suffix("").as_posix() for pair in pairs]
     for file in importlib.resources.files("motif_jax.bench").joinpath("page").iterdir():
         (folder / "page" / file.name).write_bytes(file.read_bytes())
     return study.Key(
@@ -165,7 +168,7 @@ def _make(arguments, folder: pathlib.Path, pairs: list, files: dict, asked: list
         fps=form.fps,
         height=height,
         width=width,
-        pairs=[study.Entry(p.id, p.image.stem, p.prompt, images[p.image], p.scenario) for p in pairs],
+        pairs=[study.Entry(p.id, name, p.prompt, images[p.image], p.scenario) for p, name in zip(pairs, image_ids, strict=True)],
         clips=clips,
         training=training,
         sheets=study.deal(

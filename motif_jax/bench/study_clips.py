@@ -118,7 +118,7 @@ def convert_image(path: pathlib.Path, form: Format, folder: pathlib.Path, name: 
 
 def recoloured(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Nothing has the colour it has in the starting image."""
-    return np.roll(frames, 1, axis=-1)
+    return 255 - frames  # exchanged channels would leave grey as it is
 
 
 def frozen(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import shutil
 
 import av
 import numpy as np
@@ -79,14 +80,15 @@ def test_examples_and_gold_items_have_a_damaged_video(small_study):
 def test_damage_is_damage(name):
     """Every damage leaves size and type, and changes a moving picture by far more than an encoder does."""
     frames = np.random.default_rng(0).integers(0, 255, (1, 48, 40, 3), np.uint8)
-    frames = np.concatenate([np.roll(frames, 5 * t, axis=2) for t in range(8)])
-    out = getattr(study_clips, name)(frames, np.random.default_rng(1))
-    assert out.shape == frames.shape and out.dtype == np.uint8
-    assert np.abs(out.astype(float) - frames).mean() > 10
-    if name == "frozen":
-        assert (out == frames[0]).all()
-    if name == "shuffled":
-        assert sorted(f.tobytes() for f in out) == sorted(f.tobytes() for f in frames)
+    coloured = np.concatenate([np.roll(frames, 5 * t, axis=2) for t in range(8)])
+    for frames in (coloured, coloured[..., :1].repeat(3, axis=-1)):
+        out = getattr(study_clips, name)(frames, np.random.default_rng(1))
+        assert out.shape == frames.shape and out.dtype == np.uint8
+        assert np.abs(out.astype(float) - frames).mean() > 10
+        if name == "frozen":
+            assert (out == frames[0]).all()
+        if name == "shuffled":
+            assert sorted(f.tobytes() for f in out) == sorted(f.tobytes() for f in frames)
 
 
 def test_three_systems_all_against_all(material, tmp_path):
@@ -95,6 +97,17 @@ def test_three_systems_all_against_all(material, tmp_path):
     assert key.comparisons == [("zebrafish", "quokka"), ("zebrafish", "third"), ("quokka", "third")]
     assert not key.training and key.ties and sum(t.kind == "pair" for tasks in key.sheets.values() for t in tasks) == 3 * 3 * 3
     assert probe(next((tmp_path / "study" / "page" / "media").glob("*.mp4")))[1:3] == (48, 32)
+
+
+def test_images_of_one_name_in_two_folders_are_two_images(material, tmp_path):
+    lines = []
+    for n in range(3):
+        (tmp_path / "ab"[n % 2]).mkdir(exist_ok=True)
+        shutil.copy(material.folder / f"image{n}.png", tmp_path / "ab"[n % 2] / "1.png")
+        lines.append(json.dumps({"id": f"pair{n}", "image": f"{'ab'[n % 2]}/1.png", "prompt": "It moves."}))
+    (tmp_path / "list.jsonl").write_text("\n".join(lines))
+    key = study.load(material.build(tmp_path / "study", f"--list={tmp_path / 'list.jsonl'}", "--size=32", "--no_training", "--gold=0"))
+    assert [e.image_id for e in key.pairs] == ["a/1", "b/1", "a/1"] and len({e.image for e in key.pairs}) == 2
 
 
 def test_pairs_without_any_video_are_left_out(material, tmp_path, capsys):
