@@ -98,6 +98,9 @@ def test_two_people_do_a_study_on_the_server(browser, small_study, material, ser
         anna = Annotator(browser, server.url, "anna", SLOW)
         anna.start()
         anna.page.get_by_role("button", name="Pause").wait_for()  # they play
+        for letter, then in (("P", "Play"), ("p", "Pause"), ("P", "Play"), ("R", "Pause")):  # with Caps Lock and without
+            anna.page.keyboard.press(letter)
+            anna.page.get_by_role("button", name=then, exact=True).wait_for()
         for jump in (False, True):
             if jump:
                 anna.page.evaluate(JUMP)
@@ -187,6 +190,15 @@ def test_two_people_do_a_study_on_the_server(browser, small_study, material, ser
     assert reader.locator("video").count() == 6
     reader.wait_for_selector("video")
     assert reader.evaluate("[...document.images].every(i => i.naturalWidth > 0)")
+
+
+@pytest.mark.parametrize(
+    "fault", ["Object.defineProperty(window, 'localStorage', {get() { throw 0; }})", "Storage.prototype.setItem = () => { throw 0; }"]
+)
+def test_a_browser_that_stores_nothing_is_told(browser, small_study, fault):
+    person = Annotator(browser, (small_study / "page" / "index.html").as_uri(), "anna", fault)
+    person.page.get_by_role("status").get_by_text("store nothing").wait_for()
+    assert not person.page.is_visible("#start") and not person.faults
 
 
 def test_a_study_from_the_file_system(browser, material, tmp_path):

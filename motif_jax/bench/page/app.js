@@ -327,16 +327,22 @@ function setUpForm() {
 function onKey(event) {
   if (event.ctrlKey || event.metaKey || event.altKey || event.repeat || $("work").hidden) return;
   const typing = event.target.id === "comment";
+  const key = event.key.toLowerCase(); // Caps Lock may be on
   if (event.key === "Enter" && !["BUTTON", "SUMMARY"].includes(event.target.tagName)) {
     event.preventDefault();
     submit();
   } else if (typing) return;
-  else if (event.key === "p") toggle();
-  else if (event.key === "r") replay(true);
-  else if (KEYS[event.key.toLowerCase()]) choose(KEYS[event.key.toLowerCase()]);
+  else if (key === "p") toggle();
+  else if (key === "r") replay(true);
+  else if (KEYS[key]) choose(KEYS[key]);
 }
 
 function start() {
+  try {
+    keep(slot("works"), true);
+  } catch {
+    return notice("Your browser lets this page store nothing, so your answers would be lost. Please allow it to (site data, cookies), and reload.");
+  }
   setUpForm();
   setUpVideos();
   $("enter").addEventListener("submit", (event) => {
