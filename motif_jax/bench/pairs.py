@@ -183,7 +183,8 @@ def find_videos(folder: str | pathlib.Path, pairs: Sequence[Pair]) -> Folder:
             name, seed = numbered[1], int(numbered[2])
         key = listed.get(path.name, (known.get(name, ""), seed))
         if key[0] not in ids:
-            found.strays.append(path)
+            if path.name != "images":  # where `generate --vbench` puts the list's images
+                found.strays.append(path)
         elif key in found.videos:
             found.doubles.append(path)
         else:

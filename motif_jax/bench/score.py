@@ -271,8 +271,8 @@ def run(arguments: argparse.Namespace) -> None:
     size = re.fullmatch(r"(\d+)x(\d+)", arguments.size or "")
     if arguments.size and (size is None or min(int(n) for n in size.groups()) < WINDOW):
         raise UserError(f"--size={arguments.size}: must be WIDTHxHEIGHT in pixels, such as 320x320, at least {WINDOW}")
-    if (arguments.frames is not None and arguments.frames < 2) or not arguments.fps > 0 or arguments.workers < 0:
-        raise UserError("--frames must be at least 2, --fps positive and --workers not negative")
+    if (arguments.frames is not None and arguments.frames < 2) or not 0 < arguments.fps < math.inf or arguments.workers < 0:
+        raise UserError("--frames must be at least 2, --fps positive and finite, and --workers not negative")
     pairs = read_pairs(arguments.list)
     flow_fn, described = flows.make_flow(arguments.flow, arguments.flow_weights)
     clip = None

@@ -127,7 +127,7 @@ def test_file_names(tmp_path):
     picture(tmp_path / "dog2_a_dog_runs_7" / "0001.png")  # a folder of frames
     (tmp_path / "clip_1_0.mov").touch()
     (tmp_path / "cat.mp4").touch()
-    (tmp_path / "images").mkdir()
+    picture(tmp_path / "images" / "A dog runs. (dog1).jpg")  # of `generate --vbench`
     (tmp_path / "notes.txt").touch()
     found = find_videos(tmp_path, pairs)
     assert {p.name: key for key, p in found.videos.items()} == expected | {"dog2_a_dog_runs_7": ("dog2_a_dog_runs", 7)}

@@ -249,6 +249,7 @@ def test_names_are_written_as_text(world, tmp_path):
         ({"videos": "a={w}"}, "no file there is named by a pair of the list, such as pair0.mp4"),
         ({"size": "big"}, "must be WIDTHxHEIGHT"),
         ({"frames": 1}, "--frames must be at least 2"),
+        ({"fps": "inf"}, "--fps positive and finite"),
         ({"flow": "raft_small"}, "needs --flow_weights"),
         ({"flow_weights": "x"}, "DIS has none"),
         ({"flow": "raft_small", "flow_weights": "none.pth"}, "no RAFT weights at none.pth"),
