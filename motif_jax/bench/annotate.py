@@ -190,6 +190,8 @@ def run_serve(arguments: argparse.Namespace) -> None:
 def run_export(arguments: argparse.Namespace) -> None:
     from motif_jax.bench import votes
 
+    if arguments.output.resolve() in {path.resolve() for path in arguments.votes}:
+        raise UserError(f"--output={arguments.output}: is one of --votes, and would lose what is refused; choose another name")
     found, refused = votes.read_all(arguments.votes, arguments.study)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     votes.write_votes(arguments.output, found)

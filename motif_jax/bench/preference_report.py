@@ -51,8 +51,10 @@ def run(arguments: argparse.Namespace) -> None:
     key = study.load(arguments.study) if arguments.study else None
     found = analyse(votes, key.models if key else (), arguments.reference, arguments.samples, arguments.seed, refused)
     arguments.output.mkdir(parents=True, exist_ok=True)
-    write_votes(arguments.output / "votes.json", votes)
-    write_votes(arguments.output / "votes.csv", votes)
+    given = {path.resolve() for path in arguments.votes}
+    for path in (arguments.output / "votes.json", arguments.output / "votes.csv"):
+        if path.resolve() not in given:  # somebody's own table may hold more than we keep
+            write_votes(path, votes)
     (arguments.output / "report.json").write_text(json.dumps(_finite(found), indent=1) + "\n")
     shown = _examples(found, votes, key, arguments.study / "page" / "media", arguments) if key and arguments.examples else ""
     (arguments.output / "report.html").write_text(page(found, votes, shown))

@@ -180,6 +180,8 @@ def test_export_says_which_system_won(small_study, tmp_path):
         f"--output={tmp_path / 'several.json'}",
     )
     assert (tmp_path / "several.json").read_text() == (tmp_path / "votes.json").read_text()
+    with pytest.raises(SystemExit, match=r"--output=.*nobody\.json: is one of --votes"):
+        annotate("export", f"--study={small_study}", f"--votes={tmp_path / 'nobody.json'}", f"--output={tmp_path / 'nobody.json'}")
     rows = json.loads((tmp_path / "votes.json").read_text())
     with (tmp_path / "votes.csv").open(newline="") as file:
         assert [r["pair"] for r in csv.DictReader(file)] == [r["pair"] for r in rows]

@@ -287,6 +287,15 @@ def test_files_of_several_options_all_count(tmp_path):
     assert json.loads((tmp_path / "report.json").read_text())["votes"] == {"pair": 3}
 
 
+def test_a_file_of_votes_is_never_overwritten(tmp_path, monkeypatch):
+    """Its other columns and refused votes would be lost."""
+    table = "pair,annotator,left,right,choice,age\np,r,A,B,left,33\np,r,A,B,right,33\n"
+    (tmp_path / "votes.csv").write_text(table)
+    monkeypatch.chdir(tmp_path)
+    report("--votes=votes.csv", f"--output={tmp_path}", "--samples=100")
+    assert (tmp_path / "votes.csv").read_text() == table and len(json.loads((tmp_path / "votes.json").read_text())) == 1
+
+
 @pytest.mark.parametrize("output", ["votes.json", "votes.json/below", "taken"])
 def test_an_output_that_cannot_be_written_is_one_line(tmp_path, output):
     votes = saved(tmp_path / "votes.json", ROW)
