@@ -100,7 +100,7 @@ def read_pairs(path: str | pathlib.Path) -> list[Pair]:
 
 def _jsonl_rows(text: str) -> tuple[list[tuple[int, dict[str, str]]], list[str]]:
     rows, bad = [], []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: a sentence may hold Unicode's own line ends
         if not line.strip():
             continue
         try:
@@ -126,17 +126,21 @@ def _csv_rows(text: str, folder: pathlib.Path) -> tuple[list[tuple[int, dict[str
         return [], ["a csv list needs a column of images and one of prompts"]
     is_image = [[_find_image(folder, row[c]) is not None for _, row in cells] for c in range(columns)]
     image = max(range(columns), key=lambda c: sum(is_image[c]))
-    head = [] if is_image[image][0] else [c.strip().lower() for c in cells[0][1]]
+    names_image = pathlib.Path(cells[0][1][image].strip()).suffix.lower() in IMAGES  # though there may be no such file
+    head = [] if is_image[image][0] or names_image else [c.strip().lower() for c in cells[0][1]]
     named = {name: head.index(name) for name in ("prompt", "text", "caption", "id", "scenario") if name in head}
     longest = max((c for c in range(columns) if c != image), key=lambda c: sum(len(row[c]) for _, row in cells))
     prompt = next((named[n] for n in ("prompt", "text", "caption") if n in named), longest)
-    rows = []
+    rows, bad = [], []
     for number, row in cells[1 if head else 0 :]:
-        if prompt == columns - 1:  # a sentence with commas that nobody quoted
+        if len(row) <= max(image, prompt, *named.values()):
+            bad.append(f"line {number}: {len(row)} columns, the header has {len(head)}")
+            continue
+        if prompt == (len(head) or columns) - 1:  # a sentence with commas that nobody quoted
             row = [*row[:prompt], ",".join(row[prompt:])]
         extra = {name: row[named[name]] if name in named else "" for name in ("id", "scenario")}
         rows.append((number, {"image": row[image], "prompt": row[prompt], **extra}))
-    return rows, []
+    return rows, bad
 
 
 def _find_image(folder: pathlib.Path, name: str) -> pathlib.Path | None:

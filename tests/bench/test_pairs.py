@@ -49,10 +49,11 @@ def test_the_benchmarks_own_layout(benchmark, text):
 def test_jsonl(benchmark):
     rows = [{"image": "dog1", "image_file": "TI2V-Bench/dog1.jpg", "prompt": "run", "id": "a", "scenario": "dog"}]
     rows += [{"image": "TI2V-Bench/sky.png", "prompt": " Clouds\n drift. ", "id": None, "scenario": None}]
-    (benchmark / "list.jsonl").write_text("\n".join(json.dumps(r) for r in rows) + "\n\n")
+    rows[1]["prompt"] += "\u2028Down.\x85"  # line ends of Unicode, not of the file
+    (benchmark / "list.jsonl").write_text("\n".join(json.dumps(r, ensure_ascii=False) for r in rows) + "\n\n")
     first, second = read_pairs(benchmark)
     assert (first.id, first.prompt, first.scenario) == ("a", "run", "dog")
-    assert (second.id, second.prompt, second.scenario) == ("sky_clouds_drift", "Clouds drift.", "")
+    assert (second.id, second.prompt, second.scenario) == ("sky_clouds_drift_down", "Clouds drift. Down.", "")
 
 
 def test_every_bad_line_is_told(benchmark):
@@ -84,12 +85,16 @@ def test_every_bad_line_is_told(benchmark):
     [
         ("list.csv", "", "needs a column of images and one of prompts"),
         ("list.csv", "image,prompt\n", "holds no pair"),
+        ("list.csv", "gone.png,It moves.\n{image},It stays.\n", "line 1: no image 'gone.png'"),  # no header
+        ("list.csv", "image,prompt,id\n{image},It moves.,x\n{image},It stays.\n", "line 3: 2 columns, the header has 3"),
+        ("list.csv", "image,id,prompt\n{image},x\n", "line 2: 2 columns, the header has 3"),
         ("list.jsonl", "", "holds no pair"),
         ("list.txt", "x", "a folder needs a prompt.csv, or one .csv or .jsonl file; found none"),
     ],
 )
 def test_lists_that_are_none(tmp_path, name, text, message):
-    (tmp_path / name).write_text(text)
+    picture(tmp_path / "here.png")
+    (tmp_path / name).write_text(text.format(image="here.png"))
     with pytest.raises(UserError, match=message):
         read_pairs(tmp_path)
     with pytest.raises(UserError, match="cannot be read"):
