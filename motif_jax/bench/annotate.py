@@ -141,13 +141,14 @@ def _make(arguments, folder: pathlib.Path, pairs: list, files: dict, asked: list
         clips[name] = study.Clip(model, pairs[index].id, kind)
         return names[index, model], name
 
-    # Training needs pairs in which every system shows motion: a frozen video must be wrong.
+    # Training needs videos with motion: a frozen one must be wrong. A system whose video moves little beside another's is passed over.
     motion = dict(zip(files, moves, strict=True))
-    lively = sorted(range(len(pairs)), key=lambda i: -min(motion[i, m] for m in models))
+    lively = sorted(range(len(pairs)), key=lambda i: -sum(motion[i, m] for m in models))
     training = []
     for n, (reason, damage) in enumerate(study_clips.DAMAGE.items() if not arguments.no_training else ()):
         index, better = lively[n % len(lively)], study.SIDES[n % 2]
-        good, bad = damaged(index, models[n % len(models)], reason, damage)
+        moving = [m for m in models if motion[index, m] >= max(motion[index, other] for other in models) / 4]
+        good, bad = damaged(index, moving[n % len(moving)], reason, damage)
         left, right = (good, bad) if better == "left" else (bad, good)
         training.append(study.Task(study.opaque(), "training", index, left, right, better=better, reason=reason))
     golds = []

@@ -99,6 +99,21 @@ def test_three_systems_all_against_all(material, tmp_path):
     assert probe(next((tmp_path / "study" / "page" / "media").glob("*.mp4")))[1:3] == (48, 32)
 
 
+@pytest.mark.parametrize("order", [("still", "moves"), ("moves", "still")])
+def test_examples_against_still_videos_show_a_difference(material, tmp_path, order):
+    """A system that moves nowhere, the image repeated for one: its video frozen or shuffled is the same video."""
+    (tmp_path / "still").mkdir()
+    for n in range(3):
+        clip = videos.read_video(material.folder / "zebrafish" / f"pair{n}_0.mp4").frames
+        videos.save_video(tmp_path / "still" / f"pair{n}.mp4", np.repeat(clip[:1], len(clip), axis=0), 8)
+    folders = {"still": tmp_path / "still", "moves": material.folder / "zebrafish"}
+    given = [f"--videos={name}={folders[name]}" for name in order]
+    annotate("build", f"--list={material.folder / 'list.jsonl'}", *given, f"--output={tmp_path / 'study'}", "--size=64")
+    for task in study.load(tmp_path / "study").training:
+        left, right = (videos.read_video(tmp_path / "study/page/media" / name).frames.astype(float) for name in (task.left, task.right))
+        assert np.abs(left - right).mean() > 2, task.reason
+
+
 def test_images_of_one_name_in_two_folders_are_two_images(material, tmp_path):
     lines = []
     for n in range(3):
