@@ -181,7 +181,7 @@ def _make(arguments, folder: pathlib.Path, pairs: list, files: dict, asked: list
 def run_serve(arguments: argparse.Namespace) -> None:
     from motif_jax.bench import server
 
-    if arguments.lease <= 0:
+    if not arguments.lease > 0:
         raise UserError(f"--lease={arguments.lease:g}: must be positive")
     if arguments.votes.suffix != ".sqlite":
         raise UserError(f"--votes={arguments.votes}: must end in .sqlite, by which `report` knows it")

@@ -81,18 +81,18 @@ class Ballots:
             now = self.clock()
             trained = {t for (t,) in self._db.execute("SELECT task FROM votes WHERE annotator = ? AND training", (annotator,))}
             answered: dict[str, list[str]] = {sheet: [] for sheet in self.key.sheets}
-            touched = set()
+            begun: dict[str, str] = {}  # which copy of a sheet they have seen; another one they may not
             for task, voter, sheet in self._db.execute("SELECT task, annotator, sheet FROM votes WHERE NOT training"):
                 answered[sheet].append(task)
                 if voter == annotator:
-                    touched.add(number(sheet))
+                    begun[number(sheet)] = sheet
             best = None
             for sheet, holder, seen in self._db.execute("SELECT sheet, annotator, seen FROM sheets"):
                 if len(answered[sheet]) == len(self.key.sheets[sheet]):
                     continue
                 own = holder == annotator
                 free = holder is None or now - seen > self.lease
-                if own or (free and number(sheet) not in touched):
+                if own or (free and begun.get(number(sheet), sheet) == sheet):
                     rank = (own, len(answered[sheet]))
                     best = max(best, (rank, sheet), key=lambda found: found[0]) if best else (rank, sheet)
             if best is None:

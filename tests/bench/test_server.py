@@ -98,6 +98,21 @@ def test_a_sheet_left_alone_goes_to_somebody_else_and_its_answers_stay(tmp_path)
     assert box.claim("gone")["sheet"] is None
 
 
+def test_a_sheet_that_comes_free_again_may_go_back_to_who_began_it(tmp_path):
+    """Somebody took it over and did nothing: it is no second copy."""
+    key = make_study(tmp_path / "s", pairs=2, annotators=2)  # one sheet in two copies
+    clock = Clock()
+    box = Ballots(tmp_path / "v.sqlite", key, lease=60, clock=clock)
+    sheet = box.claim("a")["sheet"]
+    first, second, *_ = (t.id for t in key.sheets[sheet])
+    box.vote(answer(first, "a", sheet))
+    clock.now = 61
+    assert box.claim("idle")["sheet"] == sheet and box.claim("a")["sheet"] is None
+    clock.now = 122
+    assert box.claim("a") == {"sheet": sheet, "done": [first], "trained": []}
+    box.vote(answer(second, "a", sheet))
+
+
 def test_the_same_answer_twice_is_one_vote_and_another_one_is_refused(tmp_path, key):
     box = Ballots(tmp_path / "v.sqlite", key)
     sheet = box.claim("a")["sheet"]
@@ -323,6 +338,7 @@ def test_it_listens_to_this_machine_only_unless_told_otherwise(tmp_path, key, se
         (["--token=short"], "--token"),
         (["--host=203.0.113.1"], "cannot listen"),
         (["--lease=0"], "--lease=0"),
+        (["--lease=nan"], "--lease=nan"),
         (["--votes=v.db"], "must end in .sqlite"),
         (["--study={folder}/moved"], "index.html: missing"),
     ],
