@@ -6,6 +6,7 @@ saved, and a run may continue on another number of hosts. Nothing is filtered he
 
 import bisect
 import itertools
+import resource
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,8 @@ from motif_jax.data.shards import Manifest, read_manifest
 
 Batch = dict[str, np.ndarray]
 Tokenizer = Callable[[Sequence[str]], np.ndarray]
+
+_OTHER_OPEN_FILES = 512  # libraries, logs, checkpoints, connections
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class _Records(Sequence):
     def __init__(self, manifest: Manifest, split: str) -> None:
         from array_record.python.array_record_data_source import ArrayRecordDataSource
 
+        _allow_open_files(manifest)
         self._directory, self._split, shards = manifest.directory, split, manifest.shards[split]
         self._names = [name for name, _, _ in shards]
         self._ends = list(itertools.accumulate(count for _, count, _ in shards))
@@ -71,6 +75,24 @@ class _Records(Sequence):
             return self._source[index]
         except RuntimeError as error:
             raise self._fault(self._names[bisect.bisect_right(self._ends, index)], error) from error
+
+
+def _allow_open_files(manifest: Manifest) -> None:
+    """Lets the process and its workers hold all shards open, as reading in random order does; the usual limit is 1,024 files.
+
+    Raises UserError where the system does not allow as many.
+    """
+    shards = sum(map(len, manifest.shards.values()))
+    wanted = shards + _OTHER_OPEN_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return
+    if hard != resource.RLIM_INFINITY and hard < wanted:
+        raise UserError(
+            f"dataset {manifest.directory} has {shards} shards, which training holds open, and this process may open {hard} files: "
+            f"raise the limit (ulimit -Hn) to {wanted}, or prepare with a larger prepare.clips_per_shard"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 class Dataset:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import resource
 import shutil
 
 import numpy as np
@@ -198,4 +200,21 @@ def test_a_damaged_shard_is_named(data, tmp_path, workers):
     assert "\n" not in str(error.value)
     shard.write_bytes(bytes(len(content)))
     with pytest.raises(UserError, match=fault):
+        pipeline.open_dataset(data)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_more_shards_than_open_files_are_allowed(tmp_path, monkeypatch, workers):
+    config = dataclasses.replace(CONFIG, prepare=dataclasses.replace(CONFIG.prepare, clips_per_shard=1))
+    preparation.prepare(config, "synthetic:shapes:60", tmp_path, log=lambda line: None)
+    data = dataclasses.replace(CONFIG.data, path=str(tmp_path), workers=workers)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    os.close(lowest := os.open(os.devnull, os.O_RDONLY))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + 24, before[1]))
+    try:
+        assert len(batches(pipeline.open_dataset(data), 12)) == 12
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    monkeypatch.setattr(resource, "getrlimit", lambda what: (100, 200))
+    with pytest.raises(UserError, match=r"has 60 shards.*may open 200 files.*ulimit -Hn.* to 572.*prepare\.clips_per_shard"):
         pipeline.open_dataset(data)
