@@ -98,8 +98,16 @@ def prepare(
 def verify(output: str | os.PathLike, log: Log = _say) -> None:
     """Reads everything that a finished dataset holds. Raises UserError naming every file that is missing, damaged or outdated."""
     directory = location(str(output))
+    last = time.monotonic()
+
+    def progress(done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= _SECONDS_BETWEEN_LINES:
+            last = time.monotonic()
+            log(f"{done} of {total} shards read")
+
     try:
-        bad = verification.verify(directory)
+        bad = verification.verify(directory, progress)
     except OSError as error:
         raise UserError(f"--output={output} cannot be read: {error}") from error
     for line in bad:
@@ -257,7 +265,7 @@ def _claim(directory: Path, clips: Source, plan: Sequence[Shard]) -> str:
         if plans <= {wanted["fingerprint"]}:
             if not plans and (any(directory.glob("*.array_record-*")) or (directory / "features.json").exists()):
                 raise UserError(f"--output={directory} holds a dataset that is not from motif_jax.prepare; use another directory")
-            shards.write_file(directory / "plan.json", json.dumps(wanted, indent=1, sort_keys=True) + "\n")
+            shards.write_object(directory / "plan.json", wanted)
             return wanted["fingerprint"]
     except OSError as error:
         raise UserError(f"cannot write to --output={directory}: {error}") from error

@@ -268,7 +268,7 @@ def test_a_video_that_was_replaced_is_taken_anew(tmp_path, clips):
     for shard in first.plan:
         path = tmp_path / "out" / "manifests" / f"{shard.name}.json"
         sizes = [[item.clip_id, item.caption, item.path.stat().st_size, None] for item in shard.items]
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"fingerprint": shards.digest([first.plan_id, sizes])}))
+        shards.write_object(path, shards.read_object(path) | {"fingerprint": shards.digest([first.plan_id, sizes])})
     assert prepare(clips / "list.csv", tmp_path / "out", config, estimator=Still())[0].written == 0
     shutil.rmtree(tmp_path / "out")
     prepare(clips / "list.csv", tmp_path / "out", config, estimator=Still())

@@ -30,6 +30,8 @@ _WRITER_OPTIONS = "group_size:1,uncompressed"
 _STALE_SECONDS = 24 * 3600
 # What a manifest is read as when it lacks a key: one of a version that had none.
 _EMPTY_MANIFEST = {"schema": "unknown", "plan": "", "fingerprint": "", "records": 0, "bytes": -1, "sha256": "", "skipped": []}
+_ASKED = ("settings", "clips", "list")  # what a plan's fingerprint is of
+_PLAN = {*_ASKED, "fingerprint", "layout", "shards"}
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,23 @@ def write_file(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def write_object(path: Path, values: Mapping[str, Any]) -> None:
+    """`write_file` of a JSON object, sealed with the digest of its values."""
+    write_file(path, json.dumps({**values, "digest": digest(values)}, indent=1) + "\n")
+
+
+def read_object(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a small file, without its seal; None when there is none or it is damaged. Earlier versions wrote no seal."""
+    try:
+        found = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError, RecursionError):
+        return None
+    if not isinstance(found, dict):
+        return None
+    seal = found.pop("digest", None)
+    return found if seal in (None, digest(found)) else None
+
+
 def write_shard(directory: Path, shard: Shard, plan: str, fingerprint: str, outcomes: Iterable[bytes | Skipped]) -> dict[str, Any]:
     """Writes a shard's records in the order they come, then its manifest, which it returns.
 
@@ -145,7 +164,7 @@ def write_shard(directory: Path, shard: Shard, plan: str, fingerprint: str, outc
         _publish(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    write_file(_manifest_path(directory, shard.name), json.dumps(manifest, indent=1) + "\n")
+    write_object(_manifest_path(directory, shard.name), manifest)
     return manifest
 
 
@@ -155,26 +174,17 @@ def shard_manifest(directory: Path, name: str) -> dict[str, Any] | None:
     if found is None:
         return None
     manifest = {"shard": ""} | _EMPTY_MANIFEST | found
-    whole = manifest["shard"] == name and all(type(manifest[k]) is type(v) for k, v in _EMPTY_MANIFEST.items())
+    whole = manifest["shard"] == name and manifest.keys() == {"shard", *_EMPTY_MANIFEST}
+    whole = whole and all(type(manifest[k]) is type(v) for k, v in _EMPTY_MANIFEST.items())
     return manifest if whole and all(isinstance(s, dict) and s.keys() >= _SKIPPED for s in manifest["skipped"]) else None
 
 
-def read_object(path: Path) -> dict[str, Any] | None:
-    """The JSON object in a small file; None when there is none or it is damaged."""
-    try:
-        found = json.loads(path.read_text())
-    except (FileNotFoundError, ValueError, RecursionError):
-        return None
-    return found if isinstance(found, dict) else None
-
-
 def read_plan(directory: Path) -> dict[str, Any] | None:
-    """plan.json; None when there is none or its fingerprint is not that of what it says was asked for."""
+    """plan.json; None when there is none, it is damaged, or its fingerprint is not that of what it says was asked for."""
     plan = read_object(directory / "plan.json")
-    try:
-        return plan if plan["fingerprint"] == digest({key: plan[key] for key in ("settings", "clips", "list")}) else None
-    except (KeyError, TypeError):
+    if plan is None or plan.keys() != _PLAN:
         return None
+    return plan if plan["fingerprint"] == digest({key: plan[key] for key in _ASKED}) else None
 
 
 def plans(directory: Path) -> set[str]:
@@ -353,7 +363,7 @@ def _disk(call: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def damage(path: Path, expected: int, sha256: str | None = None) -> str:
-    """What is wrong with a file's length, or its bytes; "" when nothing is."""
+    """What is wrong with a file's length, or the bytes of one on a disk; "" when nothing is."""
     try:
         found = size(path)
     except FileNotFoundError:
@@ -363,7 +373,7 @@ def damage(path: Path, expected: int, sha256: str | None = None) -> str:
     return "damaged (its sha256 is not that of its manifest)" if sha256 and _sha256(path) != sha256 else ""
 
 
-def _sha256(path: Path) -> str:
+def _sha256(path: pathlib.Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

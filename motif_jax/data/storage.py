@@ -10,7 +10,7 @@ import posixpath
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any
 
 from motif_jax.config import UserError
 
@@ -46,9 +46,6 @@ class RemotePath:
 
     def write_text(self, text: str) -> None:
         self.files.pipe_file(self.path, text.encode())
-
-    def open(self, mode: str = "rb") -> BinaryIO:
-        return self.files.open(self.path, mode)
 
     def unlink(self, missing_ok: bool = False) -> None:
         try:

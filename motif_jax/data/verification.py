@@ -1,7 +1,8 @@
 """Finished shards against their manifests: a directory in; what is missing, damaged or of another version, in words, out."""
 
 import json
-from collections.abc import Mapping
+import pathlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from motif_jax.config import UserError
@@ -18,10 +19,11 @@ def check_shard(directory: Path, shard: Shard, layout: records.Layout) -> str:
     return _fault(directory / shard.name, manifest, layout, every_record=False)
 
 
-def verify(directory: Path) -> list[str]:
+def verify(directory: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> list[str]:
     """Reads every record of every shard of a finished dataset; "NAME is ..." for each file that is not as it should be.
 
-    Raises UserError when the directory holds no dataset, OSError when it cannot be read at all.
+    `progress` is told after each shard how many of how many are done. Raises UserError when the directory holds no dataset,
+    OSError when it cannot be read at all.
     """
     plan = read_plan(directory)
     if plan is None and not (directory / "plan.json").exists():
@@ -32,7 +34,7 @@ def verify(directory: Path) -> list[str]:
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{directory / 'plan.json'} cannot be read; run motif_jax.prepare again, which writes it anew") from error
     bad, manifests = [], []
-    for name in names:
+    for done, name in enumerate(names, 1):
         manifest = shard_manifest(directory, name)
         if manifest is None:
             fault = "without a manifest" if (directory / name).exists() else "missing"
@@ -46,6 +48,7 @@ def verify(directory: Path) -> list[str]:
                 fault = f"unreadable ({error.strerror or error})"
         if fault:
             bad.append(f"{name} is {fault}")
+        progress(done, len(names))
     if not bad:
         for name, text in metadata(manifests, plan["fingerprint"], layout, plan["settings"]).items():
             if read_object(directory / name) != json.loads(text):
@@ -57,26 +60,30 @@ def _fault(path: Path, manifest: Mapping[str, Any], layout: records.Layout, ever
     """What is wrong with a shard: its schema, its bytes, or what its records (every one, or the first) hold."""
     if manifest["schema"] != VERSION:
         return f"of schema version {manifest['schema']} (this is {VERSION})"
-    return damage(path, manifest["bytes"], manifest["sha256"]) or _unreadable(path, manifest["records"], layout, every_record)
+    fault = damage(path, manifest["bytes"])
+    if fault:
+        return fault
+    with local_copy(path) as file:
+        return damage(file, manifest["bytes"], manifest["sha256"]) or _unreadable(file, manifest["records"], layout, every_record)
 
 
-def _unreadable(path: Path, count: int, layout: records.Layout, every_record: bool) -> str:
+def _unreadable(file: pathlib.Path, count: int, layout: records.Layout, every_record: bool) -> str:
     from array_record.python.array_record_module import ArrayRecordReader
 
-    with local_copy(path) as file:
-        reader = ArrayRecordReader(str(file))
-        try:
-            if reader.num_records() != count:
-                return f"damaged ({reader.num_records()} records, its manifest says {count})"
-            for i in range(count if every_record else min(count, 1)):
-                try:
-                    found = set(records.decode_example(reader.read([i])[0]))
-                    if found != set(layout.names()):
-                        return f"of another schema (record {i} differs in {', '.join(sorted(found ^ set(layout.names())))})"
-                    if every_record:
-                        records.decode_clip(layout, reader.read([i])[0])
-                except (ValueError, RuntimeError) as error:
-                    return f"damaged (record {i}: {error})"
-        finally:
-            reader.close()
+    reader = ArrayRecordReader(str(file))
+    try:
+        if reader.num_records() != count:
+            return f"damaged ({reader.num_records()} records, its manifest says {count})"
+        for i in range(count if every_record else min(count, 1)):
+            try:
+                record = reader.read([i])[0]
+                found = set(records.decode_example(record))
+                if found != set(layout.names()):
+                    return f"of another schema (record {i} differs in {', '.join(sorted(found ^ set(layout.names())))})"
+                if every_record:
+                    records.decode_clip(layout, record)
+            except (ValueError, RuntimeError) as error:
+                return f"damaged (record {i}: {error})"
+    finally:
+        reader.close()
     return ""

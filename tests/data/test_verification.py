@@ -32,6 +32,10 @@ def files(directory):
     return {str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
 
 
+def unsealed(path) -> dict:
+    return {k: v for k, v in json.loads(path.read_text()).items() if k != "digest"}
+
+
 def flip(path, manifest):
     data = bytearray(path.read_bytes())
     data[len(data) // 3] ^= 4
@@ -47,8 +51,8 @@ def empty(path, manifest):
 
 
 def older(path, manifest):
-    """As an earlier version of this code would have left it."""
-    manifest.write_text(json.dumps({k: v for k, v in json.loads(manifest.read_text()).items() if k != "schema"} | {"schema": "0.9.0"}))
+    """As an earlier version of this code would have left it, which did not seal it either."""
+    manifest.write_text(json.dumps(unsealed(manifest) | {"schema": "0.9.0"}))
 
 
 def other_fields(path, manifest):
@@ -60,7 +64,7 @@ def other_fields(path, manifest):
         writer.write(records.encode_example(values))
     writer.close()
     agrees = {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | agrees))
+    shards.write_object(manifest, unsealed(manifest) | agrees)
 
 
 DAMAGE = [
@@ -137,11 +141,40 @@ def test_damaged_manifests(tmp_path):
     """Whatever its text has become, the shard is made again and the others are kept."""
     prepare(tmp_path)
     path = sorted(tmp_path.glob("manifests/*train*"))[1]
-    whole = json.loads(path.read_text())
-    for values in ({"skipped": [{}]}, {"skipped": "none"}, {"records": "5"}, {"shard": "another"}):
+    whole = unsealed(path)
+    for values in ({"skipped": [{}]}, {"skipped": "none"}, {"records": "5"}, {"shard": "another"}, {"digest": "0"}, {"degest": "0"}):
         path.write_text(json.dumps(whole | values))
         assert verify(tmp_path) == [f"{path.stem} is without a manifest"]
         assert prepare(tmp_path)[0].written == 1 and verify(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["plan.json", "manifests/*train*00001-of*", "dataset.json", "features.json", "dataset_info.json"])
+def test_a_flipped_bit_in_a_small_file_is_found_wherever_it_is(tmp_path, name):
+    prepare(tmp_path)
+    (path,) = tmp_path.glob(name)
+    whole = path.read_bytes()
+    for at in range(0, len(whole), 9 if len(whole) < 2000 else 31):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
+        with pytest.raises(UserError, match=r"plan\.json cannot be read" if name == "plan.json" else rf"1 files .*\({path.stem}"):
+            preparation.verify(tmp_path, log=str)
+    assert prepare(tmp_path)[0].written == name.startswith("manifests") and path.read_bytes() == whole
+
+
+def test_datasets_of_a_version_without_seals_are_whole(tmp_path):
+    prepare(tmp_path)
+    sealed = files(tmp_path)
+    for path in (tmp_path / "plan.json", *tmp_path.glob("manifests/*")):
+        path.write_text(json.dumps(unsealed(path), indent=1) + "\n")
+    assert verify(tmp_path) == []
+    assert prepare(tmp_path)[0].written == 0 and files(tmp_path)["plan.json"] == sealed["plan.json"]
+
+
+def test_progress_is_told(tmp_path, monkeypatch):
+    prepare(tmp_path)
+    monkeypatch.setattr(preparation, "_SECONDS_BETWEEN_LINES", 0)
+    lines = []
+    preparation.verify(tmp_path, log=lines.append)
+    assert lines[:-1] == [f"{i} of {len(lines) - 1} shards read" for i in range(1, len(lines))] and len(lines) > 3
 
 
 def test_what_cannot_be_read(tmp_path, monkeypatch):
