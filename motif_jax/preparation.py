@@ -173,8 +173,7 @@ class Job:
         """What there is now, by the manifests of all tasks."""
         skipped = collections.Counter(p.kind for p in self.source.problems)
         count = collections.Counter({s.split: 0 for s in self.plan})
-        for shard in self.plan:
-            manifest = shards.shard_manifest(self.directory, shard.name)
+        for shard, manifest in zip(self.plan, shards.shard_manifests(self.directory, [s.name for s in self.plan]), strict=True):
             if manifest:
                 count[shard.split] += manifest["records"]
                 skipped.update(s["kind"] for s in manifest["skipped"])

@@ -15,6 +15,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,7 @@ VERSION = "1.0.0"  # of the records: a shard of another version is made again
 # One record per chunk: the chunk is what a random access reads. Frames are compressed already.
 _WRITER_OPTIONS = "group_size:1,uncompressed"
 _STALE_SECONDS = 24 * 3600
+_REQUESTS = 32  # to an object store at once
 # What a manifest is read as when it lacks a key: one of a version that had none.
 _EMPTY_MANIFEST = {"schema": "unknown", "plan": "", "fingerprint": "", "records": 0, "bytes": -1, "sha256": "", "skipped": []}
 _ASKED = ("settings", "clips", "list")  # what a plan's fingerprint is of
@@ -179,6 +181,12 @@ def shard_manifest(directory: Path, name: str) -> dict[str, Any] | None:
     return manifest if whole and all(isinstance(s, dict) and s.keys() >= _SKIPPED for s in manifest["skipped"]) else None
 
 
+def shard_manifests(directory: Path, names: Sequence[str]) -> list[dict[str, Any] | None]:
+    """`shard_manifest` of many: a large dataset has tens of thousands, and in an object store each is a request."""
+    with ThreadPoolExecutor(_REQUESTS) as threads:
+        return list(threads.map(lambda name: shard_manifest(directory, name), names))
+
+
 def read_plan(directory: Path) -> dict[str, Any] | None:
     """plan.json; None when there is none, it is damaged, or its fingerprint is not that of what it says was asked for."""
     plan = read_object(directory / "plan.json")
@@ -190,7 +198,7 @@ def read_plan(directory: Path) -> dict[str, Any] | None:
 def plans(directory: Path) -> set[str]:
     """The fingerprints of the plans that the shards which are there were made by."""
     names = [path.name.removesuffix(".json") for path in directory.glob(f"manifests/{NAME}-*.json")]
-    return {manifest["plan"] for manifest in (shard_manifest(directory, name) for name in names) if manifest}
+    return {manifest["plan"] for manifest in shard_manifests(directory, names) if manifest}
 
 
 def sweep(directory: Path) -> None:
@@ -212,8 +220,9 @@ def finish(directory: Path, shards: Sequence[Shard], plan: str, layout: records.
 
     Any task may call this, also several at once: they write the same bytes. Raises UserError when no training clip is left.
     """
-    manifests = [shard_manifest(directory, s.name) for s in shards]
-    missing = sum(m is None or m["plan"] != plan or m["schema"] != VERSION or not (directory / m["shard"]).exists() for m in manifests)
+    manifests = shard_manifests(directory, [s.name for s in shards])
+    there = {path.name for path in directory.glob(f"{NAME}-*")}
+    missing = sum(m is None or m["plan"] != plan or m["schema"] != VERSION or m["shard"] not in there for m in manifests)
     if missing:
         return missing
     if not any(m["records"] for s, m in zip(shards, manifests, strict=True) if s.split == "train"):

@@ -1,7 +1,11 @@
 """Object stores: the same bytes as on a disk, continued after damage, read back whole."""
 
+import collections
+import dataclasses
 import os
 import pathlib
+import threading
+import time
 import uuid
 
 import fsspec
@@ -69,6 +73,34 @@ def test_an_object_store_holds_what_a_disk_would(tmp_path, kind, request):
     (store / name).unlink()
     (store / name).unlink(missing_ok=True)
     assert verify(store) == [f"{name} is missing"]
+
+
+def test_what_a_task_asks_of_a_store_about_the_shards_of_others(monkeypatch):
+    """Their manifests side by side, and one listing: tens of thousands one after the other would take longer than the work."""
+    config = dataclasses.replace(CONFIG, prepare=dataclasses.replace(CONFIG.prepare, clips_per_shard=1))
+    url, lock = f"memory://{uuid.uuid4().hex}", threading.Lock()
+    preparation.prepare(config, "synthetic:shapes:60", url, log=str)
+    store, asked, at_once = type(location(url).files), collections.Counter(), collections.Counter()
+
+    def watched(name, call):
+        def request(*arguments, **options):
+            with lock:
+                asked[name] += 1
+                at_once["now"] += 1
+                at_once["most"] = max(at_once.values())
+            time.sleep(0.01)
+            try:
+                return call(*arguments, **options)
+            finally:
+                with lock:
+                    at_once["now"] -= 1
+
+        return request
+
+    for name in ("cat_file", "exists", "info"):
+        monkeypatch.setattr(store, name, watched(name, getattr(store, name)))
+    preparation.prepare(config, "synthetic:shapes:60", url, task_index=59, task_count=60, log=str)
+    assert asked["cat_file"] > 60 and asked["exists"] + asked["info"] < 20 and at_once["most"] > 8
 
 
 def test_stores_that_cannot_be_used():
