@@ -64,6 +64,8 @@ def prepare(
         raise UserError(f"task_index={task_index}: must be in [0, task_count={task_count})")
     if not source or not str(output):
         raise UserError("--source and --output must not be empty")
+    if preview and not isinstance(location(str(output)), pathlib.Path):
+        raise UserError(f"--preview draws on a local disk: leave it out, copy {output} to one and prepare there once more (docs/data.md)")
     began = time.monotonic()
     job = Job(config, source, output, estimator, log)
     shards.sweep(job.directory)
@@ -89,8 +91,6 @@ def prepare(
     elif preview:
         from motif_jax import preview as pages  # loads JAX
 
-        if not isinstance(job.directory, pathlib.Path):
-            raise UserError(f"--preview reads local files: copy {job.directory} to a disk and prepare there once more (docs/data.md)")
         pages.write(config, job.directory, preview, job.towers.decode if job.towers else None, summary.skipped, log)
     return summary
 

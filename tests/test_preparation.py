@@ -463,6 +463,21 @@ def test_previews(tmp_path):
     assert all(p.name in page for p in pictures) and page.count("<svg") == 1
 
 
+def test_a_preview_measures_some_clips_of_many(tmp_path, monkeypatch):
+    monkeypatch.setattr("motif_jax.preview._MEASURED", 4)
+    prepare("synthetic:quickstart:30", tmp_path)
+    read, record = [], pipeline._Records.__getitem__
+    monkeypatch.setattr(pipeline._Records, "__getitem__", lambda self, i: read.append(i) or record(self, i))
+    _, lines = prepare("synthetic:quickstart:30", tmp_path, preview=1)
+    count = len(pipeline.open_dataset(dataclasses.replace(CONFIG.data, path=str(tmp_path))))
+    assert read == [0, *(k * count // 4 for k in range(4))] and lines[-1].endswith("strides, motion and captions of 4 clips")
+
+
+def test_a_preview_in_an_object_store_is_refused_before_the_work(tmp_path):
+    error, lines = prepare("synthetic:quickstart:9", "memory://previews", preview=1)
+    assert "--preview draws on a local disk" in error and not lines
+
+
 def test_beam_gives_the_same_bytes(tmp_path):
     pytest.importorskip("apache_beam")
     prepare("synthetic:shapes:60", tmp_path / "a")
