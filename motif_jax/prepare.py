@@ -20,7 +20,7 @@ from motif_jax.config import UserError
 CONFIG = config_flags.DEFINE_config_file("config", None, "configs/X.py[:args]", lock_config=True)
 SOURCE = flags.DEFINE_string("source", None, "captions file, folder of videos, or synthetic:NAME[:count]")
 OUTPUT = flags.DEFINE_string("output", None, "dataset directory, also gs:// or s3://; data.path of a training run")
-TASK_INDEX = flags.DEFINE_integer("task_index", None, "which share of the shards this call makes (default: as the cluster says, or 0)")
+TASK_INDEX = flags.DEFINE_integer("task_index", None, "which share of the shards this call makes, from 0 (default: as the cluster says)")
 TASK_COUNT = flags.DEFINE_integer("task_count", None, "number of shares (default: as the cluster says, or 1)", lower_bound=1)
 RUNNER = flags.DEFINE_enum("runner", "local", ["local", "beam"], "work through the shards here, or hand them to Apache Beam")
 BEAM = flags.DEFINE_string("beam_options", "", "options of the Beam pipeline, such as '--runner=FlinkRunner --parallelism=8'")
@@ -63,6 +63,8 @@ def _share() -> tuple[int, int]:
         from motif_jax.dist import tasks
 
         return tasks.share()
+    if TASK_INDEX.value is None and TASK_COUNT.value > 1:
+        raise UserError(f"--task_count={TASK_COUNT.value} needs --task_index: which share is this call's, or every call makes the first")
     return TASK_INDEX.value or 0, TASK_COUNT.value or 1
 
 

@@ -347,6 +347,7 @@ def test_output_that_cannot_be_written(tmp_path):
     ("arguments", "message"),
     [
         (["--source=synthetic:shapes:9", "--output=OUT", "--task_index=2", "--task_count=2"], "task_index=2: must be in [0, task_count=2)"),
+        (["--source=synthetic:shapes:9", "--output=OUT", "--task_count=2"], "--task_count=2 needs --task_index"),
         (["--source=synthetic:nowhere", "--output=OUT"], "no synthetic world 'nowhere'"),
         (["--source=nowhere.csv", "--output=OUT"], "nowhere.csv"),
         (["--source=synthetic:shapes:9", "--output=OUT", "--config.data.height=33"], "data.height=33"),
