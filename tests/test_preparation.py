@@ -218,6 +218,17 @@ def test_bad_videos_are_skipped_counted_and_named(tmp_path, clips):
     assert "4 skipped (empty caption: 1, missing file: 1, too short: 1, truncated: 1)" in lines[-1]
 
 
+def test_nothing_says_where_the_videos_lay(tmp_path, clips):
+    """Not even why a broken one was skipped."""
+    (clips / "3.mp4").write_text("not a video\n" * 100)
+    (clips / "4.mp4").write_bytes((clips / "4.mp4").read_bytes()[:900])
+    shutil.copytree(clips, tmp_path / "elsewhere" / "clips")
+    for folder in ("", "elsewhere"):
+        prepare(tmp_path / folder / "clips" / "list.csv", tmp_path / folder / "out", estimator=Still())
+    assert files(tmp_path / "out") == files(tmp_path / "elsewhere" / "out")
+    assert not any(str(clips).encode() in content for content in files(tmp_path / "out").values())
+
+
 def test_a_file_that_arrives_later_is_taken_in(tmp_path, clips):
     late = (clips / "2.mp4").read_bytes()
     (clips / "2.mp4").unlink()

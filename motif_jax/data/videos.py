@@ -124,7 +124,8 @@ def _first_stream(path: Any, read: Callable[[int], Clip]) -> Clip:
 
 
 def _unreadable(error: Exception) -> MediaError:
-    return MediaError("cannot be read", str(error).split("\n")[0])
+    # Without the path that FFmpeg adds: what a dataset says must not depend on where its videos lay.
+    return MediaError("cannot be read", (getattr(error, "strerror", None) or str(error)).split("\n")[0])
 
 
 def _whole_stream(path: Any, index: int) -> Clip:
