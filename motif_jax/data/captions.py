@@ -80,8 +80,8 @@ def read_source(source: str) -> tuple[list[Entry], list[Problem]]:
             seen.add((name, caption))
             caption = caption.encode(errors="replace").decode()  # JSON can escape halves of characters
             entries.append(Entry(name, path.parent / video, caption, path.parent / mask if mask else None))
-    if not entries and not problems:
-        raise UserError(f"source {source!r} lists no videos")
+    if not entries and all(p.kind == "no video" for p in problems):
+        raise UserError(f"source {source!r} lists no videos: no line has a value for 'video'")
     return entries, problems
 
 

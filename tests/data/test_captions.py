@@ -82,6 +82,7 @@ def test_mask_column(tmp_path):
         ("a.csv", 'video,caption\na.mp4,"a cat\n', "from line 2 on.*double quote must end with one"),
         ("a.csv", 'video,caption\na.mp4,x\nb.mp4, "Hello" he said\n', 'from line 3 on.*those within doubled: """Hello"" he said"'),
         ("a.csv", "video,caption\na,b\n".encode("utf-16"), "cannot be read.*save it as UTF-8"),
+        ("a.jsonl", '{"path": "a.mp4", "text": "x"}\n' * 3, "lists no videos: no line has a value for 'video'"),
         ("a.jsonl", '{"video": "a.mp4"\n', "line 1: not JSON"),
         ("a.jsonl", '{"video": ' + "9" * 5000 + "}\n", "line 1: not JSON"),
         ("a.jsonl", "[" * 100_000 + "\n", "line 1: not JSON"),
