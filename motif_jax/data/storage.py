@@ -8,7 +8,7 @@ import contextlib
 import pathlib
 import posixpath
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,29 +33,39 @@ class RemotePath:
         return posixpath.basename(self.path)
 
     def exists(self) -> bool:
-        return self.files.exists(self.path)
+        return _ask(self.files.exists, self.path)
 
     def mkdir(self, parents: bool = False, exist_ok: bool = False) -> None:
         """Nothing: an object's name brings its directories."""
 
     def glob(self, pattern: str) -> list["RemotePath"]:
-        return [RemotePath(self.files, path) for path in self.files.glob(f"{self.path}/{pattern}")]
+        return [RemotePath(self.files, path) for path in _ask(self.files.glob, f"{self.path}/{pattern}")]
 
     def read_text(self) -> str:
-        return self.files.cat_file(self.path).decode()
+        return _ask(self.files.cat_file, self.path).decode()
 
     def write_text(self, text: str) -> None:
-        self.files.pipe_file(self.path, text.encode())
+        _ask(self.files.pipe_file, self.path, text.encode())
 
     def unlink(self, missing_ok: bool = False) -> None:
         try:
-            self.files.rm_file(self.path)
+            _ask(self.files.rm_file, self.path)
         except FileNotFoundError:
             if not missing_ok:
                 raise
 
 
 Path = pathlib.Path | RemotePath
+
+
+def _ask(request: Callable[..., Any], *arguments: Any) -> Any:
+    """What a store answers. Its client's own errors (a store that went away) become OSError, as those of a disk are."""
+    try:
+        return request(*arguments)
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(f"{type(error).__name__}: {error}") from error
 
 
 def local_path(name: str) -> pathlib.Path | None:
@@ -92,12 +102,12 @@ def location(name: str) -> Path:
 
 def size(path: Path) -> int:
     """Bytes of a file. Raises FileNotFoundError."""
-    return path.stat().st_size if isinstance(path, pathlib.Path) else path.files.info(path.path)["size"]
+    return path.stat().st_size if isinstance(path, pathlib.Path) else _ask(path.files.info, path.path)["size"]
 
 
 def upload(local: pathlib.Path, path: RemotePath) -> None:
     """Copies a local file into the store."""
-    path.files.put_file(str(local), path.path)
+    _ask(path.files.put_file, str(local), path.path)
 
 
 @contextlib.contextmanager
@@ -108,5 +118,5 @@ def local_copy(path: Path) -> Iterator[pathlib.Path]:
         return
     with tempfile.TemporaryDirectory() as scratch:
         copy = pathlib.Path(scratch) / path.name
-        path.files.get_file(path.path, str(copy))
+        _ask(path.files.get_file, path.path, str(copy))
         yield copy

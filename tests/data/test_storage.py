@@ -103,6 +103,20 @@ def test_what_a_task_asks_of_a_store_about_the_shards_of_others(monkeypatch):
     assert asked["cat_file"] > 60 and asked["exists"] + asked["info"] < 20 and at_once["most"] > 8
 
 
+@pytest.mark.parametrize("request_name", ["exists", "glob", "cat_file", "pipe_file", "rm_file", "info", "put_file", "get_file"])
+def test_a_store_that_goes_away_is_a_disk_that_does(monkeypatch, request_name):
+    """Whatever its client raises: the command names the reason, and what is done is kept."""
+    url = f"memory://{uuid.uuid4().hex}"
+    prepare(url)
+    store = location(url)
+    (store / sorted(p.name for p in store.glob("motif-train*"))[0]).unlink()
+    with monkeypatch.context() as broken:
+        broken.setattr(type(store.files), request_name, lambda *_, **__: (_ for _ in ()).throw(KeyError("gone")))
+        with pytest.raises((OSError, UserError), match="KeyError: 'gone'"):
+            prepare(url)
+    assert prepare(url).missing == 0 and verify(store) == []
+
+
 def test_stores_that_cannot_be_used():
     with pytest.raises(UserError, match="nonsense"):
         location("nonsense://bucket/data")
