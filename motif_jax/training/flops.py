@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from motif_jax.config import Config
 from motif_jax.models.attention import IMAGE_TOKENS
 from motif_jax.models.networks import Networks, image_condition
 
-# Dense bfloat16 TFLOP/s of one JAX device, by the start of its `device_kind`; longest match wins. From the vendors' data
+# Dense bfloat16 TFLOP/s of one JAX device, by the first words of its `device_kind`; longest match wins. From the vendors' data
 # sheets (cloud.google.com/tpu/docs, nvidia.com), without sparsity. A device that is not here has no MFU.
 PEAK_TFLOPS = {
     "TPU v4": 275.0,
@@ -25,7 +26,9 @@ PEAK_TFLOPS = {
     "TPU v6e": 918.0,
     "NVIDIA A100": 312.0,
     "NVIDIA H100 PCIe": 756.0,
+    "NVIDIA H100 NVL": 835.0,
     "NVIDIA H100": 989.0,
+    "NVIDIA H200 NVL": 835.0,
     "NVIDIA H200": 989.0,
     "NVIDIA L4": 121.0,
 }
@@ -33,7 +36,7 @@ PEAK_TFLOPS = {
 
 def peak_tflops(device_kind: str) -> float | None:
     """Peak bfloat16 TFLOP/s of a device, or None where it is not known."""
-    known = [kind for kind in PEAK_TFLOPS if device_kind.startswith(kind)]
+    known = [kind for kind in PEAK_TFLOPS if re.match(rf"{kind}\b", device_kind)]  # an L40S is no L4
     return PEAK_TFLOPS[max(known, key=len)] if known else None
 
 
