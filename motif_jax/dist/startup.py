@@ -161,6 +161,30 @@ def agree(facts: Mapping[str, str]) -> None:
         raise UserError("the processes do not run the same thing:\n  " + "\n  ".join(disagreements))
 
 
+def check_shared(directory: pathlib.Path) -> None:
+    """Returns when every process has come here. Raises UserError on each unless all see in `directory` what process 0 writes there.
+
+    A directory of the same name on every host would pass for a new run, and fail at the first save.
+    """
+    import jax
+
+    if jax.process_count() == 1:
+        return
+    from jax.experimental import multihost_utils
+
+    # A name that no host has asked for before: file systems remember for a while what was not there.
+    number = multihost_utils.broadcast_one_to_all(np.random.default_rng().integers(2**31, dtype=np.int32))
+    mark = directory / f"shared-{number}"
+    if jax.process_index() == 0:
+        mark.touch()
+    try:
+        barrier("work directory")
+        agree({f"a new file in {directory} (is it on a file system that all share?)": "it" if mark.exists() else "nothing"})
+    finally:
+        if jax.process_index() == 0:
+            mark.unlink()
+
+
 def compare(everyone: list[dict[str, str]]) -> list[str]:
     """One line per fact that is not the same in all of `everyone`, the facts of each process with its "host"."""
     lines = []

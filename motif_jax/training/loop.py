@@ -72,7 +72,7 @@ def find_start(config: Config, directory: pathlib.Path) -> int | None:
         if config.checkpoint.fallback:
             for reason in checkpoint.set_damaged_aside(directory):
                 print(reason, flush=True)
-    startup.barrier("work directory")
+    startup.check_shared(directory)
     return newest_checkpoint(directory)
 
 

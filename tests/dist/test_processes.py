@@ -57,13 +57,13 @@ def data(environment, tmp_path_factory):
     return path
 
 
-def start(environment, processes, data, workdir, *more):
+def start(environment, processes, data, workdir, *more, cwd=ROOT):
     """A job in a process group of its own, so that nothing of it outlives a failed test."""
     arguments = [*CONFIG, f"--workdir={workdir}", f"--config.data.path={data}", *more]
     command = ["bash", "launch/local_pod.sh", str(processes)] if processes > 1 else [sys.executable, "-m", "motif_jax.main"]
     return subprocess.Popen(
         [*command, *arguments],
-        cwd=ROOT,
+        cwd=cwd,
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -172,13 +172,28 @@ def test_a_stopped_and_killed_job_continues_with_fewer_processes(environment, da
     assert_same_run(tmp_path, single)
 
 
-def test_processes_that_disagree_are_named(environment, data, tmp_path):
-    port = str(20000 + os.getpid() % 20000)
-    jobs = []
-    for index, rate in enumerate(("1e-3", "2e-3")):
-        variables = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "MOTIF_PROCESS_COUNT": "2", "MOTIF_PROCESS_INDEX": str(index)}
-        jobs.append(start(environment | variables, 1, data, tmp_path, f"--config.learning_rate={rate}"))
+def pair(environment, port, one):
+    """What two processes say that both fail; `one` starts number 0 or 1 with these variables."""
+    address = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{20000 + (os.getpid() + port) % 20000}", "MOTIF_PROCESS_COUNT": "2"}
+    jobs = [one(index, environment | address | {"MOTIF_PROCESS_INDEX": str(index)}) for index in range(2)]
     texts = [end(job) for job in jobs]
-    assert all(job.returncode != 0 for job in jobs)
+    assert all(job.returncode != 0 for job in jobs), texts
+    return texts
+
+
+def test_processes_that_disagree_are_named(environment, data, tmp_path):
+    rates = ("1e-3", "2e-3")
+    texts = pair(environment, 0, lambda i, variables: start(variables, 1, data, tmp_path, f"--config.learning_rate={rates[i]}"))
     assert any("the processes do not run the same thing" in text and "the configuration: process 1 on" in text for text in texts), texts
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_work_directory_that_is_not_shared_is_refused(environment, data, tmp_path):
+    """The same name on each host, and every host has its own: a new run, where no checkpoint tells them apart yet."""
+    for host in "01":
+        (tmp_path / host).mkdir()
+        (tmp_path / host / "configs").symlink_to(ROOT / "configs")
+    variables = environment | {"PYTHONPATH": str(ROOT)}
+    texts = pair(variables, 1, lambda i, variables: start(variables, 1, data, "run", cwd=tmp_path / str(i)))
+    assert any("a new file in run (is it on a file system that all share?): process" in text for text in texts), texts
+    assert sorted(path.name for path in tmp_path.rglob("run/*")) == ["lock"]
