@@ -185,11 +185,11 @@ def _train(config: Config, directory: pathlib.Path, dataset: pipeline.Dataset, m
             if work[0]:
                 scalars = validate(eval_step, state.best, frozen, stop.guard(validation), config, mesh)
                 progress.check(step, scalars)
-                if writer:
-                    writer.write(step, scalars)
                 say(f"step {step}/{config.steps}  " + "  ".join(f"{k} {v:.4f}" for k, v in scalars.items() if not k[-1].isdigit()))
             for _ in stop.guard(range(bool(work[1]))):
                 sheets.write(step, state.best, frozen)
+            if work[0] and writer:  # not before: what is cut short is evaluated again
+                writer.write(step, scalars)
         except Interrupted:
             return False
         progress.restart()

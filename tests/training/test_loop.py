@@ -101,6 +101,25 @@ def test_a_signal_at_any_place_saves_and_the_run_continues(config, undisturbed, 
         np.testing.assert_array_equal(a, b)
 
 
+def test_an_evaluation_that_a_signal_follows_is_written_once(config, undisturbed, tmp_path, monkeypatch):
+    """Between evaluation and sample sheet of step 2: both are made after the restart, and count once."""
+    validate = loop.validate
+    steps = []
+
+    def and_a_signal(*args):
+        steps.append(args)
+        found = validate(*args)
+        if len(steps) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return found
+
+    monkeypatch.setattr(loop, "validate", and_a_signal)
+    assert not loop.train(config, tmp_path) and checkpoint.latest_step(tmp_path) == 2
+    assert loop.train(config, tmp_path)
+    counts = [collections.Counter(line["step"] for line in read_lines(run / "metrics.jsonl")) for run in (tmp_path, undisturbed)]
+    assert counts[0] == counts[1]
+
+
 def test_a_new_run_does_not_keep_its_initial_weights(config, tmp_path, monkeypatch):
     """They live on in the state; a second copy, on the first device of each process, would last as long as the run."""
     initial, validate, alive, seen = loop.initial_weights, loop.validate, [], []
