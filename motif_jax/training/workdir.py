@@ -18,7 +18,6 @@ from motif_jax.training.checkpoint import CheckpointError
 
 # A run may be continued with other values of these; everything else decides what the parameters become.
 FREE_TO_CHANGE = (
-    "steps",
     "log_every",
     "checkpoint",
     "eval",
@@ -32,8 +31,9 @@ FREE_TO_CHANGE = (
     "prepare",
     "name",
 )
-# A run that diverged may be continued with other values of these, which is said. None of them changes what the optimizer's state holds.
-STEERING = ("learning_rate", "optimizer.grad_clip", "optimizer.warmup_steps", "optimizer.schedule")
+# A run that goes on for longer, or diverged, may be continued with other values of these, which is said: the learning rates to come
+# depend on them. None of them changes what the optimizer's state holds.
+STEERING = ("steps", "learning_rate", "optimizer.grad_clip", "optimizer.warmup_steps", "optimizer.schedule")
 LOCK_SECONDS = 60  # how long `lock` waits for another process to end
 
 

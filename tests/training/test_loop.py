@@ -231,6 +231,7 @@ def test_a_run_that_diverged_continues_with_another_learning_rate(config, undist
     capsys.readouterr()
     loop.train(changed(config, learning_rate=1e-4, optimizer={"grad_clip": 1.0, "schedule": "cosine"}), run)
     text = capsys.readouterr().out
+    assert "steps was 4 and is now 5" in text  # where a cosine ends
     assert "learning_rate was 0.001 and is now 0.0001" in text and "optimizer.grad_clip was 0.0 and is now 1.0" in text
     assert "continuing at step 4 of 5" in text and "done: 5 steps" in text
 
