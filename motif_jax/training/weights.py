@@ -60,6 +60,9 @@ def frozen_weights(networks: Networks, loaded: dict[str, Params] | None = None, 
         found = {name: (init_from, params) for name, params in load_frozen(init_from).items() if name in need} | found
     missing = [name for name in need if name not in found]
     if missing and init_from:
+        start = origin(init_from)
+        if start and not pathlib.Path(start).exists():
+            raise UserError(f"init_from={init_from}: {start}, from which the {' and '.join(missing)} should come, is not there")
         raise UserError(f"init_from={init_from}: holds no weights of the {' and '.join(missing)}")
     if missing:
         small = {"autoencoder": "autoencoder.kind='pixel'", "text": "text.kind='words'", "image": "image.kind='random'"}
@@ -122,11 +125,24 @@ def _assembled(imported: dict[str, Params]) -> dict[str, Params]:
 
 def load_frozen(directory: str | pathlib.Path) -> dict[str, Params]:
     """The "autoencoder", "text" and "image" of an `init_from`, through the work directories that started from one another."""
-    if not str(directory) or not pathlib.Path(directory).exists():
-        return {}
-    if is_imported(directory):
-        return read_imported(directory, ("autoencoder", "text", "image"))
-    return load_frozen(read_config(directory).init_from)
+    start = origin(directory)
+    return read_imported(start, ("autoencoder", "text", "image")) if start and is_imported(start) else {}
+
+
+def origin(init_from: str | pathlib.Path, *passed: pathlib.Path) -> str:
+    """The import at the beginning of the work directories that started from one another; "" where the first one began at random.
+
+    Raises UserError when they go round in a circle; `passed` are those before.
+    """
+    while str(init_from) and pathlib.Path(init_from).exists() and not is_imported(init_from):
+        passed = (*passed, run_directory(pathlib.Path(init_from)).resolve())
+        if passed[-1] in passed[:-1]:
+            raise UserError(
+                f"init_from: a run would start from itself ({' -> '.join(map(str, passed))}). The same command continues a run; give it "
+                "the init_from that it began with"
+            )
+        init_from = read_config(init_from).init_from
+    return str(init_from)
 
 
 def run_directory(directory: pathlib.Path) -> pathlib.Path:

@@ -15,6 +15,7 @@ from motif_jax import report
 from motif_jax.config import Config, UserError, read_json, to_json
 from motif_jax.models.networks import Params
 from motif_jax.training.checkpoint import CheckpointError
+from motif_jax.training.weights import origin
 
 # A run may be continued with other values of these; everything else decides what the parameters become.
 FREE_TO_CHANGE = (
@@ -56,7 +57,8 @@ def compare(before: Mapping[str, Any], now: Mapping[str, Any], workdir: pathlib.
 
 
 def check(config: Config, workdir: pathlib.Path) -> None:
-    """Raises UserError when `workdir` holds checkpoints of a run whose fixed settings differ; writes nothing."""
+    """Raises UserError when `workdir` holds checkpoints of a run whose fixed settings differ, or is its own `init_from`; writes nothing."""
+    origin(config.init_from, workdir.resolve())
     path = workdir / "config.json"
     try:
         if path.exists() and (workdir / "checkpoints").is_dir() and any((workdir / "checkpoints").iterdir()):

@@ -200,7 +200,13 @@ def test_a_run_keeps_its_pretrained_networks_wherever_they_lie(config, tmp_path)
     with pytest.raises(UserError, match="checkpoints/2 was made with another autoencoder: set init_from to the weights"):
         loop.train(changed(config, init_from=str(tmp_path / "other"), steps=4), run)
     assert files(run) == before
-    loop.train(changed(config, init_from=str((tmp_path / "one").rename(tmp_path / "moved")), steps=4), run)
+    with pytest.raises(UserError, match=r"init_from: a run would start from itself \(.*run -> .*run\)"):
+        loop.train(changed(config, init_from=str(run), steps=4), run)
+    assert files(run) == before
+    (tmp_path / "one").rename(tmp_path / "moved")
+    with pytest.raises(UserError, match=rf"init_from={run}: {tmp_path}/one, from which the autoencoder should come, is not there"):
+        loop.train(changed(config, init_from=str(run), steps=4), tmp_path / "new")
+    loop.train(changed(config, init_from=str(tmp_path / "moved"), steps=4), run)
     assert (run / "DONE").read_text() == "4\n"
 
 
