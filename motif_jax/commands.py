@@ -52,6 +52,9 @@ def run(name: str, main: Callable[[list[str]], None]) -> None:
             if HELP.intersection(arguments):  # absl has printed it, and calls that a failure
                 sys.exit(0)
             raise
+        except flags.UnrecognizedFlagError as error:
+            field = "config" in flags.FLAGS and error.flagname in field_names(Config)
+            sys.exit(f"{name}: " + (f"--{error.flagname}: did you mean --config.{error.flagname}?" if field else _reason(error)))
         except flags.Error as error:
             sys.exit(f"{name}: {_reason(error)}")
         except Exception as error:  # a configuration file is code: it may raise anything

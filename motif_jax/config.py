@@ -187,9 +187,9 @@ class OptimizerConfig:
     """AdamW."""
 
     weight_decay: float = _f(0.01, "decoupled weight decay", low=0.0)
-    b1: float = _f(0.9, "first moment decay", low=0.0, high=1.0)
-    b2: float = _f(0.999, "second moment decay", low=0.0, high=1.0)
-    eps: float = _f(1e-8, "epsilon", low=0.0)
+    b1: float = _f(0.9, "first moment decay", low=0.0, high=0.999999)
+    b2: float = _f(0.999, "second moment decay", low=0.0, high=0.999999)
+    eps: float = _f(1e-8, "epsilon", low=1e-20)
     grad_clip: float = _f(0.0, "largest global gradient norm; 0 is off", low=0.0)
     warmup_steps: int = _f(0, "linear warm-up", low=0)
     schedule: str = _f("constant", "after the warm-up", choices=("constant", "cosine"))

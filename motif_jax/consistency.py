@@ -14,6 +14,7 @@ def contradictions(c: "Config") -> list[str]:
         if not ok:
             bad.append(text)
 
+    check("://" not in c.init_from, f"init_from={c.init_from}: weights are read from files; copy or mount the directory first")
     factor, z = c.autoencoder.factor, c.autoencoder.z_channels
     if c.autoencoder.kind == "pixel":
         check(z == 3 * factor**2, f"autoencoder.z_channels={z}: a pixel autoencoder of factor {factor} has {3 * factor**2}")
@@ -72,6 +73,7 @@ def contradictions(c: "Config") -> list[str]:
         c.batch_size % c.grad_accumulation == 0,
         f"grad_accumulation={c.grad_accumulation}: must divide batch_size={c.batch_size}",
     )
+    check(c.ema.decay < 1.0 or c.ema.warmup, "ema.decay=1.0: the average would never move; use less than 1, or ema.warmup=True")
     check(
         c.diffusion.beta_start <= c.diffusion.beta_end,
         f"diffusion.beta_start={c.diffusion.beta_start}: must not exceed diffusion.beta_end={c.diffusion.beta_end}",

@@ -4,7 +4,6 @@ Continues by itself when DIR holds a checkpoint; exits 0 at once when `config.st
 """
 
 import os
-import pathlib
 import sys
 
 from absl import flags
@@ -12,6 +11,7 @@ from ml_collections import config_flags
 
 from motif_jax import commands
 from motif_jax.config import UserError
+from motif_jax.data.storage import local_path
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "configs/X.py[:args]", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "directory of checkpoints, metrics and samples")
@@ -23,6 +23,9 @@ def main(argv: list[str]) -> None:
     commands.no_more(argv)
     if not WORKDIR.value:
         raise UserError("--workdir= is empty: name the directory of the run")
+    workdir = local_path(WORKDIR.value)
+    if workdir is None:
+        raise UserError(f"--workdir={WORKDIR.value}: a run writes files: mount the bucket on every host, and name the directory there")
     config = commands.configuration(CONFIG)
     # A GPU is this process' alone; JAX would take three quarters of its memory.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
@@ -30,8 +33,8 @@ def main(argv: list[str]) -> None:
     from motif_jax.training import loop
 
     with startup.job():
-        commands.share_compiled_programs(pathlib.Path(WORKDIR.value) / "compiled")
-        done = loop.train(config, WORKDIR.value)
+        commands.share_compiled_programs(workdir / "compiled")
+        done = loop.train(config, workdir)
     if not done:
         sys.exit(STOPPED_STATUS.value)
 

@@ -276,6 +276,14 @@ BAD_CALLS = {
         ["motif_jax.main", CONFIG, "--workdir={tmp}/w", "--config.stepz=3"],
         "--config.stepz: no such field; did you mean --config.steps?",
     ),
+    "a field taken for a flag": (
+        ["motif_jax.main", CONFIG, "--workdir={tmp}/w", "--steps=4"],
+        "motif_jax.main: --steps: did you mean --config.steps?",
+    ),
+    "a bucket as work directory": (
+        ["motif_jax.main", CONFIG, *SMALL, "--workdir=gs://bucket/run", "--config.data.path={data}"],
+        "--workdir=gs://bucket/run: a run writes files: mount the bucket",
+    ),
     "unknown group": (["motif_jax.main", CONFIG, "--workdir={tmp}/w", "--config.los.heatmap=flow"], "did you mean --config.loss.heatmap?"),
     "fields that the file leaves out": (
         ["motif_jax.main", "--config={tmp}/few.py", "--workdir={tmp}/w", "--config.data.path={tmp}/none", "--config.mesh.data=1"],

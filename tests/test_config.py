@@ -49,6 +49,8 @@ def test_every_mistake_is_named_at_once():
         ({"autoencoder": {"ch": 40}}, "autoencoder.ch, ch_mult: the level width 40 must be a multiple of 32"),
         ({"text": {"heads": 3}}, "text.heads=3: must divide text.width=1024"),
         ({"grad_accumulation": 7}, "grad_accumulation=7: must divide batch_size=64"),
+        ({"init_from": "gs://bucket/weights"}, "init_from=gs://bucket/weights: weights are read from files; copy or mount"),
+        ({"ema": {"decay": 1.0, "warmup": False}}, "ema.decay=1.0: the average would never move"),
         ({"mesh": {"fsdp": -1}}, "at most one axis may be -1"),
         ({"autoencoder": {"kind": "pixel"}}, "a pixel autoencoder of factor 8 has 192"),
         ({"prepare": {"flow_stride": 4}}, "RAFT's grid is 8 pixels"),
@@ -66,6 +68,8 @@ def test_contradictions(given, message):
     [
         ({"learning_rate": float("inf")}, "learning_rate=inf: must be finite"),
         ({"loss": {"motion_weight": float("nan")}}, "loss.motion_weight=nan: must be finite"),
+        ({"optimizer": {"b1": 1.0}}, "optimizer.b1=1.0: must be in [0.0, 0.999999]"),
+        ({"optimizer": {"eps": 0.0}}, "optimizer.eps=0.0: must be in [1e-20, inf]"),
         ({"seed": 2**32}, "seed=4294967296: must be in [0, 4294967295]"),  # whose key would be that of 0
         ([1], "a configuration must be a group of fields, not list"),
     ],
