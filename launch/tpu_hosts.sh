@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Sourced by tpu_vm.sh and flow_tpu.sh, with their arguments: reads [--dry-run] TPU_NAME, leaves the job's arguments in $arguments.
 #   name, where: the slice, for gcloud (ZONE, PROJECT). run CMD...: runs it, or prints it with --dry-run ($dry).
-#   on_every_host EXTRAS CMD: copies this checkout to ~/motif_jax of every host, installs it with these extras (PYTHON: by which
+#   on_every_host EXTRAS CMD: copies this checkout, as committed, to ~/motif_jax of every host, installs it with these extras (PYTHON: by which
 #     interpreter of the hosts), and runs CMD there.
 dry=""
 if [ "${1:-}" = "--dry-run" ]; then dry=1; shift; fi
@@ -27,9 +27,11 @@ run() {
 }
 
 on_every_host() {
-  local install
+  local install changes
   archive="$(mktemp)"
   trap 'rm -f "$archive"' EXIT
+  changes="$(git status --short 2> /dev/null || true)"
+  [ -z "$changes" ] || printf '%s\n' "not committed, so not copied:" "$changes" >&2
   run git archive --format=tar.gz --output="$archive" HEAD
   run gcloud compute tpus tpu-vm scp "$archive" "$name":motif_jax.tar.gz --worker=all ${where[@]+"${where[@]}"}
   # Only the package is made anew: the directory may hold a run by now.

@@ -55,6 +55,23 @@ def test_tpu_vm():
     assert not any("create" in line for line in run("tpu_vm.sh", "--dry-run", "pod", *ARGUMENTS).stdout.splitlines())
 
 
+@pytest.mark.parametrize(
+    ("accelerator", "runtime"), [("v5litepod-64", "v2-alpha-tpuv5-lite"), ("v5p-32", "v2-alpha-tpuv5"), ("v6e-16", "v2-alpha-tpuv6e")]
+)
+def test_a_slice_gets_the_runtime_of_its_generation(accelerator, runtime):
+    def create(**more):
+        return shlex.split(run("tpu_vm.sh", "--dry-run", "pod", *ARGUMENTS, ACCELERATOR=accelerator, **more).stdout.splitlines()[0])
+
+    assert f"--runtime-version={runtime}" in create()
+    assert "--runtime-version=another" in create(RUNTIME="another")
+
+
+def test_what_is_not_committed_is_named(tmp_path):
+    variables = programs(tmp_path, git='[ "$1" != status ] || echo " M configs/motif.py"')
+    done = run("tpu_vm.sh", "--dry-run", "pod", *ARGUMENTS, **variables)
+    assert done.returncode == 0 and done.stderr == "not committed, so not copied:\n M configs/motif.py\n"
+
+
 def programs(directory, **texts):
     """Programs in bash by these names, and the variables that put them first."""
     directory.mkdir(exist_ok=True)
