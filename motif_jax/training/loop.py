@@ -141,7 +141,10 @@ def _train(config: Config, directory: pathlib.Path, dataset: pipeline.Dataset, m
         params = place(finetune.add_updates(config, weights.denoiser, jax.random.key(config.seed)), shardings.params)
         state, step, visited = create(params), 0, False
         sizes = [sum(math.prod(s.shape) for s in tree.values()) for tree in (template.params, finetune.trained(config, template.params))]
-        share = f"{sizes[0]:,} parameters" + (f", {sizes[1]:,} of them trained ({config.finetune})" if config.finetune != "all" else "")
+        share = f"{sizes[0]:,} parameters"
+        if config.finetune != "all":
+            rest = "" if config.init_from else ", the others as they were drawn (no init_from)"
+            share += f", {sizes[1]:,} of them trained ({config.finetune}){rest}"
         say(f"starting: {share}, {len(dataset):,} clips, {directory}")
     else:
         state, saved, meta_saved = checkpoints.restore(restored, template)

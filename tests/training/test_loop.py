@@ -242,6 +242,15 @@ def test_a_run_that_diverged_continues_with_another_learning_rate(config, undist
     assert "continuing at step 4 of 5" in text and "done: 5 steps" in text
 
 
+def test_fine_tuning_of_random_weights_is_said(config, undisturbed, tmp_path, capsys):
+    config = changed(config, finetune="lora", steps=0, eval={"every": 0}, sample={"every": 0})
+    told = []
+    for name, source in (("random", ""), ("trained", str(undisturbed))):
+        loop.train(changed(config, init_from=source), tmp_path / name)
+        told.append("(lora), the others as they were drawn (no init_from)," in capsys.readouterr().out)
+    assert told == [True, False]
+
+
 def test_a_finished_run_needs_no_data_and_more_steps_take_its_mark(config, undisturbed, tmp_path, monkeypatch):
     shutil.copytree(undisturbed, run := tmp_path / "run")
     assert loop.train(changed(config, data={"path": str(tmp_path / "gone")}), run)
