@@ -33,6 +33,8 @@ from motif_jax.models.attention import SpatialTransformer, TemporalTransformer  
 from motif_jax.models.layers import Initializer, recompute, target_platform  # noqa: E402
 from motif_jax.models.unet3d import ResBlock  # noqa: E402
 
+BLOCKS, REMAT = ["residual", "spatial", "temporal"], ["block", "convs", "dots"]
+
 
 def lower(name: str, clips: int, remat: str, device: jax.Device) -> jax.stages.Lowered:
     """A block's output and the gradients of its parameters and its input, lowered for `device`."""
@@ -117,8 +119,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chip", default="v6e:2x2", help="a TPU slice, of which one chip counts, or h100")
     parser.add_argument("--clips", type=int, default=4)
-    parser.add_argument("--blocks", nargs="+", default=["residual", "spatial", "temporal"])
-    parser.add_argument("--remat", nargs="+", default=["block", "convs", "dots"])
+    parser.add_argument("--blocks", nargs="+", choices=BLOCKS, default=BLOCKS)
+    parser.add_argument("--remat", nargs="+", choices=REMAT, default=REMAT)
     arguments = parser.parse_args()
     gpu = arguments.chip == "h100"
     device = h100() if gpu else tpu_devices(arguments.chip)[0]

@@ -17,7 +17,8 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the card is s
 import jax
 import numpy as np
 import torch
-from side_by_side import alternate, load_config, machine, random_params, torch_twin, torch_unet
+from scaling import load_config
+from side_by_side import alternate, machine, random_params, torch_twin, torch_unet
 
 from motif_jax.diffusion import samplers
 from motif_jax.diffusion.guidance import classifier_free

@@ -18,19 +18,11 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.torch_unet import UNet  # noqa: E402
-from motif_jax.config import Config, from_config_dict  # noqa: E402
+from motif_jax.config import Config  # noqa: E402
 from motif_jax.interop.names import to_torch  # noqa: E402
 from motif_jax.models.networks import Networks, Params  # noqa: E402
 
 LIMIT = 1e-5  # relative L2 between the two networks before anything is timed; float32 sums in another order reach some 1e-6
-
-
-def load_config(name: str) -> Config:
-    """A file of configs/, with its argument: configs/motif.py:tiny."""
-    import runpy
-
-    path, _, argument = name.partition(":")
-    return from_config_dict(runpy.run_path(str(ROOT / path))["get_config"](*([argument] if argument else [])))
 
 
 def random_params(networks: Networks) -> Params:

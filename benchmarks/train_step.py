@@ -26,7 +26,8 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the card is s
 import jax
 import numpy as np
 import torch
-from side_by_side import alternate, load_config, machine, random_params, torch_twin, torch_unet
+from scaling import load_config
+from side_by_side import alternate, machine, random_params, torch_twin, torch_unet
 
 from motif_jax.config import Config
 from motif_jax.diffusion.schedule import make_schedule
@@ -220,7 +221,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10, help="timed steps of each side")
     parser.add_argument("--compile", action="store_true", help="torch.compile the PyTorch network")
     parser.add_argument("--batch", type=int, help="clips, in place of the configuration's")
-    parser.add_argument("--remat", help="in place of the configuration's; PyTorch always keeps all activations")
+    parser.add_argument(
+        "--remat", choices=("none", "block", "convs", "dots"), help="in place of the configuration's; PyTorch always keeps all activations"
+    )
     parser.add_argument("--limit", type=float, default=220, help="on a GPU: seconds until everything is compiled")
     parser.add_argument("--apart", action="store_true", help="as on a GPU, on any device")
     parser.add_argument("--side", choices=("torch",), help=argparse.SUPPRESS)
