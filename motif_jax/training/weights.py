@@ -130,7 +130,7 @@ def load_frozen(directory: str | pathlib.Path) -> dict[str, Params]:
 
 
 def origin(init_from: str | pathlib.Path, *passed: pathlib.Path) -> str:
-    """The import at the beginning of the work directories that started from one another; "" where the first one began at random.
+    """What the first of the work directories that started from one another began with: an import, or what is not there; "" is chance.
 
     Raises UserError when they go round in a circle; `passed` are those before.
     """
