@@ -176,7 +176,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, help="denoising steps (default: the configuration's)")
     parser.add_argument("--guidance", type=float, help="classifier-free guidance scale (default: the configuration's)")
     parser.add_argument("--frame_stride", type=int, help="source frames between two frames, at 24 fps (default: 24 / sample.fps)")
-    parser.add_argument("--task_index", default=0, type=int, help="number of this job, from 0")
+    parser.add_argument("--task_index", type=int, help="number of this job, from 0")
     parser.add_argument("--task_count", default=1, type=int, help="jobs that share the list")
     parser.add_argument("--vbench", action="store_true", help="name files <prompt>-<seed>.mp4 and add images/ and vbench_info.json")
 
@@ -193,12 +193,15 @@ def run(arguments: argparse.Namespace) -> None:
         seeds = []
     if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
         raise UserError(f"--seeds={arguments.seeds}: must be different whole numbers from 0, such as 0,1")
-    low = {"batch_size": 1, "steps": 1, "guidance": 0, "frame_stride": 1, "task_count": 1}
+    low = {"batch_size": 1, "steps": 1, "guidance": 0, "frame_stride": 1, "task_index": 0, "task_count": 1}
     for name, least in low.items():
         if (given := getattr(arguments, name)) is not None and given < least:
             raise UserError(f"--{name}={given}: must be at least {least}")
-    if not 0 <= arguments.task_index < arguments.task_count:
-        raise UserError(f"--task_index={arguments.task_index}: must be from 0 to --task_count - 1 = {arguments.task_count - 1}")
+    if arguments.task_index is None and arguments.task_count > 1:
+        raise UserError(f"--task_count={arguments.task_count} needs --task_index: which share is this job's, or every job makes the first")
+    share = arguments.task_index or 0
+    if share >= arguments.task_count:
+        raise UserError(f"--task_index={share}: must be from 0 to --task_count - 1 = {arguments.task_count - 1}")
     config = read_configuration(arguments.config) if arguments.config else None
     everything = requests_of(read_pairs(arguments.list), seeds, arguments.vbench)
     make_output(arguments.output)
@@ -224,5 +227,5 @@ def run(arguments: argparse.Namespace) -> None:
         write_manifest(arguments.output, everything, animator.settings)
         if arguments.vbench:
             write_vbench(arguments.output, everything, c.data.height, c.data.width)
-    mine = everything[arguments.task_index :: arguments.task_count]
+    mine = everything[share :: arguments.task_count]
     generate(animator, mine, arguments.output, c.sample.fps, arguments.batch_size * len(devices), lambda text: print(text, flush=True))

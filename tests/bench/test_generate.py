@@ -241,6 +241,7 @@ def test_the_manifest_says_what_the_animator_says(animator, pairs, tmp_path, mon
         (["--workdir=a", "--seeds=1,1"], "different whole numbers"),
         (["--workdir=a", "--seeds=x"], "different whole numbers"),
         (["--workdir=a", "--batch_size=0"], "--batch_size=0: must be at least 1"),
+        (["--workdir=a", "--task_count=2"], "needs --task_index"),
         (["--workdir=a", "--task_index=2", "--task_count=2"], "must be from 0 to --task_count - 1 = 1"),
     ],
 )
