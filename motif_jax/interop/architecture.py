@@ -46,8 +46,7 @@ def unet_config(tensors: Mapping[str, Any]) -> UNetConfig:
             rates.add(rate)
     if any(len(set(level)) != 1 or len(level) != len(mults[0]) for level in mults):
         raise UserError(f"its U-Net has levels of unequal blocks (widths over {width}: {mults}), which no configuration describes")
-    spatial = r"(?:input|output)_blocks\.\d+\.1\.transformer_blocks\.0\.attn2\.to_k\.weight"
-    contexts = [_shape(tensors, name, "U-Net", 2)[1] for name in tensors if re.fullmatch(spatial, name)]
+    spatial = "middle_block.1.transformer_blocks.0.attn2.to_k.weight"  # attention that every U-Net here has
     first = "init_attn.0.proj_in.weight"
     head = _shape(tensors, first, "U-Net", 3)[0] // 8 if first in tensors else HEAD
     if wrong := [width * level[0] for level in mults if width * level[0] % head]:
@@ -61,7 +60,7 @@ def unet_config(tensors: Mapping[str, Any]) -> UNetConfig:
         attention_resolutions=tuple(sorted(rates, reverse=True)),
         num_head_channels=head,
         transformer_depth=max(1, _count(tensors, r"middle_block\.1\.transformer_blocks\.(\d+)\.")),
-        context_dim=contexts[0] if contexts else UNetConfig().context_dim,
+        context_dim=_shape(tensors, spatial, "U-Net", 2)[1],
         temporal_conv="middle_block.0.temopral_conv.conv1.0.weight" in tensors,
         temporal_attention="middle_block.2.norm.weight" in tensors,
         addition_attention="init_attn.0.norm.weight" in tensors,

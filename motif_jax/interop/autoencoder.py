@@ -6,7 +6,8 @@ from typing import Any
 from motif_jax.interop import names
 
 PREFIX = "first_stage_model."
-IGNORED = (r"loss\..*",)  # the training loss's own networks, present in some files
+# In some files: the training loss's own networks, and an average, or the two counters that pruning leaves of it.
+IGNORED = (r"loss\..*", r"model_ema\..*")
 
 
 def to_jax(tensors: Mapping[str, Any], template: Any, *, lazy: bool = False) -> Any:

@@ -141,9 +141,7 @@ def read_checkpoint(path: str | pathlib.Path, yaml: str | pathlib.Path | None = 
     Raises UserError, which lists the faults of every network.
     """
     settings = read_yaml(yaml) if yaml else None
-    parts = _parts(files.read_tensors(path), path)
-    if only in parts:
-        parts = {only: parts[only]}
+    parts = _parts(files.read_tensors(path), path, only)
     errors: list[str] = []
 
     def attempt(call: Callable, name: str, *args: Any) -> Any:
@@ -179,9 +177,11 @@ def read_checkpoint(path: str | pathlib.Path, yaml: str | pathlib.Path | None = 
     return settings, weights
 
 
-def _parts(tensors: Mapping[str, Lazy], path: str | pathlib.Path) -> dict[str, dict[str, Lazy]]:
-    """The tensors of each network, without its prefix."""
+def _parts(tensors: Mapping[str, Lazy], path: str | pathlib.Path, only: str | None) -> dict[str, dict[str, Lazy]]:
+    """The tensors of each network, without its prefix; of the network `only` alone if it is there, whatever is beside it."""
     parts = {name: found for name, table in TABLES.items() if (found := select(tensors, table.PREFIX))}
+    if only in parts:
+        return {only: parts[only]}
     for pattern, (layout, remedy) in _FOREIGN.items():
         if found := [name for name in tensors if re.search(pattern, name)]:
             raise UserError(f"{path}: is in the layout of {layout} ({found[0]}), which is not read; {remedy}")
@@ -191,7 +191,7 @@ def _parts(tensors: Mapping[str, Lazy], path: str | pathlib.Path) -> dict[str, d
                 if prefix + mark in tensors:
                     parts[name] = select(tensors, prefix)
         if parts:
-            return parts
+            return {only: parts[only]} if only in parts else parts
         first = ", ".join(sorted(tensors)[:3])
         raise UserError(
             f"{path}: holds no network in the reference's names ({', '.join(t.PREFIX for t in TABLES.values())}); "

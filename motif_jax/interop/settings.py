@@ -74,11 +74,14 @@ def read_yaml(path: str | pathlib.Path) -> Settings:
             if parent is None and need:
                 errors.append(f"there is no {'.'.join(keys[: i + 1])}")
                 return {}
-        return dict(parent) if isinstance(parent, Mapping) else {}
+        filled = isinstance(parent, Mapping) and parent
+        if need and not filled:
+            errors.append(f"{'.'.join(keys)} is {parent!r}: must be a group of settings")
+        return dict(parent) if filled else {}
 
     model = group(found, "model", "params")
     if not model:
-        raise UserError(f"{path}: is not a YAML of the reference: {errors[0] if errors else 'model.params is empty'}")
+        raise UserError(f"{path}: is not a YAML of the reference: {errors[0]}")
     unet = _unet(group(model, "unet_config", "params"), errors)
     autoencoder = _autoencoder(model, errors)
     text = _text(group(model, "cond_stage_config", "params", need=False), errors)

@@ -133,6 +133,26 @@ def test_networks_one_by_one_share_a_directory(tmp_path, networks):
     assert {path.name: path.read_bytes() for path in (tmp_path / "in").iterdir()} == before
 
 
+@pytest.mark.parametrize(
+    "beside",
+    [
+        ["cond_stage_model.transformer.text_model.x.weight", "model_ema.diffusion_modelx", "model.diffusion_model.input_blocks.0.0.weight"],
+        ["conditioner.embedders.0.transformer.text_model.x.weight", "conditioner.embedders.1.model.ln_final.bias", "denoiser.sigmas"],
+    ],
+    ids=["as Stable Diffusion 1", "as SDXL"],
+)
+def test_an_autoencoder_within_a_model_of_another_kind(tmp_path, networks, beside):
+    """What else the file holds is no matter, a text tower in another layout included; for the whole file it is."""
+    state = networks["autoencoder"] | {name: np.zeros((2, 2), np.float32) for name in beside}
+    source = save(tmp_path / "x.safetensors", state)
+    import_checkpoint("autoencoder", source, tmp_path / "in")
+    found = autoencoder.to_torch(read_imported(tmp_path / "in")["autoencoder"])
+    same({autoencoder.PREFIX + name: tensor for name, tensor in found.items()}, networks["autoencoder"])
+    for kind in ("videocrafter", "openclip"):
+        with pytest.raises(UserError, match=r"in the layout of transformers \(cond.*take the OpenCLIP file"):
+            import_checkpoint(kind, source, tmp_path / "other")
+
+
 def test_two_imports_at_once_share_a_directory(tmp_path, networks, monkeypatch):
     sha256, both = files.sha256, threading.Barrier(2)
 
@@ -177,7 +197,7 @@ def broken(model, change):
 
 BIAS, SMALL = unet.PREFIX + "out.0.bias", np.zeros(3, np.float32)
 CONV, TABLE = unet.PREFIX + "input_blocks.0.0.weight", openclip.PREFIX + "token_embedding.weight"
-TO_K = unet.PREFIX + "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+TO_K = unet.PREFIX + "middle_block.1.transformer_blocks.0.attn2.to_k.weight"
 WRONG = {
     "an autoencoder alone": (lambda s: [s.pop(n) for n in list(s) if not n.startswith("first_stage")], "holds no U-Net, but autoencoder"),
     "another network": (lambda s: (s.clear(), s.update({"layer1.0.conv1.weight": SMALL})), "holds no network in the reference's names"),

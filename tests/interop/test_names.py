@@ -146,6 +146,14 @@ def test_text_tower_ignores_buffers_and_the_image_tower():
     assert all(again[name].tobytes() == tensors[name].tobytes() for name in tensors)
 
 
+def test_autoencoder_ignores_the_loss_and_the_average():
+    """Of the average a pruned file keeps its two counters alone."""
+    template = shapes(lambda: make_autoencoder(AutoencoderConfig(ch=32, ch_mult=(1,), factor=1, num_res_blocks=1), nnx.Rngs(0)))
+    tensors = random_tensors(template)
+    extra = {name: np.zeros((), np.float32) for name in ("loss.logvar", "model_ema.decay", "model_ema.num_updates")}
+    assert autoencoder.to_torch(autoencoder.to_jax(tensors | extra, template)).keys() == tensors.keys()
+
+
 def test_autoencoder_there_and_back():
     template = shapes(lambda: make_autoencoder(AutoencoderConfig(ch=32, ch_mult=(1, 2), factor=2, num_res_blocks=1), nnx.Rngs(0)))
     tensors = random_tensors(template)

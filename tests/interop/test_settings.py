@@ -175,7 +175,9 @@ def test_every_mistake_is_listed(tmp_path):
     [
         ("a: [1, 2", "cannot be read as YAML"),
         ("- 1\n- 2", "is not a YAML of the reference: there is no model"),
-        ("model: {params: {}}", "is not a YAML of the reference"),
+        ("model: {params: {}}", r"is not a YAML of the reference: model\.params is {}: must be a group of settings"),
+        ("model: {params: {unet_config: {params: [1]}}}", r"unet_config\.params is \[1\]: must be a group of settings"),
+        ("model: {params: {unet_config: {params: {}}}}", r"unet_config\.params is {}: must be a group of settings"),
         ("model: {params: {timesteps: 1000}}", "there is no unet_config"),
         (VIDEOCRAFTER.replace("channels: 64", "channels: 640"), "num_head_channels=640: must divide the level width 320$"),
         ("!!python/object/apply:os.mkdir [x]", "cannot be read as YAML"),
@@ -201,6 +203,7 @@ def tensors(make):
         UNetConfig(in_channels=9, out_channels=3, model_channels=64, channel_mult=(1, 3), attention_resolutions=(2,), transformer_depth=2,
                    fps_cond=False),
         UNetConfig(model_channels=64, temporal_conv=False, temporal_attention=False, addition_attention=False),
+        UNetConfig(model_channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(), num_head_channels=8, context_dim=6),
     ],
 )  # fmt: skip
 def test_unet_from_shapes(config):
