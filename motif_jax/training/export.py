@@ -48,6 +48,8 @@ def export(
         names += ["autoencoder"] * (settings.autoencoder.kind == "kl") + ["text"] * (settings.text.kind == "openclip")
         names += ["image"] * (settings.unet.image_cross_attention and settings.image.kind == "openclip")
     missing = [name for name in names if name not in found]
+    if missing and not is_imported(directory):
+        raise weights.lacking(config.init_from, missing)
     if missing:
         raise UserError(f"{directory}: holds no weights of the {' and '.join(missing)}")
     tensors: dict[str, Any] = {}

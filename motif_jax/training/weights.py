@@ -60,10 +60,7 @@ def frozen_weights(networks: Networks, loaded: dict[str, Params] | None = None, 
         found = {name: (init_from, params) for name, params in load_frozen(init_from).items() if name in need} | found
     missing = [name for name in need if name not in found]
     if missing and init_from:
-        start = origin(init_from)
-        if start and not pathlib.Path(start).exists():
-            raise UserError(f"init_from={init_from}: {start}, from which the {' and '.join(missing)} should come, is not there")
-        raise UserError(f"init_from={init_from}: holds no weights of the {' and '.join(missing)}")
+        raise lacking(init_from, missing)
     if missing:
         small = {"autoencoder": "autoencoder.kind='pixel'", "text": "text.kind='words'", "image": "image.kind='random'"}
         raise UserError(
@@ -127,6 +124,17 @@ def load_frozen(directory: str | pathlib.Path) -> dict[str, Params]:
     """The "autoencoder", "text" and "image" of an `init_from`, through the work directories that started from one another."""
     start = origin(directory)
     return read_imported(start, ("autoencoder", "text", "image")) if start and is_imported(start) else {}
+
+
+def lacking(init_from: str, names: list[str]) -> UserError:
+    """The error for frozen networks that are not in an `init_from`."""
+    start, networks = origin(init_from), " and ".join(names)
+    if not start or pathlib.Path(start).exists():
+        return UserError(f"init_from={start or init_from}: holds no weights of the {networks}")
+    return UserError(
+        f"init_from={start}: there is no such directory, from which the {networks} of this run came; put it back, or if the path is a "
+        "relative one, call this from where the run was started"
+    )
 
 
 def origin(init_from: str | pathlib.Path, *passed: pathlib.Path) -> str:

@@ -21,7 +21,7 @@ from motif_jax.interop import autoencoder, unet
 from motif_jax.interop.imported import import_checkpoint, imported_settings
 from motif_jax.interop.settings import Settings, read_yaml, to_yaml
 from motif_jax.models.networks import Networks
-from motif_jax.training import weights
+from motif_jax.training import weights, workdir
 from motif_jax.training.checkpoint import Checkpoints
 from motif_jax.training.export import export
 from motif_jax.training.state import TrainState
@@ -322,3 +322,29 @@ def test_sampling_takes_the_frozen_networks_of_the_import(tmp_path, tiny):
         Animator.load(tmp_path / "unet", config)
     with pytest.raises(UserError, match="kl: holds no weights of the denoiser, but autoencoder"):
         Animator.load(tmp_path / "kl", config)
+
+
+def test_frozen_networks_that_are_gone(make_run, tmp_path, monkeypatch):
+    """A relative init_from leads nowhere from another directory: the error names it, through the runs that started from one another."""
+    sizes = {"autoencoder": KL, "unet": {"in_channels": 8, "out_channels": 4}}
+    first, _, _ = make_run(**sizes, init_from="weights/kl")
+    second, _, _ = make_run(**sizes, init_from=str(first))
+    for call in (lambda: Animator.load(second), lambda: export(second, tmp_path / "x.safetensors", frozen=True)):
+        with pytest.raises(UserError, match=r"^init_from=weights/kl: there is no such directory, from which the autoencoder of this run"):
+            call()
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "weights/kl").mkdir(parents=True)
+    (tmp_path / "weights/kl/imported.json").write_text('{"networks": {}}')
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"^init_from=weights/kl: holds no weights of the autoencoder$"):
+        Animator.load(second)
+
+
+@pytest.mark.parametrize("own", ["", "checkpoints/7"])
+def test_a_run_does_not_start_from_itself(run, tiny, own, monkeypatch):
+    """Its config.json would lose where its frozen networks came from, and lead to itself for ever."""
+    monkeypatch.chdir(run[0].parent)
+    config = changed(tiny(), init_from=str(run[0] / own))
+    with pytest.raises(UserError, match="is this run's own work directory, from which it continues by itself; leave init_from as it was"):
+        workdir.check(config, pathlib.Path(run[0].name))
+    workdir.check(config, run[0].parent / "another")
