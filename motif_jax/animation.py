@@ -143,8 +143,9 @@ def animate_one(load: Callable[[], Animator], image: str, prompt: str, output: s
         raise UserError(f"--output={output}: must end in .mp4 or .gif")
     path = pathlib.Path(output)
     _check_writable(path)
+    picture = open_image(image)
     animator = load()
-    clip = animator([open_image(image)], [prompt], [seed])[0]
+    clip = animator([picture], [prompt], [seed])[0]
     save_clip(path, clip, animator.config.sample.fps)
     print(f"{output}: {len(clip)} frames of {clip.shape[1]}x{clip.shape[2]}")
 
@@ -176,7 +177,8 @@ def read_requests(path: str) -> list[Pair]:
         requests.append(Pair(name, image.resolve(), prompt))
     bad += [f"id {name!r} occurs {count} times" for name, count in Counter(r.id for r in requests).items() if count > 1]
     if bad or not requests:
-        raise UserError(f"--requests={path}: " + ("; ".join(bad) if bad else "holds no request"))
+        shown = "; ".join(bad[:10]) + (f"; and {len(bad) - 10} more" if len(bad) > 10 else "")
+        raise UserError(f"--requests={path}: {shown or 'holds no request'}")
     return requests
 
 

@@ -41,7 +41,8 @@ def main(argv: list[str]) -> None:
         raise UserError("give either --workdir, or --checkpoint with --config")
     if CHECKPOINT.value and CONFIG.value is None:
         raise UserError("--checkpoint needs --config")
-    if bool(REQUESTS.value) == bool(IMAGE.value and PROMPT.value is not None):
+    one = [IMAGE.value is not None, PROMPT.value is not None]
+    if any(one) if REQUESTS.value else not (all(one) and IMAGE.value):
         raise UserError("give either --image and --prompt, or --requests")
     config = commands.configuration(CONFIG) if CONFIG.value else None
     from motif_jax import animation

@@ -54,6 +54,11 @@ def test_bad_lines(folder, case):
         read_requests(save(folder, line))
 
 
+def test_of_many_bad_lines_the_first_are_shown(folder):
+    with pytest.raises(UserError, match=r"line 10: Expecting[^;]*; and 290 more$"):
+        read_requests(save(folder, *["a.png,x,1"] * 300))
+
+
 def never():
     raise AssertionError("weights are loaded before the flags are checked")
 
@@ -63,6 +68,10 @@ def test_flags_are_checked_before_weights_are_loaded(folder):
         animate_list(never, save(folder, "{"), str(folder / "out"), 0, 1, "gif")
     with pytest.raises(UserError, match=r"must end in \.mp4 or \.gif"):
         animate_one(never, "a.png", "x", "x.avi", 0)
+    with pytest.raises(UserError, match=r"b\.png: missing file"):
+        animate_one(never, str(folder / "b.png"), "x", str(folder / "x.gif"), 0)
+    with pytest.raises(UserError, match=r"list\.jsonl: is no image"):
+        animate_one(never, str(folder / "list.jsonl"), "x", str(folder / "x.gif"), 0)
     assert not (folder / "out").exists()
     with pytest.raises(UserError, match=r"--output=.*a\.png/out: cannot be written: .*Not a directory"):
         animate_list(never, save(folder, {}), str(folder / "a.png" / "out"), 0, 1, "gif")

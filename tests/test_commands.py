@@ -326,7 +326,7 @@ BAD_CALLS = {
         ["motif_jax.main", CONFIG, *SMALL, "--workdir=/dev/null/w", "--config.data.path={data}"],
         "cannot write to the work directory",
     ),
-    "no run": (["motif_jax.sample", "--workdir={tmp}", "--image=x.png", "--prompt=x", "--output={tmp}/x.mp4"], "no config.json"),
+    "no run": (["motif_jax.sample", "--workdir={tmp}", "--image={tmp}/a.png", "--prompt=x", "--output={tmp}/x.mp4"], "no config.json"),
     "no image": (
         ["motif_jax.sample", "--workdir={run}", "--image={tmp}/x.png", "--prompt=x", "--output={tmp}/x.mp4"],
         "x.png: missing file",
@@ -337,13 +337,17 @@ BAD_CALLS = {
     ),
     "no work directory": (["motif_jax.sample", "--workdir=", "--image=x", "--prompt=x", "--output=x.gif"], "give either --workdir, or"),
     "no list": (["motif_jax.sample", "--workdir={run}", "--requests=", "--output=x"], "give either --image and --prompt, or --requests"),
+    "a list and an image": (
+        ["motif_jax.sample", "--workdir={run}", "--requests=x.jsonl", "--image=x", "--output=x"],
+        "give either --image and --prompt, or --requests",
+    ),
     "no output": (["motif_jax.sample", "--workdir={run}", "--requests=x.jsonl", "--output="], "--output is empty: name a file"),
     "huge seed": (
         ["motif_jax.sample", "--workdir={run}", "--image=x", "--prompt=x", "--output=x.gif", "--seed=2147483648"],
         "--seed=2147483648",
     ),
     "guidance that is no number": (
-        ["motif_jax.sample", "--workdir={run}", "--image=x", "--prompt=x", "--output=x.gif", "--guidance=nan"],
+        ["motif_jax.sample", "--workdir={run}", "--image={tmp}/a.png", "--prompt=x", "--output=x.gif", "--guidance=nan"],
         "--guidance=nan: must be a finite number",
     ),
     "bad list": (["motif_jax.sample", "--workdir={run}", "--requests={tmp}/none.jsonl", "--output={tmp}/o"], "cannot be read"),
