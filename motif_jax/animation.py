@@ -194,4 +194,5 @@ def animate_list(load: Callable[[], Animator], requests_file: str, output: str, 
     animator = load()
     with writing(directory):
         write_manifest(directory, requests, {**animator.settings, "seed": seed})
-    generate(animator, requests, directory, animator.config.sample.fps, batch_size, functools.partial(print, flush=True))
+    size = min(batch_size, len(requests))  # of a batch that is not full the rest is computed, too
+    generate(animator, requests, directory, animator.config.sample.fps, size, functools.partial(print, flush=True))

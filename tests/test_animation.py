@@ -82,8 +82,10 @@ class Still:
 
     def __init__(self, config, guidance=7.5):
         self.config, self.settings = config, {"model": "m", "guidance": guidance}
+        self.sizes = []
 
     def __call__(self, images, prompts, seeds):
+        self.sizes.append(len(images))
         return np.stack([np.full((4, 16, 16, 3), image.mean(), np.uint8) for image in images])
 
 
@@ -106,6 +108,14 @@ def test_a_directory_holds_clips_of_one_kind(folder, tiny, capsys):
     assert {p: p.read_bytes() for p in output.iterdir()} == before
     (output / "1.gif").unlink()
     make({"prompt": "y"})
+
+
+@pytest.mark.parametrize(("count", "sizes"), [(1, [1]), (3, [3]), (5, [4, 4])])
+def test_a_batch_is_no_larger_than_the_list(folder, tiny, count, sizes):
+    animator = Still(tiny())
+    requests = save(folder, *({"id": i} for i in range(count)))
+    animate_list(lambda: animator, requests, str(folder / "out"), 0, 4, "gif")
+    assert animator.sizes == sizes and len(list((folder / "out").glob("*.gif"))) == count
 
 
 def test_files_of_unknown_making_are_refused(folder, tiny):
