@@ -1,5 +1,6 @@
 """Weight files: what one library writes the other reads, and what a damaged or dangerous file says."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -209,6 +210,22 @@ def test_truncated_pytorch_files(tmp_path, zipped, share):
     path.write_bytes(whole[: int(share * len(whole))])
     with pytest.raises(UserError, match=r"x\.ckpt: is (incomplete|not a PyTorch checkpoint of tensors, or damaged)"):
         files.read_tensors(path)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.filterwarnings("ignore")  # PyTorch's, of what it stumbles over
+def test_pytorch_files_damaged_anywhere(tmp_path, zipped):
+    """Cut off at any length, or with one byte changed: a UserError or tensors, nothing else is raised."""
+    torch = pytest.importorskip("torch")
+    path = tmp_path / "x.ckpt"
+    torch.save({"a": torch.zeros(2)}, path, _use_new_zipfile_serialization=zipped)
+    whole = path.read_bytes()
+    cut = [whole[:length] for length in range(0, len(whole), 7)]
+    changed = [whole[:i] + bytes([whole[i] ^ 85]) + whole[i + 1 :] for i in range(0, len(whole), 3)]
+    for damaged in cut + changed:
+        path.write_bytes(damaged)
+        with contextlib.suppress(UserError):
+            assert len(files.read_tensors(path)) == 1
 
 
 @pytest.mark.parametrize("dtype", ["float8_e4m3fn", "complex64"])
