@@ -345,6 +345,6 @@ def test_a_run_does_not_start_from_itself(run, tiny, own, monkeypatch):
     """Its config.json would lose where its frozen networks came from, and lead to itself for ever."""
     monkeypatch.chdir(run[0].parent)
     config = changed(tiny(), init_from=str(run[0] / own))
-    with pytest.raises(UserError, match="a run would start from itself .* give it the init_from that it began with"):
+    with pytest.raises(UserError, match=r"a run would start from itself .* give it the init_from that it began with"):
         workdir.check(config, pathlib.Path(run[0].name))
     workdir.check(config, run[0].parent / "another")
