@@ -5,7 +5,8 @@
 FILE: .safetensors in the authors' names; without it weights are random. Rounds alternate between the two, so that what else the
 machine does hits both; shown are medians of wall-clock and CPU seconds per frame pair, and the largest difference between the flows.
 `clip` is the offline job's path, which encodes every frame of a clip once; it is compared with PyTorch's best row.
-On a GPU both are timed on one pair and on eight, in float32 and with convolutions in TF32, PyTorch's default.
+On a GPU both are timed on one pair and on eight, in float32 and with convolutions in TF32, PyTorch's default; cuDNN tries its kernels, as
+XLA does.
 Exits with 1 when JAX on the same pairs is slower than PyTorch (on a GPU: less than twice as fast).
 """
 
@@ -49,7 +50,7 @@ def compare(variant: str, dtype: str, weights: str | None, options: argparse.Nam
     from motif_jax.interop.raft import load_raft
     from motif_jax.motion.estimators import make_flow_estimator
 
-    torch.backends.cudnn.allow_tf32 = dtype == "tensorfloat32"
+    torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = dtype == "tensorfloat32", True
     with tempfile.TemporaryDirectory() as scratch:
         file = weights or f"{scratch}/random.safetensors"
         if not weights:

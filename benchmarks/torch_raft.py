@@ -132,8 +132,8 @@ class RAFT(nn.Module):
         h, x = self.cnet(first).split([self.hidden, self.context], 1)
         h, x = torch.tanh(h), torch.relu(x)
         b, _, height, width = h.shape
-        rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-        grid = torch.stack([columns, rows]).to(h)[None]
+        rows, columns = (torch.arange(n, dtype=h.dtype, device=h.device) for n in (height, width))
+        grid = torch.stack(torch.meshgrid(columns, rows, indexing="xy"))[None]
         position = grid.repeat(b, 1, 1, 1)
         for _ in range(iterations):
             motion = self.update_block.encoder(position - grid, self._lookup(pyramid, position))
@@ -152,17 +152,17 @@ class RAFT(nn.Module):
         pyramid = [products.view(b * h * w, 1, h, w)]
         for _ in range(LEVELS - 1):
             pyramid.append(functional.avg_pool2d(pyramid[-1], 2))
-        return pyramid
+        # Widths and heights once: a GPU would wait for them at every look-up.
+        return [(level, torch.tensor(level.shape[:-3:-1]).to(level)) for level in pyramid]
 
     def _lookup(self, pyramid, position):
         b, _, h, w = position.shape
-        offset = torch.arange(-self.radius, self.radius + 1).to(position)
+        offset = torch.arange(-self.radius, self.radius + 1, dtype=position.dtype, device=position.device)
         # The slow index of a window moves x.
         window = torch.stack(torch.meshgrid(offset, offset, indexing="ij"), -1)
         centre = position.permute(0, 2, 3, 1).reshape(b * h * w, 1, 1, 2)
         found = []
-        for level, products in enumerate(pyramid):
-            size = torch.tensor(products.shape[:-3:-1]).to(position)
+        for level, (products, size) in enumerate(pyramid):
             points = 2 * (centre / 2**level + window) / (size - 1) - 1
             found.append(functional.grid_sample(products, points, align_corners=True).view(b, h, w, -1))
         return torch.cat(found, -1).permute(0, 3, 1, 2)
