@@ -19,7 +19,9 @@ HELP = frozenset({"--help", "-help", "-h", "--helpshort", "--helpfull", "-?"})
 
 
 def _of_this_host() -> str:
-    return str(pathlib.Path("~/.cache/motif_jax").expanduser() / platform.node())
+    """Empty for a user without a home, as containers have them."""
+    home = os.path.expanduser("~")
+    return "" if home == "~" else os.path.join(home, ".cache/motif_jax", platform.node())
 
 
 def keep_compiled_programs() -> None:
@@ -27,7 +29,8 @@ def keep_compiled_programs() -> None:
 
     One directory a host: a CPU cannot run what was compiled for another. For before JAX is imported.
     """
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _of_this_host())
+    if directory := _of_this_host():
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", directory)
 
 
 def share_compiled_programs(directory: str | pathlib.Path) -> None:
@@ -38,7 +41,7 @@ def share_compiled_programs(directory: str | pathlib.Path) -> None:
     """
     import jax
 
-    if jax.process_count() > 1 and jax.default_backend() != "cpu" and os.environ.get("JAX_COMPILATION_CACHE_DIR") == _of_this_host():
+    if jax.process_count() > 1 and jax.default_backend() != "cpu" and os.environ.get("JAX_COMPILATION_CACHE_DIR", "") == _of_this_host():
         jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(directory).absolute()))
 
 

@@ -6,6 +6,7 @@ The shipped quickstart configuration is shrunk by flags. A compile cache shared 
 import json
 import os
 import pathlib
+import pwd
 import signal
 import subprocess
 import sys
@@ -82,6 +83,11 @@ def trained(environment, data, tmp_path_factory):
     return workdir
 
 
+def compiled(environment):
+    """Names of the programs in the compile cache."""
+    return {path.name for path in pathlib.Path(environment["JAX_COMPILATION_CACHE_DIR"]).glob("*-cache")}
+
+
 def final_state(workdir):
     """Every array of the last checkpoint, by path."""
     import jax
@@ -123,7 +129,11 @@ def test_a_finished_run_exits_at_once(environment, data, trained):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["kill-9", "sigterm"])
 def test_a_disturbed_run_ends_in_the_same_bits(environment, data, trained, tmp_path, number):
-    """Stopped twice, at whatever moment the signal finds it; parameters, average, moments and metrics equal the undisturbed run's."""
+    """Stopped twice, at whatever moment the signal finds it; parameters, average, moments and metrics equal the undisturbed run's.
+
+    No process compiles what the undisturbed run has: the names in the compile cache depend on neither process nor work directory.
+    """
+    programs = compiled(environment)
     command = ("motif_jax.main", CONFIG, *SMALL, f"--workdir={tmp_path}", f"--config.data.path={data}")
     for after, status in (50, 0), (130, 75):
         process = start(environment, *command, f"--stopped_status={status}")
@@ -140,6 +150,7 @@ def test_a_disturbed_run_ends_in_the_same_bits(environment, data, trained, tmp_p
         assert not (tmp_path / "DONE").exists()
     text = run(environment, *command)
     assert "continuing at step" in text and "done: 300 steps" in text
+    assert programs and compiled(environment) == programs
     expected, found = final_state(trained), final_state(tmp_path)
     assert expected.keys() == found.keys() and len(expected) > 20
     for name, value in expected.items():
@@ -156,6 +167,7 @@ def test_sampling(environment, trained, tmp_path):
     from motif_jax.data.videos import read_clip
 
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)).save(tmp_path / "a.png")
+    made = []
     for suffix in ("mp4", "gif"):
         output = tmp_path / f"out.{suffix}"
         run(
@@ -167,6 +179,8 @@ def test_sampling(environment, trained, tmp_path):
             f"--output={output}",
         )
         assert read_clip(output, 8, 16, 16, lambda n: (0, 1)).frames.shape == (8, 16, 16, 3)
+        made.append(compiled(environment))
+    assert made[0] == made[1]  # the second process found everything compiled
     requests = [{"image": "a.png", "prompt": f"the {c} circle moves up", "id": c} for c in ("red", "green", "blue")]
     (tmp_path / "list.jsonl").write_text("".join(json.dumps(r) + "\n" for r in requests))
     command = (
@@ -248,16 +262,38 @@ def test_compiled_programs_are_kept_where_the_user_says(monkeypatch, tmp_path):
     assert os.environ["JAX_COMPILATION_CACHE_DIR"] == "elsewhere"
 
 
+def homeless(monkeypatch):
+    """A user whom the system does not know, as `docker run --user` makes them."""
+
+    def unknown(number):
+        raise KeyError(number)
+
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+
+
+def test_a_user_without_a_home_keeps_no_compiled_programs(monkeypatch):
+    from motif_jax import commands
+
+    homeless(monkeypatch)
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    commands.keep_compiled_programs()
+    assert "JAX_COMPILATION_CACHE_DIR" not in os.environ
+
+
+@pytest.mark.parametrize("home", [True, False])
 @pytest.mark.parametrize(
     ("processes", "backend", "said", "kept"),
     [(4, "gpu", None, "run/compiled"), (1, "gpu", None, None), (4, "cpu", None, None), (4, "gpu", "elsewhere", None)],
 )
-def test_a_job_on_several_hosts_shares_its_compiled_programs(monkeypatch, tmp_path, processes, backend, said, kept):
+def test_a_job_on_several_hosts_shares_its_compiled_programs(monkeypatch, tmp_path, processes, backend, said, kept, home):
     """JAX's process 0 alone writes them: with a directory a host, a restart would compile on all hosts but one."""
     import jax
 
     from motif_jax import commands
 
+    if not home:
+        homeless(monkeypatch)
     monkeypatch.setattr(jax, "process_count", lambda: processes)
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
