@@ -86,6 +86,9 @@ def prepare(
     missing = job.finish()
     summary = job.summary(written, len(mine) - written, missing)
     log(_summary_line(summary, job.directory, time.monotonic() - began))
+    if config.prepare.validation_share and not missing and not summary.clips.get("validation"):
+        share = f"prepare.validation_share={config.prepare.validation_share:g}"
+        log(f"no clip is held out for validation: by {share} chance took none; another --output may have a larger share")
     if missing:
         log(f"{missing} of {len(job.plan)} shards belong to other tasks and are not there yet; the last task to end completes the dataset")
     elif preview:
@@ -309,7 +312,7 @@ class _Progress:
         rate = self._made / max(self._last - self._began, 1e-9)
         left = f", {(self._total - done) / rate / 60:.1f} min left" if rate and done < self._total else ""
         self._log(
-            f"{done} of {self._total} clips ({100 * done // max(self._total, 1)} %), {self._skipped} skipped, {rate:.1f} clips/s{left}"
+            f"{done} of {self._total} clips ({100 * done // max(self._total, 1)} %), {self._skipped} skipped, {rate:.2f} clips/s{left}"
         )
 
 

@@ -50,9 +50,10 @@ def _summary(config: Config, lines: list[dict]) -> str:
         "sample/mean_flow": "mean flow of samples, px per frame",
         "sample/mean_flow_data": "mean flow of the data, px per frame",
         "seconds_per_step": "seconds per step",
-        "input_wait": "share of time waiting for data",
     }
     rows += [(label, f"{last[key]:.4g}") for key, label in shown.items() if last.get(key) is not None]
+    if last.get("input_wait") is not None:
+        rows.append(("time waiting for data", f"{100 * last['input_wait']:.1f} %"))
     return "<table>" + "".join(f"<tr><th>{html.escape(k)}<td>{html.escape(v)}" for k, v in rows) + "</table>"
 
 
@@ -64,8 +65,12 @@ def _curves(lines: list[dict]) -> str:
         "moving / overall loss, by timestep (figure 6)": tuple(sorted({k for line in lines for k in line if k.startswith("eval/ratio_t")})),
         "mean flow, px per frame": ("sample/mean_flow", "sample/mean_flow_data"),
     }
-    figure = Figure(figsize=(14, 4), layout="constrained")
-    for axes, (title, names) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+    known = {name for line in lines for name, value in line.items() if value is not None}
+    panels = {title: names for title, names in panels.items() if known & set(names)}
+    if not panels:
+        return "<p>Nothing was logged yet.</p>"
+    figure = Figure(figsize=(14 / 3 * len(panels), 4), layout="constrained")
+    for axes, (title, names) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         for name in names:
             points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
             if points:
@@ -82,7 +87,7 @@ def _curves(lines: list[dict]) -> str:
 
 
 def _heatmaps(config: Config) -> str:
-    """Frames, flow and heatmap of the first held-out clips, if the data is still there."""
+    """Frames, flow and heatmap of the first held-out clips (or training clips, where there are none), if the data is still there."""
     from motif_jax.data import pipeline
     from motif_jax.motion import pictures
     from motif_jax.motion.heatmap import heatmap
@@ -120,8 +125,8 @@ def _samples(workdir: pathlib.Path) -> str:
     directory = max(found, key=lambda p: int(p.name))
     step = int(directory.name)
     return (
-        f"<p>Left: a real clip that was not trained on. Right: made from its first frame and the sentence, after {step:,} steps.</p>"
-        + _clips(directory)
+        "<p>Left: a real clip, one that was not trained on if the dataset holds any out. "
+        f"Right: made from its first frame and the sentence, after {step:,} steps.</p>" + _clips(directory)
     )
 
 

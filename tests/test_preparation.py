@@ -510,14 +510,15 @@ def test_beam_says_that_videos_are_gone(tmp_path, clips):
 
 
 def test_a_validation_split_made_of_chance_alone(tmp_path, clips):
-    """Few videos: training keeps at least one, and the pipeline copes with whatever is held out."""
-    for share in (0.0, 0.5):
+    """Few videos: training keeps at least one, and the pipeline copes with whatever is held out; that nothing is, is said."""
+    for share in (0.0, 1e-6, 0.5):
         output = tmp_path / str(share)
-        summary, _ = prepare(clips / "list.csv", output, with_prepare(validation_share=share), estimator=Still())
+        summary, lines = prepare(clips / "list.csv", output, with_prepare(validation_share=share), estimator=Still())
         assert summary.clips["train"] >= 1 and sum(summary.clips.values()) == 8
         data = dataclasses.replace(CONFIG.data, path=str(output))
         held_out = pipeline.validation_batches(data, 4, 4, lambda captions: np.zeros((len(captions), 2), np.int32))
-        assert bool(held_out) == (summary.clips.get("validation", 0) > 0) == (share > 0)
+        assert bool(held_out) == (summary.clips.get("validation", 0) > 0) == (share == 0.5)
+        assert any("no clip is held out for validation" in line for line in lines) == (share == 1e-6)
 
 
 @pytest.mark.slow

@@ -161,7 +161,7 @@ def _train(config: Config, directory: pathlib.Path, dataset: pipeline.Dataset, m
             workdir.write_overview(directory, state.params)
     checkpoints.prepare(state)
     shape = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
-    say(f"{jax.device_count()} x {jax.devices()[0].device_kind} ({shape}) in {jax.process_count()} processes")
+    say(f"{jax.device_count()} x {jax.devices()[0].device_kind} ({shape}) in {jax.process_count()} processes; compiling")
     frozen = place(weights.frozen, shard_networks(weights.frozen, mesh))
     weights = params = None  # the denoiser's lives on in the state
 
@@ -171,6 +171,8 @@ def _train(config: Config, directory: pathlib.Path, dataset: pipeline.Dataset, m
     validation = (
         pipeline.validation_batches(config.data, config.batch_size, config.eval.batches, tokenizer, rows) if config.eval.every else ()
     )
+    if config.eval.every and not validation:
+        say(f"no validation: {config.data.path} holds no clip out (docs/data.md), sample sheets show training clips")
     sheets = SampleSheets(config, networks, tokenizer, empty_L, directory, writer, mesh)
     batches = pipeline.make_iterator(dataset, config.batch_size, config.seed, step, tokenizer, rows)
     stop = StopSignal()

@@ -1,7 +1,9 @@
 """Whole runs in this process: a signal at every place that takes time, a damaged checkpoint, a disk that is full."""
 
+import base64
 import collections
 import dataclasses
+import io
 import json
 import os
 import re
@@ -14,6 +16,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from PIL import Image
 
 import motif_jax
 from motif_jax import preparation, report
@@ -274,6 +277,21 @@ def test_a_sample_sheet_appears_whole(config, undisturbed, tmp_path, monkeypatch
         samples.save_comparison(run / "samples" / "6", clips, clips, [caption], 8.0)
     assert sorted(p.name for p in (run / "samples").iterdir()) == ["0", "2", "4", "5", "6"]
     assert json.loads((run / "samples" / "6" / "captions.json").read_text()) == ["y"]
+
+
+def test_a_run_without_held_out_clips_says_so(config, tmp_path, capsys):
+    """And its report does not claim otherwise; it has no panel of what was not measured."""
+    few = changed(config, prepare={"validation_share": 0.0}, data={"path": str(tmp_path / "data")}, steps=2)
+    preparation.prepare(few, "synthetic:shapes:5", tmp_path / "data", log=lambda line: None)
+    run = tmp_path / "run"
+    assert loop.train(few, run)
+    assert f"no validation: {tmp_path / 'data'} holds no clip out" in capsys.readouterr().out
+    assert not evaluations(run)
+    page = report.write(run).read_text()
+    assert "one that was not trained on if the dataset holds any out" in page and "time waiting for data<td>" in page
+    panels = [report._curves(lines) for lines in (read_lines(run / "metrics.jsonl"), [{"step": 1, "eval/ratio_t0": 1.0}], [])]
+    widths = [Image.open(io.BytesIO(base64.b64decode(p.split("base64,")[1][:-2]))).width if "<img" in p else 0 for p in panels]
+    assert widths[0] == 2 * widths[1] > widths[2] == 0
 
 
 def test_a_long_caption_leaves_room_for_what_its_row_shows(tmp_path):
