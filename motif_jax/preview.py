@@ -17,7 +17,8 @@ Decode = Callable[[np.ndarray], UInt8[np.ndarray, "T H W 3"]]
 
 _MEASURED = 10_000  # clips at most, evenly spaced: a dataset may hold a terabyte
 
-_STYLE = "body{font:16px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}img{max-width:100%}"
+_STYLE = "body{font:16px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}"
+_STYLE += "img,svg{max-width:100%;height:auto}"
 _STYLE += "table{border-collapse:collapse}td,th{padding:.1rem .8rem .1rem 0;text-align:left}figure{margin:2rem 0}"
 
 
