@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> None:
     for row in found["comparisons"]:
         m = row["majority"]
         rate = f"{_percent(m['rate'])} % of {row['pairs']} pairs {_interval(m['wilson'])}"
-        print(f"{row['a']} against {row['b']}: {rate}, p = {m['p_holm']:.2g}")
+        print(f"{row['a']} against {row['b']}: {rate}, p = {m['p']:.2g}, by Holm {m['p_holm']:.2g}")
     if refused:
         print(f"{len(refused)} votes were refused, the first: {refused[0][:200]}")
     print(arguments.output / "report.html")

@@ -309,6 +309,14 @@ def test_a_negative_seed_is_one_line(tmp_path):
         report(f"--votes={saved(tmp_path / 'votes.json', ROW)}", f"--output={tmp_path}", "--seed=-1")
 
 
+def test_the_printed_p_values_are_those_of_the_page(tmp_path, capsys):
+    """Of two comparisons with five and six wins: 2 / 2^5 and 2 / 2^6, the smaller one doubled by Holm."""
+    rows = [ROW | {"pair": f"p{i}", "right": name} for name, wins in (("B", 5), ("C", 6)) for i in range(wins)]
+    report("--votes", saved(tmp_path / "votes.json", *rows), f"--output={tmp_path}", "--samples=100", "--reference=A")
+    said = capsys.readouterr().out
+    assert "p = 0.062, by Holm 0.062" in said and "p = 0.031, by Holm 0.062" in said
+
+
 def test_nobody_is_two_raters(tmp_path, capsys):
     """Tables without tasks: the same file twice, a vote changed later, and another task for the same pair. Repeats are no second votes."""
     pair, swapped = ROW, ROW | {"left": "B", "right": "A"}
