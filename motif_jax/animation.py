@@ -145,6 +145,7 @@ def animate_one(load: Callable[[], Animator], image: str, prompt: str, output: s
     _check_writable(path)
     picture = open_image(image)
     animator = load()
+    print(f"{animator.directory}{f' at step {animator.step}' if animator.step else ''}: compiling and sampling", flush=True)
     clip = animator([picture], [prompt], [seed])[0]
     save_clip(path, clip, animator.config.sample.fps)
     print(f"{output}: {len(clip)} frames of {clip.shape[1]}x{clip.shape[2]}")

@@ -170,7 +170,7 @@ def test_sampling(environment, trained, tmp_path):
     made = []
     for suffix in ("mp4", "gif"):
         output = tmp_path / f"out.{suffix}"
-        run(
+        said = run(
             environment,
             "motif_jax.sample",
             f"--workdir={trained}",
@@ -178,6 +178,7 @@ def test_sampling(environment, trained, tmp_path):
             "--prompt=the red circle moves left",
             f"--output={output}",
         )
+        assert f"{trained} at step " in said and "compiling and sampling" in said
         assert read_clip(output, 8, 16, 16, lambda n: (0, 1)).frames.shape == (8, 16, 16, 3)
         made.append(compiled(environment))
     assert made[0] == made[1]  # the second process found everything compiled
