@@ -53,7 +53,10 @@ class RaftEstimator:
         if name not in VARIANTS:
             raise ValueError(f"flow estimator {name!r}: must be one of {', '.join([*VARIANTS, 'dis'])}")
         if not str(weights):
-            raise ValueError(f"{name} needs weights: set prepare.flow_weights to a .safetensors or .pth file of RAFT {VARIANTS[name]}")
+            raise ValueError(
+                f"{name} needs weights: set prepare.flow_weights to a .safetensors or .pth file of RAFT {VARIANTS[name]} "
+                "(docs/data.md says where they are), or prepare.flow=dis, which needs none"
+            )
         if iterations < 1 or pairs < 0:
             raise ValueError(f"iterations={iterations} must be at least 1 and pairs={pairs} at least 0")
         if stride < CELL or stride % CELL:

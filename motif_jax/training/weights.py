@@ -198,7 +198,8 @@ def fit(params: Params, shapes: dict[str, jax.ShapeDtypeStruct], source: str, in
         more = [f"and {len(bad) - LISTED} more"] if len(bad) > LISTED else []
         raise UserError(
             f"{source}: weights do not fit the configuration, {len(bad)} differences from its {len(shapes)} arrays; "
-            "use the configuration that they were trained with:\n  " + "\n  ".join(sorted(bad)[:LISTED] + more)
+            "use the configuration that they were trained with (imported.json or config.json there):\n  "
+            + "\n  ".join(sorted(bad)[:LISTED] + more)
         )
     # What an import holds is read from its file here.
     return {k: np.array(v) if isinstance(v := params[k], Lazy) else v for k in shapes}

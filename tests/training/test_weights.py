@@ -229,7 +229,7 @@ def test_an_import_of_another_size_is_refused(run, tmp_path, tiny):
     config = changed(tiny(), init_from=str(tmp_path / "in"))
     wider = dataclasses.replace(config, unet=dataclasses.replace(config.unet, model_channels=24))
     count = r"weights do not fit the configuration, \d+ differences from its \d+ arrays"
-    with pytest.raises(UserError, match=rf"(?s){count}; .* is \(.*\), not \(.*and \d+ more$"):
+    with pytest.raises(UserError, match=rf"(?s){count}; .*imported\.json.* is \(.*\), not \(.*and \d+ more$"):
         weights.initial_weights(wider, Networks.of(wider))
 
 
