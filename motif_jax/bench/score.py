@@ -295,4 +295,6 @@ def run(arguments: argparse.Namespace) -> None:
     print(score_page.text_table(result))
     for found in result["problem_counts"]:
         print(f"{found['model']}: {found['count']} {found['kind']}")
+    if {found["kind"] for found in result["problem_counts"]} & set(score_page.SHAPES):
+        print(score_page.ONE_SHAPE)
     print(f"{arguments.output / 'index.html'}")

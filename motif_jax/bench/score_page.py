@@ -20,6 +20,8 @@ MOTION = "dynamic_degree mean_flow top5_flow residual_flow moving_area camera_sh
 LIKENESS = "ssim0_image psnr0_image ssim_image psnr_image best_ssim best_frame ssim_first psnr_first clip_image clip_text".split()
 PLOTS = "dynamic_degree mean_flow top5_flow residual_flow camera_shift flicker smoothness warp_error ssim0_image ssim_image".split()
 COMPARED = "dynamic_degree mean_flow top5_flow residual_flow smoothness ssim_image clip_text".split()
+SHAPES = ("other size", "other length")  # kinds of problem
+ONE_SHAPE = "Flow in pixels cannot be compared between sizes: --size=WIDTHxHEIGHT and --frames bring all to one shape."
 GROUPS, COLUMNS, TILE = 3, 8, 160  # of the strips: pairs, frames, pixels
 BY_NAME = {m.name: m for m in METRICS}
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:84rem;margin:2rem auto;padding:0 1rem;color:#222}
@@ -173,7 +175,7 @@ def _differences(differences: Sequence[Mapping[str, Any]]) -> str:
 def _problems(result: Mapping[str, Any]) -> str:
     if not result["problems"]:
         return "<p>Nothing: every model has every pair, and all videos are of one length, size and frame rate.</p>"
-    parts = []
+    parts = [f"<p>{ONE_SHAPE}</p>"] if {p["kind"] for p in result["problems"]} & set(SHAPES) else []
     for found in result["problem_counts"]:
         these = [p for p in result["problems"] if (p["model"], p["kind"]) == (found["model"], found["kind"])]
         names = "".join(f"<li>{html.escape(p['name'])}: {html.escape(p['detail'])}" for p in these)

@@ -167,7 +167,7 @@ def test_work_is_not_done_twice(world, scored, tmp_path, monkeypatch):
     assert measured[1:] and {shape[0] for shape in measured[1:]} == {4}
 
 
-def test_whatever_is_wrong_is_named_and_counted(world, tmp_path):
+def test_whatever_is_wrong_is_named_and_counted(world, tmp_path, capsys):
     model = tmp_path / "model"
     model.mkdir()
     good = (world / "slow" / "pair0_0.mp4").read_bytes()
@@ -202,6 +202,10 @@ def test_whatever_is_wrong_is_named_and_counted(world, tmp_path):
     assert {m: v["videos"] for m, v in result["models"].items()} == {"model": 1, "odd": 3, "slow": 8, "static": 4}
     page = (tmp_path / "out" / "index.html").read_text()
     assert "model: 3 broken" in page and "elephant_0.mp4" in page
+    said = "--size=WIDTHxHEIGHT and --frames bring all to one shape"
+    assert said in page and said in capsys.readouterr().out
+    run(list=world / "list.jsonl", videos=[f"slow={world / 'slow'}"], output=tmp_path / "alike")
+    assert said not in (tmp_path / "alike" / "index.html").read_text() and said not in capsys.readouterr().out
 
 
 def test_a_model_of_broken_videos_keeps_its_row_and_nothing_but_broken_ones_is_an_error(world, tmp_path, capsys):
