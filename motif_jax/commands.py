@@ -90,6 +90,8 @@ def _complete(load: Callable[[str], Any], path: str) -> Any:
             elif isinstance(value, dict) and isinstance(given[name], ConfigDict):
                 fill(given[name], value)
 
+    if path.endswith(".json"):
+        raise ValueError("must be a Python file with get_config(); --workdir=RUN takes the config.json of a run by itself")
     given = load(path)
     config = ConfigDict(given) if isinstance(given, dict) else given
     if isinstance(config, ConfigDict):

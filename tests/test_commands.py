@@ -331,6 +331,10 @@ BAD_CALLS = {
         ["motif_jax.main", "--config={tmp}/empty.py", "--workdir={tmp}/w"],
         "empty.py: module 'config_config' has no attribute 'get_config'",
     ),
+    "a run's config.json": (
+        ["motif_jax.sample", "--checkpoint={run}", "--config={run}/config.json", "--image=x", "--prompt=x", "--output=x.gif"],
+        "config.json: must be a Python file with get_config(); --workdir=RUN takes",
+    ),
     "no configuration file": (["motif_jax.main", "--config=", "--workdir={tmp}/w"], "--config= is empty"),
     "no such file, in two arguments": (["motif_jax.main", "--config", "configs/nope.py", "--workdir={tmp}/w"], "configs/nope.py"),
     "no source": (["motif_jax.prepare", CONFIG, "--output={tmp}/d"], "motif_jax.prepare: --source must be given"),
