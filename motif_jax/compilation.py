@@ -139,16 +139,18 @@ def tpu_devices(topology: str) -> list[jax.Device]:
 def batch_shapes(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """The global batch as it comes from shards, placed on `mesh`.
 
-    What pretrained towers make is stored: latents with autoencoder 'kl', text embeddings with text 'openclip'.
+    What pretrained towers make is stored: text embeddings with text 'openclip', latents with autoencoder 'kl' unless the image tower
+    has to see the frames.
     """
     d = config.data
-    latent = (config.latent_height, config.latent_width, 2 * config.autoencoder.z_channels) if config.autoencoder.kind == "kl" else ()
+    stored = config.autoencoder.kind == "kl" and not config.image_tokens
+    latent = (config.latent_height, config.latent_width, 2 * config.autoencoder.z_channels) if stored else ()
     text = (config.text.context_length, config.text.width) if config.text.kind == "openclip" else ()
     layout = Layout(
         d.frames, d.height, d.width, config.prepare.flow_stride, motion_mask=config.loss.heatmap == "mask", latent=latent, text=text
     )
     fields = {**layout.arrays(), "fps": ((), "f4")}
-    if not latent or config.image_tokens:
+    if not latent:
         fields["frames"] = ((d.frames, d.height, d.width, 3), "u1")
     if not text:
         fields["tokens"] = ((config.text.context_length,), "i4")

@@ -75,6 +75,12 @@ def test_pretrained_towers_are_not_in_the_step():
     }
 
 
+def test_image_tokens_are_made_of_frames_and_so_are_latents_then():
+    """A dataset with latents is refused there (docs/data.md): the step that is compiled has to encode the frames, as the real one does."""
+    batch = batch_shapes(from_config_dict({"unet": {"image_cross_attention": True}}), make_mesh(MeshConfig()))
+    assert set(batch) == {"frames", "text_embedding", "flow", "fps"} and batch["frames"].shape == (64, 16, 320, 512, 3)
+
+
 def test_toys_read_frames_and_tokens(config):
     assert set(batch_shapes(config, make_mesh(MeshConfig()))) == {"frames", "tokens", "flow", "fps"}
 
