@@ -105,9 +105,135 @@ def test_streams_are_distinct():
     keys = [
         tuple(np.asarray(jax.random.key_data(jax.random.fold_in(jax.random.fold_in(jax.random.key(0), step), s))))
         for step in range(50)
-        for s in Stream
+        for s in Stream.__members__.values()  # a number given twice makes an alias, over which an enum does not iterate
     ]
-    assert len(set(keys)) == len(keys)
+    assert len(set(keys)) == len(keys) == 50 * 5
+
+
+@pytest.fixture
+def one_weight(monkeypatch):
+    """A function that makes `Networks` whose denoiser is x_t times its one weight, and the list of what it is called with."""
+    calls = []
+
+    def denoise(self, params, x, *conditions):
+        calls.append((x, *conditions))
+        return params["w"] * x
+
+    monkeypatch.setattr(Networks, "denoise", denoise)
+
+    def of(config):
+        return Networks.of(config), empty_sentence(config, make_tokenizer(config.text)), calls
+
+    return of
+
+
+def oblong(tiny, **overrides):
+    """Clips of 16 x 24 pixels whose stored moments have a deviation, a heatmap that depends on every setting, and a batch."""
+    config = tiny(
+        **{
+            "data": {"width": 24},
+            "backbone": "dit",
+            "dit": {"width": 8, "depth": 1, "num_head_channels": 8},
+            "seed": 5,
+            "optimizer": {"warmup_steps": 10},
+            "ema": {"decay": 0.25},
+            "loss": {"heatmap": "inverse", "intensity": "size", "sharpness": 20.0, "threshold": 0.1, "motion_weight": 3.0},
+            "diffusion": {"base_scale": 0.7, "beta_end": 0.02, "zero_terminal_snr": False},
+            **overrides,
+        }
+    )
+    rng = np.random.default_rng(0)
+    moments = np.concatenate([rng.normal(size=(4, 4, 4, 6, 48)), rng.uniform(-2, 0, (4, 4, 4, 6, 48))], -1).astype(np.float16)
+    flow = rng.uniform(0, 5, (4, 4, 4, 6, 2)).astype(np.float16)
+    fps = np.array([6, 8, 12, 24], np.float32)
+    return config, {"latent_moments": moments, "tokens": make_tokenizer(config.text)(CAPTIONS), "flow": flow, "fps": fps}
+
+
+def by_hand(config, batch, key, t=None):
+    """z, t, noise, x_t and the target v, float64, from the random streams and the formulas."""
+    mean, log_variance = np.split(batch["latent_moments"].astype(np.float64), 2, -1)
+    z = mean + np.exp(log_variance / 2) * np.asarray(jax.random.normal(jax.random.fold_in(key, 0), mean.shape))
+    noise = np.asarray(jax.random.normal(jax.random.fold_in(key, 1), mean.shape), np.float64)
+    t = np.asarray(jax.random.randint(jax.random.fold_in(key, 2), (4,), 0, 1000)) if t is None else t
+    betas = np.linspace(8.5e-4**0.5, config.diffusion.beta_end**0.5, 1000) ** 2
+    ab = np.cumprod(1 - betas)[t][:, None, None, None, None]
+    scaled = np.interp(t, [0, 399], [1, 0.7])[:, None, None, None, None] * z
+    return z, t, noise, np.sqrt(ab) * scaled + np.sqrt(1 - ab) * noise, np.sqrt(ab) * noise - np.sqrt(1 - ab) * scaled
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_what_the_network_is_given(tiny, one_weight, train):
+    """Streams 0 to 2 draw latents, noise and timesteps, 4 dropout; the image is the clean first frame; evaluation drops nothing."""
+    config, batch = oblong(tiny, condition={"text_drop": 0.0 if train else 1.0})
+    networks, empty, calls = one_weight(config)
+    key, given = jax.random.key(9), None if train else np.array([0, 3, 500, 999])
+    predict(networks, diffusion_schedule(config), {"w": 0.5}, FROZEN, batch, jnp.asarray(empty), key, given, train)
+    z, t, _, x_t, _ = by_hand(config, batch, key, given)
+    ((x, times, context, fps, image, dropout),) = calls
+    np.testing.assert_allclose(x, x_t, atol=1e-5)
+    np.testing.assert_array_equal(times, t)
+    np.testing.assert_array_equal(context, networks.embed({}, batch["tokens"]))
+    np.testing.assert_array_equal(fps, batch["fps"])
+    np.testing.assert_allclose(image, np.repeat(z[:, :1], 4, 1), atol=1e-5)
+    assert (dropout == jax.random.fold_in(key, 4)) if train else dropout is None
+
+
+def test_a_step_by_hand(tiny, one_weight):
+    """The paper's loss, its gradient, the averages and what is logged, at step 3 of seed 5, for a network of one weight."""
+    config, batch = oblong(tiny, condition={"text_drop": 0.0})
+    networks, empty, _ = one_weight(config)
+    optimizer, w = make_optimizer(config), {"w": jnp.float32(0.5)}
+    state = dataclasses.replace(train_state.create(w, optimizer, True), step=jnp.int32(3), ema={"w": jnp.float32(2.0)})
+    after, metrics = make_train_step(networks, optimizer, empty)(state, FROZEN, batch)
+    _, _, _, x_t, v = by_hand(config, batch, jax.random.fold_in(jax.random.key(5), 3))
+    speed = np.linalg.norm(batch["flow"].astype(np.float64) / [24, 16], axis=-1)
+    speed[:, 3] = speed[:, 2]
+    m = 1 - 1 / (1 + np.exp(20 * (0.1 - speed)))
+    residual, weight = v - 0.5 * x_t, 1 + 3 * m[..., None] ** 2
+    gradient = abs(np.mean(-2 * weight * residual * x_t))
+    new = float(after.params["w"])
+    expected = {
+        "loss": np.mean(weight * residual**2),
+        "loss_diffusion": np.mean(residual**2),
+        "loss_motif": np.mean((m[..., None] * residual) ** 2),
+        "heatmap_mean": m.mean(),
+        "grad_norm": gradient,
+        "parameter_norm": new,
+        "learning_rate": 4e-4,  # the fourth of ten warm-up steps to 1e-3
+    }
+    assert {name: float(value) for name, value in metrics.items()} == pytest.approx(expected, rel=1e-5)
+    assert int(after.step) == 4 and new != 0.5
+    assert float(after.ema["w"]) == pytest.approx(2 + 0.75 * (new - 2), rel=1e-6)  # decay 0.25, below (1 + 3) / (10 + 3)
+
+
+def test_the_average_warms_up(tiny, one_weight):
+    config, batch = oblong(tiny, ema={"decay": 0.9})
+    networks, empty, _ = one_weight(config)
+    optimizer = make_optimizer(config)
+    state = dataclasses.replace(
+        train_state.create({"w": jnp.float32(0.5)}, optimizer, True), step=jnp.int32(3), ema={"w": jnp.float32(2.0)}
+    )
+    after, _ = make_train_step(networks, optimizer, empty)(state, FROZEN, batch)
+    assert float(after.ema["w"]) == pytest.approx(2 + 9 / 13 * (float(after.params["w"]) - 2), rel=1e-6)
+
+
+@pytest.mark.parametrize("space", ["eps", "x0"])
+def test_the_loss_space_holds_in_evaluation_and_motion_is_that_of_flow(tiny, one_weight, space):
+    """Per clip, with timesteps at which no divisor is clamped; the run's own heatmap, the inverse, has no say in what moves."""
+    config, batch = oblong(tiny, diffusion={"base_scale": 0.7, "beta_end": 0.02, "zero_terminal_snr": False, "loss_space": space})
+    networks, empty, _ = one_weight(config)
+    key, t = jax.random.key(9), np.array([100, 200, 300, 400])
+    found = make_eval_step(networks, empty)({"w": jnp.float32(0.5)}, FROZEN, batch, t, key)
+    _, _, _, x_t, v = by_hand(config, batch, key, t)
+    ab = np.cumprod(1 - np.linspace(8.5e-4**0.5, 0.02**0.5, 1000) ** 2)[t][:, None, None, None]
+    error = np.mean((v - 0.5 * x_t) ** 2, -1) * (ab if space == "eps" else 1 - ab)
+    speed = np.linalg.norm(batch["flow"].astype(np.float64) / [24, 16], axis=-1)
+    speed[:, 3] = speed[:, 2]
+    moving = speed > 0.1
+    assert 50 < moving.sum() < 350
+    np.testing.assert_allclose(found.overall, error.mean((1, 2, 3)), rtol=1e-5)
+    np.testing.assert_array_equal(found.moving_cells, moving.sum((1, 2, 3)))
+    np.testing.assert_allclose(found.moving, (error * moving).sum((1, 2, 3)) / moving.sum((1, 2, 3)), rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
