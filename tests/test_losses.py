@@ -59,6 +59,7 @@ def test_float32_from_bfloat16():
     wanted = (65535 / 256 + 1) / 65536
     np.testing.assert_allclose(metrics["loss_diffusion"], wanted, rtol=1e-6)
     np.testing.assert_allclose(loss, 2 * wanted, rtol=1e-6)
+    np.testing.assert_allclose(region_losses(prediction, target, jnp.ones((1, 1, 256, 256)))[:2], [[wanted]] * 2, rtol=1e-6)
     one, less = jnp.ones((1, 1, 1, 1, 1), jnp.bfloat16), jnp.full((1, 1, 1, 1, 1), 2.0**-9, jnp.bfloat16)
     np.testing.assert_allclose(motif_loss(less, one, jnp.zeros((1, 1, 1, 1)))[0], (1 - 2.0**-9) ** 2, rtol=1e-6)
 

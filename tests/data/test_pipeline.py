@@ -1,5 +1,6 @@
 """Batches: every record as often as every other, the same for any number of hosts, workers and interruptions."""
 
+import copy
 import dataclasses
 import json
 import os
@@ -11,7 +12,7 @@ import pytest
 
 from motif_jax import preparation
 from motif_jax.config import Config, DataConfig, PrepareConfig, TextConfig, UserError
-from motif_jax.data import pipeline
+from motif_jax.data import pipeline, records
 from motif_jax.data.tokens import make_tokenizer
 
 COUNT, VALIDATION = 41, 5  # 41 is prime: no batch size divides the epoch
@@ -76,6 +77,16 @@ def test_a_batch(dataset):
         np.testing.assert_array_equal(batch["flow"][i], example.flow)
         np.testing.assert_array_equal(batch["motion_mask"][i], example.motion_mask)
         assert batch["fps"][i] == example.fps
+
+
+def test_frames_per_second_are_those_shown(dataset):
+    """The source's rate over the stride, in batches and in examples."""
+    clip = records.decode_clip(dataset.layout, dataset.source[0])
+    record = records.encode_clip(dataset.layout, clip | {"fps": 30.0, "frame_stride": 4})
+    assert pipeline.Collate(dataset.layout, TOKENIZER)([record], 1)["fps"].tolist() == [7.5]
+    other = copy.copy(dataset)
+    other._source = [record]
+    assert other[0].fps == 7.5
 
 
 def test_every_epoch_is_another_permutation(dataset):
@@ -163,9 +174,10 @@ def test_examples_are_held_out(data):
 # Refusals
 
 
-def test_another_shape_is_refused(data):
-    with pytest.raises(UserError, match=r"clips of 4 frames of 16x24.*data\.height=32"):
-        pipeline.open_dataset(dataclasses.replace(data, height=32))
+@pytest.mark.parametrize("side", ["frames", "height", "width"])
+def test_another_shape_is_refused(data, side):
+    with pytest.raises(UserError, match=rf"clips of 4 frames of 16x24.*data\.{side}=32"):
+        pipeline.open_dataset(dataclasses.replace(data, **{side: 32}))
 
 
 def test_no_dataset(tmp_path):
@@ -201,6 +213,22 @@ def test_a_damaged_shard_is_named(data, tmp_path, workers):
     shard.write_bytes(bytes(len(content)))
     with pytest.raises(UserError, match=fault):
         pipeline.open_dataset(data)
+
+
+def test_a_record_that_cannot_be_read_is_in_the_shard_that_is_named(data):
+    """Also the first and the last record of a shard."""
+
+    class Damaged:
+        def __getitem__(self, index):
+            raise RuntimeError("damaged")
+
+    dataset = pipeline.open_dataset(data)
+    dataset.source._source = Damaged()
+    shards = [name for name, count, _ in dataset.manifest.shards["train"] for _ in range(count)]
+    assert len(shards) == COUNT and len(set(shards)) > 3
+    for index, name in enumerate(shards):
+        with pytest.raises(UserError, match=f"shard {name} cannot be read"):
+            dataset.source[index]
 
 
 @pytest.mark.parametrize("workers", [0, 1])

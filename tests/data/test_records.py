@@ -115,3 +115,5 @@ def test_damaged_bytes_are_an_error_not_a_clip(layout, clip):
             decode_clip(layout, data[:length])
     with pytest.raises(ValueError, match="without"):
         decode_clip(layout, b"")
+    with pytest.raises(ValueError, match="record with 3 frames, the dataset has 4"):
+        decode_clip(dataclasses.replace(layout, frames=4), data, ("frames",))

@@ -9,7 +9,7 @@ import jax
 import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from motif_jax.config import MeshConfig, from_config_dict
+from motif_jax.config import MeshConfig, UserError, from_config_dict
 from motif_jax.dist.mesh import AXES, check_fits, make_mesh, partition, shard_networks
 from motif_jax.models.networks import Networks
 
@@ -24,6 +24,8 @@ assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "context": 1, "tensor": 2}, me
 assert partition("a.b.kernel", (3, 3, 64, 32), mesh) == P(None, None, "fsdp", "tensor")
 assert partition("a.kernel", (63, 32), mesh) == P(None, "tensor")  # 63 channels cannot be halved
 assert partition("a.bias", (32,), mesh) == P(None)
+assert partition("a.lora_a", (64, 16), mesh) == P("fsdp", None) and partition("a.lora_b", (16, 32), mesh) == P(None, "tensor")
+assert partition("token_embedding.embedding", (64, 32), mesh) == P("tensor", "fsdp")
 tree = {"params": {"a.kernel": jax.ShapeDtypeStruct((64, 32), "float32")}, "count": jax.ShapeDtypeStruct((), "int32")}
 tree["mu"] = dict(tree["params"])
 shardings = shard_like_params(tree, {"a.kernel"}, mesh)
@@ -33,9 +35,10 @@ batch = global_batch({"x": np.arange(16.0).reshape(8, 2)}, mesh, 8)["x"]
 assert {s.data.shape for s in batch.addressable_shards} == {(2, 2)}
 np.testing.assert_array_equal(batch, np.arange(16.0).reshape(8, 2))
 frames = np.arange(64.0).reshape(4, 8, 2)
-flow = global_batch({"flow": frames}, make_mesh(MeshConfig(data=2, context=4)), 4)["flow"]
-assert {s.data.shape for s in flow.addressable_shards} == {(2, 2, 2)}
-np.testing.assert_array_equal(flow, frames)
+split = dict.fromkeys(("frames", "latent_moments", "flow", "motion_mask"), frames)
+for name, x in global_batch(split | {"text_embedding": frames}, make_mesh(MeshConfig(data=2, context=4)), 4).items():
+    assert {s.data.shape for s in x.addressable_shards} == {(2, 2, 2) if name in split else (2, 8, 2)}, name
+    np.testing.assert_array_equal(x, frames)
 # A checkpoint's copy in the host's memory is there once, however many devices hold copies; small vectors lie as they did.
 from motif_jax.training.checkpoint import _copies_on_host
 for sizes, bias in ((MeshConfig(data=4, fsdp=2), 8), (MeshConfig(data=8), 8), (MeshConfig(data=1, fsdp=8), 8)):
@@ -72,14 +75,19 @@ def test_wrong_number_of_devices_is_named():
 
 @pytest.mark.parametrize(
     ("batch_size", "accumulation", "frames", "message"),
-    [(3, 2, 4, "batch_size=3: must be a multiple of 2"), (4, 2, 0, None)],
+    [
+        (16, 2, 4, None),
+        (8, 2, 4, "batch_size=8: must be a multiple of 16"),
+        (4, 1, 4, "batch_size=4: must be a multiple of 8"),
+        (8, 1, 6, r"mesh\.context=4: must divide data\.frames=6"),
+    ],
 )
 def test_a_batch_must_fit_the_mesh(batch_size, accumulation, frames, message):
-    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    mesh = AbstractMesh((2, 4, 4, 2), AXES)
     if message is None:
         check_fits(mesh, batch_size, accumulation, frames)
     else:
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(UserError, match=message):
             check_fits(mesh, batch_size, accumulation, frames)
 
 

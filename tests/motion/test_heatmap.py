@@ -64,6 +64,7 @@ def test_max_readings_do_not_depend_on_the_clip_size():
         x = intensity(jnp.asarray(flow), H, W, reading)
         np.testing.assert_allclose(x, intensity(jnp.asarray(flow), 7, 9, reading))
         np.testing.assert_allclose(x[0, :, 10, 25], wanted, rtol=1e-6)
+        np.testing.assert_allclose(intensity(jnp.asarray(flow / 64), H, W, reading), x, rtol=1e-6)  # nor on the speed, below a pixel too
         np.testing.assert_array_equal(intensity(jnp.zeros((2, 3, 4, 4, 2)), H, W, reading), 0.0)  # no motion, no 0/0
 
 
@@ -152,6 +153,9 @@ def test_resize_to_other_grids(size):
     noise = np.random.default_rng(0).integers(0, 2, size=(1, 1, 8, 12)).astype(np.float32)
     got = resize(noise, size)
     assert got.min() >= 0.0 and got.max() <= 1.0 + 1e-6
+    stripes = np.broadcast_to((np.arange(8)[:, None] + np.arange(12)) % 2, (1, 1, 8, 12)).astype(np.float32)
+    smaller = size[0] < 8 or size[1] < 12  # without antialiasing some cells would be 0 or 1 still
+    assert not smaller or np.abs(resize(stripes, size) - 0.5).max() < 0.3
     ramp = np.broadcast_to(((np.arange(12) + 0.5) / 12).astype(np.float32), (1, 1, 8, 12))
     inner = slice(2, -2)
     centres = (np.arange(size[1]) + 0.5) / size[1]

@@ -1,5 +1,8 @@
 """Validation's numbers against sums by hand: by timestep bucket, in the moving region, and by how much the clips move."""
 
+import dataclasses
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,20 +16,34 @@ CLIPS, BUCKETS = 4, 2
 
 
 @pytest.fixture(scope="module")
-def found(tiny):
-    """Twelve shuffled clips that move 0 to 11 pixels. So much is their loss, 100 more in the second bucket, three times where they move."""
+def run(tiny):
+    """Twelve shuffled clips that move 0 to 11 times 250 pixels. The loss is that number, 100 more in the second bucket, three times where
+    they move."""
     config = tiny(batch_size=CLIPS, eval={"buckets": BUCKETS})
     motion = np.random.default_rng(0).permutation(12)
     seen = []
 
     def eval_step(params, frozen, batch, t_B, key):
-        seen.append(np.asarray(t_B))
-        speed = batch["flow"].astype(jnp.float32)[:, 0, 0, 0, 0]
+        seen.append((np.asarray(t_B), tuple(np.asarray(jax.random.key_data(key)).tolist())))
+        speed = batch["flow"].astype(jnp.float32)[:, 0, 0, 0, 0] / 150
         loss = speed + (100 if t_B[0] >= 500 else 0)
         return RegionLosses(loss, 3 * loss, speed)
 
-    batches = [{"flow": np.stack([np.full((4, 2, 2, 2), [n, 0], np.float16) for n in part])} for part in motion.reshape(3, CLIPS)]
-    return validate(eval_step, {}, {}, batches, config, make_mesh(MeshConfig())), seen
+    # Squares of these pixels are beyond float16, in which flow is stored.
+    batches = [
+        {"flow": np.stack([np.full((4, 2, 2, 2), [150 * n, -200 * n], np.float16) for n in part])} for part in motion.reshape(3, CLIPS)
+    ]
+
+    def run(seed, batches=batches):
+        seen.clear()
+        return validate(eval_step, {}, {}, batches, dataclasses.replace(config, seed=seed), make_mesh(MeshConfig())), list(seen)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def found(run):
+    return run(0)
 
 
 def test_overall_and_by_timestep(found):
@@ -52,7 +69,20 @@ def test_deciles_go_from_still_to_fast(found):
 def test_timesteps_cover_their_bucket(found, tiny):
     _, seen = found
     assert len(seen) == 3 * BUCKETS
-    np.testing.assert_array_equal(seen[0], [62, 187, 312, 437])
-    np.testing.assert_array_equal(seen[1], seen[0] + 500)
+    np.testing.assert_array_equal(seen[0][0], [62, 187, 312, 437])
+    np.testing.assert_array_equal(seen[1][0], [562, 687, 812, 937])
     everything = np.concatenate([timesteps(tiny(eval={"buckets": 4}), bucket, 250) for bucket in range(4)])
     np.testing.assert_array_equal(everything, np.arange(1000))
+
+
+def test_noise_is_the_same_at_every_validation_and_differs_elsewhere(found, run):
+    """Between batches, buckets and seeds no key serves twice."""
+    (_, first), (_, again), (_, other) = found, run(0), run(1)
+    keys = [key for _, key in first]
+    assert keys == [key for _, key in again]
+    assert len({*keys, *(key for _, key in other)}) == 2 * 3 * BUCKETS
+
+
+def test_what_few_still_clips_do_not_say_is_missing(run):
+    result, _ = run(0, [{"flow": np.zeros((CLIPS, 4, 2, 2, 2), np.float16)}])
+    assert result == {"eval/loss": 50.0, "eval/loss_t0": 0.0, "eval/loss_t1": 100.0}

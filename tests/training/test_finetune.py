@@ -1,6 +1,7 @@
 """Masks by path against the module tree; what is frozen stays, bit for bit, and costs no optimizer state; LoRA against its formula."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -59,14 +60,27 @@ def test_a_backbone_without_such_layers_is_refused(tiny):
 
 
 def test_lora_is_on_every_attention_projection(tiny):
-    config = tiny(finetune="lora", lora_rank=3)
-    shapes = Networks.of(config).denoiser.shapes
+    """Those of the image's tokens, too."""
+    image = {"kind": "random", "size": 8, "patch": 4, "width": 16, "layers": 2, "heads": 2}
+    config = tiny(finetune="lora", lora_rank=3, unet={"image_cross_attention": True}, image=image, resampler={"frames": 4})
+    shapes = {name: shape for name, shape in Networks.of(config).denoiser.shapes.items() if not name.startswith("image_proj_model.")}
     updates = lora.shapes(shapes, 3)
-    projections = [n for n in shapes if any(f".{p}.kernel" in n for p in ("to_q", "to_k", "to_v", "to_out.0"))]
+    projections = [n for n in shapes if re.search(r"\.to_(q|k|v|k_ip|v_ip|out\.0)\.kernel", n)]
+    assert sum("_ip" in name for name in projections) > 5
     assert len(updates) == 2 * len(projections) > 20
     for name in projections:
         stem, (inputs, outputs) = name.removesuffix(".kernel"), shapes[name].shape
         assert updates[stem + ".lora_a"].shape == (inputs, 3) and updates[stem + ".lora_b"].shape == (3, outputs)
+
+
+def test_new_updates_change_nothing():
+    """lora_b is zero; lora_a has variance 1 / inputs, and every layer draws its own."""
+    kernels = {f"{layer}.attn1.to_q.kernel": jax.ShapeDtypeStruct((400, 25), jnp.float32) for layer in "xy"}
+    found = lora.init(kernels, 16, jax.random.key(0))
+    for layer in "xy":
+        assert not found[f"{layer}.attn1.to_q.lora_b"].any()
+        assert found[f"{layer}.attn1.to_q.lora_a"].std() == pytest.approx(0.05, rel=0.05)  # 6400 values: standard error 1 %
+    assert not np.array_equal(found["x.attn1.to_q.lora_a"], found["y.attn1.to_q.lora_a"])
 
 
 def test_merge():

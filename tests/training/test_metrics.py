@@ -1,7 +1,10 @@
 """Metrics on disk: what was written is read back, lines of lost work are dropped, TensorBoard's own reader agrees."""
 
+import io
+
 import numpy as np
 import pytest
+from PIL import Image
 
 from motif_jax.training.metrics import MetricWriter, read_lines
 
@@ -12,12 +15,15 @@ def test_lines_and_events_agree(tmp_path):
     writer = MetricWriter(tmp_path)
     writer.write(1, {"loss": 2.0, "bad": float("nan")})
     writer.write(2, {"loss": np.float32(1.5)})
-    writer.write_image(2, "sheet", np.zeros((4, 6, 3), np.uint8))
+    image = np.random.default_rng(0).integers(0, 256, (4, 6, 3), np.uint8)
+    writer.write_image(2, "sheet", image)
     writer.close()
     assert read_lines(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 2.0, "bad": None}, {"step": 2, "loss": 1.5}]
     events = EventAccumulator(str(tmp_path)).Reload()
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 2.0), (2, 1.5)]
-    assert (events.Images("sheet")[0].width, events.Images("sheet")[0].height) == (6, 4)
+    (shown,) = events.Images("sheet")
+    assert (shown.width, shown.height) == (6, 4)
+    np.testing.assert_array_equal(Image.open(io.BytesIO(shown.encoded_image_string)), image)
 
 
 def test_resuming_drops_lines_of_lost_work_and_half_a_line(tmp_path):

@@ -19,10 +19,15 @@ def test_cosine_ends_at_zero(tiny):
     np.testing.assert_allclose([schedule(2 + i) for i in range(11)], expected, atol=1e-9)
 
 
+def test_a_run_shorter_than_its_warmup(tiny):
+    schedule = make_schedule(tiny(learning_rate=1e-3, steps=2, optimizer={"warmup_steps": 4, "schedule": "cosine"}))
+    np.testing.assert_allclose([schedule(i) for i in range(2)], [2.5e-4, 5e-4], rtol=1e-6)
+
+
 @pytest.mark.parametrize("clip", [0.0, 0.5])
 def test_adamw(tiny, clip):
     """Loshchilov and Hutter (arXiv 1711.05101), algorithm 2, three steps in float64; clipping scales the gradient to norm `clip`."""
-    config = tiny(learning_rate=1e-2, optimizer={"grad_clip": clip, "weight_decay": 0.1})
+    config = tiny(learning_rate=1e-2, optimizer={"grad_clip": clip, "weight_decay": 0.2, "b1": 0.8, "b2": 0.99, "eps": 1e-3})
     optimizer = make_optimizer(config)
     params = {"a.kernel": jnp.array([[1.0, -2.0], [0.5, 3.0]])}
     state = optimizer.init(params)
@@ -35,8 +40,8 @@ def test_adamw(tiny, clip):
         params = {"a.kernel": params["a.kernel"] + updates["a.kernel"]}
         norm = np.linalg.norm(g)
         g = g * min(1.0, clip / norm) if clip else g
-        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
-        p = p - 1e-2 * (m / (1 - 0.9**t) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8) + 0.1 * p)
+        m, v = 0.8 * m + 0.2 * g, 0.99 * v + 0.01 * g**2
+        p = p - 1e-2 * (m / (1 - 0.8**t) / (np.sqrt(v / (1 - 0.99**t)) + 1e-3) + 0.2 * p)
     np.testing.assert_allclose(params["a.kernel"], p, rtol=2e-5)  # float32 against float64
 
 
