@@ -109,12 +109,12 @@ def test_conditions_are_dropped_as_in_dynamicrafter(make):
     config, empty = setup[0], setup[-1]
     batch = make_batch(config)
     dropped = outputs(setup, batch, key)
-    # The same by hand: dropped sentences replaced, and a tower that shows grey where the image is dropped.
+    # The same by hand: dropped sentences replaced, and a tower that shows the first frame, or grey where the image is dropped.
     tokens = np.where(without_text[:, None], empty, batch["tokens"])
     embed = Networks.embed_image
 
     def by_hand(self, params, images):
-        return jnp.where(without_image[:, None, None], embed(self, params, None), embed(self, params, images))
+        return jnp.where(without_image[:, None, None], embed(self, params, None), embed(self, params, batch["frames"][:, 0]))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Networks, "embed_image", by_hand)
