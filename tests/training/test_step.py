@@ -295,18 +295,15 @@ def test_step_compiles_once(setup):
     assert int(state.step) == 3
 
 
-@pytest.mark.slow
-def test_motion_weight_zero_and_heatmap_none_agree(tiny):
+def test_motion_weight_zero_and_heatmap_none_agree(tiny, one_weight):
     """lambda = 0 and 'no heatmap' are both the plain diffusion loss, and both differ from the motion focal loss."""
 
     def first_loss(**loss):
-        config = tiny(loss=loss)
-        networks = Networks.of(config)
-        empty = empty_sentence(config, make_tokenizer(config.text))
+        config, batch = oblong(tiny, loss=loss)
+        networks, empty, _ = one_weight(config)
         optimizer = make_optimizer(config)
-        state = train_state.create(random_params(networks), optimizer, False)
-        step = make_train_step(networks, optimizer, empty)
-        return float(jax.jit(lambda *arguments: step(*arguments)[1]["loss"])(state, FROZEN, make_batch(config)))  # no gradient is compiled
+        state = train_state.create({"w": jnp.float32(0.5)}, optimizer, False)
+        return float(make_train_step(networks, optimizer, empty)(state, FROZEN, batch)[1]["loss"])
 
     plain = first_loss(heatmap="none")
     assert first_loss(motion_weight=0.0) == pytest.approx(plain, rel=1e-6)
