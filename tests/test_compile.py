@@ -11,7 +11,7 @@ import sys
 import jax
 import pytest
 
-from motif_jax.compilation import batch_shapes, compile_step, too_large
+from motif_jax.compilation import Report, batch_shapes, compile_step, too_large
 from motif_jax.config import MeshConfig, UserError, from_config_dict, to_json
 from motif_jax.dist.mesh import make_mesh
 
@@ -99,6 +99,36 @@ def test_too_large(config, message, sizes):
     assert sizes in text and "\n" not in text
     for remedy in ("remat='block'", "grad_accumulation=2 (8 clips at a time now)", "dtype='bfloat16'"):
         assert remedy in text
+    text = too_large(message, dataclasses.replace(config, grad_accumulation=4), mesh, "TPU v5 lite")
+    assert "grad_accumulation=8 (2 clips at a time now)" in text
+
+
+def test_a_report_by_hand():
+    """Half of each chip's memory; loops that turn twice; half of what four chips of 197 TFLOP/s could do in that time."""
+    gib = 2**30
+    report = Report(
+        chip="TPU v5 lite",
+        chips=4,
+        mesh={"data": 4},
+        hbm_bytes=16 * gib,
+        argument_bytes=3 * gib,
+        output_bytes=gib // 2,
+        temporary_bytes=4 * gib,
+        program_bytes=gib // 2,
+        model_flops=197 * 10**12,
+        matmul_flops=8 * 10**12,
+        xla_flops=1e12,
+        bytes_accessed=1e9,
+        optimal_seconds=0.25,
+        collectives={},
+        peak_tflops=197.0,
+        lower_seconds=1.0,
+        compile_seconds=2.0,
+    )
+    assert (report.memory_bytes, report.loops, report.step_seconds, report.mfu_bound) == (8 * gib, 2.0, 0.5, 0.5)
+    for text in ("8.00 GiB of 16.00 GiB, 50 %", "0.5 s a step by XLA's estimate", "(loops: x 2.00)", "50.0 % of 197 TFLOP/s"):
+        assert text in str(report)
+    assert dataclasses.replace(report, matmul_flops=10**9).loops == 1.0  # XLA counts elementwise work too
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed")
