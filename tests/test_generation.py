@@ -41,10 +41,11 @@ def test_conditions_and_guidance(make, guidance, rescale):
     time = np.linspace(-1, 1, 4)[:, None, None, None]
 
     def formula(x, t, context, fps, image):
-        return image + (0.005 * context.sum((1, 2)) + 0.01 * fps)[:, None, None, None, None] * jnp.asarray(time)
+        return image + (0.01 * context.sum((1, 2)) + 0.02 * fps)[:, None, None, None, None] * jnp.asarray(time)
 
     sample = {"guidance": guidance, "guidance_rescale": rescale}
-    _, clips, images, sentences = make(formula, diffusion={"prediction": "x0"}, sample=sample)
+    settings = {"diffusion": {"prediction": "x0"}, "sample": sample, "autoencoder": {"scale_factor": 2.0}}  # latents are twice the pixels
+    _, clips, images, sentences = make(formula, **settings)
     for b, fps in enumerate((8, 24)):
         with_text, without = (images[b] / 127.5 - 1 + (0.005 * s[b] + 0.01 * fps) * time for s in sentences)
         guided = without + guidance * (with_text - without)

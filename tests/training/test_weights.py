@@ -105,6 +105,15 @@ def test_an_animator_says_which_checkpoint_it_loaded(make_run, monkeypatch):
     assert Animator.load(directory, animator.config).settings["step"] == 9
 
 
+def test_the_options_of_an_animator(run):
+    """Frames of a film of 24 a second that lie four apart are shown 6 a second; without options the run's own settings hold."""
+    own, other = Animator.load(run[0]).settings, Animator.load(run[0], steps=3, guidance=2.0, frame_stride=4).settings
+    options = ("steps", "guidance", "fps_condition", "fps")
+    assert [own[name] for name in options] == [2, 7.5, 8.0, 8.0] and [other[name] for name in options] == [3, 2.0, 6.0, 8.0]
+    with pytest.raises(UserError, match="--steps=1001: at most 1000, the timesteps of training"):
+        Animator.load(run[0], steps=1001)
+
+
 def test_raw_and_averaged_weights(run, tmp_path):
     directory, raw, average = run
     for kind, expected in (("raw", raw), ("ema", average), ("best", average)):
