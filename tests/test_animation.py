@@ -54,6 +54,11 @@ def test_bad_lines(folder, case):
         read_requests(save(folder, line))
 
 
+def test_an_id_that_occurs_twice(folder):
+    with pytest.raises(UserError, match=r"--requests=.*: id '1' occurs 2 times$"):
+        read_requests(save(folder, {}, {"id": 1}, {"id": "2"}))
+
+
 def test_of_many_bad_lines_the_first_are_shown(folder):
     with pytest.raises(UserError, match=r"line 10: Expecting[^;]*; and 290 more$"):
         read_requests(save(folder, *["a.png,x,1"] * 300))
