@@ -75,6 +75,15 @@ def test_pretrained_towers_are_not_in_the_step():
     }
 
 
+def test_masks_are_in_the_batch_and_frames_lie_over_context():
+    batch = batch_shapes(from_config_dict({"loss": {"heatmap": "mask"}}), make_mesh(MeshConfig()))
+    assert (batch["motion_mask"].shape, batch["motion_mask"].dtype) == ((64, 16, 40, 64), "uint8")
+    clips = ("data", "fsdp")
+    specs = {name: tuple(s.sharding.spec) for name, s in batch.items()}
+    split = dict.fromkeys(("latent_moments", "flow", "motion_mask"), (clips, "context"))
+    assert specs == split | {"text_embedding": (clips,), "fps": (clips,)}
+
+
 def test_image_tokens_are_made_of_frames_and_so_are_latents_then():
     """A dataset with latents is refused there (docs/data.md): the step that is compiled has to encode the frames, as the real one does."""
     batch = batch_shapes(from_config_dict({"unet": {"image_cross_attention": True}}), make_mesh(MeshConfig()))

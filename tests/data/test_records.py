@@ -1,9 +1,11 @@
 """The record: against protobuf's own reader and writer, against TFDS, and its refusals."""
 
 import dataclasses
+import io
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from motif_jax.data import records
 from motif_jax.data.records import Layout, decode_clip, encode_clip
@@ -88,6 +90,9 @@ def test_jpeg_is_close(layout, clip):
     data = encode_clip(jpeg, clip | {"frames": smooth})
     back = decode_clip(jpeg, data, ("frames",))["frames"]
     assert np.abs(back.astype(int) - smooth).mean() < 2
+    Image.fromarray(smooth[0]).save(buffer := io.BytesIO(), "JPEG", quality=95)
+    stored = Image.open(io.BytesIO(records.decode_example(data)["frames"][0]))
+    assert stored.quantization == Image.open(buffer).quantization  # libjpeg's tables of that quality
     colours = np.broadcast_to(np.array([200, 30, 60], np.uint8), (3, 16, 24, 3))
     back = decode_clip(jpeg, encode_clip(jpeg, clip | {"frames": colours}), ("frames",))["frames"]
     assert np.abs(back.astype(int) - colours).max() < 6  # red stays red

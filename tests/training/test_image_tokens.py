@@ -98,6 +98,14 @@ def test_the_image_counts_through_attention_alone(make):
     assert np.linalg.norm(run(batch["frames"][:, 0]) - run(other["frames"][:, 0])) > 1e-2 * np.linalg.norm(run(batch["frames"][:, 0]))
 
 
+def test_the_tower_sees_pixels_between_minus_one_and_one(make):
+    _, networks, _, frozen, _ = make("cx-attn")
+    tower = networks.image.bind(frozen["image"])
+    images = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), np.uint8)
+    np.testing.assert_allclose(networks.embed_image(frozen["image"], images), tower(images / 127.5 - 1), atol=1e-5)
+    np.testing.assert_allclose(networks.embed_image(frozen["image"], None), tower(np.zeros((1, 8, 8, 3))), atol=1e-5)  # grey
+
+
 def test_conditions_are_dropped_as_in_dynamicrafter(make):
     """Share p without text, p without image, p / 2 of them without both; a dropped image is a grey one, dropped text the empty sentence."""
     p, key = 0.4, jax.random.key(5)
