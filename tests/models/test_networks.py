@@ -44,6 +44,15 @@ def test_cast_parameters_are_the_same_network(tiny):
     assert np.abs(expected).max() > 0.1
 
 
+def test_pixels_come_back(tiny):
+    """All 256 levels, through the latents of a pixel autoencoder; black is -1 and white 1."""
+    networks = Networks.of(tiny(autoencoder={"scale_factor": 3.0}))
+    frames = np.random.default_rng(0).permutation(2 * 4 * 16 * 16 * 3).astype(np.uint8).reshape(2, 4, 16, 16, 3)
+    z = networks.encode({}, frames, None)
+    assert (float(z.min()), float(z.max())) == (-3.0, 3.0)
+    np.testing.assert_array_equal(networks.decode({}, z), frames)
+
+
 def test_samples_of_pixels_end_without_noise(tiny):
     """A new network, whose last layer is zero, estimates grey clips; DDIM as VideoCrafter ends it would leave 3.7 grey levels of noise."""
     config = tiny(diffusion={"prediction": "x0"})
