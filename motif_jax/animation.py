@@ -18,7 +18,7 @@ from jaxtyping import UInt8
 
 from motif_jax.bench.generate import Request, check_made, generate, make_output, write_manifest, writing
 from motif_jax.bench.pairs import LONGEST_NAME, Pair
-from motif_jax.config import Config, UserError
+from motif_jax.config import Config, UserError, enumerate_first
 from motif_jax.data.images import MediaError, cover, read_image
 from motif_jax.data.tokens import make_tokenizer
 from motif_jax.data.videos import save_video
@@ -145,7 +145,7 @@ def animate_one(load: Callable[[], Animator], image: str, prompt: str, output: s
     _check_writable(path)
     picture = open_image(image)
     animator = load()
-    print(f"{animator.directory}{f' at step {animator.step}' if animator.step else ''}: compiling and sampling", flush=True)
+    print(f"{animator.directory}{'' if animator.step is None else f' at step {animator.step}'}: compiling and sampling", flush=True)
     clip = animator([picture], [prompt], [seed])[0]
     save_clip(path, clip, animator.config.sample.fps)
     print(f"{output}: {len(clip)} frames of {clip.shape[1]}x{clip.shape[2]}")
@@ -178,8 +178,7 @@ def read_requests(path: str) -> list[Pair]:
         requests.append(Pair(name, image.resolve(), prompt))
     bad += [f"id {name!r} occurs {count} times" for name, count in Counter(r.id for r in requests).items() if count > 1]
     if bad or not requests:
-        shown = "; ".join(bad[:10]) + (f"; and {len(bad) - 10} more" if len(bad) > 10 else "")
-        raise UserError(f"--requests={path}: {shown or 'holds no request'}")
+        raise UserError(f"--requests={path}: {enumerate_first(bad) or 'holds no request'}")
     return requests
 
 

@@ -8,7 +8,7 @@ that every entry point can answer --help at once.
 import dataclasses
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,12 @@ from motif_jax.fields import described as _f
 
 class UserError(ValueError):
     """Something the user can mend: entry points print the message, which names the thing and the remedy, without a traceback."""
+
+
+def enumerate_first(items: Sequence[str], most: int = 10, separator: str = "; ") -> str:
+    """The first `most` of what a message lists, and how many more there are; "" for nothing."""
+    more = [f"and {len(items) - most} more"] if len(items) > most else []
+    return separator.join([*items[:most], *more])
 
 
 class ConfigError(UserError):

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from motif_jax.config import Config, UserError
+from motif_jax.config import Config, UserError, enumerate_first
 from motif_jax.data import captions, shards, verification
 from motif_jax.data.shards import Shard, Skipped
 from motif_jax.data.sources import FlowEstimator, Source, SpriteClips, VideoClips, gone, identity
@@ -116,7 +116,7 @@ def verify(output: str | os.PathLike, log: Log = _say) -> None:
     for line in bad:
         log(line)
     if bad:
-        names = ", ".join(line.split()[0] for line in bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
+        names = enumerate_first([line.split()[0] for line in bad], 5, ", ")
         raise UserError(f"{directory}: {len(bad)} files are not as they should be ({names}); the command that made them repairs these only")
     log(f"{directory}: every record is as it was written")
 

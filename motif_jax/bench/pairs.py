@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from motif_jax.config import UserError
+from motif_jax.config import UserError, enumerate_first
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 VIDEOS = (".mp4", ".gif", ".webm", ".mov", ".mkv", ".avi")
@@ -93,8 +93,7 @@ def read_pairs(path: str | pathlib.Path) -> list[Pair]:
             pairs.append(Pair(identity, image, prompt, row["scenario"]))
     bad += [f"id {i!r} occurs {n} times" for i, n in Counter(p.id for p in pairs).items() if n > 1]
     if bad or not pairs:
-        shown = "; ".join(bad[:10]) + (f"; and {len(bad) - 10} more" if len(bad) > 10 else "")
-        raise UserError(f"--list={path}: {shown or 'holds no pair'}")
+        raise UserError(f"--list={path}: {enumerate_first(bad) or 'holds no pair'}")
     return pairs
 
 

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from motif_jax.config import UserError
+from motif_jax.config import UserError, enumerate_first
 
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "MOTIF_PROCESS_COUNT", "MOTIF_PROCESS_INDEX"  # host:port of process 0
 HEARTBEAT = "MOTIF_HEARTBEAT_SECONDS"  # a process that is silent for so long is dead, and the job ends
@@ -193,6 +193,5 @@ def compare(everyone: list[dict[str, str]]) -> list[str]:
         usual, count = collections.Counter(values).most_common(1)[0]
         if count < len(values):
             odd = [f"process {i} on {f['host']} has {v[:16]}" for i, (f, v) in enumerate(zip(everyone, values, strict=True)) if v != usual]
-            shown = ", ".join(odd[:8]) + (f" and {len(odd) - 8} more" if len(odd) > 8 else "")
-            lines.append(f"{name}: {shown}; {count} of {len(values)} have {usual[:16]}")
+            lines.append(f"{name}: {enumerate_first(odd, 8, ', ')}; {count} of {len(values)} have {usual[:16]}")
     return sorted(lines)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from motif_jax.config import Config, UserError, read_json
+from motif_jax.config import Config, UserError, enumerate_first, read_json
 from motif_jax.interop.files import Lazy
 from motif_jax.interop.imported import CONTENTS, is_imported, read_imported
 from motif_jax.models import lora
@@ -18,8 +18,6 @@ from motif_jax.training.checkpoint import latest_step, read_arrays
 # What image cross attention adds to a text-to-video model.
 IMAGE_PATH = re.compile(r"image_proj_model\..*|.*\.attn2\.(to_[kv]_ip\.kernel|alpha)")
 WEIGHTS_STREAM = 2**31 - 2  # fold_in number of the initial weights: no training step reaches it
-
-LISTED = 10  # of the differences between weights and configuration; a wrong configuration has a thousand
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,11 +193,10 @@ def fit(params: Params, shapes: dict[str, jax.ShapeDtypeStruct], source: str, in
     bad = [f"missing {k}" for k in shapes.keys() - params.keys()] + [f"left over {k}" for k in params.keys() - shapes.keys()]
     bad += [f"{k} is {params[k].shape}, not {shapes[k].shape}" for k in shapes.keys() & params.keys() if params[k].shape != shapes[k].shape]
     if bad:
-        more = [f"and {len(bad) - LISTED} more"] if len(bad) > LISTED else []
         raise UserError(
             f"{source}: weights do not fit the configuration, {len(bad)} differences from its {len(shapes)} arrays; "
             "use the configuration that they were trained with (imported.json or config.json there):\n  "
-            + "\n  ".join(sorted(bad)[:LISTED] + more)
+            + enumerate_first(sorted(bad), separator="\n  ")
         )
     # What an import holds is read from its file here.
     return {k: np.array(v) if isinstance(v := params[k], Lazy) else v for k in shapes}

@@ -74,10 +74,15 @@ def test_everybody_gets_a_sheet_and_nobody_two_copies_of_one(tmp_path):
     assert box.claim("e")["sheet"] is None
 
 
-def test_a_sheet_left_alone_goes_to_somebody_else_and_its_answers_stay(tmp_path):
-    key = make_study(tmp_path / "s", pairs=2, annotators=2)  # one sheet in two copies
-    clock = Clock()
-    box = Ballots(tmp_path / "v.sqlite", key, lease=60, clock=clock)
+@pytest.fixture
+def two_copies(tmp_path):
+    """(key, ballots, clock) of a study of one sheet in two copies, with a lease of 60 seconds."""
+    key, clock = make_study(tmp_path / "s", pairs=2, annotators=2), Clock()
+    return key, Ballots(tmp_path / "v.sqlite", key, lease=60, clock=clock), clock
+
+
+def test_a_sheet_left_alone_goes_to_somebody_else_and_its_answers_stay(two_copies):
+    key, box, clock = two_copies
     sheet = box.claim("gone")["sheet"]
     first, second, *_ = (t.id for t in key.sheets[sheet])
     box.vote(answer(first, "gone", sheet))
@@ -98,11 +103,9 @@ def test_a_sheet_left_alone_goes_to_somebody_else_and_its_answers_stay(tmp_path)
     assert box.claim("gone")["sheet"] is None
 
 
-def test_a_sheet_that_comes_free_again_may_go_back_to_who_began_it(tmp_path):
+def test_a_sheet_that_comes_free_again_may_go_back_to_who_began_it(two_copies):
     """Somebody took it over and did nothing: it is no second copy."""
-    key = make_study(tmp_path / "s", pairs=2, annotators=2)  # one sheet in two copies
-    clock = Clock()
-    box = Ballots(tmp_path / "v.sqlite", key, lease=60, clock=clock)
+    key, box, clock = two_copies
     sheet = box.claim("a")["sheet"]
     first, second, *_ = (t.id for t in key.sheets[sheet])
     box.vote(answer(first, "a", sheet))

@@ -150,7 +150,10 @@ def oblong(tiny, **overrides):
 
 
 def by_hand(config, batch, key, t=None):
-    """z, t, noise, x_t and the target v, float64, from the random streams and the formulas."""
+    """z, t, noise, x_t and the target v, float64, from the random streams and the formulas.
+
+    The step's own are float32; its cumulative products of a thousand factors alone may be off by some 1e-6.
+    """
     mean, log_variance = np.split(batch["latent_moments"].astype(np.float64), 2, -1)
     z = mean + np.exp(log_variance / 2) * np.asarray(jax.random.normal(jax.random.fold_in(key, 0), mean.shape))
     noise = np.asarray(jax.random.normal(jax.random.fold_in(key, 1), mean.shape), np.float64)
