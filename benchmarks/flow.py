@@ -42,6 +42,7 @@ def timed(call: Callable[[], object]) -> tuple[float, float]:
 def compare(variant: str, dtype: str, weights: str | None, options: argparse.Namespace) -> list[str]:
     """Prints the rows of a variant; returns where JAX is less than `options.wanted` times as fast as PyTorch on the same pairs."""
     import jax
+    import kernels
     import safetensors.torch
     import torch
     import torch_raft
@@ -63,6 +64,7 @@ def compare(variant: str, dtype: str, weights: str | None, options: argparse.Nam
     theirs = theirs.to(device)
     clip = frames(options.clip, options.height, options.width)
     on_device = torch.from_numpy(clip.transpose(0, 3, 1, 2).astype(np.float32)).to(device)
+    given = {pairs: jax.device_put((clip[:pairs], clip[1 : pairs + 1])) for pairs in options.pairs}
     ours = jax.jit(lambda state, a, b: nnx.merge(graph, state)(a, b, options.iterations))
 
     def in_torch(pairs: int) -> np.ndarray:
@@ -70,7 +72,7 @@ def compare(variant: str, dtype: str, weights: str | None, options: argparse.Nam
             return theirs(on_device[:pairs], on_device[1 : pairs + 1], options.iterations).permute(0, 2, 3, 1).cpu().numpy()
 
     def in_jax(pairs: int) -> np.ndarray:
-        return np.asarray(ours(state, clip[:pairs], clip[1 : pairs + 1]))
+        return np.asarray(ours(state, *given[pairs]))
 
     calls: dict[tuple[str, int], Callable[[], object]] = {}
     difference = np.max([np.abs(in_torch(pairs) - in_jax(pairs)).max() for pairs in options.pairs])
@@ -92,6 +94,10 @@ def compare(variant: str, dtype: str, weights: str | None, options: argparse.Nam
         print(f"| RAFT-{variant}, {dtype} | {name} | {pairs} | {wall:.4f} | {cpu:.4f} | {factors} |", flush=True)
         if name == "JAX" and base[0] / wall < options.wanted:
             short.append(f"RAFT-{variant}, {dtype}, {pairs} pairs: {base[0] / wall:.2f} x PyTorch")
+    if options.profile:
+        calls["JAX", max(options.pairs)]()
+        print(f"\nRAFT-{variant}, {dtype}, {max(options.pairs)} pairs:\n")
+        print(kernels.profiled(calls["JAX", max(options.pairs)], 1, f"{options.profile}/{variant}-{dtype}") + "\n", flush=True)
     print(f"| RAFT-{variant}, {dtype} | largest difference of the flows: {difference:.1e} px | | | | | |", flush=True)
     return short
 
@@ -104,6 +110,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--iterations", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--profile", help="on a GPU: directory for traces, of which kernels.py says what the network took")
     options = parser.parse_args()
     given = dict(item.split("=", 1) for item in options.weights)
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a GPU's memory is PyTorch's, too

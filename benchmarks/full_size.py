@@ -1,10 +1,11 @@
 """The paper's model trained on the accelerators of this machine, from made-up latents: step time, MFU, memory, and what the loop adds.
 
-    python benchmarks/full_size.py --config=configs/motif.py --config.batch_size=8 --config.steps=60 [--data=DIR] [--config.a.b=value ...]
+    python benchmarks/full_size.py --config=configs/motif.py --config.batch_size=4 --config.steps=60 [--data=DIR] [--config.a.b=value ...]
 
 The real `motif_jax.training.loop` on shards of random latents and text embeddings (`--data`: made there unless they are there), with
 random weights and without evaluation and sampling. `--config.checkpoint.every=N` also saves, unless there are fewer steps. Then the same
-step without the loop: one batch that stays on the devices, each call made while the one before runs.
+step without the loop: one batch that stays on the devices, each call made while the one before runs. `--profile=DIR` writes an XProf trace
+of three of these, and says what the GPU did in it (benchmarks/kernels.py).
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ import pathlib
 import tempfile
 import time
 
+import kernels
 import numpy as np
 from absl import flags
 from ml_collections import config_flags
@@ -24,6 +26,7 @@ from motif_jax.config import Config, UserError
 CONFIG = config_flags.DEFINE_config_file("config", None, "configs/X.py[:args]", lock_config=True)
 DATA = flags.DEFINE_string("data", None, "directory of the made-up dataset; default: a temporary one")
 CLIPS = flags.DEFINE_integer("clips", 24, "clips of the dataset")
+PROFILE = flags.DEFINE_string("profile", None, "directory for a trace of three steps")
 flags.mark_flags_as_required(["config"])
 
 
@@ -90,16 +93,24 @@ def seconds_alone(config: Config, weights, batch: dict[str, np.ndarray], steps: 
     empty = np.zeros(config.text.context_length, np.int32)
     replicated = NamedSharding(mesh, PartitionSpec())
     step = jax.jit(make_train_step(networks, optimizer, empty, mesh), donate_argnums=0, out_shardings=(shardings, replicated))
-    on_devices, before = global_batch(batch, mesh, config.batch_size), None
-    for number in range(steps + 3):
-        if number == 3:
+    on_devices = global_batch(batch, mesh, config.batch_size)
+
+    def run(state, steps: int):
+        before = None
+        for _ in range(steps):
+            state, metrics = step(state, frozen, on_devices)
             jax.block_until_ready(before)
-            began = time.perf_counter()
-        state, metrics = step(state, frozen, on_devices)
-        jax.block_until_ready(before)
-        before = metrics
-    jax.block_until_ready(before)
-    return (time.perf_counter() - began) / steps
+            before = metrics
+        return jax.block_until_ready(state)
+
+    state = run(state, 3)
+    began = time.perf_counter()
+    state = run(state, steps)
+    seconds = (time.perf_counter() - began) / steps
+    if PROFILE.value:
+        with jax.profiler.trace(PROFILE.value):
+            run(state, 3)
+    return seconds
 
 
 def main(argv: list[str]) -> None:
@@ -149,6 +160,8 @@ def main(argv: list[str]) -> None:
     print(f"loop {1000 * seconds:.1f} ms a step, {mean['clips_per_second']:.2f} clips/s, {mean['tflops_per_device']:.1f} TFLOP/s{mfu}")
     print(f"memory {mean['memory_gib']:.1f} GiB at most, input wait {100 * mean['input_wait']:.2f} %, first step after {compilation:.0f} s")
     print(f"step alone {1000 * alone:.1f} ms: the loop adds {100 * (seconds / alone - 1):+.2f} %")
+    if PROFILE.value:
+        print(kernels.table(PROFILE.value, 3))
     if saving:
         print(f"saves hold the loop for {', '.join(f'{s:.2f}' for s in saves)} s")
 

@@ -15,6 +15,7 @@ import threading
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the card is shared
 
 import jax
+import kernels
 import numpy as np
 import torch
 from scaling import load_config
@@ -34,6 +35,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--compile", action="store_true", help="torch.compile the PyTorch network")
+    parser.add_argument("--profile", help="on a GPU: directory for a trace of one of our videos, of which kernels.py says what it took")
     arguments = parser.parse_args()
     config = load_config(arguments.config)
     networks = Networks.of(config)
@@ -101,7 +103,9 @@ def main() -> None:
     a, b = alternate(ours, generate_torch, arguments.rounds)
     way = "torch.compile" if arguments.compile else "eager"
     print("| configuration | DDIM steps | ours, s per video | PyTorch, s | PyTorch / ours | PyTorch's way |\n|---|---|---|---|---|---|")
-    print(f"| {arguments.config}, {config.dtype} | {len(steps)} | {a:.2f} | {b:.2f} | {b / a:.2f} | {way} |")
+    print(f"| {arguments.config}, {config.dtype} | {len(steps)} | {a:.2f} | {b:.2f} | {b / a:.2f} | {way} |", flush=True)
+    if arguments.profile:
+        print(kernels.profiled(ours, 1, arguments.profile))
 
 
 if __name__ == "__main__":

@@ -6,11 +6,12 @@
 Both sides start from latents, text embeddings and flow in memory, draw noise and timesteps, and end with new weights. Weights are
 equal and the outputs are compared before anything is timed. Without a GPU both compute in float32 on all cores, by turns.
 
-On a GPU each side has the card for itself while it is timed: PyTorch's ways run in a process of their own each, first eager, then compiled,
-which compiles while we compile and takes its steps when both are done; then come ours. With dtype=bfloat16 PyTorch works under autocast,
-with fused AdamW and scaled_dot_product_attention; cuDNN tries its kernels, as XLA does. What is not compiled after --limit seconds is left
-out; exits with 1 when that is our step, or all of PyTorch's. Outputs are not compared there. Of the paper's network PyTorch keeps 27 GiB of
-a clip beside 29 of state (counted, not measured), so that two clips need more than 80 GB.
+On a GPU each side has the card for itself while it is timed: PyTorch's ways run in a process of their own each, first eager, then compiled
+(with --compile=only that alone), which compiles while we compile and takes its steps when both are done; then come ours. Steps follow one
+another as in training, which waits for a result now and then: each time is that of five steps. With dtype=bfloat16 PyTorch works under
+autocast, with fused AdamW and scaled_dot_product_attention; cuDNN tries its kernels, as XLA does. What is not compiled after --limit
+seconds is left out; exits with 1 when that is our step, or all of PyTorch's. Outputs are not compared there. Of the paper's network eager
+PyTorch keeps 27 GiB of a clip beside 29 of state (counted, not measured), so that two clips need more than 80 GB.
 """
 
 import argparse
@@ -27,6 +28,7 @@ import time
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the card is shared
 
 import jax
+import kernels
 import numpy as np
 import torch
 from scaling import load_config
@@ -76,7 +78,8 @@ class TorchStep:
         self.alpha, self.sigma, self.z, self.flow, self.text, self.fps = (torch.from_numpy(a).to(device) for a in arrays)
         self.forward = torch.compile(unet) if compiled else unet
 
-    def __call__(self) -> None:
+    def __call__(self) -> torch.Tensor:
+        """Starts a step; its loss, which has to be waited for."""
         config, z = self.config, self.z
         t = torch.randint(0, config.diffusion.num_timesteps, (len(z),), device=self.device)
         alpha, sigma = (a[t][:, None, None, None, None] for a in (self.alpha, self.sigma))
@@ -94,7 +97,7 @@ class TorchStep:
         self.optimizer.step()
         with torch.no_grad():
             torch._foreach_lerp_(self.average, list(self.unet.parameters()), 1 - config.ema.decay)
-        loss.item()
+        return loss.detach()
 
 
 class OurStep:
@@ -117,18 +120,22 @@ class OurStep:
         frozen = {name: {k: np.zeros(s.shape, s.dtype) for k, s in n.shapes.items()} for name, n in self.networks.frozen.items()}
         self.frozen, self.batch = jax.device_put((frozen, self.batch))
 
-    def __call__(self) -> None:
+    def __call__(self) -> jax.Array:
+        """Starts a step; its loss, which has to be waited for."""
         self.state, metrics = self.step(self.state, self.frozen, self.batch)
-        float(metrics["loss"])
+        return metrics["loss"]
 
 
-def median_seconds(step, rounds: int) -> float:
+def median_seconds(step, rounds: int, steps: int = 5) -> float:
+    """Of a step, over `rounds` times `steps` of them on end."""
     taken = []
-    for _ in range(rounds + 2):
+    for _ in range(rounds + 1):
         began = time.perf_counter()
-        step()
-        taken.append(time.perf_counter() - began)
-    return statistics.median(taken[2:])
+        for _ in range(steps):
+            loss = step()
+        float(loss)
+        taken.append((time.perf_counter() - began) / steps)
+    return statistics.median(taken[1:])
 
 
 def torch_side(config: Config, arguments: argparse.Namespace) -> None:
@@ -138,7 +145,7 @@ def torch_side(config: Config, arguments: argparse.Namespace) -> None:
     torch.backends.cudnn.benchmark = True
     compiled = arguments.side == "torch.compile"
     step = TorchStep(config, torch_unet(config, random_params(Networks.of(config))), make_batch(config), compiled, device)
-    step()
+    float(step())
     print("ready", flush=True)
     sys.stdin.readline()
     seconds = median_seconds(step, arguments.rounds)
@@ -183,7 +190,8 @@ def apart(name: str, config: Config, arguments: argparse.Namespace) -> None:
         say(f"PyTorch ({way}): {found[way]:.3f} s a step, {gib:.1f} GiB at most")
 
     compiling = threading.Thread(target=make, daemon=True)
-    time_pytorch("eager")
+    if arguments.compile != "only":
+        time_pytorch("eager")
     compiling.start()
     if arguments.compile:
         time_pytorch("torch.compile")
@@ -198,6 +206,8 @@ def apart(name: str, config: Config, arguments: argparse.Namespace) -> None:
     say(f"ours: {seconds:.3f} s a step, {rate:.1f} model TFLOP/s, peak of the device {peak_tflops(jax.devices()[0].device_kind)}")
     for way, theirs in found.items():
         print(row(name, config, seconds, theirs, way), flush=True)
+    if arguments.profile:
+        print(kernels.profiled(lambda: float(made[0]()), 3, arguments.profile), flush=True)
     if not found:
         sys.exit("PyTorch has no time: nothing to compare with")
 
@@ -222,14 +232,23 @@ def by_turns(name: str, config: Config, arguments: argparse.Namespace) -> None:
     ours = OurStep(config, networks, batch)
     print(f"our step was compiled, or read from the compile cache, in {time.perf_counter() - began:.0f} s", flush=True)
     ours.start(params)
-    print(row(name, config, *alternate(ours, theirs, arguments.rounds), "torch.compile" if arguments.compile else "eager"), flush=True)
+    print(
+        row(
+            name,
+            config,
+            *alternate(lambda: float(ours()), lambda: float(theirs()), arguments.rounds),
+            "torch.compile" if arguments.compile else "eager",
+        ),
+        flush=True,
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", action="append", help="repeat for several")
-    parser.add_argument("--rounds", type=int, default=10, help="timed steps of each side")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the PyTorch network")
+    parser.add_argument("--rounds", type=int, default=10, help="timed steps of each side; on a GPU, of five each")
+    parser.add_argument("--compile", nargs="?", const="also", choices=("also", "only"), help="torch.compile the PyTorch network")
+    parser.add_argument("--profile", help="on a GPU: directory for a trace of three of our steps, of which kernels.py says what they did")
     parser.add_argument("--batch", type=int, help="clips, in place of the configuration's")
     parser.add_argument(
         "--remat", choices=("none", "block", "convs", "dots"), help="in place of the configuration's; PyTorch always keeps all activations"

@@ -4,14 +4,16 @@ Module and attribute names are those of the reference checkpoint (VideoCrafter2)
 """
 
 import functools
+import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from motif_jax.models import splash
+from motif_jax.models import packed, splash
 from motif_jax.models.layers import (
     CLIPS,
     Conv,
@@ -30,7 +32,6 @@ from motif_jax.models.layers import (
 IMAGE_TOKENS = 16  # per frame, from DynamiCrafter's resampler
 BLOCKWISE_FROM = 2**22  # query-key pairs of one head: 2560 pixels (a 320x512 frame) are beyond it, 1280 are not
 QUERY_BLOCK = 512
-TILE = 128  # queries and keys of which cuDNN computes a tile, however few there are
 SPLASH_FROM = 512  # queries and keys
 
 
@@ -43,8 +44,8 @@ def attention(
 ) -> Float[Array, "N L H K"]:
     """softmax(q k^T / sqrt(K)) v per head, softmax in float32; `causal` hides the keys after a query.
 
-    implementation: "reference" is written out here; "xla" and "cudnn" are those of `jax.nn.dot_product_attention`; "packed" is cudnn
-    that takes several sequences of self-attention at once where they are short; "splash" is TPU's kernel of that name where both
+    implementation: "reference" is written out here; "xla" and "cudnn" are those of `jax.nn.dot_product_attention`; "packed" is
+    `models.packed` where it takes the shapes (self-attention of few tokens), else cudnn; "splash" is TPU's kernel of that name where both
     sequences are long, else "xla"; "auto" takes packed on GPU for half precision and head widths that cuDNN supports, xla on TPU,
     reference on CPU.
     Where L * S is large, "reference" and "xla" take the queries in blocks and recompute each block's weights in the backward
@@ -60,7 +61,7 @@ def attention(
         # Short sequences (frames, words) do not fill its blocks.
         implementation = "splash" if min(q_NLHK.shape[1], k_NSHK.shape[1]) >= SPLASH_FROM and not causal else "xla"
     if implementation == "splash":
-        return splash.attend(q_NLHK, k_NSHK, v_NSHK)
+        return _on_each_device(splash.attend, q_NLHK, k_NSHK, v_NSHK)
     if implementation not in ("reference", "xla"):
         raise ValueError(f"attention={implementation!r}: must be one of 'auto', 'reference', 'xla', 'cudnn', 'packed', 'splash'")
     attend = _reference if implementation == "reference" else functools.partial(jax.nn.dot_product_attention, implementation="xla")
@@ -73,6 +74,19 @@ def attention(
     return jnp.moveaxis(out_MNlHK, 0, 1).reshape(q_NLHK.shape)
 
 
+def _on_each_device(attend: Callable, q_NLHK: Array, k_NSHK: Array, v_NSHK: Array) -> Array:
+    """A kernel that XLA cannot partition, on the sequences and heads of each device; what does not divide, every device works on."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return attend(q_NLHK, k_NSHK, v_NSHK)
+    rows = tuple(name for name in ("data", "fsdp", "context") if mesh.shape[name] > 1)
+    if q_NLHK.shape[0] % math.prod(mesh.shape[name] for name in rows):
+        rows = ()
+    heads = "tensor" if q_NLHK.shape[2] % mesh.shape["tensor"] == 0 else None
+    spec = PartitionSpec(rows or None, None, heads)
+    return jax.shard_map(attend, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)(q_NLHK, k_NSHK, v_NSHK)
+
+
 def _with_cudnn(q_NLHK: Array, k_NSHK: Array, v_NSHK: Array, causal: bool, pack: bool) -> Array:
     """cuDNN's attention in the shapes that it takes, and takes well."""
     attend = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
@@ -81,8 +95,8 @@ def _with_cudnn(q_NLHK: Array, k_NSHK: Array, v_NSHK: Array, causal: bool, pack:
     if parts > 1 and q_NLHK.shape[1] != k_NSHK.shape[1] and q_NLHK.shape[1] % parts == 0:
         apart = (constrain(x, (*CLIPS, "context"), None, "tensor", None) for x in _queries_apart(parts, q_NLHK, k_NSHK, v_NSHK))
         return _even_lengths(attend, *apart, causal).reshape(q_NLHK.shape)
-    if pack and not causal and (count := _together(q_NLHK.shape, k_NSHK.shape)) > 1:
-        return _packed(attend, count, q_NLHK, k_NSHK, v_NSHK)
+    if pack and not causal and packed.fits(q_NLHK.shape, k_NSHK.shape):
+        return _on_each_device(packed.attend, q_NLHK, k_NSHK, v_NSHK)
     return _even_lengths(attend, q_NLHK, k_NSHK, v_NSHK, causal)
 
 
@@ -100,25 +114,6 @@ def _even_lengths(attend: Callable, q_NLHK: Array, k_NSHK: Array, v_NSHK: Array,
     padded = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q_NLHK, k_NSHK, v_NSHK))
     queries, keys = (jnp.full(len(q_NLHK), n, jnp.int32) for n in lengths)
     return attend(*padded, is_causal=is_causal, query_seq_lengths=queries, key_value_seq_lengths=keys)[:, : lengths[0]]
-
-
-def _together(queries: tuple[int, ...], keys: tuple[int, ...]) -> int:
-    """How many of N sequences, [N, L, H, K] both, fill a tile of cuDNN's kernel: a divisor of N that makes the length even; else 1."""
-    N, L = queries[:2]
-    if queries != keys:
-        return 1
-    return max((n for n in range(2, TILE // L + 1) if N % n == 0 and n * L % 2 == 0), default=1)
-
-
-def _packed(attend: Callable, count: int, q_NLHK: Array, k_NLHK: Array, v_NLHK: Array) -> Array:
-    """`attend` on `count` sequences in one, which do not see one another.
-
-    cuDNN's kernel of an H100 takes 128 queries and keys for 16 frames, too (its own choice of engine and tile is the same for both).
-    """
-    N, L = q_NLHK.shape[:2]
-    packed = (x.reshape(N // count, count * L, *x.shape[2:]) for x in (q_NLHK, k_NLHK, v_NLHK))
-    sequence = jnp.arange(count * L) // L
-    return attend(*packed, mask=(sequence[:, None] == sequence)[None, None]).reshape(q_NLHK.shape)
 
 
 def _reference(q_NLHK: Array, k_NSHK: Array, v_NSHK: Array, is_causal: bool = False) -> Array:

@@ -141,7 +141,10 @@ class Conv(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, x: Float[Array, "N *hw I"]) -> Float[Array, "N *hw2 O"]:
-        y = convolve(x.astype(self.dtype), gathered(self.kernel, self.dtype), self.stride, self.padding)
+        x = x.astype(self.dtype)
+        if math.prod(self.kernel.shape[:-2]) > 1:
+            x = checkpoint_name(x, "conv_input")
+        y = convolve(x, gathered(self.kernel, self.dtype), self.stride, self.padding)
         return (y + self.bias[...]).astype(self.dtype)
 
 
@@ -292,10 +295,10 @@ class LayerNorm(nnx.Module):
 
 
 class Silu(nnx.Module):
-    """x * sigmoid(x); a module so that the layers after it keep the numbers they have in the reference's sequences."""
+    """x * sigmoid(x) in float32; a module so that the layers after it keep the numbers they have in the reference's sequences."""
 
     def __call__(self, x: Array) -> Array:
-        return jax.nn.silu(x)
+        return jax.nn.silu(x.astype(jnp.float32)).astype(x.dtype)
 
 
 def gelu(x: Float[Array, "*n"]) -> Float[Array, "*n"]:
@@ -343,7 +346,7 @@ def _random_bits(key: Array, shape: tuple[int, ...]) -> Array:
 
 
 def _keep(*names: str) -> Callable[..., bool]:
-    """A policy of `jax.checkpoint`: keep the moments of norms, which are few, and the results of these primitives.
+    """A policy of `jax.checkpoint`: keep what `checkpoint_name` gave one of these names, and the results of primitives of these names.
 
     Of matrix products those of layers, not those of attention.
     """
@@ -351,17 +354,17 @@ def _keep(*names: str) -> Callable[..., bool]:
     def policy(primitive, *args, **params) -> bool:
         if primitive.name == "dot_general":
             return "dot_general" in names and jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *args, **params)
-        return primitive.name in ("name", *names)
+        return (params["name"] if primitive.name == "name" else primitive.name) in names
 
     return policy
 
 
 # What the backward pass keeps of a block; the rest of it is computed again.
 REMAT = {
-    "block": _keep(),  # its input, and those moments
-    "convs": _keep("conv_general_dilated"),  # and the results of its convolutions
-    # and those of its dense layers and of cuDNN's attention: next to no product is computed twice
-    "dots": _keep("conv_general_dilated", "dot_general", "dot_product_attention_fwd_wrapper"),
+    "block": _keep("moments"),  # its input, and the moments of norms, which are few
+    "convs": _keep("moments", "conv_general_dilated"),  # and the results of its convolutions
+    # and what goes into them, and the results of its dense layers and of a GPU's attention: next to no product is computed twice
+    "dots": _keep("moments", "conv_general_dilated", "conv_input", "dot_general", "dot_product_attention_fwd_wrapper", "pallas_call"),
 }
 
 

@@ -1,10 +1,7 @@
 """TPU's splash attention (blockwise softmax in on-chip memory) with the interface of `models.attention`: no weights are stored."""
 
-import math
-
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 LANES = 128  # sequences are padded to multiples of this
@@ -14,27 +11,7 @@ BLOCK = 512
 def attend(
     q_NLHK: Float[Array, "N L H K"], k_NSHK: Float[Array, "N S H K"], v_NSHK: Float[Array, "N S H K"], interpret: bool = False
 ) -> Float[Array, "N L H K"]:
-    """softmax(q k^T / sqrt(K)) v per head; on a mesh each device works on its own clips and heads.
-
-    interpret: run the kernel without a TPU, very slowly.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return _on_one_device(q_NLHK, k_NSHK, v_NSHK, interpret)
-    # A kernel cannot be partitioned by the compiler. What does not divide is worked on by every device.
-    rows = tuple(name for name in ("data", "fsdp", "context") if mesh.shape[name] > 1)
-    if q_NLHK.shape[0] % math.prod(mesh.shape[name] for name in rows):
-        rows = ()
-    heads = "tensor" if q_NLHK.shape[2] % mesh.shape["tensor"] == 0 else None
-    spec = PartitionSpec(rows or None, None, heads)
-
-    def local(q: Array, k: Array, v: Array) -> Array:
-        return _on_one_device(q, k, v, interpret)
-
-    return jax.shard_map(local, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)(q_NLHK, k_NSHK, v_NSHK)
-
-
-def _on_one_device(q_NLHK: Array, k_NSHK: Array, v_NSHK: Array, interpret: bool) -> Array:
+    """softmax(q k^T / sqrt(K)) v per head, on one device; interpret: without a TPU, very slowly."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 

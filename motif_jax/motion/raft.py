@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Num
 
+from motif_jax.models.layers import platform
+
 CELL = 8  # pixels per grid cell
 LEVELS = 4  # levels of the correlation pyramid
 MIN_SIDE = CELL * 2 ** (LEVELS - 1)  # the coarsest level keeps one cell
@@ -50,11 +52,55 @@ VARIANTS = {
 }  # fmt: skip
 
 
+def convolve(x_BHWC: Array, kernel: Array, strides: tuple[int, int], padding: list[tuple[int, int]], **options: Any) -> Array:
+    """`jax.lax.conv_general_dilated` with a kernel [h, w, in, out], or one that went through `prepare`."""
+    if platform() == "gpu" and kernel.ndim == 4:
+        kernel = prepare(kernel, options["precision"])
+    if kernel.ndim == 5:
+        options |= {"dimension_numbers": ("NHWC", "OHWI", "NHWC"), "precision": "default"}
+        if kernel.shape[3] == 3:
+            x, rest = _tf32(x_BHWC)
+            x_BHWC = jnp.concatenate([x, x, rest], -1)
+        kernel = kernel.reshape(*kernel.shape[:3], -1)
+    return jax.lax.conv_general_dilated(x_BHWC, kernel, strides, padding, **options)
+
+
+def prepare(kernel: Float[Array, "h w I O"], precision: str) -> Array:
+    """A kernel as GPUs take it, [O, h, w, parts, I]: outside of a loop, where it would be made in every turn. Elsewhere `kernel` itself.
+
+    A GPU's float32 convolutions leave the tensor cores idle. So float32 at precision "highest" has three parts: with x = X + x' and
+    k = K + k', where X and K have the 11 significant bits of TF32, x * k is X * K + X * k' + x' * K but for x' * k', 2^-22 of it. That is
+    one TF32 convolution over three times the channels, which sums in float32 (CUTLASS calls it 3xTF32).
+    """
+    if platform() != "gpu":
+        return kernel
+    parts = [kernel]
+    if precision == "highest" and kernel.dtype == jnp.float32:
+        rounded, rest = _tf32(kernel)
+        parts = [rounded, rest, rounded]
+    return jnp.stack([jnp.moveaxis(part, -1, 0) for part in parts], 3)
+
+
+def _tf32(x: Array) -> tuple[Array, Array]:
+    """The float32 `x` rounded to TF32, and what is left of it."""
+    rounded = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=10)
+    return rounded, x - rounded
+
+
+def _prepared(module: nnx.Module) -> nnx.Module:
+    """`module` with its convolutions' kernels prepared, in the type in which they compute."""
+    module = nnx.merge(*nnx.split(module))
+    for _, layer in module.iter_modules():
+        if isinstance(layer, nnx.Conv):
+            layer.kernel = nnx.Param(prepare(layer.kernel[...].astype(layer.dtype), layer.precision))
+    return module
+
+
 def _conv(inputs: int, outputs: int, kernel: int | tuple[int, int], stride: int = 1, **shared: Any) -> nnx.Conv:
     # Explicit symmetric padding: 'SAME' would pad a stride-2 convolution on one side only.
     kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
     padding = [(k // 2, k // 2) for k in kernel]
-    return nnx.Conv(inputs, outputs, kernel, strides=stride, padding=padding, **shared)
+    return nnx.Conv(inputs, outputs, kernel, strides=stride, padding=padding, conv_general_dilated=convolve, **shared)
 
 
 class BatchNorm(nnx.BatchNorm):
@@ -154,7 +200,7 @@ class ConvGRU(nnx.Module):
     """One 3x3 GRU (small), or a 1x5 and a 5x1 GRU in turn (large), on the channels [hidden, context, motion].
 
     The context never changes during refinement, so that its share of each convolution is computed once (`constant`) and
-    added in every iteration.
+    added in every iteration; `weights` are those of the rest.
     """
 
     def __init__(self, v: Variant, **shared: Any):
@@ -164,33 +210,42 @@ class ConvGRU(nnx.Module):
             for gate in "zrq":
                 setattr(self, f"conv{gate}{suffix}", _conv(v.hidden + v.context + v.motion + 2, v.hidden, kernel, **shared))
 
-    def _kernels(self, suffix: str) -> list[Array]:
-        return [getattr(self, f"conv{gate}{suffix}").kernel[...] for gate in "zrq"]
+    def _parameters(self, suffix: str, name: str) -> list[Array]:
+        return [getattr(getattr(self, f"conv{gate}{suffix}"), name)[...] for gate in "zrq"]
 
-    def _convolve(self, x_BhwC: Array, kernel: Array) -> Array:
-        padding = [(k // 2, k // 2) for k in kernel.shape[:2]]
+    def _convolve(self, x_BhwC: Array, kernel: Array, suffix: str) -> Array:
+        padding = [(k // 2, k // 2) for k in self.kernels[suffix]]
         x_BhwC, kernel = x_BhwC.astype(self.dtype), kernel.astype(self.dtype)
         layout = ("NHWC", "HWIO", "NHWC")
-        y_BhwC = jax.lax.conv_general_dilated(x_BhwC, kernel, (1, 1), padding, dimension_numbers=layout, precision=self.precision)
-        return y_BhwC.astype(jnp.float32)
+        return convolve(x_BhwC, kernel, (1, 1), padding, dimension_numbers=layout, precision=self.precision).astype(jnp.float32)
 
-    def constant(self, context_BhwC: Array) -> dict[str, Array]:
-        """The context's share of z, r and q (stacked on the channels), bias included, per GRU step."""
+    def constant(self, context_BhwC: Array) -> dict[str, tuple[Array, Array]]:
+        """The context's share of (z and r on the channels, q), bias included, per GRU step."""
         inputs = slice(self.hidden, self.hidden + self.context)
         terms = {}
         for suffix in self.kernels:
-            kernel = jnp.concatenate([k[:, :, inputs] for k in self._kernels(suffix)], -1)
-            bias = jnp.concatenate([getattr(self, f"conv{gate}{suffix}").bias[...] for gate in "zrq"])
-            terms[suffix] = self._convolve(context_BhwC, kernel) + bias
+            kernel = jnp.concatenate([k[:, :, inputs] for k in self._parameters(suffix, "kernel")], -1)
+            bias = jnp.concatenate(self._parameters(suffix, "bias"))
+            both = self._convolve(context_BhwC, kernel, suffix) + bias
+            terms[suffix] = both[..., : 2 * self.hidden], both[..., 2 * self.hidden :]
         return terms
 
-    def __call__(self, h_BhwC: Array, motion_BhwC: Array, constant: dict[str, Array]) -> Array:
+    def weights(self) -> dict[str, tuple[Array, Array]]:
+        """The kernels of (z and r, q) on hidden state and motion, prepared, per GRU step."""
+        found = {}
         for suffix in self.kernels:
-            z_r_q = [jnp.concatenate([k[:, :, : self.hidden], k[:, :, self.hidden + self.context :]], 2) for k in self._kernels(suffix)]
-            gates = self._convolve(jnp.concatenate([h_BhwC, motion_BhwC], -1), jnp.concatenate(z_r_q[:2], -1))
-            z, r = jnp.split(nnx.sigmoid(gates + constant[suffix][..., : 2 * self.hidden]), 2, -1)
-            q = self._convolve(jnp.concatenate([r * h_BhwC, motion_BhwC], -1), z_r_q[2])
-            h_BhwC = (1 - z) * h_BhwC + z * jnp.tanh(q + constant[suffix][..., 2 * self.hidden :])
+            kernels = self._parameters(suffix, "kernel")
+            z, r, q = (jnp.concatenate([k[:, :, : self.hidden], k[:, :, self.hidden + self.context :]], 2) for k in kernels)
+            found[suffix] = tuple(prepare(k.astype(self.dtype), self.precision) for k in (jnp.concatenate([z, r], -1), q))
+        return found
+
+    def __call__(self, h_BhwC: Array, motion_BhwC: Array, weights: dict[str, tuple], constant: dict[str, tuple]) -> Array:
+        for suffix in self.kernels:
+            (z_r, q), (z_r_context, q_context) = weights[suffix], constant[suffix]
+            gates = self._convolve(jnp.concatenate([h_BhwC, motion_BhwC], -1), z_r, suffix) + z_r_context
+            z, r = jnp.split(nnx.sigmoid(gates), 2, -1)
+            q = self._convolve(jnp.concatenate([r * h_BhwC, motion_BhwC], -1), q, suffix) + q_context
+            h_BhwC = (1 - z) * h_BhwC + z * jnp.tanh(q)
         return h_BhwC
 
 
@@ -251,7 +306,8 @@ class RAFT(nnx.Module):
         """Flow in grid cells after `iterations` updates from zero, and the last hidden state, from `features` and `context`."""
         v, update = VARIANTS[self.variant], self.update_block
         h_BhwC, context = context_BhwD[..., : v.hidden], context_BhwD[..., v.hidden :]
-        constant = update.gru.constant(context)
+        weights, constant = update.gru.weights(), update.gru.constant(context)
+        encoder, flow_head = _prepared(update.encoder), _prepared(update.flow_head)
         pyramid = correlation_pyramid(first_BhwC, second_BhwC)
         _, h, w, _ = first_BhwC.shape
         grid_hw2 = jnp.stack(jnp.meshgrid(jnp.arange(w), jnp.arange(h)), -1).astype(jnp.float32)
@@ -260,9 +316,9 @@ class RAFT(nnx.Module):
             # Carrying the position, as the authors do, rounds the flow as they do.
             h_BhwC, position_Bhw2 = carry
             window = lookup(pyramid, position_Bhw2, v.radius)
-            motion = update.encoder(position_Bhw2 - grid_hw2, window)
-            h_BhwC = update.gru(h_BhwC, motion, constant)
-            return h_BhwC, position_Bhw2 + update.flow_head(h_BhwC)
+            motion = encoder(position_Bhw2 - grid_hw2, window)
+            h_BhwC = update.gru(h_BhwC, motion, weights, constant)
+            return h_BhwC, position_Bhw2 + flow_head(h_BhwC)
 
         start = jnp.broadcast_to(grid_hw2, (*first_BhwC.shape[:3], 2))
         h_BhwC, position_Bhw2 = jax.lax.fori_loop(0, iterations, iterate, (h_BhwC, start))

@@ -76,47 +76,12 @@ def test_odd_lengths_are_padded_and_hidden(L, S, causal):
     assert seen == [(L + L % 2, S + S % 2)]
 
 
-@pytest.mark.parametrize("N, L, count", [(12, 6, 3), (10, 5, 2)])
-def test_packed_sequences_do_not_see_one_another(N, L, count, monkeypatch):
-    """As it is done for cuDNN, here around XLA's attention, which also takes a mask."""
-    q, k, v = inputs(N, L, L)
-    monkeypatch.setattr(module, "TILE", 18)
-    assert module._together(q.shape, k.shape) == count
-    seen = []
-
-    def attend(q, k, v, **kwargs):
-        seen.append(q.shape)
-        return jax.nn.dot_product_attention(q, k, v, implementation="xla", **kwargs)
-
-    def loss(q, k, v):
-        out = module._packed(attend, count, q, k, v)
-        return jnp.sum(jnp.sin(out)), out
-
-    grads, out = jax.grad(loss, (0, 1, 2), has_aux=True)(q, k, v)
-    assert seen == [(N // count, count * L, 3, 4)]
-    np.testing.assert_allclose(out, by_hand(q, k, v), rtol=1e-4, atol=1e-5)
-    expected = jax.grad(lambda *x: jnp.sum(jnp.sin(attention(*x, "reference"))), (0, 1, 2))(q, k, v)
-    for a, b in zip(grads, expected, strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
-
-
 def test_queries_apart_are_the_same_attention():
     """As it is done for cuDNN on a mesh that splits the queries of a clip, here around XLA's attention."""
     q, k, v = inputs(N=2, L=6, S=5)
     apart = module._queries_apart(3, q, k, v)
     assert [x.shape[:2] for x in apart] == [(6, 2), (6, 5), (6, 5)]
     np.testing.assert_allclose(attention(*apart, "xla").reshape(q.shape), by_hand(q, k, v), rtol=1e-4, atol=1e-5)
-
-
-def test_what_is_packed():
-    """Short self-attention, in even lengths (JAX differentiates cuDNN's kernels for no other)."""
-
-    def count(N, L, S):
-        return module._together((N, L, 5, 64), (N, S, 5, 64))
-
-    assert count(20480, 16, 16) == 8 and count(20480, 64, 64) == 2
-    assert count(6, 16, 16) == 6 and count(9, 15, 15) == 1 and count(12, 15, 15) == 6
-    assert count(20480, 16, 77) == 1 and count(64, 77, 77) == 1 and count(64, 640, 640) == 1 and count(1, 16, 16) == 1
 
 
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")

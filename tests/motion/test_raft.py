@@ -15,6 +15,7 @@ from PIL import Image
 from scipy import ndimage
 
 from motif_jax.interop.raft import from_reference, load_raft, to_reference
+from motif_jax.models.layers import target_platform
 from motif_jax.motion import raft
 
 TESTDATA = pathlib.Path(__file__).parents[1] / "testdata"
@@ -84,6 +85,58 @@ def test_equals_torchvision_on_formula_weights(variant):
     assert expected.std() > 1  # pixels: the golden is not a constant
     # Flow up to 40 px in float32 through 4 iterations of untrained, badly conditioned weights.
     np.testing.assert_allclose(flow[:: make_raft.STRIDE, :: make_raft.STRIDE], expected, atol=1e-3)
+
+
+@pytest.fixture
+def tensor_cores(monkeypatch):
+    """What a GPU runs, with the convolutions that it may carry out in TF32 doing so: their inputs have 11 significant bits."""
+    convolve, rounded = jax.lax.conv_general_dilated, []
+
+    def in_tf32(x, kernel, *arguments, precision=None, **options):
+        if precision == "default":
+            rounded.append(kernel.shape)
+            x, kernel = (jax.lax.reduce_precision(a, 8, 10) for a in (x, kernel))
+        return convolve(x, kernel, *arguments, precision=precision, **options)
+
+    monkeypatch.setattr(raft.jax.lax, "conv_general_dilated", in_tf32)
+    with target_platform("gpu"):
+        yield rounded
+
+
+@pytest.mark.parametrize("precision, error", [("highest", 2e-6), ("default", 1e-3)])
+def test_convolutions_on_tensor_cores(tensor_cores, precision, error):
+    """In three parts float32 keeps its digits (2^-22 is lost, and sums have a thousand terms); in one TF32's 11 bits are left."""
+    random = np.random.default_rng(3)
+    x, kernel = random.normal(size=(1, 12, 14, 32)), random.normal(size=(3, 3, 32, 16))
+    dimensions = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+    found = raft.convolve(jnp.float32(x), jnp.float32(kernel), (1, 1), [(1, 1), (1, 1)], precision=precision, **dimensions)
+    patches = np.lib.stride_tricks.sliding_window_view(np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), (3, 3), (1, 2))
+    expected = np.einsum("bhwcyx,yxco->bhwo", patches, kernel)
+    difference = np.linalg.norm(found - expected) / np.linalg.norm(expected)
+    assert error / 100 < difference < error and len(tensor_cores) == 1
+
+
+@pytest.mark.shared
+def test_float32_on_tensor_cores_equals_the_authors_code(shared, tensor_cores):
+    model = load_raft(shared / "raft" / f"{SHARED_WEIGHTS['small']}.safetensors", "small")
+    frames = [np.asarray(Image.open(shared / "raft/pairs" / f"dog_{i}.png"))[None] for i in (1, 2)]
+    expected = np.load(shared / "raft" / f"flow_{SHARED_FLOWS['small']}_dog.npz")["flow_12"]
+    error = np.abs(jax.jit(lambda *frames: model(*frames, 12))(*frames)[0] - expected)
+    mean, largest = GATES[12]
+    assert error.mean() <= mean and error.max() <= largest, f"mean {error.mean():.2e}, max {error.max():.2e} px"
+    assert len(tensor_cores) > 20  # every convolution of both encoders and of an iteration
+
+
+@pytest.mark.parametrize("variant", ["small", "large"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_prepared_kernels_are_the_same_network(variant, dtype):
+    """Kernels made before the loop, in a GPU's layout; without its rounding only the order of sums differs, in bfloat16 by its steps."""
+    model = raft.RAFT(variant, rngs=nnx.Rngs(0), dtype=dtype)
+    frames = np.random.default_rng(4).integers(0, 256, (2, 1, 64, 72, 3), np.uint8)
+    expected = jax.jit(lambda *frames: model(*frames, 3))(*frames)
+    with target_platform("gpu"):
+        found = jax.jit(lambda *frames: model(*frames, 3))(*frames)
+    np.testing.assert_allclose(found, expected, atol=1e-4 if dtype == "float32" else 0.2)  # flow of 13 px and more
 
 
 def test_lookup_is_bilinear_with_zeros_outside():
