@@ -295,10 +295,11 @@ class LayerNorm(nnx.Module):
 
 
 class Silu(nnx.Module):
-    """x * sigmoid(x) in float32; a module so that the layers after it keep the numbers they have in the reference's sequences."""
+    """x * sigmoid(x); a module so that the layers after it keep the numbers they have in the reference's sequences."""
 
     def __call__(self, x: Array) -> Array:
-        return jax.nn.silu(x.astype(jnp.float32)).astype(x.dtype)
+        # XLA's CPU backend would round half precision after every operation. The others' fusions do not, and this form costs a GPU memory.
+        return jax.nn.silu(x.astype(jnp.float32)).astype(x.dtype) if platform() == "cpu" else jax.nn.silu(x)
 
 
 def gelu(x: Float[Array, "*n"]) -> Float[Array, "*n"]:
