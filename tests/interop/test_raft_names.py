@@ -103,6 +103,15 @@ def test_a_file_without_the_duplicates_loads():
     assert set(interop.to_reference(interop.from_reference(fewer))) == set(given)
 
 
+def test_a_file_without_counters_of_batches_loads():
+    """As PyTorch wrote them before it counted; the counters, which nothing uses, are zero then."""
+    given = tensors("large", "original")
+    fewer = {name: tensor for name, tensor in given.items() if "tracked" not in name}
+    assert len(fewer) < len(given)
+    back = interop.to_reference(interop.from_reference(fewer))
+    assert all(np.array_equal(back[name], given[name]) for name in fewer) and not any(back[name] for name in set(given) - set(fewer))
+
+
 def test_the_variant_is_checked_and_strangers_are_refused():
     with pytest.raises(ValueError, match="weights of RAFT small, but RAFT large was asked for"):
         interop.from_reference(tensors("small"), "large")
