@@ -7,8 +7,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas
-from jax.experimental.pallas import triton
 from jaxtyping import Array, Float
 
 from motif_jax.models.layers import platform
@@ -29,6 +27,9 @@ def attend(q_NLHK: Float[Array, "N L H K"], k_NLHK: Float[Array, "N L H K"], v_N
 
 
 def _run(kernel, outputs: int, *arrays: Array) -> list[Array]:
+    from jax.experimental import pallas
+    from jax.experimental.pallas import triton
+
     N, L, H, K = arrays[0].shape
     block = pallas.BlockSpec((ROWS, K), lambda i, head: (i, head))
     flat = [x.reshape(N * L, H * K) for x in arrays]
@@ -44,10 +45,15 @@ def _run(kernel, outputs: int, *arrays: Array) -> list[Array]:
     return [x.reshape(N, L, H, K) for x in found]
 
 
+def _product(a: Array, b: Array, axis_a: int, axis_b: int) -> Array:
+    """Of two matrices over one axis of each, in float32."""
+    return jax.lax.dot_general(a, b, (((axis_a,), (axis_b,)), ((), ())), preferred_element_type=jnp.float32)
+
+
 def _weights(length: int, q_RK: Array, k_RK: Array) -> Float[Array, "R R"]:
     """Of the keys that are `length` consecutive rows with the query; zero elsewhere."""
     sequence_R = jax.lax.broadcasted_iota(jnp.int32, (ROWS, 1), 0) // length
-    logits_RR = triton.dot(q_RK, k_RK, trans_b=True) * q_RK.shape[-1] ** -0.5
+    logits_RR = _product(q_RK, k_RK, 1, 1) * q_RK.shape[-1] ** -0.5
     logits_RR = jnp.where(sequence_R == sequence_R.reshape(1, ROWS), logits_RR, -jnp.inf)
     weights_RR = jnp.exp(logits_RR - logits_RR.max(-1, keepdims=True))
     return weights_RR / weights_RR.sum(-1, keepdims=True)
@@ -55,18 +61,18 @@ def _weights(length: int, q_RK: Array, k_RK: Array) -> Float[Array, "R R"]:
 
 def _forward(length: int, q, k, v, out) -> None:
     v_RK = v[...]
-    out[...] = triton.dot(_weights(length, q[...], k[...]).astype(v_RK.dtype), v_RK).astype(out.dtype)
+    out[...] = _product(_weights(length, q[...], k[...]).astype(v_RK.dtype), v_RK, 1, 0).astype(out.dtype)
 
 
 def _backward(length: int, q, k, v, g, dq, dk, dv) -> None:
     q_RK, k_RK, v_RK, g_RK = q[...], k[...], v[...], g[...]
     weights_RR = _weights(length, q_RK, k_RK)
-    dv[...] = triton.dot(weights_RR.astype(g_RK.dtype), g_RK, trans_a=True).astype(dv.dtype)
-    dweights_RR = triton.dot(g_RK, v_RK, trans_b=True)
+    dv[...] = _product(weights_RR.astype(g_RK.dtype), g_RK, 0, 0).astype(dv.dtype)
+    dweights_RR = _product(g_RK, v_RK, 1, 1)
     dlogits_RR = weights_RR * (dweights_RR - (weights_RR * dweights_RR).sum(-1, keepdims=True)) * q_RK.shape[-1] ** -0.5
     dlogits_RR = dlogits_RR.astype(q_RK.dtype)
-    dq[...] = triton.dot(dlogits_RR, k_RK).astype(dq.dtype)
-    dk[...] = triton.dot(dlogits_RR, q_RK, trans_a=True).astype(dk.dtype)
+    dq[...] = _product(dlogits_RR, k_RK, 1, 0).astype(dq.dtype)
+    dk[...] = _product(dlogits_RR, q_RK, 0, 0).astype(dk.dtype)
 
 
 def _attend_and_save(*arrays: Array) -> tuple[Array, tuple[Array, ...]]:
