@@ -142,7 +142,7 @@ class Conv(nnx.Module):
 
     def __call__(self, x: Float[Array, "N *hw I"]) -> Float[Array, "N *hw2 O"]:
         x = x.astype(self.dtype)
-        if math.prod(self.kernel.shape[:-2]) > 1:
+        if platform() == "gpu" and math.prod(self.kernel.shape[:-2]) > 1:  # a TPU makes what comes before it part of a convolution
             x = checkpoint_name(x, "conv_input")
         y = convolve(x, gathered(self.kernel, self.dtype), self.stride, self.padding)
         return (y + self.bias[...]).astype(self.dtype)
@@ -364,7 +364,7 @@ def _keep(*names: str) -> Callable[..., bool]:
 REMAT = {
     "block": _keep("moments"),  # its input, and the moments of norms, which are few
     "convs": _keep("moments", "conv_general_dilated"),  # and the results of its convolutions
-    # and what goes into them, and the results of its dense layers and of a GPU's attention: next to no product is computed twice
+    # and those of its dense layers, and on a GPU of attention and what goes into convolutions: next to no product is computed twice
     "dots": _keep("moments", "conv_general_dilated", "conv_input", "dot_general", "dot_product_attention_fwd_wrapper", "pallas_call"),
 }
 

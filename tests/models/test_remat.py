@@ -5,6 +5,7 @@ What the compiled programme needs is not compared: XLA's CPU backend merges the 
 
 import contextlib
 import io
+import itertools
 import math
 import re
 
@@ -12,9 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.ad_checkpoint import print_saved_residuals
 
+from motif_jax.models.layers import Initializer, recompute, target_platform
 from motif_jax.models.networks import Networks
+from motif_jax.models.unet3d import ResBlock
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -65,3 +69,16 @@ def test_less_is_kept(found):
 def test_moments_are_kept(found, remat):
     """The mean and the variance of the three norms of each of the two blocks; outside of the blocks nothing is recomputed."""
     assert found[remat][2] >= 2 * 3 * 2
+
+
+@pytest.mark.parametrize("platform, remat, count", [("gpu", "dots", 6), ("gpu", "convs", 0), ("cpu", "dots", 0)])
+def test_what_goes_into_convolutions_is_kept_on_a_gpu(tiny, platform, remat, count):
+    """Of a residual block its two convolutions' and the four over frames'; the 1x1 skip's, a cast of the input, is not."""
+    width = 32
+    block = ResBlock(16, width, 8, tiny().unet, itertools.count(), init=Initializer(nnx.Rngs(0)), dtype=jnp.bfloat16)
+    graph, state = nnx.split(block)
+    x, embedding = jnp.ones((1, 4, 8, 8, 16)), jnp.ones((1, 8))
+    text = io.StringIO()
+    with target_platform(platform), contextlib.redirect_stdout(text):
+        print_saved_residuals(recompute(lambda state: nnx.merge(graph, state)(x, embedding, jax.random.key(0)).sum(), remat), state)
+    assert text.getvalue().count("named 'conv_input'") == count
