@@ -262,10 +262,12 @@ def _claim(directory: Path, clips: Source, plan: Sequence[Shard]) -> str:
     wanted |= {"layout": clips.layout.to_dict(), "shards": dict(collections.Counter(shard.split for shard in plan))}
     try:
         (directory / "manifests").mkdir(parents=True, exist_ok=True)
+        # Looked for before the plan: another task's plan is there before its shards are.
+        filled = any(directory.glob("*.array_record-*")) or (directory / "features.json").exists()
         found = shards.read_plan(directory)
         plans = {found["fingerprint"]} if found else shards.plans(directory)
         if plans <= {wanted["fingerprint"]}:
-            if not plans and (any(directory.glob("*.array_record-*")) or (directory / "features.json").exists()):
+            if filled and not plans:
                 raise UserError(f"--output={directory} holds a dataset that is not from motif_jax.prepare; use another directory")
             shards.write_object(directory / "plan.json", wanted)
             return wanted["fingerprint"]

@@ -130,6 +130,21 @@ def test_three_tasks_equal_one(tmp_path, clips):
         assert files(one) == files(three) and "dataset.json" in files(one)
 
 
+def test_a_task_that_begins_while_another_ends(tmp_path, monkeypatch):
+    """It has seen no plan; by the time it looks for foreign files, the other task has written everything."""
+    source, output, plans = "synthetic:shapes:10", tmp_path / "data", shards.plans
+
+    def overtaken(directory):
+        found = plans(directory)
+        monkeypatch.setattr(shards, "plans", plans)
+        assert prepare(source, output)[0].written
+        return found
+
+    monkeypatch.setattr(shards, "plans", overtaken)
+    summary, lines = prepare(source, output)
+    assert summary.written == 0 and summary.kept, (summary, lines)
+
+
 def test_ten_workers_of_which_some_do_the_same_shards(tmp_path, config_file):
     """Seven tasks at once, and three of them a second time beside the first."""
     source, single, many = "synthetic:shapes:240", tmp_path / "single", tmp_path / "many"

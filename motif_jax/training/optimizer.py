@@ -1,8 +1,14 @@
 """AdamW with clipping, warm-up and decay from the configuration (optax)."""
 
+import jax
 import optax
+from jax.experimental.layout import Layout, with_layout_constraint
+from jaxtyping import Array
 
 from motif_jax.config import Config
+from motif_jax.dist.mesh import partition
+from motif_jax.models.layers import platform
+from motif_jax.models.networks import Params
 
 
 def make_schedule(config: Config) -> optax.Schedule:
@@ -24,3 +30,21 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
     clip = optax.clip_by_global_norm(o.grad_clip) if o.grad_clip > 0 else optax.identity()
     adamw = optax.adamw(make_schedule(config), b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay)
     return optax.chain(clip, adamw)
+
+
+def as_stored(gradients: Params) -> Params:
+    """On a GPU, gradients of convolutions laid out as their parameters: XLA would transpose the optimizer's state to cuDNN's layout."""
+    mesh = jax.sharding.get_abstract_mesh()
+
+    def pin(x: Array) -> Array:
+        return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+
+    def one(name: str, x: Array) -> Array:
+        if platform() != "gpu" or x.ndim < 3:
+            return x
+        if mesh.empty:
+            return pin(x)
+        spec = partition(name, x.shape, mesh)  # XLA would gather what it is told to lay out
+        return jax.shard_map(pin, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)(x)
+
+    return {name: one(name, x) for name, x in gradients.items()}

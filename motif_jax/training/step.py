@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
@@ -18,11 +17,11 @@ from motif_jax import losses
 from motif_jax.config import Config
 from motif_jax.diffusion import objective
 from motif_jax.diffusion.schedule import Schedule, make_schedule
-from motif_jax.dist.mesh import partition
-from motif_jax.models.layers import platform, use_mesh
+from motif_jax.models.layers import use_mesh
 from motif_jax.models.networks import Networks, Params, image_condition
 from motif_jax.motion.heatmap import heatmap
 from motif_jax.training import finetune
+from motif_jax.training.optimizer import as_stored
 from motif_jax.training.optimizer import make_schedule as make_learning_rate
 from motif_jax.training.state import TrainState, update_ema
 
@@ -123,20 +122,6 @@ def motion_heatmap(config: Config, batch: Batch, z_BThwC: Array, kind: str) -> F
     )
 
 
-def _as_stored(name: str, gradient: Array, mesh: Mesh | None) -> Array:
-    """On a GPU, a convolution's gradient laid out as its parameter: XLA would keep cuDNN's layout, and transpose the optimizer's state."""
-    if platform() != "gpu" or gradient.ndim < 3:
-        return gradient
-
-    def pin(x: Array) -> Array:
-        return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
-
-    if mesh is None:
-        return pin(gradient)
-    spec = partition(name, gradient.shape, mesh)  # XLA would gather what it is told to lay out
-    return jax.shard_map(pin, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)(gradient)
-
-
 def make_train_step(
     networks: Networks, optimizer: optax.GradientTransformation, empty_L: np.ndarray, mesh: Mesh | None = None
 ) -> Callable[[TrainState, dict[str, Params], Batch], tuple[TrainState, dict[str, Array]]]:
@@ -175,7 +160,7 @@ def make_train_step(
         trained = finetune.trained(config, state.params)
         with use_mesh(mesh):
             grads, metrics = gradients(trained, state.params, frozen, batch, key)
-        grads = {name: _as_stored(name, gradient, mesh) for name, gradient in grads.items()}
+            grads = as_stored(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, trained)
         trained = optax.apply_updates(trained, updates)
         ema = update_ema(state.ema, trained, state.step, config.ema.decay, config.ema.warmup) if state.ema else state.ema

@@ -12,7 +12,7 @@ from motif_jax.config import MeshConfig
 from motif_jax.dist.mesh import make_mesh, partition
 from motif_jax.models import attention, packed
 from motif_jax.models.layers import target_platform, use_mesh
-from motif_jax.training.step import _as_stored
+from motif_jax.training.optimizer import as_stored
 
 mesh = make_mesh(MeshConfig(data=2, fsdp=2, context=1, tensor=2))
 rng = np.random.default_rng(0)
@@ -35,8 +35,8 @@ np.testing.assert_allclose(out, attention.attention(*x, "reference"), atol=2e-6)
 name, kernel = "input_blocks.1.0.in_layers.2.kernel", rng.normal(size=(3, 3, 32, 64)).astype(np.float32)
 spec = partition(name, kernel.shape, mesh)
 assert spec != PartitionSpec()
-with target_platform("gpu"):
-    out, moved = compiled(lambda x: _as_stored(name, x, mesh), [spec], kernel)
+with target_platform("gpu"), use_mesh(mesh):
+    out, moved = compiled(lambda x: as_stored({name: x})[name], [spec], kernel)
 assert not moved, moved
 np.testing.assert_array_equal(out, kernel)
 print("fine")
