@@ -75,10 +75,16 @@ def prepare(kernel: Float[Array, "h w I O"], precision: str) -> Array:
     if platform() != "gpu":
         return kernel
     parts = [kernel]
-    if precision == "highest" and kernel.dtype == jnp.float32:
+    if precision == "highest" and kernel.dtype == jnp.float32 and _has_tf32():
         rounded, rest = _tf32(kernel)
         parts = [rounded, rest, rounded]
     return jnp.stack([jnp.moveaxis(part, -1, 0) for part in parts], 3)
+
+
+def _has_tf32() -> bool:
+    """Whether the GPU's tensor cores do: NVIDIA's from compute capability 8.0 on. Where there is none, one is compiled for: yes."""
+    capability = getattr(jax.devices()[0], "compute_capability", "8.0")  # "gfx942" on AMD's
+    return capability[0].isdigit() and float(capability) >= 8.0
 
 
 def _tf32(x: Array) -> tuple[Array, Array]:

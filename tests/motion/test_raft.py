@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import json
 import pathlib
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -114,6 +115,14 @@ def test_convolutions_on_tensor_cores(tensor_cores, precision, error):
     expected = np.einsum("bhwcyx,yxco->bhwo", patches, kernel)
     difference = np.linalg.norm(found - expected) / np.linalg.norm(expected)
     assert error / 100 < difference < error and len(tensor_cores) == 1
+
+
+@pytest.mark.parametrize("capability, parts", [("7.5", 1), ("8.0", 3), ("12.0", 3), ("gfx942", 1)])
+def test_three_parts_are_for_gpus_that_have_tf32(monkeypatch, capability, parts):
+    """Elsewhere they would be three convolutions in float32."""
+    monkeypatch.setattr(raft.jax, "devices", lambda: [SimpleNamespace(compute_capability=capability)])
+    with target_platform("gpu"):
+        assert raft.prepare(jnp.zeros((3, 3, 8, 4)), "highest").shape == (4, 3, 3, parts, 8)
 
 
 @pytest.mark.shared
