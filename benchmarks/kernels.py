@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 # The first pattern that a kernel's name fits.
 KINDS = {
-    "attention": r"sdpa|flash|compute_dot_do_o|convert_dq|pallas",
+    "attention": r"attention|sdpa|flash|compute_dot_do_o|convert_dq",
     "convolution": r"fprop|dgrad|wgrad|convolve|winograd|5x_cudnn",
     "matrix product": r"nvjet|gemm|cutlass|splitk",
     "changes of layout": r"transpose|copy|concatenate|memcpy|convertTensor",

@@ -232,15 +232,8 @@ def by_turns(name: str, config: Config, arguments: argparse.Namespace) -> None:
     ours = OurStep(config, networks, batch)
     print(f"our step was compiled, or read from the compile cache, in {time.perf_counter() - began:.0f} s", flush=True)
     ours.start(params)
-    print(
-        row(
-            name,
-            config,
-            *alternate(lambda: float(ours()), lambda: float(theirs()), arguments.rounds),
-            "torch.compile" if arguments.compile else "eager",
-        ),
-        flush=True,
-    )
+    seconds = alternate(lambda: float(ours()), lambda: float(theirs()), arguments.rounds)
+    print(row(name, config, *seconds, "torch.compile" if arguments.compile else "eager"), flush=True)
 
 
 def main() -> None:

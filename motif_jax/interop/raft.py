@@ -95,9 +95,8 @@ def from_reference(
 ) -> RAFT:
     """A RAFT holding `tensors` (either layout, any float type; cast to float32) that computes in `dtype`.
 
-    `variant` ("small", "large") is checked against the file when given. PyTorch's counters of batches may be absent, as old files have
-    none. Raises one ValueError listing every tensor that is
-    missing, left over, misshapen, or a duplicate that differs from its twin.
+    `variant` ("small", "large") is checked against the file when given. PyTorch's counters of batches, which old files do not have, are
+    zero then. Raises one ValueError listing every tensor that is missing, left over, misshapen, or a duplicate that differs from its twin.
     """
     found, layout, prefix = detect(tensors)
     if variant is not None and found != variant:
@@ -107,14 +106,12 @@ def from_reference(
     flat = dict(nnx.to_flat_state(state))
     bad, filled = [], {}
     for name, path in names(found, layout).items():
-        wanted = flat[path]
+        if name.endswith("num_batches_tracked"):
+            left.setdefault(name, np.zeros((), np.int64))
         if name not in left:
-            if name.endswith("num_batches_tracked"):
-                filled[path] = wanted.replace(jnp.zeros(wanted.shape, wanted.dtype))
-            else:
-                bad.append(f"missing: {name}")
+            bad.append(f"missing: {name}")
             continue
-        tensor = left.pop(name)
+        tensor, wanted = left.pop(name), flat[path]
         twin = left.pop(_duplicate(name), None) if layout == "original" and _duplicate(name) else None
         if twin is not None and not np.array_equal(twin, tensor):
             bad.append(f"contradicting: {name} differs from its duplicate {_duplicate(name)}")

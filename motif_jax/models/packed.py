@@ -1,6 +1,8 @@
 """Self-attention among few tokens (the frames at one pixel) on a GPU: a Triton kernel that takes several sequences at once.
 
 cuDNN's kernels compute tiles of 64 and more queries and keys however short the sequences are, and keep sums for longer ones in float32.
+Here a program holds all keys of its queries, so that the softmax needs no second pass (Vaswani et al. 2017, equation 1); the backward pass
+computes the weights again instead of keeping them, as FlashAttention's does (Dao et al. 2022, appendix B).
 """
 
 import functools
@@ -39,6 +41,7 @@ def _run(kernel, outputs: int, *arrays: Array) -> list[Array]:
         in_specs=[block] * len(flat),
         out_specs=[block] * outputs,
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in flat[:outputs]],
+        name=f"attention{kernel.__name__}",  # as traces show it
         compiler_params=triton.CompilerParams(num_warps=4),
         interpret=platform() == "cpu",
     )(*flat)
@@ -76,7 +79,7 @@ def _backward(length: int, q, k, v, g, dq, dk, dv) -> None:
 
 
 def _attend_and_save(*arrays: Array) -> tuple[Array, tuple[Array, ...]]:
-    return attend(*arrays), arrays
+    return _run(_forward, 1, *arrays)[0], arrays  # not `attend`: `layers.REMAT` could not see what to keep
 
 
 def _gradients(saved: tuple[Array, ...], g_NLHK: Array) -> tuple[Array, ...]:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Num
 
-from motif_jax.models.layers import platform
+from motif_jax.motion.tensor_cores import convolve, prepare, prepared
 
 CELL = 8  # pixels per grid cell
 LEVELS = 4  # levels of the correlation pyramid
@@ -50,56 +50,6 @@ VARIANTS = {
         correlation=(256, 192), flow=(128, 64), motion=126, kernels={"1": (1, 5), "2": (5, 1)}, flow_head=256, mask_head=256,
     ),
 }  # fmt: skip
-
-
-def convolve(x_BHWC: Array, kernel: Array, strides: tuple[int, int], padding: list[tuple[int, int]], **options: Any) -> Array:
-    """`jax.lax.conv_general_dilated` with a kernel [h, w, in, out], or one that went through `prepare`."""
-    if platform() == "gpu" and kernel.ndim == 4:
-        kernel = prepare(kernel, options["precision"])
-    if kernel.ndim == 5:
-        options |= {"dimension_numbers": ("NHWC", "OHWI", "NHWC"), "precision": "default"}
-        if kernel.shape[3] == 3:
-            x, rest = _tf32(x_BHWC)
-            x_BHWC = jnp.concatenate([x, x, rest], -1)
-        kernel = kernel.reshape(*kernel.shape[:3], -1)
-    return jax.lax.conv_general_dilated(x_BHWC, kernel, strides, padding, **options)
-
-
-def prepare(kernel: Float[Array, "h w I O"], precision: str) -> Array:
-    """A kernel as GPUs take it, [O, h, w, parts, I]: outside of a loop, where it would be made in every turn. Elsewhere `kernel` itself.
-
-    A GPU's float32 convolutions leave the tensor cores idle. So float32 at precision "highest" has three parts: with x = X + x' and
-    k = K + k', where X and K have the 11 significant bits of TF32, x * k is X * K + X * k' + x' * K but for x' * k', 2^-22 of it. That is
-    one TF32 convolution over three times the channels, which sums in float32 (CUTLASS calls it 3xTF32).
-    """
-    if platform() != "gpu":
-        return kernel
-    parts = [kernel]
-    if precision == "highest" and kernel.dtype == jnp.float32 and _has_tf32():
-        rounded, rest = _tf32(kernel)
-        parts = [rounded, rest, rounded]
-    return jnp.stack([jnp.moveaxis(part, -1, 0) for part in parts], 3)
-
-
-def _has_tf32() -> bool:
-    """Whether the GPU's tensor cores do: NVIDIA's from compute capability 8.0 on. Where there is none, one is compiled for: yes."""
-    capability = getattr(jax.devices()[0], "compute_capability", "8.0")  # "gfx942" on AMD's
-    return capability[0].isdigit() and float(capability) >= 8.0
-
-
-def _tf32(x: Array) -> tuple[Array, Array]:
-    """The float32 `x` rounded to TF32, and what is left of it."""
-    rounded = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=10)
-    return rounded, x - rounded
-
-
-def _prepared(module: nnx.Module) -> nnx.Module:
-    """`module` with its convolutions' kernels prepared, in the type in which they compute."""
-    module = nnx.merge(*nnx.split(module))
-    for _, layer in module.iter_modules():
-        if isinstance(layer, nnx.Conv):
-            layer.kernel = nnx.Param(prepare(layer.kernel[...].astype(layer.dtype), layer.precision))
-    return module
 
 
 def _conv(inputs: int, outputs: int, kernel: int | tuple[int, int], stride: int = 1, **shared: Any) -> nnx.Conv:
@@ -313,7 +263,7 @@ class RAFT(nnx.Module):
         v, update = VARIANTS[self.variant], self.update_block
         h_BhwC, context = context_BhwD[..., : v.hidden], context_BhwD[..., v.hidden :]
         weights, constant = update.gru.weights(), update.gru.constant(context)
-        encoder, flow_head = _prepared(update.encoder), _prepared(update.flow_head)
+        encoder, flow_head = prepared(update.encoder), prepared(update.flow_head)
         pyramid = correlation_pyramid(first_BhwC, second_BhwC)
         _, h, w, _ = first_BhwC.shape
         grid_hw2 = jnp.stack(jnp.meshgrid(jnp.arange(w), jnp.arange(h)), -1).astype(jnp.float32)

@@ -16,6 +16,7 @@ import pytest
 from flax import nnx
 from jax.ad_checkpoint import print_saved_residuals
 
+from motif_jax.models.attention import TemporalTransformer
 from motif_jax.models.layers import Initializer, recompute, target_platform
 from motif_jax.models.networks import Networks
 from motif_jax.models.unet3d import ResBlock
@@ -82,3 +83,16 @@ def test_what_goes_into_convolutions_is_kept_on_a_gpu(tiny, platform, remat, cou
     with target_platform(platform), contextlib.redirect_stdout(text):
         print_saved_residuals(recompute(lambda state: nnx.merge(graph, state)(x, embedding, jax.random.key(0)).sum(), remat), state)
     assert text.getvalue().count("named 'conv_input'") == count
+
+
+@pytest.mark.parametrize("remat, count", [("dots", 2), ("convs", 0)])
+def test_the_kernel_of_attention_over_frames_runs_once(remat, count):
+    """Of a temporal transformer's two attentions the results are kept: both are seen through the kernel's own gradient."""
+    options = {"conv_projections": False, "init": Initializer(nnx.Rngs(0)), "dtype": jnp.bfloat16, "implementation": "auto"}
+    graph, state = nnx.split(TemporalTransformer(32, 2, 16, 1, 8, **options))
+    x = jnp.ones((1, 16, 2, 2, 32))
+    text = io.StringIO()
+    with target_platform("gpu"), contextlib.redirect_stdout(text):
+        print_saved_residuals(recompute(lambda state: nnx.merge(graph, state)(x).sum(), remat), state)
+    kept = [line for line in text.getvalue().splitlines() if "output of pallas_call" in line]
+    assert len(kept) == count, text.getvalue()

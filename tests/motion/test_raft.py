@@ -4,7 +4,6 @@ import functools
 import importlib.util
 import json
 import pathlib
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -86,43 +85,6 @@ def test_equals_torchvision_on_formula_weights(variant):
     assert expected.std() > 1  # pixels: the golden is not a constant
     # Flow up to 40 px in float32 through 4 iterations of untrained, badly conditioned weights.
     np.testing.assert_allclose(flow[:: make_raft.STRIDE, :: make_raft.STRIDE], expected, atol=1e-3)
-
-
-@pytest.fixture
-def tensor_cores(monkeypatch):
-    """What a GPU runs, with the convolutions that it may carry out in TF32 doing so: their inputs have 11 significant bits."""
-    convolve, rounded = jax.lax.conv_general_dilated, []
-
-    def in_tf32(x, kernel, *arguments, precision=None, **options):
-        if precision == "default":
-            rounded.append(kernel.shape)
-            x, kernel = (jax.lax.reduce_precision(a, 8, 10) for a in (x, kernel))
-        return convolve(x, kernel, *arguments, precision=precision, **options)
-
-    monkeypatch.setattr(raft.jax.lax, "conv_general_dilated", in_tf32)
-    with target_platform("gpu"):
-        yield rounded
-
-
-@pytest.mark.parametrize("precision, error", [("highest", 2e-6), ("default", 1e-3)])
-def test_convolutions_on_tensor_cores(tensor_cores, precision, error):
-    """In three parts float32 keeps its digits (2^-22 is lost, and sums have a thousand terms); in one TF32's 11 bits are left."""
-    random = np.random.default_rng(3)
-    x, kernel = random.normal(size=(1, 12, 14, 32)), random.normal(size=(3, 3, 32, 16))
-    dimensions = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
-    found = raft.convolve(jnp.float32(x), jnp.float32(kernel), (1, 1), [(1, 1), (1, 1)], precision=precision, **dimensions)
-    patches = np.lib.stride_tricks.sliding_window_view(np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), (3, 3), (1, 2))
-    expected = np.einsum("bhwcyx,yxco->bhwo", patches, kernel)
-    difference = np.linalg.norm(found - expected) / np.linalg.norm(expected)
-    assert error / 100 < difference < error and len(tensor_cores) == 1
-
-
-@pytest.mark.parametrize("capability, parts", [("7.5", 1), ("8.0", 3), ("12.0", 3), ("gfx942", 1)])
-def test_three_parts_are_for_gpus_that_have_tf32(monkeypatch, capability, parts):
-    """Elsewhere they would be three convolutions in float32."""
-    monkeypatch.setattr(raft.jax, "devices", lambda: [SimpleNamespace(compute_capability=capability)])
-    with target_platform("gpu"):
-        assert raft.prepare(jnp.zeros((3, 3, 8, 4)), "highest").shape == (4, 3, 3, parts, 8)
 
 
 @pytest.mark.shared

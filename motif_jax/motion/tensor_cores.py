@@ -1,0 +1,66 @@
+"""Convolutions for inference on a GPU: its layout made once for many calls, and float32 on tensor cores without loss of digits.
+
+A GPU's float32 convolutions leave the tensor cores idle. With x = X + x' and k = K + k', where X and K have the 11 significant bits of
+TF32, x * k = X * K + X * k' + x' * K + x' * k', whose last term is 2^-22 of it and left out (Ootomo and Yokota 2022, "Recovering single
+precision accuracy from Tensor Cores"; CUTLASS calls it 3xTF32). That is one TF32 convolution over three times the channels, which sums
+in float32. Elsewhere these functions are `jax.lax.conv_general_dilated`.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from motif_jax.models.layers import platform
+
+
+def convolve(
+    x_BHWC: Float[Array, "B H W I"], kernel: Array, strides: tuple[int, int], padding: list[tuple[int, int]], **options: Any
+) -> Float[Array, "B H2 W2 O"]:
+    """`jax.lax.conv_general_dilated`, whose options it takes, with a kernel [h, w, I, O] or what `prepare` made of one."""
+    if platform() == "gpu" and kernel.ndim == 4:
+        kernel = prepare(kernel, options["precision"])
+    if kernel.ndim == 5:
+        options |= {"dimension_numbers": ("NHWC", "OHWI", "NHWC"), "precision": "default"}
+        if kernel.shape[3] == 3:
+            x, rest = _split(x_BHWC)
+            x_BHWC = jnp.concatenate([x, x, rest], -1)
+        kernel = kernel.reshape(*kernel.shape[:3], -1)
+    return jax.lax.conv_general_dilated(x_BHWC, kernel, strides, padding, **options)
+
+
+def prepare(kernel: Float[Array, "h w I O"], precision: str) -> Array:
+    """A kernel as GPUs take it, [O, h, w, parts, I], to be made outside of a loop; where no GPU is, `kernel` itself.
+
+    Float32 at precision "highest" has three parts (K, k', K), anything else one.
+    """
+    if platform() != "gpu":
+        return kernel
+    parts = [kernel]
+    if precision == "highest" and kernel.dtype == jnp.float32 and _has_tf32():
+        rounded, rest = _split(kernel)
+        parts = [rounded, rest, rounded]
+    return jnp.stack([jnp.moveaxis(part, -1, 0) for part in parts], 3)
+
+
+def prepared(module: nnx.Module) -> nnx.Module:
+    """`module` with the kernels of its `nnx.Conv` prepared, in the type in which they compute."""
+    module = nnx.merge(*nnx.split(module))
+    for _, layer in module.iter_modules():
+        if isinstance(layer, nnx.Conv):
+            layer.kernel = nnx.Param(prepare(layer.kernel[...].astype(layer.dtype), layer.precision))
+    return module
+
+
+def _has_tf32() -> bool:
+    """Whether the GPU's tensor cores do: NVIDIA's from compute capability 8.0 on. Where there is none, one is compiled for: yes."""
+    capability = getattr(jax.devices()[0], "compute_capability", "8.0")  # "gfx942" on AMD's
+    return capability[0].isdigit() and float(capability) >= 8.0
+
+
+def _split(x: Array) -> tuple[Array, Array]:
+    """The float32 `x` rounded to TF32, and what is left of it."""
+    rounded = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=10)
+    return rounded, x - rounded
