@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from motif_jax.models import packed, splash
+from motif_jax.models.group_norm import normalised
 from motif_jax.models.layers import (
     CLIPS,
     Conv,
@@ -319,14 +320,15 @@ class SpatialTransformer(nnx.Module):
                 )
             context_BLD, image_BID = context_BLD[:, :text], context_BLD[:, text:]
             image_NID = image_BID.reshape(B * T, IMAGE_TOKENS, -1)
-        y_NLC = self.proj_in(self.norm(x_BThwC.reshape(B * T, h, w, C)).reshape(B * T, h * w, C)).astype(jnp.float32)
+        y, x = normalised([self.norm], x_BThwC.reshape(B * T, h, w, C))
+        y_NLC = self.proj_in(y.reshape(B * T, h * w, C)).astype(jnp.float32)
         for block in self.transformer_blocks:
             y_NLC = y_NLC + block.attn1(block.norm1(y_NLC))
             # All frames of a clip share its text: one set of keys and values per clip, not per frame.
             q_BLC = block.norm2(y_NLC).reshape(B, T * h * w, C)
             y_NLC = y_NLC + block.attn2(q_BLC, context_BLD, image_NID).reshape(y_NLC.shape)
             y_NLC = y_NLC + block.ff(block.norm3(y_NLC))
-        return self.proj_out(y_NLC).reshape(x_BThwC.shape) + x_BThwC
+        return (self.proj_out(y_NLC) + x.reshape(y_NLC.shape)).reshape(x_BThwC.shape)
 
 
 class TemporalTransformer(nnx.Module):
@@ -362,7 +364,8 @@ class TemporalTransformer(nnx.Module):
     def __call__(self, x_BThwC: Float[Array, "B T h w C"]) -> Float[Array, "B T h w C"]:
         B, T, h, w, C = x_BThwC.shape
         # Over `context` the pixels are split here, no longer the frames: every device sees whole trajectories.
-        y_BPTC = constrain(self.norm(x_BThwC).reshape(B, T, h * w, C).swapaxes(1, 2), CLIPS, "context")
+        y_BThwC, x_BThwC = normalised([self.norm], x_BThwC)
+        y_BPTC = constrain(y_BThwC.reshape(B, T, h * w, C).swapaxes(1, 2), CLIPS, "context")
         y_NTC = self.proj_in(y_BPTC.reshape(B * h * w, T, C)).astype(jnp.float32)
         for block in self.transformer_blocks:
             y_NTC = y_NTC + block.attn1(block.norm1(y_NTC))

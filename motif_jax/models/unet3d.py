@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Num
 
 from motif_jax.config import UNetConfig
 from motif_jax.models.attention import SpatialTransformer, TemporalTransformer
+from motif_jax.models.group_norm import normalised
 from motif_jax.models.layers import CLIPS, REMAT, Conv, Dense, Dropout, GroupNorm, Initializer, Silu, apply, constrain, recompute, sinusoids
 
 NORM_EPSILON = 1e-5  # of every norm here; the transformers' group norms have 1e-6
@@ -34,10 +35,13 @@ class TemporalConv(nnx.Module):
         self.conv4 = stage([Dropout(dropout, next(streams))], zero=True)
 
     def __call__(self, x_BThwC: Float[Array, "B T h w C"], rng: Array | None) -> Float[Array, "B T h w C"]:
-        y = apply(self.conv1, x_BThwC, rng)
-        y = apply(self.conv2, y, rng)
-        y = apply(self.conv3, y, rng)
-        return x_BThwC + apply(self.conv4, y, rng)
+        y, bias = x_BThwC, None
+        for i, (*before, conv) in enumerate((self.conv1, self.conv2, self.conv3, self.conv4)):
+            y, given = normalised(before, y, rng, bias)
+            y, bias = conv.without_bias(y), conv.bias[...]
+            if i == 0:
+                x_BThwC = given
+        return x_BThwC + (y + bias)
 
 
 class ResBlock(nnx.Module):
@@ -67,12 +71,13 @@ class ResBlock(nnx.Module):
         self, x_BThwC: Float[Array, "B T h w C"], emb_BE: Float[Array, "B E"], rng: Array | None = None
     ) -> Float[Array, "B T h w C2"]:
         B, T, h, w, C = x_BThwC.shape
-        x = x_BThwC.reshape(B * T, h, w, C)
-        y = apply(self.in_layers, x)
-        emb = apply(self.emb_layers, emb_BE)
-        y = (y.reshape(B, T, *y.shape[1:]) + emb[:, None, None, None]).reshape(y.shape)
-        y = apply(self.out_layers, y, rng)
-        y = y.astype(jnp.float32) + (x if self.skip_connection is None else self.skip_connection(x))
+        *before, conv = self.in_layers
+        y, x = normalised(before, x_BThwC.reshape(B * T, h, w, C))
+        emb_BC = apply(self.emb_layers, emb_BE) + conv.bias[...]
+        y = conv.without_bias(y)
+        *before, conv = self.out_layers
+        y, _ = normalised(before, y, rng, emb_BC.repeat(T, 0))
+        y = conv(y).astype(jnp.float32) + (x if self.skip_connection is None else self.skip_connection(x))
         y = y.reshape(B, T, *y.shape[1:])
         return y if self.temopral_conv is None else self.temopral_conv(y, rng)
 

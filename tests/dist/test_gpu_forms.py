@@ -7,11 +7,12 @@ import sys
 EIGHT_DEVICES = """
 import re
 import jax, jax.numpy as jnp, numpy as np
+from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from motif_jax.config import MeshConfig
 from motif_jax.dist.mesh import make_mesh, partition
-from motif_jax.models import attention, packed
-from motif_jax.models.layers import target_platform, use_mesh
+from motif_jax.models import attention, group_norm, packed
+from motif_jax.models.layers import Dropout, GroupNorm, Silu, target_platform, use_mesh
 from motif_jax.training.optimizer import as_stored
 
 mesh = make_mesh(MeshConfig(data=2, fsdp=2, context=1, tensor=2))
@@ -39,6 +40,28 @@ with target_platform("gpu"), use_mesh(mesh):
     out, moved = compiled(lambda x: as_stored({name: x})[name], [spec], kernel)
 assert not moved, moved
 np.testing.assert_array_equal(out, kernel)
+
+# Dropout's mask goes by an element's number in the whole batch; alone the gradients of scale and bias are summed over devices.
+mesh = make_mesh(MeshConfig(data=4, fsdp=2, context=1, tensor=1))
+x, weight = (jnp.asarray(rng.normal(size=(8, 4, 8, 8, 64)), jnp.bfloat16) for _ in range(2))
+
+def norm(rows, x, scale, shift):
+    layer = GroupNorm(64, 8, 1e-5, dtype=jnp.bfloat16)
+    layer.scale = nnx.Param(scale)
+    with use_mesh(mesh if rows else None):
+        return group_norm.in_kernels([layer, Silu(), Dropout(0.1, 3)], x, jax.random.key(5), shift, rows)[0]
+
+def gradients(rows, *given):
+    return jax.grad(lambda *given: jnp.sum(norm(rows, *given).astype(jnp.float32) * weight), (0, 1, 2))(*given)
+
+given, rows = (x, jnp.linspace(0.5, 1, 64), jnp.linspace(-1, 1, 8 * 64).reshape(8, 64)), ("data", "fsdp")
+specs = [PartitionSpec(rows), PartitionSpec(), PartitionSpec(rows)]
+out, moved = compiled(lambda *given: norm(rows, *given), specs, *given)
+assert not moved, moved
+np.testing.assert_array_equal(np.float32(out), np.float32(jax.jit(lambda *given: norm((), *given))(*given)))
+found = jax.jit(lambda *given: gradients(rows, *given))(*jax.device_put(given, tuple(NamedSharding(mesh, spec) for spec in specs)))
+for a, b in zip(found, jax.jit(lambda *given: gradients((), *given))(*given), strict=True):
+    np.testing.assert_allclose(np.float32(a), np.float32(b), rtol=1e-5, atol=1e-5 * np.abs(np.float32(b)).max())  # sums in another order
 print("fine")
 """
 
