@@ -29,6 +29,7 @@ from motif_jax.models.layers import (
     gelu,
     platform,
 )
+from motif_jax.models.residual import Residual
 
 IMAGE_TOKENS = 16  # per frame, from DynamiCrafter's resampler
 BLOCKWISE_FROM = 2**22  # query-key pairs of one head: 2560 pixels (a 320x512 frame) are beyond it, 1280 are not
@@ -215,6 +216,10 @@ class Attention(nnx.Module):
         context_NSD: Float[Array, "N S D"] | None = None,
         image_MID: Float[Array, "M I D"] | None = None,
     ) -> Float[Array, "N L C"]:
+        return self.to_out[0](self.attend(x_NLC, context_NSD, image_MID))
+
+    def attend(self, x_NLC: Array, context_NSD: Array | None = None, image_MID: Array | None = None) -> Float[Array, "N L I"]:
+        """The heads' results side by side, before `to_out`."""
         context_NSD = x_NLC if context_NSD is None else context_NSD
 
         def split(a):
@@ -227,7 +232,7 @@ class Attention(nnx.Module):
             image = attention(parts, split(self.to_k_ip(image_MID)), split(self.to_v_ip(image_MID)), self.implementation)
             scale = 1.0 if self.alpha is None else (jnp.tanh(self.alpha[...]) + 1.0).astype(out.dtype)
             out = out + scale * image.reshape(out.shape)
-        return self.to_out[0](out.reshape(*out.shape[:-2], -1))
+        return out.reshape(*out.shape[:-2], -1)
 
 
 class Geglu(nnx.Module):
@@ -321,14 +326,14 @@ class SpatialTransformer(nnx.Module):
             context_BLD, image_BID = context_BLD[:, :text], context_BLD[:, text:]
             image_NID = image_BID.reshape(B * T, IMAGE_TOKENS, -1)
         y, x = normalised([self.norm], x_BThwC.reshape(B * T, h, w, C))
-        y_NLC = self.proj_in(y.reshape(B * T, h * w, C)).astype(jnp.float32)
+        total = Residual(self.proj_in, y.reshape(B * T, h * w, C))
         for block in self.transformer_blocks:
-            y_NLC = y_NLC + block.attn1(block.norm1(y_NLC))
+            total.add(block.attn1.to_out[0], block.attn1.attend(total.normed(block.norm1)))
             # All frames of a clip share its text: one set of keys and values per clip, not per frame.
-            q_BLC = block.norm2(y_NLC).reshape(B, T * h * w, C)
-            y_NLC = y_NLC + block.attn2(q_BLC, context_BLD, image_NID).reshape(y_NLC.shape)
-            y_NLC = y_NLC + block.ff(block.norm3(y_NLC))
-        return (self.proj_out(y_NLC) + x.reshape(y_NLC.shape)).reshape(x_BThwC.shape)
+            q_BLC = total.normed(block.norm2).reshape(B, T * h * w, C)
+            total.add(block.attn2.to_out[0], block.attn2.attend(q_BLC, context_BLD, image_NID))
+            total.add(block.ff.net[2], block.ff.net[0](total.normed(block.norm3)))
+        return self.proj_out(total.sum).reshape(x_BThwC.shape) + x.reshape(x_BThwC.shape)
 
 
 class TemporalTransformer(nnx.Module):
@@ -366,10 +371,10 @@ class TemporalTransformer(nnx.Module):
         # Over `context` the pixels are split here, no longer the frames: every device sees whole trajectories.
         y_BThwC, x_BThwC = normalised([self.norm], x_BThwC)
         y_BPTC = constrain(y_BThwC.reshape(B, T, h * w, C).swapaxes(1, 2), CLIPS, "context")
-        y_NTC = self.proj_in(y_BPTC.reshape(B * h * w, T, C)).astype(jnp.float32)
+        total = Residual(self.proj_in, y_BPTC.reshape(B * h * w, T, C))
         for block in self.transformer_blocks:
-            y_NTC = y_NTC + block.attn1(block.norm1(y_NTC))
-            y_NTC = y_NTC + block.attn2(block.norm2(y_NTC))
-            y_NTC = y_NTC + block.ff(block.norm3(y_NTC))
-        y_BThwC = self.proj_out(y_NTC).reshape(B, h * w, T, C).swapaxes(1, 2).reshape(x_BThwC.shape)
+            total.add(block.attn1.to_out[0], block.attn1.attend(total.normed(block.norm1)))
+            total.add(block.attn2.to_out[0], block.attn2.attend(total.normed(block.norm2)))
+            total.add(block.ff.net[2], block.ff.net[0](total.normed(block.norm3)))
+        y_BThwC = self.proj_out(total.sum).reshape(B, h * w, T, C).swapaxes(1, 2).reshape(x_BThwC.shape)
         return y_BThwC + x_BThwC

@@ -111,11 +111,15 @@ class Dense(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, x: Float[Array, "*n I"]) -> Float[Array, "*n O"]:
+        y = self.without_bias(x)
+        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+
+    def without_bias(self, x: Float[Array, "*n I"]) -> Float[Array, "*n O"]:
+        """The product alone, for what adds `bias` itself."""
         kernel = gathered(self.kernel, self.dtype)
         x = x.astype(self.dtype)
         # XLA's CPU backend runs the weight gradient of a product as one matrix product only when it is written as one.
-        y = (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1]) if platform() == "cpu" else x @ kernel
-        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+        return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1]) if platform() == "cpu" else x @ kernel
 
 
 class Conv(nnx.Module):

@@ -12,7 +12,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from motif_jax.config import MeshConfig
 from motif_jax.dist.mesh import make_mesh, partition
 from motif_jax.models import attention, group_norm, packed
-from motif_jax.models.layers import Dropout, GroupNorm, Silu, target_platform, use_mesh
+from motif_jax.models.layers import Dense, Dropout, GroupNorm, Initializer, LayerNorm, Silu, target_platform, use_mesh
+from motif_jax.models.residual import Residual
 from motif_jax.training.optimizer import as_stored
 
 mesh = make_mesh(MeshConfig(data=2, fsdp=2, context=1, tensor=2))
@@ -62,6 +63,30 @@ np.testing.assert_array_equal(np.float32(out), np.float32(jax.jit(lambda *given:
 found = jax.jit(lambda *given: gradients(rows, *given))(*jax.device_put(given, tuple(NamedSharding(mesh, spec) for spec in specs)))
 for a, b in zip(found, jax.jit(lambda *given: gradients((), *given))(*given), strict=True):
     np.testing.assert_allclose(np.float32(a), np.float32(b), rtol=1e-5, atol=1e-5 * np.abs(np.float32(b)).max())  # sums in another order
+
+# A transformer's sum and its norms: each device has its sequences.
+layers, norms = [Dense(32, 64, init=Initializer(nnx.Rngs(i)), dtype=jnp.bfloat16) for i in range(2)], [LayerNorm(64, dtype=jnp.bfloat16)] * 2
+graph, state = nnx.split((layers, norms))
+weight = jnp.asarray(rng.normal(size=(16, 16, 64)), jnp.float32)
+
+def chain(mesh, x, state):
+    (first, second), norms = nnx.merge(graph, state)
+    with use_mesh(mesh):
+        total = Residual(first, x, kernels=True)
+        y = total.normed(norms[0])
+        total.add(second, x)
+        return y + 2 * total.normed(norms[1])
+
+def slopes(mesh, *given):
+    return jax.grad(lambda *given: jnp.sum(chain(mesh, *given).astype(jnp.float32) * weight), (0, 1))(*given)
+
+x = jnp.asarray(rng.normal(size=(16, 16, 32)), jnp.float32)
+out, moved = compiled(lambda x: chain(mesh, x, state), [PartitionSpec(rows)], x)
+assert not moved, moved
+np.testing.assert_array_equal(np.float32(out), np.float32(jax.jit(lambda x: chain(None, x, state))(x)))
+found = jax.jit(lambda *given: slopes(mesh, *given))(jax.device_put(x, NamedSharding(mesh, specs[0])), state)
+for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(jax.jit(lambda *given: slopes(None, *given))(x, state)), strict=True):
+    np.testing.assert_allclose(np.float32(a), np.float32(b), rtol=1e-2, atol=1e-2 * np.abs(np.float32(b)).max())  # sums of bfloat16
 print("fine")
 """
 
