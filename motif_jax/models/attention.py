@@ -6,6 +6,7 @@ Module and attribute names are those of the reference checkpoint (VideoCrafter2)
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,17 +47,16 @@ def attention(
 ) -> Float[Array, "N L H K"]:
     """softmax(q k^T / sqrt(K)) v per head, softmax in float32; `causal` hides the keys after a query.
 
-    implementation: "reference" is written out here; "xla" and "cudnn" are those of `jax.nn.dot_product_attention`; "packed" is
-    `models.packed` where it takes the shapes (self-attention of few tokens), else cudnn; "splash" is TPU's kernel of that name where both
-    sequences are long, else "xla"; "auto" takes packed on GPU for half precision and head widths that cuDNN supports, xla on TPU,
-    reference on CPU.
+    implementation: "reference" is written out here; "xla" and "cudnn" are those of `jax.nn.dot_product_attention`; "packed" is cudnn here,
+    and `models.packed` in an `Attention` among few tokens; "splash" is TPU's kernel of that name where both sequences are long, else
+    "xla"; "auto" takes packed on GPU for half precision and head widths that cuDNN supports, xla on TPU, reference on CPU.
     Where L * S is large, "reference" and "xla" take the queries in blocks and recompute each block's weights in the backward
     pass, so that memory does not grow with L * S. Raises ValueError for a name it does not know, or a kernel of another platform.
     """
     if implementation == "auto":
-        implementation = _choose(q_NLHK)
+        implementation = _choose(q_NLHK.shape[-1], q_NLHK.dtype)
     if implementation in ("cudnn", "packed"):
-        return _with_cudnn(q_NLHK, k_NSHK, v_NSHK, causal, implementation == "packed")
+        return _with_cudnn(q_NLHK, k_NSHK, v_NSHK, causal)
     if implementation == "splash":
         if platform() != "tpu":
             raise ValueError(f"attention='splash' is a TPU kernel and this is {platform()}; use 'auto'")
@@ -76,20 +76,20 @@ def attention(
     return jnp.moveaxis(out_MNlHK, 0, 1).reshape(q_NLHK.shape)
 
 
-def _on_each_device(attend: Callable, q_NLHK: Array, k_NSHK: Array, v_NSHK: Array) -> Array:
-    """A kernel that XLA cannot partition, on the sequences and heads of each device; what does not divide, every device works on."""
+def _on_each_device(attend: Callable, *arrays: Array) -> Array:
+    """A kernel that XLA cannot partition, on the sequences and heads, [N, ..., H, K], of each device; what does not divide, all work on."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        return attend(q_NLHK, k_NSHK, v_NSHK)
+        return attend(*arrays)
     rows = tuple(name for name in ("data", "fsdp", "context") if mesh.shape[name] > 1)
-    if q_NLHK.shape[0] % math.prod(mesh.shape[name] for name in rows):
+    if arrays[0].shape[0] % math.prod(mesh.shape[name] for name in rows):
         rows = ()
-    heads = "tensor" if q_NLHK.shape[2] % mesh.shape["tensor"] == 0 else None
-    spec = PartitionSpec(rows or None, None, heads)
-    return jax.shard_map(attend, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)(q_NLHK, k_NSHK, v_NSHK)
+    heads = "tensor" if arrays[0].shape[-2] % mesh.shape["tensor"] == 0 else None
+    specs = tuple(PartitionSpec(rows or None, *(None,) * (x.ndim - 3), heads) for x in arrays)
+    return jax.shard_map(attend, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(rows or None, None, heads), check_vma=False)(*arrays)
 
 
-def _with_cudnn(q_NLHK: Array, k_NSHK: Array, v_NSHK: Array, causal: bool, pack: bool) -> Array:
+def _with_cudnn(q_NLHK: Array, k_NSHK: Array, v_NSHK: Array, causal: bool) -> Array:
     """cuDNN's attention in the shapes that it takes, and takes well."""
     attend = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
     mesh = jax.sharding.get_abstract_mesh()
@@ -97,8 +97,6 @@ def _with_cudnn(q_NLHK: Array, k_NSHK: Array, v_NSHK: Array, causal: bool, pack:
     if parts > 1 and q_NLHK.shape[1] != k_NSHK.shape[1] and q_NLHK.shape[1] % parts == 0:
         apart = (constrain(x, (*CLIPS, "context"), None, "tensor", None) for x in _queries_apart(parts, q_NLHK, k_NSHK, v_NSHK))
         return _even_lengths(attend, *apart, causal).reshape(q_NLHK.shape)
-    if pack and not causal and packed.fits(q_NLHK.shape, k_NSHK.shape):
-        return _on_each_device(packed.attend, q_NLHK, k_NSHK, v_NSHK)
     return _even_lengths(attend, q_NLHK, k_NSHK, v_NSHK, causal)
 
 
@@ -169,12 +167,10 @@ def _attend_backward(is_causal: bool, saved: tuple[Array, ...], g_NHLK: Array) -
 _heads_first.defvjp(_attend, _attend_backward)
 
 
-def _choose(q_NLHK: Array) -> str:
+def _choose(width: int, dtype: Any) -> str:
     where = platform()
     if where in ("gpu", "cuda"):
-        width = q_NLHK.shape[-1]
-        half = q_NLHK.dtype in (jnp.bfloat16, jnp.float16)
-        return "packed" if half and width % 8 == 0 and width <= 128 else "xla"
+        return "packed" if jnp.dtype(dtype).itemsize == 2 and width % 8 == 0 and width <= 128 else "xla"
     return "reference" if where == "cpu" else "xla"
 
 
@@ -220,6 +216,8 @@ class Attention(nnx.Module):
 
     def attend(self, x_NLC: Array, context_NSD: Array | None = None, image_MID: Array | None = None) -> Float[Array, "N L I"]:
         """The heads' results side by side, before `to_out`."""
+        if context_NSD is None and image_MID is None and self._packed(x_NLC.shape):
+            return self._attend_packed(x_NLC)
         context_NSD = x_NLC if context_NSD is None else context_NSD
 
         def split(a):
@@ -233,6 +231,18 @@ class Attention(nnx.Module):
             scale = 1.0 if self.alpha is None else (jnp.tanh(self.alpha[...]) + 1.0).astype(out.dtype)
             out = out + scale * image.reshape(out.shape)
         return out.reshape(*out.shape[:-2], -1)
+
+    def _packed(self, shape: tuple[int, ...]) -> bool:
+        head_width, dtype = self.to_q.kernel.shape[-1] // self.heads, self.to_q.dtype
+        chosen = _choose(head_width, dtype) if self.implementation == "auto" else self.implementation
+        return chosen == "packed" and packed.fits(*shape[:2], head_width)
+
+    def _attend_packed(self, x_NLC: Float[Array, "N L C"]) -> Float[Array, "N L I"]:
+        """Queries, keys and values of few tokens are one product: three of them would read x, and add up its gradient, three times."""
+        kernel_CjI = jnp.stack([gathered(layer.kernel, layer.dtype) for layer in (self.to_q, self.to_k, self.to_v)], 1)
+        qkv_NLjI = jax.lax.dot_general(x_NLC.astype(kernel_CjI.dtype), kernel_CjI, (((2,), (0,)), ((), ())))
+        out_NLHK = _on_each_device(packed.attend, qkv_NLjI.reshape(*qkv_NLjI.shape[:-1], self.heads, -1))
+        return out_NLHK.reshape(*out_NLHK.shape[:-2], -1)
 
 
 class Geglu(nnx.Module):

@@ -16,36 +16,42 @@ from motif_jax.models.layers import platform
 ROWS = 64  # tokens of one program
 
 
-def fits(q_shape: tuple[int, ...], k_shape: tuple[int, ...]) -> bool:
-    """Whether `attend` takes these shapes, [N, L, H, K]: self-attention of 2, 4, ... or ROWS / 2 tokens that fill whole programs."""
-    N, L, _, K = q_shape
-    return q_shape == k_shape and 2 <= L <= ROWS // 2 and ROWS % L == 0 and N * L % ROWS == 0 and K in (16, 32, 64, 128)
+def fits(N: int, L: int, K: int) -> bool:
+    """Whether `attend` takes N sequences of 2, 4, ... or ROWS / 2 tokens that fill whole programs, with heads K wide."""
+    return 2 <= L <= ROWS // 2 and ROWS % L == 0 and N * L % ROWS == 0 and K in (16, 32, 64, 128)
 
 
 @jax.custom_vjp
-def attend(q_NLHK: Float[Array, "N L H K"], k_NLHK: Float[Array, "N L H K"], v_NLHK: Float[Array, "N L H K"]) -> Float[Array, "N L H K"]:
-    """softmax(q k^T / sqrt(K)) v per sequence and head; logits and softmax in float32. On one device; where no GPU is, very slowly."""
-    return _run(_forward, 1, q_NLHK, k_NLHK, v_NLHK)[0]
+def attend(qkv_NLjHK: Float[Array, "N L 3 H K"]) -> Float[Array, "N L H K"]:
+    """softmax(q k^T / sqrt(K)) v per sequence and head; logits and softmax in float32. On one device; where no GPU is, very slowly.
+
+    Queries, keys and values side by side are the result of one product, and so is their gradient's part in it.
+    """
+    return _attend_and_save(qkv_NLjHK)[0]
 
 
-def _run(kernel, outputs: int, *arrays: Array) -> list[Array]:
+def _run(kernel, qkv_NLjHK: Array, *arrays: Array, out_shape: tuple[int, ...]) -> Array:
+    """`kernel` on arrays [N, L, H, K] and [N, L, 3, H, K], by ROWS tokens and heads."""
     from jax.experimental import pallas
     from jax.experimental.pallas import triton
 
-    N, L, H, K = arrays[0].shape
-    block = pallas.BlockSpec((ROWS, K), lambda i, head: (i, head))
-    flat = [x.reshape(N * L, H * K) for x in arrays]
-    found = pallas.pallas_call(
+    N, L, _, H, K = qkv_NLjHK.shape
+    specs = {
+        4: ((N * L, H * K), pallas.BlockSpec((ROWS, K), lambda i, head: (i, head))),
+        5: ((N * L, 3, H * K), pallas.BlockSpec((ROWS, 3, K), lambda i, head: (i, 0, head))),
+    }
+    operands = (qkv_NLjHK, *arrays)
+    shape, spec = specs[len(out_shape)]
+    return pallas.pallas_call(
         functools.partial(kernel, L),
         grid=(N * L // ROWS, H),
-        in_specs=[block] * len(flat),
-        out_specs=[block] * outputs,
-        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in flat[:outputs]],
+        in_specs=[specs[x.ndim][1] for x in operands],
+        out_specs=spec,
+        out_shape=jax.ShapeDtypeStruct(shape, qkv_NLjHK.dtype),
         name=f"attention{kernel.__name__}",  # as traces show it
         compiler_params=triton.CompilerParams(num_warps=4),
         interpret=platform() == "cpu",
-    )(*flat)
-    return [x.reshape(N, L, H, K) for x in found]
+    )(*(x.reshape(specs[x.ndim][0]) for x in operands)).reshape(out_shape)
 
 
 def _product(a: Array, b: Array, axis_a: int, axis_b: int) -> Array:
@@ -62,28 +68,29 @@ def _weights(length: int, q_RK: Array, k_RK: Array) -> Float[Array, "R R"]:
     return weights_RR / weights_RR.sum(-1, keepdims=True)
 
 
-def _forward(length: int, q, k, v, out) -> None:
-    v_RK = v[...]
-    out[...] = _product(_weights(length, q[...], k[...]).astype(v_RK.dtype), v_RK, 1, 0).astype(out.dtype)
+def _forward(length: int, qkv, out) -> None:
+    q_RK, k_RK, v_RK = (qkv[:, j] for j in range(3))
+    out[...] = _product(_weights(length, q_RK, k_RK).astype(v_RK.dtype), v_RK, 1, 0).astype(out.dtype)
 
 
-def _backward(length: int, q, k, v, g, dq, dk, dv) -> None:
-    q_RK, k_RK, v_RK, g_RK = q[...], k[...], v[...], g[...]
-    weights_RR = _weights(length, q_RK, k_RK)
-    dv[...] = _product(weights_RR.astype(g_RK.dtype), g_RK, 0, 0).astype(dv.dtype)
+def _backward(length: int, qkv, g, dqkv) -> None:
+    q_RK, k_RK, v_RK = (qkv[:, j] for j in range(3))
+    g_RK, weights_RR = g[...], _weights(length, q_RK, k_RK)
+    dqkv[:, 2] = _product(weights_RR.astype(g_RK.dtype), g_RK, 0, 0).astype(dqkv.dtype)
     dweights_RR = _product(g_RK, v_RK, 1, 1)
     dlogits_RR = weights_RR * (dweights_RR - (weights_RR * dweights_RR).sum(-1, keepdims=True)) * q_RK.shape[-1] ** -0.5
     dlogits_RR = dlogits_RR.astype(q_RK.dtype)
-    dq[...] = _product(dlogits_RR, k_RK, 1, 0).astype(dq.dtype)
-    dk[...] = _product(dlogits_RR, q_RK, 0, 0).astype(dk.dtype)
+    dqkv[:, 0] = _product(dlogits_RR, k_RK, 1, 0).astype(dqkv.dtype)
+    dqkv[:, 1] = _product(dlogits_RR, q_RK, 0, 0).astype(dqkv.dtype)
 
 
-def _attend_and_save(*arrays: Array) -> tuple[Array, tuple[Array, ...]]:
-    return _run(_forward, 1, *arrays)[0], arrays  # not `attend`: `layers.REMAT` could not see what to keep
+def _attend_and_save(qkv_NLjHK: Array) -> tuple[Array, Array]:
+    N, L, _, H, K = qkv_NLjHK.shape
+    return _run(_forward, qkv_NLjHK, out_shape=(N, L, H, K)), qkv_NLjHK  # not `attend`: `layers.REMAT` could not see what to keep
 
 
-def _gradients(saved: tuple[Array, ...], g_NLHK: Array) -> tuple[Array, ...]:
-    return tuple(_run(_backward, 3, *saved, g_NLHK.astype(saved[0].dtype)))
+def _gradients(qkv_NLjHK: Array, g_NLHK: Array) -> tuple[Array]:
+    return (_run(_backward, qkv_NLjHK, g_NLHK.astype(qkv_NLjHK.dtype), out_shape=qkv_NLjHK.shape),)
 
 
 attend.defvjp(_attend_and_save, _gradients)

@@ -18,21 +18,25 @@ from motif_jax.training.optimizer import as_stored
 
 mesh = make_mesh(MeshConfig(data=2, fsdp=2, context=1, tensor=2))
 rng = np.random.default_rng(0)
+MOVES = "all-gather|all-to-all|all-reduce|collective-permute"
 
 def compiled(function, specs, *arrays):
     shardings = [NamedSharding(mesh, spec) for spec in specs]
     program = jax.jit(function, in_shardings=shardings, out_shardings=shardings[0]).lower(*arrays).compile()
-    moved = re.findall(r"all-gather|all-to-all|all-reduce|collective-permute", program.as_text())
+    moved = re.findall(MOVES, program.as_text())
     return program(*jax.device_put(arrays, tuple(shardings))), moved
 
-def attend(*x):
+def attend(x):
     with use_mesh(mesh):
-        return attention._on_each_device(packed.attend, *x)
+        return attention._on_each_device(packed.attend, x)
 
-x = [rng.normal(size=(16, 16, 4, 16)).astype(np.float32) for _ in range(3)]
-out, moved = compiled(attend, [PartitionSpec(("data", "fsdp"), None, "tensor")] * 3, *x)
+x = rng.normal(size=(16, 16, 3, 4, 16)).astype(np.float32)
+given = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), None, None, "tensor"))
+program = jax.jit(attend, in_shardings=given).lower(x).compile()
+moved = re.findall(MOVES, program.as_text())
 assert not moved, moved
-np.testing.assert_allclose(out, attention.attention(*x, "reference"), atol=2e-6)  # sums in another order
+wanted = attention.attention(*np.moveaxis(x, 2, 0), "reference")
+np.testing.assert_allclose(program(jax.device_put(x, given)), wanted, atol=2e-6)  # sums in another order
 
 name, kernel = "input_blocks.1.0.in_layers.2.kernel", rng.normal(size=(3, 3, 32, 64)).astype(np.float32)
 spec = partition(name, kernel.shape, mesh)

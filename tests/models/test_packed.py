@@ -4,14 +4,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from motif_jax.models import packed
-from motif_jax.models.attention import attention
+from motif_jax.models.attention import Attention, attention
+from motif_jax.models.layers import Initializer, target_platform
 
 
 def inputs(N: int, L: int, H: int = 3, K: int = 16) -> list[np.ndarray]:
     rng = np.random.default_rng(N)
     return [rng.normal(size=(N, L, H, K)).astype(np.float32) for _ in range(3)]
+
+
+def joint(q, k, v):
+    return packed.attend(jnp.stack([q, k, v], 2))
 
 
 def with_gradients(attend, *x):
@@ -27,25 +33,31 @@ def with_gradients(attend, *x):
 def test_equal_to_the_reference(N, L):
     """Float32, several programs and heads: only the order of sums differs."""
     x = inputs(N, L)
-    assert packed.fits(x[0].shape, x[1].shape)
-    for found, wanted in zip(with_gradients(packed.attend, *x), with_gradients(lambda *x: attention(*x, "reference"), *x), strict=True):
+    assert packed.fits(N, L, 16)
+    for found, wanted in zip(with_gradients(joint, *x), with_gradients(lambda *x: attention(*x, "reference"), *x), strict=True):
         np.testing.assert_allclose(found, wanted, atol=2e-6)
 
 
 def test_bfloat16():
     x = inputs(8, 16, K=64)
     wanted = with_gradients(lambda *x: attention(*x, "reference"), *x)
-    for found, exact in zip(with_gradients(packed.attend, *(jnp.asarray(a, jnp.bfloat16) for a in x)), wanted, strict=True):
+    for found, exact in zip(with_gradients(joint, *(jnp.asarray(a, jnp.bfloat16) for a in x)), wanted, strict=True):
         assert found.dtype == jnp.bfloat16
         assert np.linalg.norm(np.asarray(found, np.float32) - exact) < 1e-2 * np.linalg.norm(exact)  # bfloat16 in, out and between
 
 
 def test_what_fits():
-    """Self-attention of few tokens, in whole programs of a power of two of rows."""
-    found = {
-        (N, L, S): packed.fits((N, L, 5, 64), (N, S, 5, 64))
-        for N, L, S in [(8, 16, 16), (2, 32, 32), (6, 16, 16), (8, 15, 15), (8, 16, 77)]
-    }
-    assert list(found.values()) == [True, True, False, False, False]
-    assert not packed.fits((1, 64, 5, 64), (1, 64, 5, 64)) and not packed.fits((64, 1, 5, 64), (64, 1, 5, 64))
-    assert not packed.fits((8, 16, 5, 40), (8, 16, 5, 40))
+    """A few tokens, a power of two, in whole programs."""
+    assert [packed.fits(N, L, 64) for N, L in [(8, 16), (2, 32), (6, 16), (8, 15)]] == [True, True, False, False]
+    assert not packed.fits(1, 64, 64) and not packed.fits(64, 1, 64) and not packed.fits(8, 16, 40)
+
+
+def test_a_layer_takes_it():
+    """With one product of queries, keys and values, on a GPU in half precision; the same values as without."""
+    layer = Attention(64, 64, 4, 16, init=Initializer(nnx.Rngs(0)), dtype=jnp.bfloat16, implementation="auto")
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 16, 64)), jnp.bfloat16)
+    with target_platform("gpu"):
+        traced = str(jax.make_jaxpr(layer)(x))
+    assert "attention_forward" in traced and traced.count("dot_general[") == 4  # two of the kernel, one before and one after
+    found, wanted = layer.to_out[0](layer._attend_packed(x)), layer(x)
+    np.testing.assert_allclose(np.float32(found), np.float32(wanted), atol=0.02)  # up to 1: bfloat16 in three places
