@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from motif_jax.models import packed, splash
+from motif_jax.models import gated, packed, splash
 from motif_jax.models.group_norm import normalised
 from motif_jax.models.layers import (
     CLIPS,
@@ -29,6 +29,7 @@ from motif_jax.models.layers import (
     gathered,
     gelu,
     platform,
+    whole_rows,
 )
 from motif_jax.models.residual import Residual
 
@@ -212,10 +213,18 @@ class Attention(nnx.Module):
         context_NSD: Float[Array, "N S D"] | None = None,
         image_MID: Float[Array, "M I D"] | None = None,
     ) -> Float[Array, "N L C"]:
-        return self.to_out[0](self.attend(x_NLC, context_NSD, image_MID))
+        return self.to_out[0](self._heads(x_NLC, context_NSD, image_MID))
 
-    def attend(self, x_NLC: Array, context_NSD: Array | None = None, image_MID: Array | None = None) -> Float[Array, "N L I"]:
-        """The heads' results side by side, before `to_out`."""
+    @property
+    def bias(self) -> nnx.Param:
+        return self.to_out[0].bias
+
+    def without_bias(self, *args: Array | None) -> Float[Array, "N L C"]:
+        """As `__call__`, for what adds `bias` itself."""
+        return self.to_out[0].without_bias(self._heads(*args))
+
+    def _heads(self, x_NLC: Array, context_NSD: Array | None = None, image_MID: Array | None = None) -> Float[Array, "N L I"]:
+        """The heads' results side by side."""
         if context_NSD is None and image_MID is None and self._packed(x_NLC.shape):
             return self._attend_packed(x_NLC)
         context_NSD = x_NLC if context_NSD is None else context_NSD
@@ -269,6 +278,24 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x: Float[Array, "*n C"]) -> Float[Array, "*n C"]:
         return apply(self.net, x)
+
+    @property
+    def bias(self) -> nnx.Param:
+        return self.net[2].bias
+
+    def without_bias(self, x: Float[Array, "*n C"]) -> Float[Array, "*n C"]:
+        """As `__call__`, for what adds `bias` itself."""
+        first, _, last = self.net
+        half = jnp.dtype(last.dtype).itemsize == 2 and gated.fits((*x.shape[:-1], last.kernel.shape[0]))
+        rows = whole_rows(len(x)) if platform() == "gpu" and half else None
+        return last.without_bias(first(x)) if rows is None else self.in_kernels(x, rows)
+
+    def in_kernels(self, x: Float[Array, "*n C"], rows: tuple[str, ...] = ()) -> Float[Array, "*n C"]:
+        """`without_bias` by `models.gated`."""
+        proj, last = self.net[0].proj, self.net[2]
+        kernel_CjI = gathered(proj.kernel, proj.dtype).reshape(x.shape[-1], 2, -1)
+        h = jax.lax.dot_general(x.astype(proj.dtype), kernel_CjI, (((x.ndim - 1,), (0,)), ((), ())))
+        return gated.product(rows, h, proj.bias[...].reshape(2, -1), gathered(last.kernel, last.dtype))
 
 
 class TransformerBlock(nnx.Module):
@@ -338,11 +365,11 @@ class SpatialTransformer(nnx.Module):
         y, x = normalised([self.norm], x_BThwC.reshape(B * T, h, w, C))
         total = Residual(self.proj_in, y.reshape(B * T, h * w, C))
         for block in self.transformer_blocks:
-            total.add(block.attn1.to_out[0], block.attn1.attend(total.normed(block.norm1)))
+            total.add(block.attn1, total.normed(block.norm1))
             # All frames of a clip share its text: one set of keys and values per clip, not per frame.
             q_BLC = total.normed(block.norm2).reshape(B, T * h * w, C)
-            total.add(block.attn2.to_out[0], block.attn2.attend(q_BLC, context_BLD, image_NID))
-            total.add(block.ff.net[2], block.ff.net[0](total.normed(block.norm3)))
+            total.add(block.attn2, q_BLC, context_BLD, image_NID)
+            total.add(block.ff, total.normed(block.norm3))
         return self.proj_out(total.sum).reshape(x_BThwC.shape) + x.reshape(x_BThwC.shape)
 
 
@@ -383,8 +410,8 @@ class TemporalTransformer(nnx.Module):
         y_BPTC = constrain(y_BThwC.reshape(B, T, h * w, C).swapaxes(1, 2), CLIPS, "context")
         total = Residual(self.proj_in, y_BPTC.reshape(B * h * w, T, C))
         for block in self.transformer_blocks:
-            total.add(block.attn1.to_out[0], block.attn1.attend(total.normed(block.norm1)))
-            total.add(block.attn2.to_out[0], block.attn2.attend(total.normed(block.norm2)))
-            total.add(block.ff.net[2], block.ff.net[0](total.normed(block.norm3)))
+            total.add(block.attn1, total.normed(block.norm1))
+            total.add(block.attn2, total.normed(block.norm2))
+            total.add(block.ff, total.normed(block.norm3))
         y_BThwC = self.proj_out(total.sum).reshape(B, h * w, T, C).swapaxes(1, 2).reshape(x_BThwC.shape)
         return y_BThwC + x_BThwC

@@ -19,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, UInt
 
-from motif_jax.models.layers import Dropout, Silu, apply, platform, random_bits
+from motif_jax.models.layers import Dropout, Silu, apply, platform, random_bits, whole_rows
 
 COLUMNS, ELEMENTS = 256, 8192  # channels, and positions times channels, of one program at most
 FEWEST = 1024  # elements of a program, below which XLA's kernels are as good
@@ -43,7 +43,11 @@ def normalised(
     The second result is x itself. Where x is needed again, use that: its gradient then joins the norm's without a pass of its own.
     """
     norm = layers[0]
-    rows = _rows(x) if platform() == "gpu" and jnp.dtype(norm.dtype).itemsize == 2 and fits(x.shape) else None
+    rows = (
+        whole_rows(len(x), frames_apart=x.ndim == 4)
+        if platform() == "gpu" and jnp.dtype(norm.dtype).itemsize == 2 and fits(x.shape)
+        else None
+    )
     if rows is not None:
         return in_kernels(layers, x, rng, shift, rows)
     moved = x if shift is None else x + shift.reshape(*shift.shape[:-1], *(1,) * (x.ndim - shift.ndim), shift.shape[-1])
@@ -74,16 +78,6 @@ def _tile(positions: int, channels: int) -> tuple[int, int]:
     """(positions, channels) of one program: powers of two, as Triton has them, that divide the array."""
     columns = min(channels & -channels, COLUMNS)
     return min(positions & -positions, ELEMENTS // columns), columns
-
-
-def _rows(x: Array) -> tuple[str, ...] | None:
-    """The mesh axes that images are split over; None where an image itself is, or its channels are."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return ()
-    rows = tuple(name for name in ("data", "fsdp", "context") if mesh.shape[name] > 1)
-    whole = x.ndim == 4 or mesh.shape["context"] == 1  # frames lie over `context`, and the norms of five axes take all of a clip
-    return rows if whole and mesh.shape["tensor"] == 1 and x.shape[0] % math.prod(mesh.shape[name] for name in rows) == 0 else None
 
 
 def _on_each_device(chain: Chain, rows: tuple[str, ...]) -> Callable[..., tuple[Array, Array]]:

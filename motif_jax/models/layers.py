@@ -62,6 +62,20 @@ def constrain(x: Array, *axes: Axis) -> Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
 
 
+def whole_rows(rows: int, frames_apart: bool = True) -> tuple[str, ...] | None:
+    """The axes of the mesh that `rows` leading entries of activations lie over, for a kernel that XLA cannot partition.
+
+    None where it cannot be run on each device's entries alone: they do not divide, channels are split over `tensor`, or
+    (not `frames_apart`) an entry is a clip and its frames are split over `context`.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return ()
+    axes = tuple(name for name in ("data", "fsdp", "context") if mesh.shape[name] > 1)
+    whole = mesh.shape["tensor"] == 1 and (frames_apart or mesh.shape["context"] == 1)
+    return axes if whole and rows % math.prod(mesh.shape[name] for name in axes) == 0 else None
+
+
 def gathered(kernel: nnx.Param, dtype: Any) -> Array:
     """A kernel as it meets the activations: in their type, whole but for its output channels, which stay over `tensor`."""
     kernel = kernel[...].astype(dtype)

@@ -14,10 +14,11 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from motif_jax.models.layers import Conv, Dense, LayerNorm, platform
+from motif_jax.models.layers import Conv, Dense, LayerNorm, platform, whole_rows
 
 ELEMENTS = 4096  # tokens times channels that a program has in registers at a time, at most
 TURNS = 16  # at most; a program of the backward pass takes them to add up over tokens in registers
@@ -36,18 +37,18 @@ class Residual:
         self.shape = (*x.shape[:-1], layer.kernel.shape[-1])
         if kernels is None:
             kernels = platform() == "gpu" and jnp.dtype(layer.dtype).itemsize == 2 and fits(self.shape)
-        self.rows = _rows(self.shape[0]) if kernels else None
+        self.rows = whole_rows(self.shape[0]) if kernels else None
         self.total, self.newest, self.before = None, None, []
         self.add(layer, x)
 
-    def add(self, layer: Dense | Conv, x: Float[Array, "*n I"]) -> None:
-        """Adds layer(x); the axes of x before the last may be those of the sum in another shape."""
+    def add(self, layer: nnx.Module, *args: Array | None) -> None:
+        """Adds layer(*args), whose axes before the last may be those of the sum in another shape; it has `bias` and `without_bias`."""
         if self.rows is None:
-            y = layer(x).reshape(self.shape).astype(jnp.float32)
+            y = layer(*args).reshape(self.shape).astype(jnp.float32)
             self.total = y if self.total is None else self.total + y
             return
         self._settle()
-        self.newest = layer.without_bias(x).reshape(self.shape), layer.bias[...]
+        self.newest = layer.without_bias(*args).reshape(self.shape), layer.bias[...]
 
     def normed(self, norm: LayerNorm) -> Float[Array, "N L C"]:
         """The sum's layer norm."""
@@ -86,15 +87,6 @@ def _tokens(tokens: int, channels: int) -> tuple[int, int]:
     power = tokens & -tokens
     rows = min(power, 1 << (ELEMENTS // channels).bit_length() >> 1)
     return rows, min(power // rows, TURNS) if rows else 0
-
-
-def _rows(sequences: int) -> tuple[str, ...] | None:
-    """The mesh axes that sequences are split over; None where channels are split as well, or sequences do not divide."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return ()
-    rows = tuple(name for name in ("data", "fsdp", "context") if mesh.shape[name] > 1)
-    return rows if mesh.shape["tensor"] == 1 and sequences % math.prod(mesh.shape[name] for name in rows) == 0 else None
 
 
 def _on_each_device(epsilon: float, dtype: str, rows: tuple[str, ...], before: int) -> Callable[..., tuple[Array, Array]]:

@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from motif_jax.config import MeshConfig
 from motif_jax.dist.mesh import make_mesh, partition
 from motif_jax.models import attention, group_norm, packed
+from motif_jax.models.attention import FeedForward
 from motif_jax.models.layers import Dense, Dropout, GroupNorm, Initializer, LayerNorm, Silu, target_platform, use_mesh
 from motif_jax.models.residual import Residual
 from motif_jax.training.optimizer import as_stored
@@ -90,6 +91,20 @@ assert not moved, moved
 np.testing.assert_array_equal(np.float32(out), np.float32(jax.jit(lambda x: chain(None, x, state))(x)))
 found = jax.jit(lambda *given: slopes(mesh, *given))(jax.device_put(x, NamedSharding(mesh, specs[0])), state)
 for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(jax.jit(lambda *given: slopes(None, *given))(x, state)), strict=True):
+    np.testing.assert_allclose(np.float32(a), np.float32(b), rtol=1e-2, atol=1e-2 * np.abs(np.float32(b)).max())  # sums of bfloat16
+
+graph, state = nnx.split(FeedForward(64, init=Initializer(nnx.Rngs(0)), dtype=jnp.bfloat16))
+
+def gate(mesh, *given):
+    def loss(x, state):
+        with use_mesh(mesh):
+            y = nnx.merge(graph, state).in_kernels(x, rows if mesh else ())
+        return jnp.sum(y.astype(jnp.float32) * weight), y
+    return jax.grad(loss, (0, 1), has_aux=True)(*given)
+
+x = jnp.asarray(rng.normal(size=(16, 16, 64)), jnp.float32)
+found = jax.jit(lambda *given: gate(mesh, *given))(jax.device_put(x, NamedSharding(mesh, specs[0])), state)
+for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(jax.jit(lambda *given: gate(None, *given))(x, state)), strict=True):
     np.testing.assert_allclose(np.float32(a), np.float32(b), rtol=1e-2, atol=1e-2 * np.abs(np.float32(b)).max())  # sums of bfloat16
 print("fine")
 """
