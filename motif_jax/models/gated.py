@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from motif_jax.models.layers import platform
+from motif_jax.models.layers import interpreted
 
 COLUMNS, ELEMENTS = 256, 2048  # channels, and tokens times channels at a time, of one program at most
 TURNS = 16  # at most; a program of the backward pass takes them to add up over tokens in registers
@@ -93,7 +93,7 @@ def _run(kernel: Callable, outputs: Sequence[Any], h: Array, bias_jI: Array, *g:
         out_shape=[jax.ShapeDtypeStruct(*forms[kind][:2]) for kind in outputs],
         name=f"geglu{kernel.__name__}",  # as traces show it
         compiler_params=triton.CompilerParams(num_warps=4),
-        interpret=platform() == "cpu",
+        interpret=interpreted(),
     )(h.reshape(N, 2, C), bias_jI.astype(jnp.float32), *(x.astype(h.dtype).reshape(N, C) for x in g))
     return [x.sum(0) if kind == 0 else x.reshape(forms[kind][3]) for x, kind in zip(found, outputs, strict=True)]
 

@@ -19,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, UInt
 
-from motif_jax.models.layers import Dropout, Silu, apply, platform, random_bits, whole_rows
+from motif_jax.models.layers import Dropout, Silu, apply, interpreted, platform, random_bits, whole_rows
 
 COLUMNS, ELEMENTS = 256, 8192  # channels, and positions times channels, of one program at most
 FEWEST = 1024  # elements of a program, below which XLA's kernels are as good
@@ -121,7 +121,7 @@ def _run(kernel: Callable, like: Array, operands: Sequence[Array], outputs: Sequ
         out_shape=[sums if dtype is None else jax.ShapeDtypeStruct(like.shape, dtype) for dtype in outputs],
         name=f"group_norm{getattr(kernel, 'func', kernel).__name__}",  # as traces show it
         compiler_params=triton.CompilerParams(num_warps=8 if rows * columns == ELEMENTS else 4),
-        interpret=platform() == "cpu",
+        interpret=interpreted(),
     )(*operands)
     return [x.sum(1) if dtype is None else x for x, dtype in zip(found, outputs, strict=True)]
 

@@ -24,18 +24,26 @@ Axis = str | tuple[str, ...] | None  # of a mesh: one array axis lies over these
 CLIPS: Axis = ("data", "fsdp")
 CPU_SLICE = 2**17  # activations per slice of a kernel gradient on CPU: 512 KB, half of a common second-level cache
 
-_target: contextvars.ContextVar[str | None] = contextvars.ContextVar("target_platform", default=None)
+_target: contextvars.ContextVar[tuple[str, bool] | None] = contextvars.ContextVar("target_platform", default=None)
 
 
 def platform() -> str:
     """The platform that traced code will run on: "cpu", "gpu" or "tpu". Only speed depends on it, never a value's meaning."""
-    return _target.get() or jax.default_backend()
+    return (_target.get() or (jax.default_backend(), False))[0]
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels are carried out operation by operation, slowly, as they can be anywhere."""
+    return platform() == "cpu" or (_target.get() or ("", False))[1]
 
 
 @contextlib.contextmanager
-def target_platform(name: str) -> Iterator[None]:
-    """Trace for platform `name` inside the block; for ahead-of-time compilation on a machine without the accelerator."""
-    token = _target.set(name)
+def target_platform(name: str, interpret: bool = False) -> Iterator[None]:
+    """Trace for platform `name` inside the block; for ahead-of-time compilation on a machine without the accelerator.
+
+    With `interpret` a GPU's program runs on a CPU, for tests.
+    """
+    token = _target.set((name, interpret))
     try:
         yield
     finally:

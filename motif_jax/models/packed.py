@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from motif_jax.models.layers import platform
+from motif_jax.models.layers import interpreted
 
 ROWS = 64  # tokens of one program
 
@@ -50,7 +50,7 @@ def _run(kernel, qkv_NLjHK: Array, *arrays: Array, out_shape: tuple[int, ...]) -
         out_shape=jax.ShapeDtypeStruct(shape, qkv_NLjHK.dtype),
         name=f"attention{kernel.__name__}",  # as traces show it
         compiler_params=triton.CompilerParams(num_warps=4),
-        interpret=platform() == "cpu",
+        interpret=interpreted(),
     )(*(x.reshape(specs[x.ndim][0]) for x in operands)).reshape(out_shape)
 
 

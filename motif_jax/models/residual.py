@@ -18,7 +18,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from motif_jax.models.layers import Conv, Dense, LayerNorm, platform, whole_rows
+from motif_jax.models.layers import Conv, Dense, LayerNorm, interpreted, platform, whole_rows
 
 ELEMENTS = 4096  # tokens times channels that a program has in registers at a time, at most
 TURNS = 16  # at most; a program of the backward pass takes them to add up over tokens in registers
@@ -149,7 +149,7 @@ def _run(kernel: Callable, parts: Sequence[Part], channels: Sequence[Array], arr
         ],
         name=f"layer_norm{kernel.func.__name__}",  # as traces show it
         compiler_params=triton.CompilerParams(num_warps=4),
-        interpret=platform() == "cpu",
+        interpret=interpreted(),
     )(
         *(part.reshape(N, C) for part, _ in parts),
         *(bias.astype(jnp.float32)[None] for _, bias in parts),
