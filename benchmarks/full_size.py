@@ -92,6 +92,7 @@ def seconds_alone(config: Config, weights, batch: dict[str, np.ndarray], steps: 
     frozen = place(weights.frozen, shard_networks(weights.frozen, mesh))
     empty = np.zeros(config.text.context_length, np.int32)
     replicated = NamedSharding(mesh, PartitionSpec())
+    frozen["unconditional"] = jax.jit(networks.unconditional, out_shardings=replicated)(frozen, empty)
     step = jax.jit(make_train_step(networks, optimizer, empty, mesh), donate_argnums=0, out_shardings=(shardings, replicated))
     on_devices = global_batch(batch, mesh, config.batch_size)
 

@@ -125,6 +125,14 @@ class Networks:
         x_BHW3 = jnp.zeros((1, size, size, 3)) if images_BHW3 is None else images_BHW3.astype(jnp.float32) / 127.5 - 1.0
         return self.image.bind(params)(x_BHW3)
 
+    def unconditional(self, frozen: dict[str, Params], empty_L: Int[Array, " L"]) -> Params:
+        """What a dropped condition is replaced by: {"text": embedding of the empty sentence, "image": tokens of no image}, one clip each.
+
+        It never changes: computed once, as `frozen["unconditional"]`, it spares every train step a pass through the towers.
+        """
+        found = {"text": self.embed(frozen["text"], empty_L[None])}
+        return found | ({"image": self.embed_image(frozen["image"], None)} if self.image else {})
+
     def image_tokens(self, params: Params, image_BSE: Float[Array, "B S E"]) -> Float[Array, "B J D"]:
         """What follows the text in the U-Net's context: 16 tokens for each frame, made by the trained resampler."""
         tokens_BJD = self.denoiser.bind(params).image_proj_model(image_BSE)

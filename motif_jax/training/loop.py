@@ -163,6 +163,7 @@ def _train(config: Config, directory: pathlib.Path, dataset: pipeline.Dataset, m
     shape = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     say(f"{jax.device_count()} x {jax.devices()[0].device_kind} ({shape}) in {jax.process_count()} processes; compiling")
     frozen = place(weights.frozen, shard_networks(weights.frozen, mesh))
+    frozen["unconditional"] = jax.jit(networks.unconditional, out_shardings=replicated)(frozen, empty_L)
     weights = params = None  # the denoiser's lives on in the state
 
     rows = batch_rows(mesh, config.batch_size)

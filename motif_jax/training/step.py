@@ -61,7 +61,8 @@ def predict(
 ) -> tuple[Float[Array, "B T h w C"], Float[Array, "B T h w C"], Float[Array, "B T h w C"], Int[Array, " B"]]:
     """Noise a batch and denoise it: (prediction, target, clean latents z_0, timesteps), all in the loss space.
 
-    `t_B=None` draws timesteps uniformly. With `train=False` no condition is dropped and no dropout acts.
+    `t_B=None` draws timesteps uniformly. With `train=False` no condition is dropped and no dropout acts. frozen: parameters by
+    network, and "unconditional", where that is known already (`Networks.unconditional`).
     """
     config = networks.config
     d = config.diffusion
@@ -77,15 +78,16 @@ def predict(
 
     context_BLD = batch["text_embedding"] if "text_embedding" in batch else networks.embed(frozen["text"], batch["tokens"])
     context_BLD = context_BLD.astype(jnp.float32)
+    nothing = frozen["unconditional"] if "unconditional" in frozen else networks.unconditional(frozen, empty_L)
     # One draw for text and image tokens, as in DynamiCrafter: a share p of each is dropped, p / 2 of both together.
     p = config.condition.text_drop if train else 0.0
     draw_B11 = jax.random.uniform(stream(Stream.CONDITION_DROP), (clips, 1, 1))
     if p > 0:
-        context_BLD = jnp.where(draw_B11 < p, networks.embed(frozen["text"], empty_L[None]), context_BLD)
+        context_BLD = jnp.where(draw_B11 < p, nothing["text"], context_BLD)
     if config.image_tokens:
         image_BSE = networks.embed_image(frozen["image"], batch["frames"][:, 0])
         if p > 0:
-            image_BSE = jnp.where((draw_B11 - p / 2) % 1.0 < p, networks.embed_image(frozen["image"], None), image_BSE)
+            image_BSE = jnp.where((draw_B11 - p / 2) % 1.0 < p, nothing["image"], image_BSE)
         context_BLD = jnp.concatenate([context_BLD, networks.image_tokens(params, image_BSE)], axis=1)
 
     if t_B is None:

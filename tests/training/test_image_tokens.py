@@ -81,6 +81,18 @@ def outputs(setup, batch, key):
     return jax.jit(lambda batch: predict(networks, schedule, params, frozen, batch, jnp.asarray(empty), key)[0])(batch)
 
 
+def test_what_stands_for_no_condition_may_be_known(make):
+    """The loop computes it once: the step's program is then without the pass through both towers for it, and its result the same."""
+    setup = make("cx-attn", text_drop=0.4)
+    _, networks, _, frozen, empty = setup
+    known = frozen | {"unconditional": jax.jit(networks.unconditional)(frozen, empty)}
+    batch, key = make_batch(networks.config), jax.random.key(2)
+    found = outputs((*setup[:3], known, empty), batch, key)
+    np.testing.assert_allclose(found, outputs(setup, batch, key), rtol=1e-5, atol=1e-5)
+    nothing = frozen | {"unconditional": jax.tree.map(jnp.zeros_like, known["unconditional"])}
+    assert np.abs(found - outputs((*setup[:3], nothing, empty), batch, key)).max() > 1e-3  # it is what is used
+
+
 def test_the_image_counts_through_attention_alone(make):
     """Another first frame, the same latents: x-cat is off, so that only the tower can see the difference."""
     setup = make("cx-attn")
