@@ -1,11 +1,13 @@
 """The blocks of the paper's U-Net at its finest level, forward and backward, compiled ahead of time for one chip: what bounds them.
 
-    python benchmarks/blocks.py [--chip=v6e:2x2 or h100] [--clips=4] [--blocks residual spatial temporal] [--remat block convs dots]
+    python benchmarks/blocks.py [--chip=v6e:2x2, h100 or here] [--clips=4] [--blocks residual spatial temporal]
+        [--remat block convs dots] [--kernels auto xla]
 
 Needs the chip's compiler and no chip. A TPU's: docs/compile.md, about a minute of one core per row. "optimal" is XLA's estimate; it counts
 one turn of the loop over the queries of long self-attention (spatial) only. An H100's: `pip install 'jax[cuda12]'` in a virtual
 environment of its own, five seconds per row; XLA gives no estimate there, and does not try kernels. "accessed" is then what all kernels
-read and write, "elementwise" the part of it outside of matrix products, convolutions and attention.
+read and write, "elementwise" the part of it outside of matrix products, convolutions, attention and Triton kernels. On a GPU
+`--chip=here` measures: milliseconds of a call, of ten on end.
 """
 
 import argparse
@@ -24,20 +26,21 @@ sys.path.insert(0, str(ROOT))
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
 from flax import nnx  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 
 from motif_jax.compilation import tpu_devices  # noqa: E402
 from motif_jax.config import from_config_dict  # noqa: E402
 from motif_jax.models.attention import SpatialTransformer, TemporalTransformer  # noqa: E402
-from motif_jax.models.layers import Initializer, recompute, target_platform  # noqa: E402
+from motif_jax.models.layers import Initializer, recompute, target_platform, use_kernels  # noqa: E402
 from motif_jax.models.unet3d import ResBlock  # noqa: E402
 
 BLOCKS, REMAT = ["residual", "spatial", "temporal"], ["block", "convs", "dots"]
 
 
-def lower(name: str, clips: int, remat: str, device: jax.Device) -> jax.stages.Lowered:
-    """A block's output and the gradients of its parameters and its input, lowered for `device`."""
+def lower(name: str, clips: int, remat: str, device: jax.Device, kernels: str = "auto") -> tuple[jax.stages.Lowered, tuple]:
+    """(a block's output and the gradients of its parameters and its input, lowered for `device`; the shapes of its arguments)."""
     config = from_config_dict(runpy.run_path(str(ROOT / "configs/motif.py"))["get_config"]())
     u, sharding = config.unet, jax.sharding.SingleDeviceSharding(device)
     width, head = u.model_channels, u.num_head_channels
@@ -66,8 +69,21 @@ def lower(name: str, clips: int, remat: str, device: jax.Device) -> jax.stages.L
         return y, pull(cotangent)
 
     x = array(clips, config.data.frames, config.latent_height, config.latent_width, width)
-    with target_platform(device.platform):
-        return jax.jit(both).trace(jax.tree.map(lambda a: array(*a.shape), state), x, x, given).lower()
+    arguments = jax.tree.map(lambda a: array(*a.shape), state), x, x, given
+    with target_platform("gpu" if device.platform == "cuda" else device.platform), use_kernels(kernels == "auto"):
+        return jax.jit(both).trace(*arguments).lower(), arguments
+
+
+def milliseconds(compiled: jax.stages.Compiled, shapes: tuple, calls: int = 10) -> float:
+    """Of one call, of `calls` on end, on noise."""
+    rng = np.random.default_rng(0)
+    arguments = jax.device_put(jax.tree.map(lambda s: rng.normal(size=s.shape).astype(s.dtype), shapes))
+    jax.block_until_ready([compiled(*arguments) for _ in range(3)])
+    began = time.perf_counter()
+    for _ in range(calls):
+        found = compiled(*arguments)
+    jax.block_until_ready(found)
+    return 1e3 * (time.perf_counter() - began) / calls
 
 
 # What XLA asks of a device about to be compiled for (GpuTargetConfigProto), from NVIDIA's data sheet of the H100 SXM and the CUDA guide.
@@ -117,30 +133,34 @@ def accessed(hlo: str) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--chip", default="v6e:2x2", help="a TPU slice, of which one chip counts, or h100")
+    parser.add_argument("--chip", default="v6e:2x2", help="a TPU slice, of which one chip counts, h100, or here")
     parser.add_argument("--clips", type=int, default=4)
     parser.add_argument("--blocks", nargs="+", choices=BLOCKS, default=BLOCKS)
     parser.add_argument("--remat", nargs="+", choices=REMAT, default=REMAT)
+    parser.add_argument("--kernels", nargs="+", choices=["auto", "xla"], default=["auto"], help="of a GPU: config.kernels")
     arguments = parser.parse_args()
-    gpu = arguments.chip == "h100"
-    device = h100() if gpu else tpu_devices(arguments.chip)[0]
-    columns = ["elementwise, GiB"] if gpu else ["optimal, ms", "TFLOP"]
-    jax.config.update("jax_exec_time_optimization_effort", -1.0)
+    here, gpu = arguments.chip == "here", arguments.chip in ("h100", "here")
+    device = jax.devices()[0] if here else h100() if gpu else tpu_devices(arguments.chip)[0]
+    columns = [*["ms"] * here, "elementwise, GiB"] if gpu else ["optimal, ms", "TFLOP"]
+    if not here:
+        jax.config.update("jax_exec_time_optimization_effort", -1.0)
     print(f"{arguments.clips} clips on one {device.device_kind}, bfloat16, jax {jax.__version__}")
-    print(f"| block | remat | {' | '.join(columns)} | accessed, GiB | temporaries, GiB | compile, s |")
-    print("|---|---|---|---|---|---|" + "---|" * (len(columns) - 1), flush=True)
-    for name, remat in itertools.product(arguments.blocks, arguments.remat):
+    print(f"| block | remat | kernels | {' | '.join(columns)} | accessed, GiB | temporaries, GiB | compile, s |")
+    print("|---|---|---|---|---|---|---|" + "---|" * (len(columns) - 1), flush=True)
+    for name, remat, kernels in itertools.product(arguments.blocks, arguments.remat, arguments.kernels):
         began = time.perf_counter()
-        compiled = lower(name, arguments.clips, remat, device).compile()
+        lowered, shapes = lower(name, arguments.clips, remat, device, kernels)
+        compiled = lowered.compile()
+        compilation = time.perf_counter() - began
         temporaries = compiled.memory_analysis().temp_size_in_bytes / 2**30
         if gpu:
             total, elementwise = (size / 2**30 for size in accessed(compiled.as_text()))
-            numbers = elementwise, total, temporaries
+            numbers = *([milliseconds(compiled, shapes)] if here else []), elementwise, total, temporaries
         else:
             cost = compiled.cost_analysis()
             numbers = cost["optimal_seconds"] * 1e3, cost["flops"] / 1e12, cost["bytes accessed"] / 2**30, temporaries
         row = " | ".join(f"{number:.2f}" for number in numbers)
-        print(f"| {name} | {remat} | {row} | {time.perf_counter() - began:.0f} |", flush=True)
+        print(f"| {name} | {remat} | {kernels} | {row} | {compilation:.0f} |", flush=True)
 
 
 if __name__ == "__main__":

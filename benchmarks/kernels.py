@@ -18,6 +18,7 @@ KINDS = {
     "attention": r"attention|sdpa|flash|compute_dot_do_o|convert_dq",
     "convolution": r"fprop|dgrad|wgrad|convolve|winograd|5x_cudnn",
     "matrix product": r"nvjet|gemm|cutlass|splitk",
+    "norms and gates (Triton)": r"^(group_norm|layer_norm|geglu)_",
     "changes of layout": r"transpose|copy|concatenate|memcpy|convertTensor",
     "elementwise and reductions": r"",
 }

@@ -28,8 +28,8 @@ from motif_jax.models.layers import (
     constrain,
     gathered,
     gelu,
+    kernel_rows,
     platform,
-    whole_rows,
 )
 from motif_jax.models.residual import Residual
 
@@ -286,8 +286,7 @@ class FeedForward(nnx.Module):
     def without_bias(self, x: Float[Array, "*n C"]) -> Float[Array, "*n C"]:
         """As `__call__`, for what adds `bias` itself."""
         first, _, last = self.net
-        half = jnp.dtype(last.dtype).itemsize == 2 and gated.fits((*x.shape[:-1], last.kernel.shape[0]))
-        rows = whole_rows(len(x)) if platform() == "gpu" and half else None
+        rows = kernel_rows(len(x), last.dtype) if gated.fits((*x.shape[:-1], last.kernel.shape[0])) else None
         return last.without_bias(first(x)) if rows is None else self.in_kernels(x, rows)
 
     def in_kernels(self, x: Float[Array, "*n C"], rows: tuple[str, ...] = ()) -> Float[Array, "*n C"]:

@@ -19,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, UInt
 
-from motif_jax.models.layers import Dropout, Silu, apply, interpreted, platform, random_bits, whole_rows
+from motif_jax.models.layers import Dropout, Silu, apply, interpreted, kernel_rows, random_bits
 
 COLUMNS, ELEMENTS = 256, 8192  # channels, and positions times channels, of one program at most
 FEWEST = 1024  # elements of a program, below which XLA's kernels are as good
@@ -43,11 +43,7 @@ def normalised(
     The second result is x itself. Where x is needed again, use that: its gradient then joins the norm's without a pass of its own.
     """
     norm = layers[0]
-    rows = (
-        whole_rows(len(x), frames_apart=x.ndim == 4)
-        if platform() == "gpu" and jnp.dtype(norm.dtype).itemsize == 2 and fits(x.shape)
-        else None
-    )
+    rows = kernel_rows(len(x), norm.dtype, frames_apart=x.ndim == 4) if fits(x.shape) else None
     if rows is not None:
         return in_kernels(layers, x, rng, shift, rows)
     moved = x if shift is None else x + shift.reshape(*shift.shape[:-1], *(1,) * (x.ndim - shift.ndim), shift.shape[-1])

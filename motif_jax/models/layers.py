@@ -25,6 +25,7 @@ CLIPS: Axis = ("data", "fsdp")
 CPU_SLICE = 2**17  # activations per slice of a kernel gradient on CPU: 512 KB, half of a common second-level cache
 
 _target: contextvars.ContextVar[tuple[str, bool] | None] = contextvars.ContextVar("target_platform", default=None)
+_kernels: contextvars.ContextVar[bool] = contextvars.ContextVar("kernels", default=True)
 
 
 def platform() -> str:
@@ -51,6 +52,16 @@ def target_platform(name: str, interpret: bool = False) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def use_kernels(on: bool) -> Iterator[None]:
+    """Trace with the Triton kernels that `kernel_rows` admits inside the block, or without them."""
+    token = _kernels.set(on)
+    try:
+        yield
+    finally:
+        _kernels.reset(token)
+
+
+@contextlib.contextmanager
 def use_mesh(mesh: Mesh | None) -> Iterator[None]:
     """Trace for `mesh` inside the block: `constrain` then has an effect."""
     with contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
@@ -70,12 +81,14 @@ def constrain(x: Array, *axes: Axis) -> Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
 
 
-def whole_rows(rows: int, frames_apart: bool = True) -> tuple[str, ...] | None:
-    """The axes of the mesh that `rows` leading entries of activations lie over, for a kernel that XLA cannot partition.
+def kernel_rows(rows: int, dtype: Any, frames_apart: bool = True) -> tuple[str, ...] | None:
+    """The axes of the mesh that `rows` leading entries of activations lie over, for a Triton kernel, which XLA cannot partition.
 
-    None where it cannot be run on each device's entries alone: they do not divide, channels are split over `tensor`, or
-    (not `frames_apart`) an entry is a clip and its frames are split over `context`.
+    None where it is not to be run: not on a GPU, not in half precision, `use_kernels(False)`, entries that do not divide, channels split
+    over `tensor`, or (not `frames_apart`) an entry is a clip and its frames are split over `context`.
     """
+    if platform() != "gpu" or jnp.dtype(dtype).itemsize != 2 or not _kernels.get():
+        return None
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return ()

@@ -17,7 +17,7 @@ from motif_jax.models import lora
 from motif_jax.models.autoencoder import make_autoencoder, sample_latents
 from motif_jax.models.dit import VideoDiT
 from motif_jax.models.image import RANDOM_SEED, ImageTower
-from motif_jax.models.layers import Conv, Dense
+from motif_jax.models.layers import Conv, Dense, use_kernels
 from motif_jax.models.resampler import Resampler
 from motif_jax.models.text import make_text_tower
 from motif_jax.models.unet3d import UNet3D
@@ -141,7 +141,8 @@ class Networks:
     def denoise(self, params: Params, x_BThwC, t_B, context_BLD, fps_B, image_BThwK, dropout_rng=None) -> Float[Array, "B T h w C"]:
         """The network's raw output for noisy latents `x` given text (and image tokens), frame rate and image condition (x-cat)."""
         x = jnp.concatenate([x_BThwC, image_BThwK], axis=-1)
-        return self.denoiser.bind(params)(x, t_B, context_BLD, fps_B, dropout_rng=dropout_rng).astype(jnp.float32)
+        with use_kernels(self.config.kernels == "auto"):
+            return self.denoiser.bind(params)(x, t_B, context_BLD, fps_B, dropout_rng=dropout_rng).astype(jnp.float32)
 
 
 def make_denoiser(config: Config, rngs: nnx.Rngs, dtype: jnp.dtype) -> UNet3D | VideoDiT:

@@ -18,7 +18,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from motif_jax.models.layers import Conv, Dense, LayerNorm, interpreted, platform, whole_rows
+from motif_jax.models.layers import Conv, Dense, LayerNorm, interpreted, kernel_rows
 
 ELEMENTS = 4096  # tokens times channels that a program has in registers at a time, at most
 TURNS = 16  # at most; a program of the backward pass takes them to add up over tokens in registers
@@ -29,15 +29,13 @@ Part = tuple[Array, Array]  # a layer's product [N, L, C] and its bias [C]
 class Residual:
     """The sum of layers' results [N, L, C], in float32; it begins with layer(x).
 
-    kernels: whether norms are the kernels' (where no GPU is, very slowly); None: on a GPU, in half precision, where the sum is in whole
-    sequences on each device.
+    rows: the mesh axes that its sequences lie over, for the kernels (where no GPU is, very slowly); None: no kernels; "auto": whichever
+    it is here (`layers.kernel_rows`).
     """
 
-    def __init__(self, layer: Dense | Conv, x: Float[Array, "N L I"], kernels: bool | None = None):
+    def __init__(self, layer: Dense | Conv, x: Float[Array, "N L I"], rows: tuple[str, ...] | str | None = "auto"):
         self.shape = (*x.shape[:-1], layer.kernel.shape[-1])
-        if kernels is None:
-            kernels = platform() == "gpu" and jnp.dtype(layer.dtype).itemsize == 2 and fits(self.shape)
-        self.rows = whole_rows(self.shape[0]) if kernels else None
+        self.rows = rows if rows != "auto" else kernel_rows(self.shape[0], layer.dtype) if fits(self.shape) else None
         self.total, self.newest, self.before = None, None, []
         self.add(layer, x)
 

@@ -27,6 +27,7 @@ FREE_TO_CHANGE = (
     "mesh",
     "remat",
     "attention",
+    "kernels",
     "init_from",
     "data",
     "prepare",

@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh
 
 from motif_jax.models import group_norm
-from motif_jax.models.layers import Dropout, GroupNorm, Silu, target_platform
+from motif_jax.models.layers import Dropout, GroupNorm, Silu, target_platform, use_kernels
 
 KEY = jax.random.key(5)
 
@@ -83,4 +83,6 @@ def test_where_the_kernels_are_taken():
     assert taken(frames) and taken(clips) and taken(clips, data=2, fsdp=2) and taken(frames, context=4)
     assert not taken(frames, "cpu") and not taken(frames, "tpu") and not taken(frames, dtype=jnp.float32)
     assert not taken(clips, context=4) and not taken(frames, tensor=4) and not taken((3, 8, 16, 64), data=2)
+    with use_kernels(False):  # --config.kernels=xla
+        assert not taken(frames)
     assert not taken((8, 3, 5, 64)) and not taken((8, 8, 8, 8))  # no powers of two of some size

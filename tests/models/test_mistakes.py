@@ -96,7 +96,7 @@ def conv_norms_per_frame(model, monkeypatch):
 
 class Wrapped(nnx.Module):
     def __init__(self, layer, call):
-        self.layer, self.call = layer, call
+        self.layer, self.call, self.dtype = layer, call, getattr(layer, "dtype", None)
 
     def __call__(self, *args):
         return self.call(self.layer, *args)

@@ -10,6 +10,7 @@ from jax.extend import core
 
 from motif_jax.generation import make_generator
 from motif_jax.models import lora
+from motif_jax.models.layers import target_platform
 from motif_jax.models.networks import Networks
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -89,3 +90,14 @@ def test_the_sampling_loop_casts_no_kernel(tiny):
     found = set(casts(trace.jaxpr))
     assert found  # activations
     assert not found & {s.shape for k, s in networks.denoiser.shapes.items() if k.endswith("kernel")}
+
+
+@pytest.mark.parametrize("kernels", ["auto", "xla"])
+def test_kernels_can_be_left_to_xla(tiny, kernels):
+    networks = Networks.of(tiny(kernels=kernels, attention="xla", dtype="bfloat16", data={"height": 64, "width": 64}))
+    d = networks.config.data
+    latent = jax.ShapeDtypeStruct((1, d.frames, networks.config.latent_height, networks.config.latent_width, 48), jnp.float32)
+    one, text = jax.ShapeDtypeStruct((1,), jnp.float32), jax.ShapeDtypeStruct((1, 8, networks.config.text.width), jnp.float32)
+    with target_platform("gpu"):
+        program = str(jax.make_jaxpr(networks.denoise)(networks.denoiser.shapes, latent, one, text, one, latent))
+    assert [name in program for name in ("group_norm_forward", "layer_norm_forward", "geglu_forward")] == [kernels == "auto"] * 3

@@ -12,7 +12,7 @@ from motif_jax.models.residual import Residual, fits
 INNER = 32
 
 
-def run(shape: tuple[int, int, int], dtype, kernels: bool):
+def run(shape: tuple[int, int, int], dtype, rows: tuple | None):
     """Four layers are added up, with a norm after each of the first three: (norms and sum, gradients of all parameters and inputs)."""
     rng = np.random.default_rng(0)
 
@@ -32,7 +32,7 @@ def run(shape: tuple[int, int, int], dtype, kernels: bool):
 
     def loss(state, inputs):
         layers, norms = nnx.merge(graph, state)
-        total, found = Residual(layers[0], inputs[0], kernels), []
+        total, found = Residual(layers[0], inputs[0], rows), []
         for norm, layer, x in zip(norms, layers[1:], inputs[1:], strict=True):
             found.append(total.normed(norm))
             total.add(layer, x)
@@ -48,7 +48,7 @@ def run(shape: tuple[int, int, int], dtype, kernels: bool):
 def test_equal_to_the_layers(shape):
     """Channels of one, five and three slices; tokens that are and are not a power of two."""
     assert fits(shape)
-    found, wanted = run(shape, jnp.bfloat16, True), run(shape, jnp.float32, False)
+    found, wanted = run(shape, jnp.bfloat16, ()), run(shape, jnp.float32, None)
     for name, exact in wanted.items():
         # What enters a product and what leaves it are rounded to bfloat16, 1.7e-3 each on average.
         assert np.linalg.norm(found[name] - exact) < 6e-3 * np.linalg.norm(exact), name
@@ -58,10 +58,10 @@ def test_a_norm_without_a_new_part():
     """Two norms of one sum, and two parts with no norm between: XLA's norm and the kernels see the same sum."""
     layer, norm = Dense(INNER, 64, init=Initializer(nnx.Rngs(0)), dtype=jnp.bfloat16), LayerNorm(64, dtype=jnp.bfloat16)
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 64, INNER)), jnp.float32)
-    total = Residual(layer, x, kernels=True)
+    total = Residual(layer, x, rows=())
     total.add(layer, 2 * x)
     first, second = total.normed(norm), total.normed(norm)
-    other = Residual(layer, x, kernels=False)
+    other = Residual(layer, x, rows=None)
     other.add(layer, 2 * x)
     for y in (first, second):
         np.testing.assert_allclose(np.float32(y), np.float32(other.normed(norm)), atol=0.03)  # up to 4: two roundings to bfloat16
