@@ -410,7 +410,7 @@ REMAT = {
     "block": _keep("moments"),  # its input, and the moments of norms, which are few
     "convs": _keep("moments", "conv_general_dilated"),  # and the results of its convolutions
     # and those of its dense layers, and on a GPU of attention and what goes into convolutions: next to no product is computed twice
-    "dots": _keep("moments", "conv_general_dilated", "conv_input", "dot_general", "dot_product_attention_fwd_wrapper", "pallas_call"),
+    "dots": _keep("moments", "conv_general_dilated", "conv_input", "dot_general", "dot_product_attention_fwd_wrapper", "attention"),
 }
 
 

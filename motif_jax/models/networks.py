@@ -141,6 +141,7 @@ class Networks:
     def denoise(self, params: Params, x_BThwC, t_B, context_BLD, fps_B, image_BThwK, dropout_rng=None) -> Float[Array, "B T h w C"]:
         """The network's raw output for noisy latents `x` given text (and image tokens), frame rate and image condition (x-cat)."""
         x = jnp.concatenate([x_BThwC, image_BThwK], axis=-1)
+        params = self.denoiser.cast(params)  # a block would do it again in its backward pass
         with use_kernels(self.config.kernels == "auto"):
             return self.denoiser.bind(params)(x, t_B, context_BLD, fps_B, dropout_rng=dropout_rng).astype(jnp.float32)
 

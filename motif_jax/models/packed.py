@@ -9,6 +9,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from motif_jax.models.layers import interpreted
@@ -86,7 +87,7 @@ def _backward(length: int, qkv, g, dqkv) -> None:
 
 def _attend_and_save(qkv_NLjHK: Array) -> tuple[Array, Array]:
     N, L, _, H, K = qkv_NLjHK.shape
-    return _run(_forward, qkv_NLjHK, out_shape=(N, L, H, K)), qkv_NLjHK  # not `attend`: `layers.REMAT` could not see what to keep
+    return checkpoint_name(_run(_forward, qkv_NLjHK, out_shape=(N, L, H, K)), "attention"), qkv_NLjHK
 
 
 def _gradients(qkv_NLjHK: Array, g_NLHK: Array) -> tuple[Array]:

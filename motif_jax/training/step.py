@@ -133,7 +133,7 @@ def make_train_step(
     learning_rate = make_learning_rate(config)
 
     def loss_fn(trained: Params, params: Params, frozen: dict[str, Params], batch: Batch, key: PRNGKeyArray):
-        params = networks.denoiser.cast({**params, **trained})  # here, not in a block, which would do it again in its backward pass
+        params = {**params, **trained}
         prediction, target, z, _ = predict(networks, schedule, params, frozen, batch, jnp.asarray(empty_L), key)
         m = motion_heatmap(config, batch, z, config.loss.heatmap)
         loss, parts = losses.motif_loss(prediction, target, m, config.loss.motion_weight)
