@@ -30,6 +30,7 @@ from motif_jax.models.layers import (
     gelu,
     kernel_rows,
     platform,
+    product,
 )
 from motif_jax.models.residual import Residual
 
@@ -82,12 +83,18 @@ def _on_each_device(attend: Callable, *arrays: Array) -> Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return attend(*arrays)
-    rows = tuple(name for name in ("data", "fsdp", "context") if mesh.shape[name] > 1)
-    if arrays[0].shape[0] % math.prod(mesh.shape[name] for name in rows):
-        rows = ()
+    rows, _ = _sequences_of_a_device(arrays[0].shape[0])
     heads = "tensor" if arrays[0].shape[-2] % mesh.shape["tensor"] == 0 else None
     specs = tuple(PartitionSpec(rows or None, *(None,) * (x.ndim - 3), heads) for x in arrays)
     return jax.shard_map(attend, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(rows or None, None, heads), check_vma=False)(*arrays)
+
+
+def _sequences_of_a_device(sequences: int) -> tuple[tuple[str, ...], int]:
+    """(the mesh axes that this many sequences are split over, or none where they do not divide; how many a device then has)"""
+    mesh = jax.sharding.get_abstract_mesh()
+    rows = () if mesh.empty else tuple(name for name in ("data", "fsdp", "context") if mesh.shape[name] > 1)
+    devices = math.prod(mesh.shape[name] for name in rows)
+    return ((), sequences) if sequences % devices else (rows, sequences // devices)
 
 
 def _with_cudnn(q_NLHK: Array, k_NSHK: Array, v_NSHK: Array, causal: bool) -> Array:
@@ -213,45 +220,51 @@ class Attention(nnx.Module):
         context_NSD: Float[Array, "N S D"] | None = None,
         image_MID: Float[Array, "M I D"] | None = None,
     ) -> Float[Array, "N L C"]:
-        return self.to_out[0](self._heads(x_NLC, context_NSD, image_MID))
+        products = [product(x_NLC.astype(self.to_q.dtype), kernel) for kernel in self.kernels(x_NLC.shape, context_NSD, image_MID)]
+        return self.to_out[0](self._heads(products, context_NSD, image_MID))
 
     @property
     def bias(self) -> nnx.Param:
         return self.to_out[0].bias
 
-    def without_bias(self, *args: Array | None) -> Float[Array, "N L C"]:
-        """As `__call__`, for what adds `bias` itself."""
-        return self.to_out[0].without_bias(self._heads(*args))
+    def kernels(self, shape: tuple[int, ...], context_NSD: Array | None = None, image_MID: Array | None = None) -> list[Array]:
+        """What x [N, L, C] of this shape is multiplied by, for `from_products`.
 
-    def _heads(self, x_NLC: Array, context_NSD: Array | None = None, image_MID: Array | None = None) -> Float[Array, "N L I"]:
+        Queries, keys and values of few tokens are one product: three of them would read x, and add up its gradient, three times.
+        """
+        layers = [self.to_q, self.to_k, self.to_v] if context_NSD is None else [self.to_q]
+        kernels = [gathered(layer.kernel, layer.dtype) for layer in layers]
+        return [jnp.stack(kernels, 1)] if context_NSD is None and image_MID is None and self._packed(shape) else kernels
+
+    def from_products(
+        self, products: list[Array], context_NSD: Array | None = None, image_MID: Array | None = None
+    ) -> Float[Array, "N L C"]:
+        """As `__call__`, from the products of x, for what adds `bias` itself."""
+        return self.to_out[0].without_bias(self._heads(products, context_NSD, image_MID))
+
+    def _packed(self, shape: tuple[int, ...]) -> bool:
+        head_width, dtype = self.to_q.kernel.shape[-1] // self.heads, self.to_q.dtype
+        chosen = _choose(head_width, dtype) if self.implementation == "auto" else self.implementation
+        return chosen == "packed" and packed.fits(_sequences_of_a_device(shape[0])[1], shape[1], head_width)
+
+    def _heads(self, products: list[Array], context_NSD: Array | None, image_MID: Array | None) -> Float[Array, "N L I"]:
         """The heads' results side by side."""
-        if context_NSD is None and image_MID is None and self._packed(x_NLC.shape):
-            return self._attend_packed(x_NLC)
-        context_NSD = x_NLC if context_NSD is None else context_NSD
 
         def split(a):
             return a.reshape(*a.shape[:-1], self.heads, -1)
 
-        q = split(self.to_q(x_NLC))
-        out = attention(q, split(self.to_k(context_NSD)), split(self.to_v(context_NSD)), self.implementation)
+        if products[0].ndim == 4:
+            out = _on_each_device(packed.attend, split(products[0]))
+            return out.reshape(*out.shape[:-2], -1)
+        q, *k_v = map(split, products)
+        k, v = k_v or (split(self.to_k(context_NSD)), split(self.to_v(context_NSD)))
+        out = attention(q, k, v, self.implementation)
         if image_MID is not None:
             parts = q.reshape(image_MID.shape[0], -1, *q.shape[2:])
             image = attention(parts, split(self.to_k_ip(image_MID)), split(self.to_v_ip(image_MID)), self.implementation)
             scale = 1.0 if self.alpha is None else (jnp.tanh(self.alpha[...]) + 1.0).astype(out.dtype)
             out = out + scale * image.reshape(out.shape)
         return out.reshape(*out.shape[:-2], -1)
-
-    def _packed(self, shape: tuple[int, ...]) -> bool:
-        head_width, dtype = self.to_q.kernel.shape[-1] // self.heads, self.to_q.dtype
-        chosen = _choose(head_width, dtype) if self.implementation == "auto" else self.implementation
-        return chosen == "packed" and packed.fits(*shape[:2], head_width)
-
-    def _attend_packed(self, x_NLC: Float[Array, "N L C"]) -> Float[Array, "N L I"]:
-        """Queries, keys and values of few tokens are one product: three of them would read x, and add up its gradient, three times."""
-        kernel_CjI = jnp.stack([gathered(layer.kernel, layer.dtype) for layer in (self.to_q, self.to_k, self.to_v)], 1)
-        qkv_NLjI = jax.lax.dot_general(x_NLC.astype(kernel_CjI.dtype), kernel_CjI, (((2,), (0,)), ((), ())))
-        out_NLHK = _on_each_device(packed.attend, qkv_NLjI.reshape(*qkv_NLjI.shape[:-1], self.heads, -1))
-        return out_NLHK.reshape(*out_NLHK.shape[:-2], -1)
 
 
 class Geglu(nnx.Module):
@@ -283,18 +296,21 @@ class FeedForward(nnx.Module):
     def bias(self) -> nnx.Param:
         return self.net[2].bias
 
-    def without_bias(self, x: Float[Array, "*n C"]) -> Float[Array, "*n C"]:
-        """As `__call__`, for what adds `bias` itself."""
-        first, _, last = self.net
-        rows = kernel_rows(len(x), last.dtype) if gated.fits((*x.shape[:-1], last.kernel.shape[0])) else None
-        return last.without_bias(first(x)) if rows is None else self.in_kernels(x, rows)
+    def kernels(self, shape: tuple[int, ...]) -> list[Array]:
+        """What x [..., C] of this shape is multiplied by, for `from_products`: values and gates are one product."""
+        proj = self.net[0].proj
+        return [gathered(proj.kernel, proj.dtype).reshape(shape[-1], 2, -1)]
 
-    def in_kernels(self, x: Float[Array, "*n C"], rows: tuple[str, ...] = ()) -> Float[Array, "*n C"]:
-        """`without_bias` by `models.gated`."""
-        proj, last = self.net[0].proj, self.net[2]
-        kernel_CjI = gathered(proj.kernel, proj.dtype).reshape(x.shape[-1], 2, -1)
-        h = jax.lax.dot_general(x.astype(proj.dtype), kernel_CjI, (((x.ndim - 1,), (0,)), ((), ())))
-        return gated.product(rows, h, proj.bias[...].reshape(2, -1), gathered(last.kernel, last.dtype))
+    def from_products(self, products: list[Array], rows: tuple[str, ...] | str | None = "auto") -> Float[Array, "*n C"]:
+        """As `__call__`, from the product [..., 2, I] of x, for what adds `bias` itself. rows: as in `Residual`."""
+        (h,), (first, _, last) = products, self.net
+        bias_jI = first.proj.bias[...].reshape(2, -1)
+        if rows == "auto":
+            rows = kernel_rows(len(h), last.dtype) if gated.fits((*h.shape[:-2], h.shape[-1])) else None
+        if rows is not None:
+            return gated.product(rows, h, bias_jI, gathered(last.kernel, last.dtype))
+        h = h + bias_jI.astype(h.dtype)
+        return last.without_bias(h[..., 0, :] * gelu(h[..., 1, :]))
 
 
 class TransformerBlock(nnx.Module):
@@ -364,11 +380,10 @@ class SpatialTransformer(nnx.Module):
         y, x = normalised([self.norm], x_BThwC.reshape(B * T, h, w, C))
         total = Residual(self.proj_in, y.reshape(B * T, h * w, C))
         for block in self.transformer_blocks:
-            total.add(block.attn1, total.normed(block.norm1))
+            total.add(block.attn1, block.norm1)
             # All frames of a clip share its text: one set of keys and values per clip, not per frame.
-            q_BLC = total.normed(block.norm2).reshape(B, T * h * w, C)
-            total.add(block.attn2, q_BLC, context_BLD, image_NID)
-            total.add(block.ff, total.normed(block.norm3))
+            total.add(block.attn2, block.norm2, context_BLD, image_NID, lead=(B, T * h * w))
+            total.add(block.ff, block.norm3)
         return self.proj_out(total.sum).reshape(x_BThwC.shape) + x.reshape(x_BThwC.shape)
 
 
@@ -409,8 +424,8 @@ class TemporalTransformer(nnx.Module):
         y_BPTC = constrain(y_BThwC.reshape(B, T, h * w, C).swapaxes(1, 2), CLIPS, "context")
         total = Residual(self.proj_in, y_BPTC.reshape(B * h * w, T, C))
         for block in self.transformer_blocks:
-            total.add(block.attn1, total.normed(block.norm1))
-            total.add(block.attn2, total.normed(block.norm2))
-            total.add(block.ff, total.normed(block.norm3))
+            total.add(block.attn1, block.norm1)
+            total.add(block.attn2, block.norm2)
+            total.add(block.ff, block.norm3)
         y_BThwC = self.proj_out(total.sum).reshape(B, h * w, T, C).swapaxes(1, 2).reshape(x_BThwC.shape)
         return y_BThwC + x_BThwC

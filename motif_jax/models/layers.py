@@ -151,10 +151,14 @@ class Dense(nnx.Module):
 
     def without_bias(self, x: Float[Array, "*n I"]) -> Float[Array, "*n O"]:
         """The product alone, for what adds `bias` itself."""
-        kernel = gathered(self.kernel, self.dtype)
-        x = x.astype(self.dtype)
-        # XLA's CPU backend runs the weight gradient of a product as one matrix product only when it is written as one.
-        return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1]) if platform() == "cpu" else x @ kernel
+        return product(x.astype(self.dtype), gathered(self.kernel, self.dtype))
+
+
+def product(x: Float[Array, "*n I"], kernel: Float[Array, "I *o"]) -> Array:
+    """The matrix product, [*n, *o]."""
+    if platform() == "cpu":  # XLA's CPU backend runs the kernel's gradient as one matrix product only when it is written as one
+        return (x.reshape(-1, x.shape[-1]) @ kernel.reshape(len(kernel), -1)).reshape(*x.shape[:-1], *kernel.shape[1:])
+    return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
 
 
 class Conv(nnx.Module):

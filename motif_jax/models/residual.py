@@ -23,7 +23,7 @@ from motif_jax.models.layers import Conv, Dense, LayerNorm, interpreted, kernel_
 ELEMENTS = 4096  # tokens times channels that a program has in registers at a time, at most
 TURNS = 16  # at most; a program of the backward pass takes them to add up over tokens in registers
 
-Part = tuple[Array, Array]  # a layer's product [N, L, C] and its bias [C]
+Part = tuple[Array, Array]  # a layer's result [N, L, C] without its bias, and that, [C]
 
 
 class Residual:
@@ -36,42 +36,34 @@ class Residual:
     def __init__(self, layer: Dense | Conv, x: Float[Array, "N L I"], rows: tuple[str, ...] | str | None = "auto"):
         self.shape = (*x.shape[:-1], layer.kernel.shape[-1])
         self.rows = rows if rows != "auto" else kernel_rows(self.shape[0], layer.dtype) if fits(self.shape) else None
-        self.total, self.newest, self.before = None, None, []
-        self.add(layer, x)
-
-    def add(self, layer: nnx.Module, *args: Array | None) -> None:
-        """Adds layer(*args), whose axes before the last may be those of the sum in another shape; it has `bias` and `without_bias`."""
+        self.total, self.before = None, ()  # what the kernels have added up, and its parts
         if self.rows is None:
-            y = layer(*args).reshape(self.shape).astype(jnp.float32)
-            self.total = y if self.total is None else self.total + y
-            return
-        self._settle()
-        self.newest = layer.without_bias(*args).reshape(self.shape), layer.bias[...]
+            self.total = layer(x).astype(jnp.float32)
+        else:
+            self.newest = layer.without_bias(x), layer.bias[...]
 
-    def normed(self, norm: LayerNorm) -> Float[Array, "N L C"]:
-        """The sum's layer norm."""
-        if self.newest is None:
-            return norm(self.sum)
-        normalise = _on_each_device(norm.epsilon, jnp.dtype(norm.dtype).name, self.rows, len(self.before))
-        y, self.total = normalise(self.total, self.newest, tuple(self.before), norm.scale[...], norm.bias[...])
-        self._read_again()
-        return y
+    def add(self, layer: nnx.Module, norm: LayerNorm, *args: Array | None, lead: tuple[int, ...] = ()) -> None:
+        """Adds layer(norm(sum), *args); `lead` is the shape that the layer has N and L in, if another.
+
+        The layer has `kernels`, which its input is multiplied by, `from_products`, which goes on from there, and `bias`.
+        """
+        lead = lead or self.shape[:-1]
+        if self.rows is None:
+            y = layer(norm(self.total).reshape(*lead, -1), *args)
+            self.total = self.total + y.reshape(self.shape).astype(jnp.float32)
+            return
+        kernels = tuple(layer.kernels((*lead, self.shape[-1]), *args))
+        norm_parameters = norm.scale[...], norm.bias[...]
+        products, self.total = _products(norm.epsilon, self.rows, self.total, self.newest, self.before, norm_parameters, kernels)
+        # The newest part is in the total; kernels still add it up by themselves, but its gradient has gone its way.
+        self.before = (*self.before, jax.lax.stop_gradient(self.newest))
+        y = layer.from_products([x.reshape(*lead, *x.shape[2:]) for x in products], *args)
+        self.newest = y.reshape(self.shape), layer.bias[...]
 
     @property
     def sum(self) -> Float[Array, "N L C"]:
         """The sum itself."""
-        self._settle()
-        return self.total
-
-    def _settle(self) -> None:
-        if self.newest is not None:
-            self.total = _sum(self.total, self.newest)
-            self._read_again()
-
-    def _read_again(self) -> None:
-        """The newest part is in the total; kernels still add it up by themselves, and its gradient has its way."""
-        self.before.append(jax.lax.stop_gradient(self.newest))
-        self.newest = None
+        return self.total if self.rows is None else _sum(self.total, self.newest)
 
 
 def fits(shape: tuple[int, ...]) -> bool:
@@ -87,44 +79,58 @@ def _tokens(tokens: int, channels: int) -> tuple[int, int]:
     return rows, min(power // rows, TURNS) if rows else 0
 
 
-def _on_each_device(epsilon: float, dtype: str, rows: tuple[str, ...], before: int) -> Callable[..., tuple[Array, Array]]:
-    """`_normalise` on the sequences of each device."""
-    call = functools.partial(_normalise, epsilon, dtype)
-    if not rows:
-        return call
-    split, whole = PartitionSpec(rows), PartitionSpec()
-    part = (split, whole)
-    specs = {"in_specs": (split, part, (part,) * before, whole, whole), "out_specs": (split, split)}
-    return jax.shard_map(call, mesh=jax.sharding.get_abstract_mesh(), check_vma=False, **specs)
-
-
 def _sum(total: Array | None, part: Part) -> Array:
     y = part[0].astype(jnp.float32) + part[1]
     return y if total is None else total + y
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _normalise(epsilon: float, dtype: str, total: Array | None, newest: Part, before: tuple[Part, ...], scale: Array, bias: Array):
-    """(norm of the sum, the sum): `total` is that of `before`, which gradients do not go to; on one device."""
-    return _normalise_and_save(epsilon, dtype, total, newest, before, scale, bias)[0]
+def _products(
+    epsilon: float, rows: tuple[str, ...], total: Array | None, newest: Part, before: tuple[Part, ...], norm: Part, kernels: tuple
+):
+    """(products of the sum's norm with `kernels` [C, ...], the sum): `total` is that of `before`, which gradients do not go to.
+
+    The backward pass needs the norm itself for the gradients of `kernels`: the kernel that computes the sum's gradient returns it.
+    """
+    return _products_and_save(epsilon, rows, total, newest, before, norm, kernels)[0]
 
 
-def _normalise_and_save(epsilon: float, dtype: str, total: Array | None, newest: Part, before: tuple[Part, ...], scale: Array, bias: Array):
-    (y,) = _run(functools.partial(_forward, epsilon), (*before, newest), [scale, bias], [], [dtype])
-    return (y, _sum(total, newest)), (newest, before, scale)
+def _products_and_save(epsilon: float, rows: tuple[str, ...], total: Array | None, newest: Part, before: tuple, norm: Part, kernels: tuple):
+    (y,) = _on_each_device(rows, functools.partial(_forward, epsilon), (*before, newest), norm, (), [newest[0].dtype])
+    products = tuple(jax.lax.dot_general(y, kernel, (((2,), (0,)), ((), ()))) for kernel in kernels)
+    return (products, _sum(total, newest)), (newest, before, norm, kernels)
 
 
-def _gradients(epsilon: float, dtype: str, saved: tuple, g: tuple[Array, Array]):
-    newest, before, scale = saved
-    kernel, outputs = functools.partial(_backward, epsilon), [newest[0].dtype, jnp.float32][: 2 if before else 1]
-    *dx, dscale, dbias, dpart = _run(kernel, (*before, newest), [scale], [g[0].astype(dtype), g[1]], [*outputs, None, None, None])
-    return dx[1] if before else None, (dx[0], dpart), jax.tree.map(jnp.zeros_like, before), dscale, dbias
+def _gradients(epsilon: float, rows: tuple[str, ...], saved: tuple, g: tuple[tuple[Array, ...], Array]):
+    newest, before, norm, kernels = saved
+    inner = [(tuple(range(2, x.ndim)), tuple(range(1, k.ndim))) for x, k in zip(g[0], kernels, strict=True)]
+    dy = [jax.lax.dot_general(x, k, (axes, ((), ()))) for x, k, axes in zip(g[0], kernels, inner, strict=True)]
+    half, kernel = newest[0].dtype, functools.partial(_backward, epsilon, len(dy))
+    outputs = [half, half, *[jnp.float32] * bool(before), None, None, None]
+    y, *dx, dscale, dbias, dpart = _on_each_device(rows, kernel, (*before, newest), norm, (*dy, g[1]), outputs)
+    dkernels = tuple(jax.lax.dot_general(y, x, (((0, 1), (0, 1)), ((), ()))) for x in g[0])
+    return dx[1] if before else None, (dx[0], dpart), jax.tree.map(jnp.zeros_like, before), (dscale, dbias), dkernels
 
 
-_normalise.defvjp(_normalise_and_save, _gradients)
+_products.defvjp(_products_and_save, _gradients)
 
 
-def _run(kernel: Callable, parts: Sequence[Part], channels: Sequence[Array], arrays: Sequence[Array], outputs: Sequence) -> list[Array]:
+def _on_each_device(rows: tuple[str, ...], kernel: Callable, parts: tuple[Part, ...], norm: Part, arrays: tuple[Array, ...], outputs: list):
+    """`_run` on the sequences of each device."""
+
+    def call(parts: tuple[Part, ...], norm: Part, arrays: tuple[Array, ...]) -> list[Array]:
+        found = _run(kernel, parts, norm, arrays, outputs)
+        return [jax.lax.psum(x, rows) if dtype is None and rows else x for x, dtype in zip(found, outputs, strict=True)]
+
+    if not rows:
+        return call(parts, norm, arrays)
+    split, whole = PartitionSpec(rows), PartitionSpec()
+    given = (((split, whole),) * len(parts), whole, (split,) * len(arrays))
+    specs = {"in_specs": given, "out_specs": [whole if dtype is None else split for dtype in outputs], "check_vma": False}
+    return jax.shard_map(call, mesh=jax.sharding.get_abstract_mesh(), **specs)(parts, norm, arrays)
+
+
+def _run(kernel: Callable, parts: tuple[Part, ...], channels: Part, arrays: tuple[Array, ...], outputs: list) -> list[Array]:
     """`kernel`(parts, biases, channels, arrays, outputs) by whole tokens; of `outputs` None is a sum over tokens."""
     from jax.experimental import pallas
     from jax.experimental.pallas import triton
@@ -191,21 +197,22 @@ def _forward(epsilon: float, at_once: int, parts, biases, channels, arrays, outp
         y[:, s] = (a * scale[:, s] + bias[:, s]).astype(y.dtype)
 
 
-def _backward(epsilon: float, at_once: int, parts, biases, channels, arrays, outputs) -> None:
+def _backward(epsilon: float, products: int, at_once: int, parts, biases, channels, arrays, outputs) -> None:
     from jax.experimental import pallas
 
-    (scale,), (dy, rest), (*dx, dscale, dbias, dpart) = channels, arrays, outputs
+    (scale, bias), rest, (y, *dx, dscale, dbias, dpart) = channels, arrays[products], outputs
     where, C = _slices(rest), rest.shape[-1]
 
     def turn(i: Array, sums: list[list[Array]]) -> list[list[Array]]:
         rows = pallas.ds(i * at_once, at_once)
         w, rate = _whitened(epsilon, parts, biases, rows, where)
-        g = [dy[rows, s].astype(jnp.float32) for s in where]
+        g = [sum(dy[rows, s].astype(jnp.float32) for dy in arrays[:products]) for s in where]
         moved = [a * b for a, b in zip(g, w, strict=True)]
         scaled = [a * scale[:, s] for s, a in zip(where, g, strict=True)]
         mean, slope = _mean(scaled, C), _mean([a * b for a, b in zip(scaled, w, strict=True)], C)
         d = [rest[rows, s] + rate * (a - mean - b * slope) for s, a, b in zip(where, scaled, w, strict=True)]
-        for s, a in zip(where, d, strict=True):
+        for s, a, b in zip(where, d, w, strict=True):
+            y[rows, s] = (b * scale[:, s] + bias[:, s]).astype(y.dtype)
             for out in dx:
                 out[rows, s] = a.astype(out.dtype)
         return [[total + a for total, a in zip(*pair, strict=True)] for pair in zip(sums, (moved, g, d), strict=True)]

@@ -12,8 +12,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from motif_jax.config import MeshConfig
 from motif_jax.dist.mesh import make_mesh, partition
 from motif_jax.models import attention, group_norm, packed
-from motif_jax.models.attention import FeedForward
-from motif_jax.models.layers import Dense, Dropout, GroupNorm, Initializer, LayerNorm, Silu, target_platform, use_mesh
+from motif_jax.models.attention import TransformerBlock
+from motif_jax.models.layers import Dense, Dropout, GroupNorm, Initializer, Silu, target_platform, use_mesh
 from motif_jax.models.residual import Residual
 from motif_jax.training.optimizer import as_stored
 
@@ -69,43 +69,33 @@ found = jax.jit(lambda *given: gradients(rows, *given))(*jax.device_put(given, t
 for a, b in zip(found, jax.jit(lambda *given: gradients((), *given))(*given), strict=True):
     np.testing.assert_allclose(np.float32(a), np.float32(b), rtol=1e-5, atol=1e-5 * np.abs(np.float32(b)).max())  # sums in another order
 
-# A transformer's sum and its norms: each device has its sequences.
-layers, norms = [Dense(32, 64, init=Initializer(nnx.Rngs(i)), dtype=jnp.bfloat16) for i in range(2)], [LayerNorm(64, dtype=jnp.bfloat16)] * 2
-graph, state = nnx.split((layers, norms))
-weight = jnp.asarray(rng.normal(size=(16, 16, 64)), jnp.float32)
+# A transformer's sum: each device has its sequences.
+kwargs = {"init": Initializer(nnx.Rngs(0)), "dtype": jnp.bfloat16}
+graph, state = nnx.split((Dense(32, 64, **kwargs), TransformerBlock(64, 64, 4, 16, implementation="auto", **kwargs)))
+weight = jnp.asarray(rng.normal(size=(32, 16, 64)), jnp.float32)
 
 def chain(mesh, x, state):
-    (first, second), norms = nnx.merge(graph, state)
-    with use_mesh(mesh):
-        total = Residual(first, x, rows if mesh else ())
-        y = total.normed(norms[0])
-        total.add(second, x)
-        return y + 2 * total.normed(norms[1])
+    first, block = nnx.merge(graph, state)
+    with use_mesh(mesh), target_platform("gpu", interpret=True):
+        total = Residual(first, x)
+        total.add(block.attn1, block.norm1)
+        total.add(block.attn2, block.norm2)
+        total.add(block.ff, block.norm3)
+        return total.sum
 
 def slopes(mesh, *given):
-    return jax.grad(lambda *given: jnp.sum(chain(mesh, *given).astype(jnp.float32) * weight), (0, 1))(*given)
+    return jax.grad(lambda *given: jnp.sum(chain(mesh, *given) * weight), (0, 1))(*given)
 
-x = jnp.asarray(rng.normal(size=(16, 16, 32)), jnp.float32)
+x = jnp.asarray(rng.normal(size=(32, 16, 32)), jnp.float32)
 out, moved = compiled(lambda x: chain(mesh, x, state), [PartitionSpec(rows)], x)
 assert not moved, moved
-np.testing.assert_array_equal(np.float32(out), np.float32(jax.jit(lambda x: chain(None, x, state))(x)))
-found = jax.jit(lambda *given: slopes(mesh, *given))(jax.device_put(x, NamedSharding(mesh, specs[0])), state)
-for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(jax.jit(lambda *given: slopes(None, *given))(x, state)), strict=True):
-    np.testing.assert_allclose(np.float32(a), np.float32(b), rtol=1e-2, atol=1e-2 * np.abs(np.float32(b)).max())  # sums of bfloat16
-
-graph, state = nnx.split(FeedForward(64, init=Initializer(nnx.Rngs(0)), dtype=jnp.bfloat16))
-
-def gate(mesh, *given):
-    def loss(x, state):
-        with use_mesh(mesh):
-            y = nnx.merge(graph, state).in_kernels(x, rows if mesh else ())
-        return jnp.sum(y.astype(jnp.float32) * weight), y
-    return jax.grad(loss, (0, 1), has_aux=True)(*given)
-
-x = jnp.asarray(rng.normal(size=(16, 16, 64)), jnp.float32)
-found = jax.jit(lambda *given: gate(mesh, *given))(jax.device_put(x, NamedSharding(mesh, specs[0])), state)
-for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(jax.jit(lambda *given: gate(None, *given))(x, state)), strict=True):
-    np.testing.assert_allclose(np.float32(a), np.float32(b), rtol=1e-2, atol=1e-2 * np.abs(np.float32(b)).max())  # sums of bfloat16
+np.testing.assert_allclose(out, jax.jit(lambda x: chain(None, x, state))(x), rtol=1e-6, atol=1e-6)
+found = jax.jit(lambda *given: slopes(mesh, *given))
+given = jax.device_put(x, NamedSharding(mesh, specs[0])), state
+names = ("layer_norm_forward", "layer_norm_backward", "geglu_forward", "geglu_backward", "attention_forward", "attention_backward")
+assert all(name in str(found.trace(*given).jaxpr) for name in names)
+for a, b in zip(jax.tree.leaves(found(*given)), jax.tree.leaves(jax.jit(lambda *given: slopes(None, *given))(x, state)), strict=True):
+    np.testing.assert_allclose(np.float32(a), np.float32(b), rtol=2e-2, atol=2e-2 * np.abs(np.float32(b)).max())  # sums of bfloat16
 print("fine")
 """
 
