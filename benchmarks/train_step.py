@@ -11,7 +11,8 @@ On a GPU each side has the card for itself while it is timed: PyTorch's ways run
 another as in training, which waits for a result now and then: each time is that of five steps. With dtype=bfloat16 PyTorch works under
 autocast, with fused AdamW and scaled_dot_product_attention; cuDNN tries its kernels, as XLA does. What is not compiled after --limit
 seconds is left out; exits with 1 when that is our step, or all of PyTorch's. Outputs are not compared there. Of the paper's network eager
-PyTorch keeps 27 GiB of a clip beside 29 of state (counted, not measured), so that two clips need more than 80 GB.
+PyTorch keeps 27 GiB of a clip beside 29 of state (counted, not measured), so that two clips need more than 80 GB; with --budget
+torch.compile recomputes what is cheap, as our remat=dots does.
 """
 
 import argparse
@@ -31,6 +32,7 @@ import jax
 import kernels
 import numpy as np
 import torch
+import torch._functorch.config
 from scaling import load_config
 from side_by_side import alternate, machine, random_params, torch_twin, torch_unet
 
@@ -147,6 +149,8 @@ def torch_side(config: Config, arguments: argparse.Namespace) -> None:
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
     compiled = arguments.side == "torch.compile"
+    if arguments.budget is not None:
+        torch._functorch.config.activation_memory_budget = arguments.budget
     step = TorchStep(config, torch_unet(config, random_params(Networks.of(config))), make_batch(config), compiled, device)
     float(step())
     print("ready", flush=True)
@@ -159,7 +163,9 @@ def apart(name: str, config: Config, arguments: argparse.Namespace) -> None:
     """Prints a row for each of PyTorch's ways, each side with the card to itself; whatever is not ready in time is left out."""
     began = time.perf_counter()
     networks, made, found = Networks.of(config), [], {}
-    given = [f"--{key}={value}" for key, value in vars(arguments).items() if key in ("rounds", "batch", "remat") and value]
+    given = [
+        f"--{key}={value}" for key, value in vars(arguments).items() if key in ("rounds", "batch", "remat", "budget") and value is not None
+    ]
 
     def left() -> float:
         return max(1.0, arguments.limit - (time.perf_counter() - began))
@@ -208,7 +214,8 @@ def apart(name: str, config: Config, arguments: argparse.Namespace) -> None:
     rate = training_flops(config, networks) / seconds / 1e12
     say(f"ours: {seconds:.3f} s a step, {rate:.1f} model TFLOP/s, peak of the device {peak_tflops(jax.devices()[0].device_kind)}")
     for way, theirs in found.items():
-        print(row(name, config, seconds, theirs, way), flush=True)
+        budget = "" if arguments.budget is None or way == "eager" else f", budget {arguments.budget:g}"
+        print(row(name, config, seconds, theirs, way + budget), flush=True)
     if arguments.profile:
         print(kernels.profiled(lambda: float(made[0]()), 3, arguments.profile), flush=True)
     if not found:
@@ -247,7 +254,12 @@ def main() -> None:
     parser.add_argument("--profile", help="on a GPU: directory for a trace of three of our steps, of which kernels.py says what they did")
     parser.add_argument("--batch", type=int, help="clips, in place of the configuration's")
     parser.add_argument(
-        "--remat", choices=("none", "block", "convs", "dots"), help="in place of the configuration's; PyTorch always keeps all activations"
+        "--remat",
+        choices=("none", "block", "convs", "dots"),
+        help="in place of the configuration's; PyTorch keeps all activations (or --budget)",
+    )
+    parser.add_argument(
+        "--budget", type=float, help="on a GPU: torch.compile's activation_memory_budget, 0 to 1, for batches that do not fit otherwise"
     )
     parser.add_argument("--limit", type=float, default=480, help="on a GPU: seconds until everything is compiled")
     parser.add_argument("--apart", action="store_true", help="as on a GPU, on any device")

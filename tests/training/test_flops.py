@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from motif_jax.models.layers import target_platform
 from motif_jax.models.networks import Networks
 from motif_jax.training.flops import matmul_flops, peak_tflops, training_flops
 
@@ -59,3 +60,12 @@ def test_a_step_is_three_forward_passes_whatever_is_recomputed(tiny):
 )
 def test_peaks(kind, peak):
     assert peak_tflops(kind) == peak
+
+
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+def test_the_platform_s_kernels_do_not_matter(tiny, platform):
+    """Products within the functions that a GPU's kernels are part of count as they do elsewhere."""
+    config = tiny(dtype="bfloat16", data={"height": 64, "width": 64})
+    expected = training_flops(config, Networks.of(config))
+    with target_platform(platform):
+        assert training_flops(config, Networks.of(config)) == expected
