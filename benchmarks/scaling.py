@@ -52,7 +52,7 @@ class Chip(NamedTuple):
 
 
 CHIPS = {
-    "v5e": Chip(197, 15.75, 100, 0.31),
+    "v5e": Chip(197, 15.75, 100, 0.32),
     "v5p": Chip(459, 95.74, 300, 0.38),
     "v6e": Chip(918, 31.25, 200, 0.18),
     "H100": Chip(989, 71.6, 450, 0.27),
@@ -68,11 +68,11 @@ MESHES = {
     "8 x H100": ("H100", [(8, 1), (1, 8)]),
     "8 x H200": ("H200", [(8, 1), (1, 8)]),
 }
-GATHERS = 3  # of all kernels in a step, in bfloat16: forward, recomputation, input gradient
+GATHERS = 1  # of all kernels in a step, in bfloat16; the backward pass uses them again
 STATE = 20  # bytes of a parameter: itself, two moments, average and gradient, all float32
-# GiB beside state and kept activations: the line through the two compiled steps of docs/compile.md (v5e:8x8 with one clip on a
-# chip needs 7.88 GiB in all, v5p:2x2x4 with four 22.82); gathered kernels and the block that is being recomputed.
-WORK, WORK_PER_CLIP = 2.90, 1.35
+# GiB beside state and kept activations: of a clip as between two steps compiled before kernels were gathered once (v5e:8x8 with one clip
+# on a chip, 7.88 GiB in all, v5p:2x2x4 with four, 22.82), of all clips by v5e:8x8 since (8.5); gathered kernels and the block in work.
+WORK, WORK_PER_CLIP = 3.52, 1.35
 
 
 def load_config(name: str) -> Config:
