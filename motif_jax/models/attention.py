@@ -308,7 +308,7 @@ class FeedForward(nnx.Module):
         if rows == "auto":
             rows = kernel_rows(len(h), last.dtype) if gated.fits((*h.shape[:-2], h.shape[-1])) else None
         if rows is not None:
-            return gated.product(rows, h, bias_jI, gathered(last.kernel, last.dtype))
+            return gated.geglu_product(rows, h, bias_jI, gathered(last.kernel, last.dtype))
         h = h + bias_jI.astype(h.dtype)
         return last.without_bias(h[..., 0, :] * gelu(h[..., 1, :]))
 

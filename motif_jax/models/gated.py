@@ -34,7 +34,7 @@ def _tile(tokens: int, channels: int) -> tuple[int, int, int]:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def product(rows: tuple[str, ...], h: Float[Array, "*n 2 I"], bias_jI: Float[Array, "2 I"], kernel_IO: Float[Array, "I O"]) -> Array:
+def geglu_product(rows: tuple[str, ...], h: Float[Array, "*n 2 I"], bias_jI: Float[Array, "2 I"], kernel_IO: Float[Array, "I O"]) -> Array:
     """(value * gelu(gate)) @ kernel, [*n, O], with value, gate = h + bias; on a mesh tokens lie over its axes `rows`.
 
     Where no GPU is, very slowly.
@@ -54,7 +54,7 @@ def _gradients(rows: tuple[str, ...], saved: tuple[Array, ...], g: Array) -> tup
     return dh, dbias_jI, jax.lax.dot_general(y, g, ((lead, lead), ((), ())))
 
 
-product.defvjp(_product_and_save, _gradients)
+geglu_product.defvjp(_product_and_save, _gradients)
 
 
 def _on_each_device(rows: tuple[str, ...], kernel: Callable, outputs: Sequence[Any], h: Array, bias_jI: Array, *g: Array) -> list[Array]:
