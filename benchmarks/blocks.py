@@ -32,8 +32,9 @@ from jax.experimental import topologies  # noqa: E402
 
 from motif_jax.compilation import tpu_devices  # noqa: E402
 from motif_jax.config import from_config_dict  # noqa: E402
-from motif_jax.models.attention import SpatialTransformer, TemporalTransformer  # noqa: E402
-from motif_jax.models.layers import Initializer, recompute, target_platform, use_kernels  # noqa: E402
+from motif_jax.models.layers import Initializer, recompute  # noqa: E402
+from motif_jax.models.placement import target_platform, use_kernels  # noqa: E402
+from motif_jax.models.transformer import SpatialTransformer, TemporalTransformer  # noqa: E402
 from motif_jax.models.unet3d import ResBlock  # noqa: E402
 
 BLOCKS, REMAT = ["residual", "spatial", "temporal"], ["block", "convs", "dots"]

@@ -29,8 +29,8 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 
 from motif_jax.config import Config, MeshConfig, from_config_dict  # noqa: E402
-from motif_jax.models.layers import target_platform  # noqa: E402
 from motif_jax.models.networks import Networks, image_condition  # noqa: E402
+from motif_jax.models.placement import target_platform  # noqa: E402
 from motif_jax.training.flops import jaxpr_flops, training_flops  # noqa: E402
 
 GIB = 2**30

@@ -18,8 +18,8 @@ from motif_jax.collectives import Traffic, collectives
 from motif_jax.config import Config, UserError
 from motif_jax.data.records import Layout
 from motif_jax.dist.mesh import FRAMES, ROWS, check_fits, make_mesh, shard_networks
-from motif_jax.models.layers import target_platform
 from motif_jax.models.networks import Networks
+from motif_jax.models.placement import target_platform
 from motif_jax.training.flops import jaxpr_flops, peak_tflops, training_flops
 from motif_jax.training.loop import check_kernel, make_state
 from motif_jax.training.optimizer import make_optimizer

@@ -11,8 +11,8 @@ from jaxtyping import Array, Float, Int, UInt8
 from motif_jax.config import Config
 from motif_jax.diffusion import objective, samplers
 from motif_jax.diffusion.guidance import classifier_free
-from motif_jax.models.layers import use_mesh
 from motif_jax.models.networks import Networks, Params, image_condition
+from motif_jax.models.placement import use_mesh
 from motif_jax.training.step import diffusion_schedule
 
 

@@ -5,7 +5,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from motif_jax.models.attention import attention
-from motif_jax.models.layers import Dense, Initializer, LayerNorm, gathered, gelu, platform
+from motif_jax.models.layers import Dense, Initializer, LayerNorm, gathered, gelu
+from motif_jax.models.placement import platform
 
 
 class SelfAttention(nnx.Module):

@@ -11,10 +11,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from motif_jax.models.layers import interpreted
+from motif_jax.models.placement import interpreted, on_each_device
 
 COLUMNS, ELEMENTS = 256, 2048  # channels, and tokens times channels at a time, of one program at most
 TURNS = 16  # at most; a program of the backward pass takes them to add up over tokens in registers
@@ -58,16 +57,13 @@ geglu_product.defvjp(_product_and_save, _gradients)
 
 
 def _on_each_device(rows: tuple[str, ...], kernel: Callable, outputs: Sequence[Any], h: Array, bias_jI: Array, *g: Array) -> list[Array]:
+    """`_run` on the tokens of each device."""
+
     def call(h: Array, bias_jI: Array, *g: Array) -> list[Array]:
         found = _run(kernel, outputs, h, bias_jI, *g)
         return [jax.lax.psum(x, rows) if kind == 0 and rows else x for x, kind in zip(found, outputs, strict=True)]
 
-    if not rows:
-        return call(h, bias_jI, *g)
-    split, whole = PartitionSpec(rows), PartitionSpec()
-    out = [whole if kind == 0 else split for kind in outputs]
-    specs = {"in_specs": (split, whole, *[split] * len(g)), "out_specs": out, "check_vma": False}
-    return jax.shard_map(call, mesh=jax.sharding.get_abstract_mesh(), **specs)(h, bias_jI, *g)
+    return on_each_device(call, rows, (True, False, *[True] * len(g)), [kind != 0 for kind in outputs])(h, bias_jI, *g)
 
 
 def _run(kernel: Callable, outputs: Sequence[Any], h: Array, bias_jI: Array, *g: Array) -> list[Array]:

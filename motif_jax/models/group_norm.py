@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, UInt
 
-from motif_jax.models.layers import Dropout, Silu, apply, interpreted, kernel_rows, random_bits
+from motif_jax.models.layers import Dropout, Silu, apply, random_bits
+from motif_jax.models.placement import interpreted, kernel_rows, on_each_device
 
 COLUMNS, ELEMENTS = 256, 8192  # channels, and positions times channels, of one program at most
 FEWEST = 1024  # elements of a program, below which XLA's kernels are as good
@@ -86,11 +86,7 @@ def _on_each_device(chain: Chain, rows: tuple[str, ...]) -> Callable[..., tuple[
             return _normalise_and_return(chain, x_NSC, shift_NC, scale_C, bias_C, seed_4)
         return _normalise(chain, x_NSC, shift_NC, scale_C, bias_C, seed_4), x_NSC
 
-    if not rows:
-        return call
-    split, whole = PartitionSpec(rows), PartitionSpec()
-    specs = {"in_specs": (split, split, whole, whole, whole), "out_specs": (split, split)}
-    return jax.shard_map(call, mesh=jax.sharding.get_abstract_mesh(), check_vma=False, **specs)
+    return on_each_device(call, rows, (True, True, False, False, False), (True, True))
 
 
 def _run(kernel: Callable, like: Array, operands: Sequence[Array], outputs: Sequence[Any]) -> list[Array]:

@@ -4,12 +4,10 @@ Parameters are float32 and are cast to the layer's `dtype` where they meet the a
 Initial values are PyTorch's defaults, U(+-1/sqrt(fan_in)) for weights and biases, unless a layer is made with `zero=True`.
 """
 
-import contextlib
-import contextvars
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,84 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, UInt
 
-Axis = str | tuple[str, ...] | None  # of a mesh: one array axis lies over these
-CLIPS: Axis = ("data", "fsdp")
+from motif_jax.models.placement import constrain, platform
+
 CPU_SLICE = 2**17  # activations per slice of a kernel gradient on CPU: 512 KB, half of a common second-level cache
-
-_target: contextvars.ContextVar[tuple[str, bool] | None] = contextvars.ContextVar("target_platform", default=None)
-_kernels: contextvars.ContextVar[bool] = contextvars.ContextVar("kernels", default=True)
-
-
-def platform() -> str:
-    """The platform that traced code will run on: "cpu", "gpu" or "tpu". Only speed depends on it, never a value's meaning."""
-    return (_target.get() or (jax.default_backend(), False))[0]
-
-
-def interpreted() -> bool:
-    """Whether Triton kernels are carried out operation by operation, slowly, as they can be anywhere."""
-    return platform() == "cpu" or (_target.get() or ("", False))[1]
-
-
-@contextlib.contextmanager
-def target_platform(name: str, interpret: bool = False) -> Iterator[None]:
-    """Trace for platform `name` inside the block; for ahead-of-time compilation on a machine without the accelerator.
-
-    With `interpret` a GPU's program runs on a CPU, for tests.
-    """
-    token = _target.set((name, interpret))
-    try:
-        yield
-    finally:
-        _target.reset(token)
-
-
-@contextlib.contextmanager
-def use_kernels(on: bool) -> Iterator[None]:
-    """Trace with the Triton kernels that `kernel_rows` admits inside the block, or without them."""
-    token = _kernels.set(on)
-    try:
-        yield
-    finally:
-        _kernels.reset(token)
-
-
-@contextlib.contextmanager
-def use_mesh(mesh: Mesh | None) -> Iterator[None]:
-    """Trace for `mesh` inside the block: `constrain` then has an effect."""
-    with contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        yield
-
-
-def constrain(x: Array, *axes: Axis) -> Array:
-    """Splits each axis of `x` over these mesh axes (None: not at all); a no-op without a mesh, and where an axis does not divide."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return x
-
-    def devices(axis: Axis) -> int:
-        return math.prod(mesh.shape[name] for name in ((axis,) if isinstance(axis, str) else axis or ()))
-
-    spec = (axis if n % devices(axis) == 0 else None for n, axis in zip(x.shape, axes, strict=False))
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
-
-
-def kernel_rows(rows: int, dtype: Any, frames_apart: bool = True) -> tuple[str, ...] | None:
-    """The axes of the mesh that `rows` leading entries of activations lie over, for a Triton kernel, which XLA cannot partition.
-
-    None where it is not to be run: not on a GPU, not in half precision, `use_kernels(False)`, entries that do not divide, channels split
-    over `tensor`, or (not `frames_apart`) an entry is a clip and its frames are split over `context`.
-    """
-    if platform() != "gpu" or jnp.dtype(dtype).itemsize != 2 or not _kernels.get():
-        return None
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return ()
-    axes = tuple(name for name in ("data", "fsdp", "context") if mesh.shape[name] > 1)
-    whole = mesh.shape["tensor"] == 1 and (frames_apart or mesh.shape["context"] == 1)
-    return axes if whole and rows % math.prod(mesh.shape[name] for name in axes) == 0 else None
 
 
 def gathered(kernel: nnx.Param, dtype: Any) -> Array:

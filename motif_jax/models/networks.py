@@ -17,7 +17,8 @@ from motif_jax.models import lora
 from motif_jax.models.autoencoder import make_autoencoder, sample_latents
 from motif_jax.models.dit import VideoDiT
 from motif_jax.models.image import RANDOM_SEED, ImageTower
-from motif_jax.models.layers import Conv, Dense, use_kernels
+from motif_jax.models.layers import Conv, Dense
+from motif_jax.models.placement import use_kernels
 from motif_jax.models.resampler import Resampler
 from motif_jax.models.text import make_text_tower
 from motif_jax.models.unet3d import UNet3D

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from motif_jax.models.layers import interpreted
+from motif_jax.models.placement import interpreted
 
 ROWS = 64  # tokens of one program
 

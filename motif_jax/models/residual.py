@@ -15,10 +15,10 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from motif_jax.models.layers import Conv, Dense, LayerNorm, interpreted, kernel_rows
+from motif_jax.models.layers import Conv, Dense, LayerNorm
+from motif_jax.models.placement import interpreted, kernel_rows, on_each_device
 
 ELEMENTS = 4096  # tokens times channels that a program has in registers at a time, at most
 TURNS = 16  # at most; a program of the backward pass takes them to add up over tokens in registers
@@ -30,7 +30,7 @@ class Residual:
     """The sum of layers' results [N, L, C], in float32; it begins with layer(x).
 
     rows: the mesh axes that its sequences lie over, for the kernels (where no GPU is, very slowly); None: no kernels; "auto": whichever
-    it is here (`layers.kernel_rows`).
+    it is here (`placement.kernel_rows`).
     """
 
     def __init__(self, layer: Dense | Conv, x: Float[Array, "N L I"], rows: tuple[str, ...] | str | None = "auto"):
@@ -122,12 +122,8 @@ def _on_each_device(rows: tuple[str, ...], kernel: Callable, parts: tuple[Part, 
         found = _run(kernel, parts, norm, arrays, outputs)
         return [jax.lax.psum(x, rows) if dtype is None and rows else x for x, dtype in zip(found, outputs, strict=True)]
 
-    if not rows:
-        return call(parts, norm, arrays)
-    split, whole = PartitionSpec(rows), PartitionSpec()
-    given = (((split, whole),) * len(parts), whole, (split,) * len(arrays))
-    specs = {"in_specs": given, "out_specs": [whole if dtype is None else split for dtype in outputs], "check_vma": False}
-    return jax.shard_map(call, mesh=jax.sharding.get_abstract_mesh(), **specs)(parts, norm, arrays)
+    inputs = ((True, False),) * len(parts), (False, False), (True,) * len(arrays)
+    return on_each_device(call, rows, inputs, [dtype is not None for dtype in outputs])(parts, norm, arrays)
 
 
 def _run(kernel: Callable, parts: tuple[Part, ...], channels: Part, arrays: tuple[Array, ...], outputs: list) -> list[Array]:

@@ -14,7 +14,8 @@ from jaxtyping import Array, Float, Int
 
 from motif_jax.config import TextConfig
 from motif_jax.models.clip import Transformer
-from motif_jax.models.layers import CLIPS, Initializer, LayerNorm, constrain, sinusoids
+from motif_jax.models.layers import Initializer, LayerNorm, sinusoids
+from motif_jax.models.placement import CLIPS, constrain
 
 WORDS_SEED = 20250
 

@@ -12,9 +12,10 @@ from flax import nnx
 from jaxtyping import Array, Float, Num
 
 from motif_jax.config import UNetConfig
-from motif_jax.models.attention import SpatialTransformer, TemporalTransformer
 from motif_jax.models.group_norm import normalised
-from motif_jax.models.layers import CLIPS, REMAT, Conv, Dense, Dropout, GroupNorm, Initializer, Silu, apply, constrain, recompute, sinusoids
+from motif_jax.models.layers import REMAT, Conv, Dense, Dropout, GroupNorm, Initializer, Silu, apply, recompute, sinusoids
+from motif_jax.models.placement import CLIPS, constrain
+from motif_jax.models.transformer import SpatialTransformer, TemporalTransformer
 
 NORM_EPSILON = 1e-5  # of every norm here; the transformers' group norms have 1e-6
 INIT_ATTENTION_HEADS = 8  # fixed in the reference, whatever the width

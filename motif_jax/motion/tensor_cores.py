@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from motif_jax.models.layers import platform
+from motif_jax.models.placement import platform
 
 
 def convolve(

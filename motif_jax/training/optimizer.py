@@ -7,8 +7,8 @@ from jaxtyping import Array
 
 from motif_jax.config import Config
 from motif_jax.dist.mesh import partition
-from motif_jax.models.layers import platform
 from motif_jax.models.networks import Params
+from motif_jax.models.placement import platform
 
 
 def make_schedule(config: Config) -> optax.Schedule:

@@ -17,8 +17,8 @@ from motif_jax import losses
 from motif_jax.config import Config
 from motif_jax.diffusion import objective
 from motif_jax.diffusion.schedule import Schedule, make_schedule
-from motif_jax.models.layers import use_mesh
 from motif_jax.models.networks import Networks, Params, image_condition
+from motif_jax.models.placement import use_mesh
 from motif_jax.motion.heatmap import heatmap
 from motif_jax.training import finetune
 from motif_jax.training.optimizer import as_stored

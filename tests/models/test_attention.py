@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from motif_jax.models import attention as module
-from motif_jax.models import layers
+from motif_jax.models import placement
 from motif_jax.models.attention import Attention, attention
 from motif_jax.models.layers import Initializer
 
@@ -129,7 +129,7 @@ def test_the_choice_of_kernel():
     heads = [(64, jnp.bfloat16), (64, jnp.float32), (512, jnp.bfloat16)]
     choices = {}
     for where in ("cpu", "tpu", "gpu"):
-        with layers.target_platform(where):
+        with placement.target_platform(where):
             choices[where] = [module._choose(width, dtype) for width, dtype in heads]
     assert choices == {"cpu": ["reference"] * 3, "tpu": ["xla"] * 3, "gpu": ["packed", "xla", "xla"]}
 

@@ -8,8 +8,9 @@ import scipy.stats
 from flax import nnx
 
 from motif_jax.models import gated
-from motif_jax.models.attention import FeedForward
-from motif_jax.models.layers import Initializer, product, target_platform
+from motif_jax.models.layers import Initializer, product
+from motif_jax.models.placement import target_platform
+from motif_jax.models.transformer import FeedForward
 
 
 def test_the_normal_distribution():

@@ -10,7 +10,8 @@ from flax import nnx
 from jax.sharding import AbstractMesh
 
 from motif_jax.models import group_norm
-from motif_jax.models.layers import Dropout, GroupNorm, Silu, target_platform, use_kernels
+from motif_jax.models.layers import Dropout, GroupNorm, Silu
+from motif_jax.models.placement import target_platform, use_kernels
 
 KEY = jax.random.key(5)
 

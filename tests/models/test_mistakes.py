@@ -15,10 +15,12 @@ from flax import nnx
 from motif_jax.interop import autoencoder, openclip, unet
 from motif_jax.models import attention as attention_module
 from motif_jax.models import clip, unet3d
-from motif_jax.models.attention import Attention, Geglu, SpatialTransformer, TemporalTransformer
+from motif_jax.models import transformer as transformer_module
+from motif_jax.models.attention import Attention
 from motif_jax.models.autoencoder import make_autoencoder
 from motif_jax.models.layers import GroupNorm, LayerNorm, sinusoids
 from motif_jax.models.text import make_text_tower
+from motif_jax.models.transformer import Geglu, SpatialTransformer, TemporalTransformer
 from motif_jax.models.unet3d import Downsample, ResBlock, TemporalConv, UNet3D
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -144,7 +146,7 @@ def halves_swapped(geglu, right, x):
     kernel, bias = geglu.proj.kernel[...], geglu.proj.bias[...]
     inner = bias.shape[0] // 2
     value, gate = jnp.split(x @ kernel + bias, [inner], -1)
-    return gate * attention_module.gelu(value)
+    return gate * transformer_module.gelu(value)
 
 
 def second_attention_left_out(model, monkeypatch):
@@ -183,7 +185,7 @@ def no_frame_rate(model, monkeypatch):
 
 
 MISTAKES = {
-    "tanh GELU": constant(attention_module, "gelu", functools.partial(jax.nn.gelu, approximate=True)),
+    "tanh GELU": constant(transformer_module, "gelu", functools.partial(jax.nn.gelu, approximate=True)),
     "frame rate ignored": no_frame_rate,
     "sines first": constant(unet3d, "sinusoids", lambda p, width: jnp.roll(sinusoids(p, width), width // 2, -1)),
     "frequencies over half - 1": constant(unet3d, "sinusoids", half_minus_one),

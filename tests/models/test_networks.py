@@ -10,8 +10,8 @@ from jax.extend import core
 
 from motif_jax.generation import make_generator
 from motif_jax.models import lora
-from motif_jax.models.layers import target_platform
 from motif_jax.models.networks import Networks
+from motif_jax.models.placement import target_platform
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

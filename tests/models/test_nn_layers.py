@@ -8,7 +8,7 @@ from flax import nnx
 from scipy.signal import correlate
 from scipy.special import erf
 
-from motif_jax.models import layers
+from motif_jax.models import layers, placement
 from motif_jax.models.layers import Conv, Dense, Dropout, GroupNorm, Initializer, LayerNorm, convolve, gelu, sinusoids
 
 RNG = np.random.default_rng(0)
@@ -51,7 +51,7 @@ def test_convolutions_are_scipy_s(where, window, stride, padding, size):
     """Values, and both gradients through the identity <g, conv(x, k)>, which is linear in x and in k."""
     x, kernel = normal(9, *size, 3), normal(*window, 3, 4)
     expected = direct(x, kernel, stride, padding)
-    with layers.target_platform(where):
+    with placement.target_platform(where):
         out, pull = jax.vjp(lambda x, kernel: convolve(x, kernel, stride, padding), x, kernel)
     np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5)
     g, dx, dk = normal(*out.shape), normal(*x.shape), normal(*kernel.shape)
@@ -66,18 +66,18 @@ def test_kernel_gradient_in_slices_of_the_batch(monkeypatch):
     monkeypatch.setattr(layers, "CPU_SLICE", x.size / 4)
     padding = ((1, 1), (1, 1))
     loss = lambda kernel: jnp.sum(jnp.square(convolve(x, kernel, 1, padding)))  # noqa: E731
-    with layers.target_platform("cpu"):
+    with placement.target_platform("cpu"):
         sliced = jax.grad(loss)(kernel)
     text = str(jax.make_jaxpr(jax.grad(loss))(kernel))
     assert text.count("conv_general_dilated[") >= 5
-    with layers.target_platform("gpu"):
+    with placement.target_platform("gpu"):
         np.testing.assert_allclose(sliced, jax.grad(loss)(kernel), rtol=1e-4)
 
 
 def test_dense_is_the_same_on_every_platform():
     layer, x = Dense(4, 6, init=Initializer(nnx.Rngs(0))), normal(2, 3, 4)
     for where in ("cpu", "tpu"):
-        with layers.target_platform(where):
+        with placement.target_platform(where):
             np.testing.assert_allclose(layer(x), x @ layer.kernel[...] + layer.bias[...], rtol=1e-5, atol=1e-6)
 
 

@@ -9,7 +9,8 @@ from jax.sharding import AbstractMesh
 
 from motif_jax.models import packed
 from motif_jax.models.attention import Attention, attention
-from motif_jax.models.layers import Initializer, target_platform
+from motif_jax.models.layers import Initializer
+from motif_jax.models.placement import target_platform
 
 
 def inputs(N: int, L: int, H: int = 3, K: int = 16) -> list[np.ndarray]:

@@ -16,9 +16,10 @@ import pytest
 from flax import nnx
 from jax.ad_checkpoint import print_saved_residuals
 
-from motif_jax.models.attention import TemporalTransformer
-from motif_jax.models.layers import Initializer, recompute, target_platform
+from motif_jax.models.layers import Initializer, recompute
 from motif_jax.models.networks import Networks
+from motif_jax.models.placement import target_platform
+from motif_jax.models.transformer import TemporalTransformer
 from motif_jax.models.unet3d import ResBlock
 
 pytestmark = pytest.mark.usefixtures("quick_compile")

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from motif_jax.models.attention import TransformerBlock
-from motif_jax.models.layers import Dense, Initializer, target_platform
+from motif_jax.models.layers import Dense, Initializer
+from motif_jax.models.placement import target_platform
 from motif_jax.models.residual import Residual, fits
+from motif_jax.models.transformer import TransformerBlock
 
 WORDS, HEAD = 24, 16
 

@@ -1,7 +1,7 @@
 import jax
 import pytest
 
-from motif_jax.models.layers import target_platform
+from motif_jax.models.placement import target_platform
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from PIL import Image
 from scipy import ndimage
 
 from motif_jax.interop.raft import from_reference, load_raft, to_reference
-from motif_jax.models.layers import target_platform
+from motif_jax.models.placement import target_platform
 from motif_jax.motion import raft
 
 TESTDATA = pathlib.Path(__file__).parents[1] / "testdata"

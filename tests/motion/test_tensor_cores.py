@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from motif_jax.models.layers import target_platform
+from motif_jax.models.placement import target_platform
 from motif_jax.motion import tensor_cores as module
 
 

@@ -12,8 +12,8 @@ from flax import nnx
 from motif_jax.config import UserError, to_json
 from motif_jax.data.tokens import make_tokenizer
 from motif_jax.models import lora
-from motif_jax.models.attention import TemporalTransformer
 from motif_jax.models.networks import Networks
+from motif_jax.models.transformer import TemporalTransformer
 from motif_jax.models.unet3d import TemporalConv, UNet3D
 from motif_jax.training import finetune, weights
 from motif_jax.training import state as train_state

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from motif_jax.models.layers import target_platform
 from motif_jax.models.networks import Networks
+from motif_jax.models.placement import target_platform
 from motif_jax.training.flops import matmul_flops, peak_tflops, training_flops
 
 
