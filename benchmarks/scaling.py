@@ -55,8 +55,8 @@ CHIPS = {
     "v5e": Chip(197, 15.75, 100, 0.32),
     "v5p": Chip(459, 95.74, 300, 0.38),
     "v6e": Chip(918, 31.25, 200, 0.18),
-    "H100": Chip(989, 71.6, 450, 0.27),
-    "H200": Chip(989, 126, 450, 0.27),
+    "H100": Chip(989, 71.6, 450, 0.34),
+    "H200": Chip(989, 126, 450, 0.34),
 }
 # slice -> meshes worth comparing, (data, fsdp)
 MESHES = {
@@ -70,9 +70,9 @@ MESHES = {
 }
 GATHERS = 1  # of all kernels in a step, in bfloat16; the backward pass uses them again
 STATE = 20  # bytes of a parameter: itself, two moments, average and gradient, all float32
-# GiB beside state and kept activations: of a clip as between two steps compiled before kernels were gathered once (v5e:8x8 with one clip
-# on a chip, 7.88 GiB in all, v5p:2x2x4 with four, 22.82), of all clips by v5e:8x8 since (8.5); gathered kernels and the block in work.
-WORK, WORK_PER_CLIP = 3.52, 1.35
+# GiB beside state and kept activations, gathered kernels and the block in work: through two compiled steps (docs/compile.md), v5e:8x8 with
+# one clip on a chip, 8.5 GiB in all, and v5p:2x2x4 with four, 24.2.
+WORK, WORK_PER_CLIP = 3.27, 1.60
 
 
 def load_config(name: str) -> Config:

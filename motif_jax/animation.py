@@ -20,6 +20,7 @@ from motif_jax.bench.generate import Request, check_made, generate, make_output,
 from motif_jax.bench.pairs import LONGEST_NAME, Pair
 from motif_jax.config import Config, UserError, enumerate_first
 from motif_jax.data.images import MediaError, cover, read_image
+from motif_jax.data.storage import Path, run_location
 from motif_jax.data.tokens import make_tokenizer
 from motif_jax.data.videos import save_video
 from motif_jax.dist.mesh import BATCH
@@ -41,7 +42,7 @@ class Animator:
     frozen: dict[str, Params]
     fps: float  # frame rate condition
     mesh: Mesh | None = None
-    directory: pathlib.Path = pathlib.Path()  # of the run or import that it was loaded from
+    directory: Path = pathlib.Path()  # of the run or import that it was loaded from
     step: int | None = None  # of the run
 
     def __post_init__(self) -> None:
@@ -53,7 +54,7 @@ class Animator:
     @classmethod
     def load(
         cls,
-        directory: str | pathlib.Path,
+        directory: str | Path,
         config: Config | None = None,
         *,
         steps: int | None = None,
@@ -62,7 +63,7 @@ class Animator:
         mesh: Mesh | None = None,
     ) -> "Animator":
         """From a work directory or one of its checkpoints, by the config.json of that run unless a `config` is given. Raises UserError."""
-        directory = pathlib.Path(directory)
+        directory = run_location(directory)
         if config is None:
             if not (weights.run_directory(directory) / "config.json").exists():
                 steps = sorted(int(p.name) for p in directory.parent.glob("[0-9]*")) if directory.name.isdigit() else []

@@ -3,7 +3,6 @@
 import difflib
 import functools
 import os
-import pathlib
 import platform
 import re
 import sys
@@ -12,7 +11,7 @@ from typing import Any
 
 from absl import app, flags, logging
 
-from motif_jax.config import Config, UserError, from_config_dict, to_dict
+from motif_jax.config import Config, StoreError, UserError, from_config_dict, to_dict
 from motif_jax.fields import field_names
 
 HELP = frozenset({"--help", "-help", "-h", "--helpshort", "--helpfull", "-?"})
@@ -33,7 +32,7 @@ def keep_compiled_programs() -> None:
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", directory)
 
 
-def share_compiled_programs(directory: str | pathlib.Path) -> None:
+def share_compiled_programs(directory: str) -> None:
     """For a process of a job on accelerators: programs are kept in `directory`, which all hosts see, unless the user says where.
 
     Process 0 alone writes them. With a directory a host, the next start would find them on one host and compile on the others; on GPUs,
@@ -42,7 +41,7 @@ def share_compiled_programs(directory: str | pathlib.Path) -> None:
     import jax
 
     if jax.process_count() > 1 and jax.default_backend() != "cpu" and os.environ.get("JAX_COMPILATION_CACHE_DIR", "") == _of_this_host():
-        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(directory).absolute()))
+        jax.config.update("jax_compilation_cache_dir", directory)
 
 
 def run(name: str, main: Callable[[list[str]], None]) -> None:
@@ -73,7 +72,7 @@ def run(name: str, main: Callable[[list[str]], None]) -> None:
             logging.set_verbosity(logging.WARNING)  # Orbax and JAX tell every detail
         try:
             main(arguments[1:])
-        except UserError as error:
+        except (UserError, StoreError) as error:
             sys.exit(f"{name}: {error}")
 
     app.run(guarded, flags_parser=parse)

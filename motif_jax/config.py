@@ -21,6 +21,10 @@ class UserError(ValueError):
     """Something the user can mend: entry points print the message, which names the thing and the remedy, without a traceback."""
 
 
+class StoreError(OSError):
+    """An object store that does not answer, or refuses; entry points print the message as they do a UserError's."""
+
+
 def enumerate_first(items: Sequence[str], most: int = 10, separator: str = "; ") -> str:
     """The first `most` of what a message lists, and how many more there are; "" for nothing."""
     more = [f"and {len(items) - most} more"] if len(items) > most else []

@@ -14,7 +14,10 @@ def contradictions(c: "Config") -> list[str]:
         if not ok:
             bad.append(text)
 
-    check("://" not in c.init_from, f"init_from={c.init_from}: weights are read from files; copy or mount the directory first")
+    check(
+        "://" not in c.init_from or c.init_from.startswith("gs://"),
+        f"init_from={c.init_from}: weights are read from files, and runs from gs:// too; copy or mount the directory first",
+    )
     factor, z = c.autoencoder.factor, c.autoencoder.z_channels
     if c.autoencoder.kind == "pixel":
         check(z == 3 * factor**2, f"autoencoder.z_channels={z}: a pixel autoencoder of factor {factor} has {3 * factor**2}")

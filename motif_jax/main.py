@@ -11,10 +11,10 @@ from ml_collections import config_flags
 
 from motif_jax import commands
 from motif_jax.config import UserError
-from motif_jax.data.storage import local_path
+from motif_jax.data.storage import run_location
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "configs/X.py[:args]", lock_config=True)
-WORKDIR = flags.DEFINE_string("workdir", None, "directory of checkpoints, metrics and samples")
+WORKDIR = flags.DEFINE_string("workdir", None, "directory of checkpoints, metrics and samples, also gs://")
 STOPPED_STATUS = flags.DEFINE_integer("stopped_status", 0, "exit status when a signal stopped the run, for what starts it again", 0, 255)
 flags.mark_flags_as_required(["config", "workdir"])
 
@@ -23,9 +23,7 @@ def main(argv: list[str]) -> None:
     commands.no_more(argv)
     if not WORKDIR.value:
         raise UserError("--workdir= is empty: name the directory of the run")
-    workdir = local_path(WORKDIR.value)
-    if workdir is None:
-        raise UserError(f"--workdir={WORKDIR.value}: a run writes files: mount the bucket on every host, and name the directory there")
+    workdir = run_location(WORKDIR.value)
     config = commands.configuration(CONFIG)
     # A GPU is this process' alone; JAX would take three quarters of its memory.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
@@ -33,7 +31,7 @@ def main(argv: list[str]) -> None:
     from motif_jax.training import loop
 
     with startup.job():
-        commands.share_compiled_programs(workdir / "compiled")
+        commands.share_compiled_programs(str((workdir / "compiled").absolute()))
         done = loop.train(config, workdir)
     if not done:
         sys.exit(STOPPED_STATUS.value)

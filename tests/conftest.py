@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import runpy
 import shutil
 import tempfile
 
@@ -80,3 +81,16 @@ def tiny():
         return {**into, **{k: merge(into.get(k, {}), v) if isinstance(v, dict) else v for k, v in new.items()}}
 
     return lambda **overrides: from_config_dict(merge(base, overrides))
+
+
+@pytest.fixture(scope="session")
+def bucket():
+    """A store of gs:// on this machine, which this process and those that it starts take for Google's; see gcs.py."""
+    import fsspec
+
+    server = runpy.run_path(str(pathlib.Path(__file__).with_name("gcs.py")))["Server"]()
+    os.environ.update(server.environment)  # before gcsfs is imported
+    pytest.importorskip("gcsfs", reason="needs gcsfs")
+    fsspec.config.conf["gs"] = {"token": "anon"}  # processes that are started read it from the environment
+    yield server.store
+    server.shutdown()

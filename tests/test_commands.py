@@ -317,9 +317,9 @@ BAD_CALLS = {
         ["motif_jax.main", CONFIG, "--workdir={tmp}/w", "--steps=4"],
         "motif_jax.main: --steps: did you mean --config.steps?",
     ),
-    "a bucket as work directory": (
-        ["motif_jax.main", CONFIG, *SMALL, "--workdir=gs://bucket/run", "--config.data.path={data}"],
-        "--workdir=gs://bucket/run: a run writes files: mount the bucket",
+    "a store that Orbax does not know as work directory": (
+        ["motif_jax.main", CONFIG, *SMALL, "--workdir=s3://bucket/run", "--config.data.path={data}"],
+        "s3://bucket/run: checkpoints are written to file systems and gs:// alone; mount the store",
     ),
     "unknown group": (["motif_jax.main", CONFIG, "--workdir={tmp}/w", "--config.los.heatmap=flow"], "did you mean --config.loss.heatmap?"),
     "fields that the file leaves out": (

@@ -49,7 +49,7 @@ def test_every_mistake_is_named_at_once():
         ({"autoencoder": {"ch": 40}}, "autoencoder.ch, ch_mult: the level width 40 must be a multiple of 32"),
         ({"text": {"heads": 3}}, "text.heads=3: must divide text.width=1024"),
         ({"grad_accumulation": 7}, "grad_accumulation=7: must divide batch_size=64"),
-        ({"init_from": "gs://bucket/weights"}, "init_from=gs://bucket/weights: weights are read from files; copy or mount"),
+        ({"init_from": "s3://bucket/weights"}, "init_from=s3://bucket/weights: weights are read from files, and runs from gs:// too"),
         ({"ema": {"decay": 1.0, "warmup": False}}, "ema.decay=1.0: the average would never move"),
         ({"mesh": {"fsdp": -1}}, "at most one axis may be -1"),
         ({"autoencoder": {"kind": "pixel"}}, "a pixel autoencoder of factor 8 has 192"),

@@ -166,8 +166,8 @@ def read_configuration(text: str) -> Config:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--workdir", type=pathlib.Path, help="work directory of a run")
-    parser.add_argument("--checkpoint", type=pathlib.Path, help="weights to load instead of a work directory's (needs --config)")
+    parser.add_argument("--workdir", help="work directory of a run")
+    parser.add_argument("--checkpoint", help="weights to load instead of a work directory's (needs --config)")
     parser.add_argument("--config", help="configuration of --checkpoint: configs/X.py or a config.json")
     parser.add_argument("--list", required=True, help="pairs: the benchmark's folder (images and prompt.csv), a .jsonl or a .csv file")
     parser.add_argument("--output", required=True, type=pathlib.Path, help="directory of the videos")

@@ -8,7 +8,6 @@ where one is given).
 
 import argparse
 import json
-import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ import numpy as np
 from motif_jax.bench.judge import MIN_WAY, judge, wilson
 from motif_jax.config import UserError
 from motif_jax.data import sprites
+from motif_jax.data.storage import run_location
 
 # images uint8 [N,H,W,3], sentences, seeds [N] -> clips uint8 [N,T,H,W,3]
 SampleFn = Callable[[np.ndarray, list[str], np.ndarray], np.ndarray]
@@ -199,7 +199,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--workdir", required=True, type=pathlib.Path, help="work directory of a run; gets synthetic.json and the report")
+    parser.add_argument("--workdir", required=True, help="work directory of a run; gets synthetic.json and the report")
     parser.add_argument("--world", default="quickstart", help="name of the synthetic world")
     parser.add_argument("--count", default=128, type=int, help="clips per split")
     parser.add_argument("--seed", default=0, type=int, help="seed of the world")
@@ -208,13 +208,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Judges the samples of a trained run; writes <workdir>/synthetic.json, strips of the first clips and the report."""
     from motif_jax import animation, report
+    from motif_jax.training.mirror import mirrored
     from motif_jax.training.samples import save_comparison
 
-    workdir, world, seed = arguments.workdir, arguments.world, arguments.seed
+    world, seed = arguments.world, arguments.seed
     if world not in sprites.WORLDS:
         raise UserError(f"--world={world}: no such world; known: {', '.join(sprites.WORLDS)}")
     if arguments.count < 1:
         raise UserError(f"--count={arguments.count}: at least one clip is needed")
+    workdir = run_location(arguments.workdir)
     if not (workdir / "config.json").exists():
         raise UserError(f"--workdir={workdir}: no config.json there; expected a work directory of motif_jax.main")
     animator = animation.Animator.load(workdir)
@@ -229,9 +231,10 @@ def run(arguments: argparse.Namespace) -> None:
         d.width,
         progress=lambda text: print(text, flush=True),
     )
-    (workdir / "synthetic.json").write_text(to_json(result))
     show = sprites.make_clips(world, seed, range(8), d.frames, d.height, d.width, "heldout")
     made = animator(list(show["frames"][:, 0]), show["captions"], list(range(8)))
-    save_comparison(workdir / "synthetic", show["frames"], made, show["captions"], animator.config.sample.fps)
-    report.write(workdir)
+    with mirrored(workdir) as local:
+        (local / "synthetic.json").write_text(to_json(result))
+        save_comparison(local / "synthetic", show["frames"], made, show["captions"], animator.config.sample.fps)
+        report.write(local)
     print(table(result))

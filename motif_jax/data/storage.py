@@ -1,10 +1,12 @@
-"""Where a dataset directory lies: on a disk, or in an object store that fsspec knows (gs://, s3://, ...).
+"""Where a dataset or a run lies: on a disk, or in an object store that fsspec knows (gs://, s3://, ...).
 
-`location` gives a `pathlib.Path` or a `RemotePath`, which has the few methods of it that shards need. Objects appear whole or
+`location` gives a `pathlib.Path` or a `RemotePath`, which has the few methods of it that they need. Objects appear whole or
 not at all, so that they need no renaming.
 """
 
 import contextlib
+import functools
+import logging
 import pathlib
 import posixpath
 import tempfile
@@ -12,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from motif_jax.config import UserError
+from motif_jax.config import StoreError, UserError
 
 
 @dataclass(frozen=True)
@@ -32,20 +34,43 @@ class RemotePath:
     def name(self) -> str:
         return posixpath.basename(self.path)
 
+    @property
+    def parent(self) -> "RemotePath":
+        return RemotePath(self.files, posixpath.dirname(self.path))
+
+    def absolute(self) -> "RemotePath":
+        return self
+
+    def resolve(self) -> "RemotePath":
+        return self
+
     def exists(self) -> bool:
         return _ask(self.files.exists, self.path)
+
+    def is_dir(self) -> bool:
+        return _ask(self.files.isdir, self.path)
 
     def mkdir(self, parents: bool = False, exist_ok: bool = False) -> None:
         """Nothing: an object's name brings its directories."""
 
     def glob(self, pattern: str) -> list["RemotePath"]:
-        return [RemotePath(self.files, path) for path in _ask(self.files.glob, f"{self.path}/{pattern}")]
+        try:
+            return [RemotePath(self.files, path) for path in _ask(self.files.glob, f"{self.path}/{pattern}")]
+        except FileNotFoundError:  # not even a bucket
+            return []
 
-    def read_text(self) -> str:
-        return _ask(self.files.cat_file, self.path).decode()
+    def read_text(self, errors: str = "strict") -> str:
+        return _ask(self.files.cat_file, self.path).decode(errors=errors)
 
     def write_text(self, text: str) -> None:
         _ask(self.files.pipe_file, self.path, text.encode())
+
+    def replace(self, target: "RemotePath") -> "RemotePath":
+        """Moves an object, or all below a prefix, to where nothing is yet."""
+        for found in _ask(self.files.find, self.path):
+            _ask(self.files.cp_file, found, target.path + found.removeprefix(self.path))
+        _ask(functools.partial(self.files.rm, recursive=True), self.path)
+        return target
 
     def unlink(self, missing_ok: bool = False) -> None:
         try:
@@ -58,14 +83,14 @@ class RemotePath:
 Path = pathlib.Path | RemotePath
 
 
-def _ask(request: Callable[..., Any], *arguments: Any) -> Any:
-    """What a store answers. Its client's own errors (a store that went away) become OSError, as those of a disk are."""
+def _ask(request: Callable[..., Any], path: str, *arguments: Any) -> Any:
+    """What a store answers. Raises FileNotFoundError, and StoreError for whatever else its client raises."""
     try:
-        return request(*arguments)
-    except OSError:
+        return request(path, *arguments)
+    except FileNotFoundError:
         raise
     except Exception as error:
-        raise OSError(f"{type(error).__name__}: {error}") from error
+        raise StoreError(f"{path}: {type(error).__name__}: {' '.join(str(error).split())}") from error
 
 
 def local_path(name: str) -> pathlib.Path | None:
@@ -76,6 +101,17 @@ def local_path(name: str) -> pathlib.Path | None:
     if not path.startswith("/"):
         raise UserError(f"{name}: names a file of another machine; for one of this machine write file:///PATH, or the path alone")
     return pathlib.Path(path)
+
+
+def run_location(name: str | Path) -> Path:
+    """The directory of a run, or of weights: a path, or a URL of gs://, the only store that Orbax writes to. Raises UserError."""
+    if not isinstance(name, str):
+        return name
+    if (path := local_path(name)) is not None:
+        return path
+    if not name.startswith("gs://"):
+        raise UserError(f"{name}: checkpoints are written to file systems and gs:// alone; mount the store, and name the directory there")
+    return location(name)
 
 
 def location(name: str) -> Path:
@@ -89,15 +125,27 @@ def location(name: str) -> Path:
         return path
     import fsspec
 
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it prints a traceback of its own for what is raised, too
+    # Others write beside us, and Orbax through a client of its own: a remembered listing would hide what they have done.
+    fsspec.config.conf.setdefault(name.partition("://")[0], {})["use_listings_cache"] = False
     try:
-        # Other tasks write beside us: a remembered listing would hide what they have done.
-        files, path = fsspec.core.url_to_fs(name, use_listings_cache=False)
+        files, path = fsspec.core.url_to_fs(name)
         files.exists(path)
     except (ImportError, ValueError) as error:
         raise UserError(f"{name}: {error}; pip install 'motif_jax[gs]' or 'motif_jax[s3]'") from error
     except Exception as error:  # the stores' clients share no class of errors (no credentials, no such host, ...)
         raise UserError(f"{name} cannot be reached: {type(error).__name__}: {error}") from error
     return RemotePath(files, path.rstrip("/"))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a text file that is there whole, or as it was before."""
+    if isinstance(path, RemotePath):
+        path.write_text(text)
+        return
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
 
 
 def size(path: Path) -> int:
@@ -107,7 +155,13 @@ def size(path: Path) -> int:
 
 def upload(local: pathlib.Path, path: RemotePath) -> None:
     """Copies a local file into the store."""
-    _ask(path.files.put_file, str(local), path.path)
+    _ask(lambda target: path.files.put_file(str(local), target), path.path)
+
+
+def download(path: RemotePath, local: pathlib.Path) -> None:
+    """Copies a file of the store to a disk."""
+    local.parent.mkdir(parents=True, exist_ok=True)
+    _ask(path.files.get_file, path.path, str(local))
 
 
 @contextlib.contextmanager
@@ -118,5 +172,5 @@ def local_copy(path: Path) -> Iterator[pathlib.Path]:
         return
     with tempfile.TemporaryDirectory() as scratch:
         copy = pathlib.Path(scratch) / path.name
-        _ask(path.files.get_file, path.path, str(copy))
+        download(path, copy)
         yield copy

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from motif_jax.config import UserError, enumerate_first
+from motif_jax.config import StoreError, UserError, enumerate_first
 
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "MOTIF_PROCESS_COUNT", "MOTIF_PROCESS_INDEX"  # host:port of process 0
 HEARTBEAT = "MOTIF_HEARTBEAT_SECONDS"  # a process that is silent for so long is dead, and the job ends
@@ -113,7 +113,7 @@ def job() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        reason = str(error) if isinstance(error, UserError) else traceback.format_exc()
+        reason = str(error) if isinstance(error, UserError | StoreError) else traceback.format_exc()
         try:
             sys.stdout.flush()
             print(f"process {jax.process_index()} of {jax.process_count()} on {socket.gethostname()}: {reason}", file=sys.stderr, flush=True)
@@ -176,7 +176,7 @@ def check_shared(directory: pathlib.Path) -> None:
     number = multihost_utils.broadcast_one_to_all(np.random.default_rng().integers(2**31, dtype=np.int32))
     mark = directory / f"shared-{number}"
     if jax.process_index() == 0:
-        mark.touch()
+        mark.write_text("")
     try:
         barrier("work directory")
         agree({f"a new file in {directory} (is it on a file system that all share?)": "it" if mark.exists() else "nothing"})

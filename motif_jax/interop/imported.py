@@ -157,7 +157,7 @@ def _contents(directory: pathlib.Path) -> dict[str, Any]:
 
 
 def is_imported(directory: str | pathlib.Path) -> bool:
-    return (pathlib.Path(directory) / CONTENTS).exists()
+    return "://" not in str(directory) and (pathlib.Path(directory) / CONTENTS).exists()
 
 
 def read_imported(directory: str | pathlib.Path, names: Iterable[str] = tuple(_CONFIGS)) -> Weights:

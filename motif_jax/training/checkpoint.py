@@ -20,8 +20,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
 from motif_jax.config import CheckpointConfig, UserError
+from motif_jax.data.storage import Path
 
 FIELDS = ("step", "params", "ema", "opt_state")  # of the state
 
@@ -91,6 +93,11 @@ def _copies_on_host(state: Any) -> Any:
     return structure.unflatten(copies)
 
 
+def _reason(error: Exception) -> str:
+    """The first line of an error's text, without the settings of a whole database that TensorStore adds to it."""
+    return str(error).strip().partition("\n")[0].partition(" [tensorstore_spec")[0]
+
+
 def _fields(state: Any) -> dict[str, Any]:
     return {name: getattr(state, name) for name in FIELDS}
 
@@ -100,35 +107,38 @@ def state_checksums(state: Any) -> dict[str, str]:
     return checksums(_fields(state))
 
 
-def _compare(directory: pathlib.Path, found: dict[str, str], meta: dict) -> None:
+def _compare(directory: Path, found: dict[str, str], meta: dict) -> None:
     wrong = [name for name, value in found.items() if meta["checksums"].get(name) != value]
     if wrong:
         raise CheckpointError(f"checkpoint {directory}: the content of {', '.join(wrong)} is not what was saved (checksum)")
 
 
-def latest_step(workdir: str | pathlib.Path) -> int | None:
+def latest_step(workdir: Path) -> int | None:
     """The newest complete checkpoint of a work directory, if there is one; changes nothing on disk."""
-    return max(_steps(pathlib.Path(workdir).absolute() / "checkpoints"), default=None)
+    return max(_steps(workdir.absolute() / "checkpoints"), default=None)
 
 
-def _steps(directory: pathlib.Path) -> list[int]:
+def _steps(directory: Path) -> list[int]:
     import orbax.checkpoint as ocp
 
-    return sorted(ocp.utils.checkpoint_steps(directory)) if directory.is_dir() else []
+    return sorted(ocp.utils.checkpoint_steps(str(directory))) if directory.is_dir() else []
 
 
-def unfinished(workdir: str | pathlib.Path) -> list[str]:
+def unfinished(workdir: Path) -> list[str]:
     """Names of what a killed process left half written; Orbax removes them when it opens the directory."""
-    directory = pathlib.Path(workdir).absolute() / "checkpoints"
-    return sorted(path.name for path in directory.glob("*.orbax-checkpoint-tmp*"))
+    directory = workdir.absolute() / "checkpoints"
+    if isinstance(directory, pathlib.Path):
+        return sorted(path.name for path in directory.glob("*.orbax-checkpoint-tmp*"))
+    whole = _steps(directory)  # in a store, where nothing is renamed, it has its final name and lacks a mark
+    return sorted(path.name for path in directory.glob("*") if path.name.isdigit() and int(path.name) not in whole)
 
 
-def set_damaged_aside(workdir: str | pathlib.Path) -> list[str]:
+def set_damaged_aside(workdir: Path) -> list[str]:
     """Moves the newest checkpoints that cannot be read to `<workdir>/damaged`, down to one that can; returns why, one line each.
 
     For one process of the job, before `Checkpoints` opens the directory. Raises CheckpointError, and moves nothing, when none can be read.
     """
-    workdir = pathlib.Path(workdir).absolute()
+    workdir = workdir.absolute()
     damaged: dict[int, CheckpointError] = {}
     for step in reversed(_steps(workdir / "checkpoints")):
         try:
@@ -149,7 +159,7 @@ def set_damaged_aside(workdir: str | pathlib.Path) -> list[str]:
     return reasons
 
 
-def read_arrays(directory: pathlib.Path, names: tuple[str, ...], kind: type = jax.Array) -> dict[str, Any]:
+def read_arrays(directory: Path, names: tuple[str, ...], kind: type = jax.Array) -> dict[str, Any]:
     """The fields `names` of the state in the directory of one checkpoint, on this host (NumPy) or its first device, and checked.
 
     Empty fields are left out. Needs no mesh and no other process. Raises CheckpointError.
@@ -159,7 +169,8 @@ def read_arrays(directory: pathlib.Path, names: tuple[str, ...], kind: type = ja
     directory = directory.absolute()
     try:
         handler = ocp.PyTreeCheckpointHandler()
-        tree = handler.metadata(directory / "state").tree
+        state = epath.Path(str(directory / "state"))
+        tree = handler.metadata(state).tree
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         wanted = {n: jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=device), tree[n]) for n in names if tree.get(n)}
         if kind is np.ndarray:
@@ -167,14 +178,14 @@ def read_arrays(directory: pathlib.Path, names: tuple[str, ...], kind: type = ja
         else:
             restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
         args = ocp.args.PyTreeRestore(wanted, restore_args=restore_args, partial_restore=True)
-        found = handler.restore(directory / "state", args=args)
+        found = handler.restore(state, args=args)
     except Exception as error:  # Orbax and tensorstore raise many kinds; all mean the same to a user.
-        raise CheckpointError(f"checkpoint {directory} cannot be read: {error}") from error
+        raise CheckpointError(f"checkpoint {directory} cannot be read: {_reason(error)}") from error
     _compare(directory, checksums(found), read_meta(directory))
     return found
 
 
-def read_meta(directory: pathlib.Path) -> dict[str, Any]:
+def read_meta(directory: Path) -> dict[str, Any]:
     """The meta in the directory of one checkpoint. Raises CheckpointError."""
     try:
         return json.loads((directory / "meta" / "metadata").read_text())
@@ -182,7 +193,7 @@ def read_meta(directory: pathlib.Path) -> dict[str, Any]:
         raise CheckpointError(f"checkpoint {directory} cannot be read: {error}") from error
 
 
-def _differences(directory: pathlib.Path, template: Any) -> list[str]:
+def _differences(directory: Path, template: Any) -> list[str]:
     """Names of what the state in the directory of one checkpoint and `template` do not both have in the same shape."""
     import orbax.checkpoint as ocp
 
@@ -191,7 +202,7 @@ def _differences(directory: pathlib.Path, template: Any) -> list[str]:
         return {jax.tree_util.keystr(path, simple=True, separator="."): getattr(x, "shape", None) for path, x in leaves}
 
     try:
-        saved = shapes(ocp.PyTreeCheckpointHandler().metadata(directory / "state").tree)
+        saved = shapes(ocp.PyTreeCheckpointHandler().metadata(epath.Path(str(directory / "state"))).tree)
     except Exception:  # damaged, which is another matter
         return []
     expected = shapes(ocp.tree.serialize_tree(template, keep_empty_nodes=True))
@@ -220,7 +231,7 @@ class Checkpoints:
     thousands; its processes meet in JAX's coordination service there, and not in collectives, which belong to the steps.
     """
 
-    def __init__(self, workdir: str | pathlib.Path, config: CheckpointConfig) -> None:
+    def __init__(self, workdir: Path, config: CheckpointConfig) -> None:
         import orbax.checkpoint as ocp
         from orbax.checkpoint import checkpoint_managers as policy
 
@@ -228,7 +239,7 @@ class Checkpoints:
             def reached_preemption(self, step: int) -> bool:
                 return False  # dist/preemption.py asks, by a counter of its own, which another counter would disturb
 
-        self.directory = pathlib.Path(workdir).absolute() / "checkpoints"
+        self.directory = workdir.absolute() / "checkpoints"
         keep = [policy.LatestN(config.keep)]
         if config.keep_every:
             keep.append(policy.EveryNSteps(config.keep_every))
@@ -239,7 +250,7 @@ class Checkpoints:
         with self._reported():
             self.directory.mkdir(parents=True, exist_ok=True)
             self._manager = Manager(
-                self.directory,
+                str(self.directory),
                 options=ocp.CheckpointManagerOptions(
                     preservation_policy=policy.AnyPreservationPolicy(keep),
                     create=False,
@@ -254,9 +265,8 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # also one from the thread that writes
-            first_line = str(error).strip().partition("\n")[0]
             raise CheckpointError(
-                f"cannot write checkpoints in {self.directory}: {first_line}\n"
+                f"cannot write checkpoints in {self.directory}: {_reason(error)}\n"
                 f"Make room or mend the file system, then run the same command again; whole checkpoints there: {_steps(self.directory)}"
             ) from error
 
@@ -264,8 +274,11 @@ class Checkpoints:
         """Compiles what a save runs on the device, so that the first one does not hold up the loop."""
         jax.block_until_ready((_copies_on_host(state), _checksums(_fields(state))))
 
-    def save(self, step: int, state: Any, data: dict, meta: dict) -> None:
-        """Starts a save; `state` may be donated to the next step. Waits for the save before, and raises CheckpointError if that failed."""
+    def save(self, step: int, state: Any, data: dict, meta: dict, before: Callable[[], None] = lambda: None) -> None:
+        """Starts a save, after what `before` does; `state` may be donated to the next step.
+
+        Waits for the save before, and raises CheckpointError if that failed.
+        """
         self.wait()
         sums, copy, args = _checksums(_fields(state)), _copies_on_host(state), self._args
 
@@ -275,6 +288,7 @@ class Checkpoints:
             interval = sys.getswitchinterval()
             sys.setswitchinterval(2e-4)  # else the loop waits 5 ms each of the many times that a step needs the interpreter
             try:
+                before()
                 with _quietly():
                     self._manager.save(step, args=args.Composite(**items), force=True)
             finally:
@@ -301,7 +315,7 @@ class Checkpoints:
                 ) from error
             others = [found for found in _steps(self.directory) if found != step]
             raise CheckpointError(
-                f"checkpoint {directory} cannot be restored: {error}\n"
+                f"checkpoint {directory} cannot be restored: {_reason(error)}\n"
                 + (f"--config.checkpoint.fallback=True continues from the newest one that can (others here: {others})" if others else "")
                 + ("" if others else "There is no other one here: begin anew with another --workdir")
             ) from error

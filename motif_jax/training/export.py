@@ -4,6 +4,7 @@ import pathlib
 from typing import Any
 
 from motif_jax.config import UserError
+from motif_jax.data.storage import Path
 from motif_jax.interop import files
 from motif_jax.interop import resampler as resampler_table
 from motif_jax.interop.buffers import schedule_buffers
@@ -17,7 +18,7 @@ SUFFIXES = (".safetensors", ".ckpt")
 
 
 def export(
-    directory: str | pathlib.Path, output: str | pathlib.Path, kind: str = "best", frozen: bool = False
+    directory: str | Path, output: str | pathlib.Path, kind: str = "best", frozen: bool = False
 ) -> tuple[pathlib.Path, int, list[str]]:
     """Writes `output` (.safetensors, or .ckpt, which needs PyTorch) and the same name with .yaml.
 

@@ -7,7 +7,6 @@ step -> log the steps before] -> wait for the save, write the report, mark done.
 
 import contextlib
 import math
-import pathlib
 import sys
 import time
 
@@ -18,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import motif_jax
 from motif_jax.config import Config, UserError, to_json
 from motif_jax.data import pipeline
+from motif_jax.data.storage import Path, run_location
 from motif_jax.data.tokens import make_tokenizer
 from motif_jax.dist import startup
 from motif_jax.dist.mesh import batch_rows, check_fits, global_batch, make_mesh, place, shard_like_params, shard_networks
@@ -29,6 +29,7 @@ from motif_jax.training import state as train_state
 from motif_jax.training.evaluation import validate
 from motif_jax.training.flops import training_flops
 from motif_jax.training.metrics import MetricWriter
+from motif_jax.training.mirror import METRICS, Mirror
 from motif_jax.training.optimizer import make_optimizer
 from motif_jax.training.progress import Progress
 from motif_jax.training.samples import SampleSheets
@@ -56,7 +57,7 @@ def check_kernel(config: Config, platform: str) -> None:
         raise UserError(f"attention={config.attention!r}: runs on {needed} and this is {platform}; use 'auto'")
 
 
-def newest_checkpoint(directory: pathlib.Path) -> int | None:
+def newest_checkpoint(directory: Path) -> int | None:
     """The newest checkpoint, once all processes have agreed on it and on whether it ends the run."""
     newest = checkpoint.latest_step(directory)
     found = f"{newest}{', done' * workdir.is_done(directory, newest)}"
@@ -64,7 +65,7 @@ def newest_checkpoint(directory: pathlib.Path) -> int | None:
     return newest
 
 
-def find_start(config: Config, directory: pathlib.Path) -> int | None:
+def find_start(config: Config, directory: Path) -> int | None:
     """The checkpoint to continue from; tells of unfinished ones, and sets damaged ones aside when asked to."""
     if jax.process_index() == 0:
         for name in checkpoint.unfinished(directory):
@@ -76,7 +77,7 @@ def find_start(config: Config, directory: pathlib.Path) -> int | None:
     return newest_checkpoint(directory)
 
 
-def finished(config: Config, directory: pathlib.Path, step: int | None) -> bool:
+def finished(config: Config, directory: Path, step: int | None) -> bool:
     """Whether a run whose newest checkpoint is `step` has nothing left to do; then it is marked done."""
     if step is None or step < config.steps:
         return False
@@ -88,12 +89,12 @@ def finished(config: Config, directory: pathlib.Path, step: int | None) -> bool:
     return True
 
 
-def train(config: Config, directory: str | pathlib.Path) -> bool:
+def train(config: Config, directory: str | Path) -> bool:
     """Trains until `config.steps`, continuing what `directory` holds; False when a signal ended it before.
 
     Raises UserError with the remedy on bad input; then the directory's run is as it was.
     """
-    directory = pathlib.Path(directory)
+    directory = run_location(directory)
     check_kernel(config, jax.default_backend())
     workdir.check(config, directory)
     facts = {"the configuration": to_json(config), "the code": startup.code_version()}
@@ -114,7 +115,7 @@ def train(config: Config, directory: str | pathlib.Path) -> bool:
             return finished(config, directory, restored) or _train(config, directory, dataset, mesh, restored)
 
 
-def _train(config: Config, directory: pathlib.Path, dataset: pipeline.Dataset, mesh: Mesh, restored: int | None) -> bool:
+def _train(config: Config, directory: Path, dataset: pipeline.Dataset, mesh: Mesh, restored: int | None) -> bool:
     first_process = jax.process_index() == 0
 
     def say(text: str) -> None:
@@ -167,14 +168,17 @@ def _train(config: Config, directory: pathlib.Path, dataset: pipeline.Dataset, m
     weights = params = None  # the denoiser's lives on in the state
 
     rows = batch_rows(mesh, config.batch_size)
-    writer = MetricWriter(directory, -1 if restored is None else step) if first_process else None  # -1: nothing was done before
+    mirror = Mirror(directory)
+    if first_process:
+        mirror.fetch(METRICS)
+    writer = MetricWriter(mirror.local, -1 if restored is None else step) if first_process else None  # -1: nothing was done before
     progress = Progress(writer, config, training_flops(config, networks), restored)
     validation = (
         pipeline.validation_batches(config.data, config.batch_size, config.eval.batches, tokenizer, rows) if config.eval.every else ()
     )
     if config.eval.every and not validation:
         say(f"no validation: {config.data.path} holds no clip out (docs/data.md), sample sheets show training clips")
-    sheets = SampleSheets(config, networks, tokenizer, empty_L, directory, writer, mesh)
+    sheets = SampleSheets(config, networks, tokenizer, empty_L, mirror.local, writer, mesh)
     batches = pipeline.make_iterator(dataset, config.batch_size, config.seed, step, tokenizer, rows)
     stop = StopSignal()
 
@@ -204,7 +208,7 @@ def _train(config: Config, directory: pathlib.Path, dataset: pipeline.Dataset, m
     def save() -> None:
         progress.flush(step)
         began = time.perf_counter()
-        checkpoints.save(step, state, {"step": step, **position}, meta | {"visited": visited})
+        checkpoints.save(step, state, {"step": step, **position}, meta | {"visited": visited}, before=mirror.try_to_copy)
         progress.last = step
         if writer:
             writer.write(step, {"save_seconds": time.perf_counter() - began})
@@ -224,7 +228,7 @@ def _train(config: Config, directory: pathlib.Path, dataset: pipeline.Dataset, m
                     progress.flush(step)
                     break
                 if step == config.profile.start and step > 0:
-                    jax.profiler.start_trace(directory)
+                    jax.profiler.start_trace(mirror.local)
                     tracing = True
                 began = time.perf_counter()
                 batch = next(batches)
@@ -246,6 +250,7 @@ def _train(config: Config, directory: pathlib.Path, dataset: pipeline.Dataset, m
                 if (step - 1) % config.log_every == 0:  # while the device works on this step
                     progress.flush(step - 1)
                     checkpoints.check()
+                    mirror.copy_sometimes()
             checkpoints.wait()
         finally:
             if tracing:
@@ -255,6 +260,7 @@ def _train(config: Config, directory: pathlib.Path, dataset: pipeline.Dataset, m
                 checkpoints.close()
             if writer:
                 writer.close()
+            mirror.close()
     complete = step >= config.steps and visited
     if not complete:
         say(f"stopped by a signal at step {step}; " + ("it is saved, " if step else "") + "the same command continues")

@@ -1,7 +1,6 @@
 """The weights a run starts from: random, another run's, or an imported checkpoint."""
 
 import dataclasses
-import pathlib
 import re
 
 import jax
@@ -9,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from motif_jax.config import Config, UserError, enumerate_first, read_json
+from motif_jax.data.storage import Path, run_location
 from motif_jax.interop.files import Lazy
 from motif_jax.interop.imported import CONTENTS, is_imported, read_imported
 from motif_jax.models import lora
@@ -86,14 +86,14 @@ def _new_image_path(networks: Networks, key: jax.Array) -> Params:
     return draw(key)
 
 
-def load(directory: str | pathlib.Path, kind: str = "best") -> dict[str, Params]:
+def load(directory: str | Path, kind: str = "best") -> dict[str, Params]:
     """{"denoiser": ..., maybe "autoencoder", "text", "image"} from a work directory, one of its checkpoints, or an import's directory.
 
     A work directory stands for its newest checkpoint; WORKDIR/checkpoints/STEP is another one. kind, of these: the average ("ema"), the
     raw weights ("raw"), or "best", the average if the run keeps one. Frozen networks are those of the run's own `init_from`. Raises
     UserError.
     """
-    directory = pathlib.Path(directory)
+    directory = run_location(directory)
     if is_imported(directory):
         if kind != "best":
             raise UserError(f"{directory}: an import holds one set of weights, not {kind}")
@@ -118,7 +118,7 @@ def _assembled(imported: dict[str, Params]) -> dict[str, Params]:
     return imported | ({"denoiser": imported["denoiser"] | resampler} if "denoiser" in imported else {})
 
 
-def load_frozen(directory: str | pathlib.Path) -> dict[str, Params]:
+def load_frozen(directory: str | Path) -> dict[str, Params]:
     """The "autoencoder", "text" and "image" of an `init_from`, through the work directories that started from one another."""
     start = origin(directory)
     return read_imported(start, ("autoencoder", "text", "image")) if start and is_imported(start) else {}
@@ -127,7 +127,7 @@ def load_frozen(directory: str | pathlib.Path) -> dict[str, Params]:
 def lacking(init_from: str, names: list[str]) -> UserError:
     """The error for frozen networks that are not in an `init_from`."""
     start, networks = origin(init_from), " and ".join(names)
-    if not start or pathlib.Path(start).exists():
+    if not start or run_location(start).exists():
         return UserError(f"init_from={start or init_from}: holds no weights of the {networks}")
     return UserError(
         f"init_from={start}: there is no such directory, from which the {networks} of this run came; put it back, or if the path is a "
@@ -135,29 +135,29 @@ def lacking(init_from: str, names: list[str]) -> UserError:
     )
 
 
-def origin(init_from: str | pathlib.Path, *passed: pathlib.Path) -> str:
+def origin(init_from: str | Path, *passed: Path) -> str:
     """What the first of the work directories that started from one another began with: an import, or what is not there; "" is chance.
 
     Raises UserError when they go round in a circle; `passed` are those before.
     """
-    while str(init_from) and pathlib.Path(init_from).exists() and not is_imported(init_from):
-        passed = (*passed, run_directory(pathlib.Path(init_from)).resolve())
+    while str(init_from) and (start := run_location(init_from)).exists() and not is_imported(start):
+        passed = (*passed, run_directory(start).resolve())
         if passed[-1] in passed[:-1]:
             raise UserError(
                 f"init_from: a run would start from itself ({' -> '.join(map(str, passed))}). The same command continues a run; give it "
                 "the init_from that it began with"
             )
-        init_from = read_config(init_from).init_from
+        init_from = read_config(start).init_from
     return str(init_from)
 
 
-def run_directory(directory: pathlib.Path) -> pathlib.Path:
+def run_directory(directory: Path) -> Path:
     """The work directory of WORKDIR/checkpoints/STEP; any other directory itself."""
     is_step = directory.name.isdigit() and directory.absolute().parent.name == "checkpoints" and directory.is_dir()
     return directory.absolute().parent.parent if is_step else directory
 
 
-def checkpoint_of(directory: pathlib.Path) -> pathlib.Path:
+def checkpoint_of(directory: Path) -> Path:
     """The newest checkpoint of a work directory; a checkpoint or an import itself. Raises UserError."""
     if is_imported(directory) or run_directory(directory) != directory:
         return directory
@@ -168,9 +168,9 @@ def checkpoint_of(directory: pathlib.Path) -> pathlib.Path:
     return directory / "checkpoints" / str(step)
 
 
-def read_config(directory: str | pathlib.Path) -> Config:
+def read_config(directory: str | Path) -> Config:
     """The configuration of a work directory or of one of its checkpoints. Raises UserError."""
-    path = run_directory(pathlib.Path(directory)) / "config.json"
+    path = run_directory(run_location(directory)) / "config.json"
     if not path.exists():
         raise UserError(f"{directory}: holds neither config.json (a work directory of motif_jax.main) nor {CONTENTS} (an import)")
     try:

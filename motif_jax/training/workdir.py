@@ -5,16 +5,17 @@ import errno
 import fcntl
 import json
 import os
-import pathlib
 import socket
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any, TextIO
+from typing import Any
 
 from motif_jax import report
 from motif_jax.config import Config, UserError, read_json, to_json
+from motif_jax.data.storage import Path, RemotePath, write_whole
 from motif_jax.models.networks import Params
 from motif_jax.training.checkpoint import CheckpointError
+from motif_jax.training.mirror import mirrored
 from motif_jax.training.weights import origin
 
 # A run may be continued with other values of these; everything else decides what the parameters become.
@@ -48,7 +49,7 @@ def settings(config: Config) -> dict[str, Any]:
     return found
 
 
-def compare(before: Mapping[str, Any], now: Mapping[str, Any], workdir: pathlib.Path) -> list[str]:
+def compare(before: Mapping[str, Any], now: Mapping[str, Any], workdir: Path) -> list[str]:
     """What steers the rest of the run otherwise than before, a line each. Raises UserError when other `settings` differ."""
     changed = {k: f"{k} was {before[k]!r} and is now {v!r}" for k, v in now.items() if k in before and before[k] != v}
     fixed = [text for name, text in changed.items() if name not in STEERING]
@@ -57,25 +58,29 @@ def compare(before: Mapping[str, Any], now: Mapping[str, Any], workdir: pathlib.
     return list(changed.values())
 
 
-def check(config: Config, workdir: pathlib.Path) -> None:
+def check(config: Config, workdir: Path) -> None:
     """Raises UserError when `workdir` holds checkpoints of a run whose fixed settings differ, or is its own `init_from`; writes nothing."""
     origin(config.init_from, workdir.resolve())
     path = workdir / "config.json"
     try:
-        if path.exists() and (workdir / "checkpoints").is_dir() and any((workdir / "checkpoints").iterdir()):
+        if path.exists() and any((workdir / "checkpoints").glob("*")):
             compare(settings(read_json(path)), settings(config), workdir)
     except OSError as error:
         raise UserError(f"cannot read the work directory {workdir}: {error}") from error
 
 
-def lock(workdir: pathlib.Path) -> TextIO:
+def lock(workdir: Path) -> contextlib.AbstractContextManager:
     """Makes the directory; until the file that this returns is closed, no other process trains there. For one process of the job.
 
-    Raises UserError when another process keeps it for LOCK_SECONDS. On a file system without locks nothing is held.
+    Raises UserError when another process keeps it for LOCK_SECONDS. In a bucket, and on a file system without locks, nothing is held: the
+    file only says who was the last.
     """
-    path, waited = workdir / "lock", 0
+    path, waited, me = workdir / "lock", 0, f"process {os.getpid()} on {socket.gethostname()}\n"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
+        if isinstance(path, RemotePath):
+            path.write_text(me)
+            return contextlib.nullcontext()
         file = path.open("a+")
     except OSError as error:
         raise UserError(f"cannot write to the work directory {workdir}: {error}") from error
@@ -99,34 +104,32 @@ def lock(workdir: pathlib.Path) -> TextIO:
             break
     with contextlib.suppress(OSError):  # on a full disk it says nothing
         file.truncate(0)
-        os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        os.write(file.fileno(), me.encode())
         os.fsync(file.fileno())  # other hosts see it, too
     return file
 
 
-def begin(config: Config, workdir: pathlib.Path) -> None:
+def begin(config: Config, workdir: Path) -> None:
     """Writes config.json and takes away DONE, once nothing speaks against the run; for one process of the job."""
     (workdir / "DONE").unlink(missing_ok=True)
-    temporary = workdir / "config.tmp"
-    temporary.write_text(to_json(config))
-    temporary.replace(workdir / "config.json")
+    write_whole(workdir / "config.json", to_json(config))
 
 
-def write_overview(workdir: pathlib.Path, params: Params) -> None:
+def write_overview(workdir: Path, params: Params) -> None:
     """parameters.txt: name, shape and size of every weight."""
     from clu import parameter_overview
 
     (workdir / "parameters.txt").write_text(parameter_overview.get_parameter_overview(params, include_stats=False) + "\n")
 
 
-def check_position(saved: dict, expected: dict, directory: pathlib.Path) -> None:
+def check_position(saved: dict, expected: dict, directory: Path) -> None:
     """Refuses a checkpoint whose place in the data order means other clips now."""
     differs = [f"{k}: {saved.get(k)} then, {v} now" for k, v in expected.items() if saved.get(k) != v]
     if differs:
         raise CheckpointError(f"checkpoint {directory} was made with other data ({', '.join(differs)}); use the same, or another --workdir")
 
 
-def check_pretrained(saved: Mapping[str, str], now: Mapping[str, str], directory: pathlib.Path) -> None:
+def check_pretrained(saved: Mapping[str, str], now: Mapping[str, str], directory: Path) -> None:
     """Refuses a checkpoint that was trained behind other frozen networks: {name: checksum of its weights}, of then and now."""
     differs = [name for name, value in now.items() if saved.get(name, value) != value]
     if differs:
@@ -136,22 +139,23 @@ def check_pretrained(saved: Mapping[str, str], now: Mapping[str, str], directory
         )
 
 
-def is_done(workdir: pathlib.Path, step: int | None) -> bool:
+def is_done(workdir: Path, step: int | None) -> bool:
     """Whether `finish` was called for `step`, and nothing has begun since."""
     done = workdir / "DONE"
     return done.exists() and done.read_text() == f"{step}\n"
 
 
-def finish(workdir: pathlib.Path, step: int) -> None:
+def finish(workdir: Path, step: int) -> None:
     """Writes the report and the mark DONE, unless an earlier call did; for one process of the job."""
     if not is_done(workdir, step):
-        page = report.write(workdir)
+        with mirrored(workdir) as local:
+            page = report.write(local)
         (workdir / "DONE").write_text(f"{step}\n")
-        print(f"done: {step} steps; {page}", flush=True)
+        print(f"done: {step} steps; {workdir / page.name}", flush=True)
 
 
 @contextlib.contextmanager
-def full_disk_reported(workdir: pathlib.Path) -> Iterator[None]:
+def full_disk_reported(workdir: Path) -> Iterator[None]:
     """A full disk under metrics, samples or report as a UserError (checkpoints report their own)."""
     try:
         yield

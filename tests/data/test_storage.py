@@ -42,11 +42,16 @@ def s3(monkeypatch):
 
 
 @pytest.fixture
+def gs(bucket):
+    return "gs://bucket"
+
+
+@pytest.fixture
 def memory():
     return "memory://"
 
 
-@pytest.mark.parametrize("kind", ["memory", "s3"])
+@pytest.mark.parametrize("kind", ["memory", "gs", "s3"])
 def test_an_object_store_holds_what_a_disk_would(tmp_path, kind, request):
     url = f"{request.getfixturevalue(kind)}/{uuid.uuid4().hex}/data"
     on_disk = prepare(tmp_path / "disk")

@@ -149,6 +149,19 @@ def test_two_processes_equal_one(environment, data, single, tmp_path):
     assert len(list((tmp_path / "samples" / str(STEPS)).glob("*.gif"))) == 3
 
 
+def test_two_processes_write_to_a_bucket(bucket, environment, data, single, tmp_path):
+    """Each its part of a checkpoint; a third process reads them."""
+    job = start(dict(os.environ) | environment, 2, data, "gs://bucket/pod")  # os.environ: where the bucket is
+    text = end(job, timeout=300)
+    assert job.returncode == 0 and f"done: {STEPS} steps; gs://bucket/pod/report.html" in text and "in 2 processes" in text, text
+    for name, (content, _) in bucket.objects.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    assert_same_run(tmp_path / "pod", single)
+    parts = {name.split("/state/")[1].split("/")[0] for name in bucket.objects if f"/{STEPS}/state/" in name}
+    assert parts >= {"ocdbt.process_0", "ocdbt.process_1"}
+
+
 def test_a_stopped_and_killed_job_continues_with_fewer_processes(environment, data, single, tmp_path):
     """SIGTERM to one of two: both save and leave. kill -9 of one of two: the job fails by itself. One process does the rest."""
     job = start(environment, 2, data, tmp_path)

@@ -192,6 +192,7 @@ def small_disk(tmp_path):
 
 
 FULL_DISK = """
+import pathlib
 import sys
 import jax
 import jax.numpy as jnp
@@ -199,7 +200,7 @@ from motif_jax.config import CheckpointConfig
 from motif_jax.training.checkpoint import CheckpointError, Checkpoints
 from motif_jax.training.state import TrainState
 
-checkpoints = Checkpoints(sys.argv[1], CheckpointConfig(keep=1))
+checkpoints = Checkpoints(pathlib.Path(sys.argv[1]), CheckpointConfig(keep=1))
 try:
     for step, size in (1, 64), (2, 64 * 1024):  # 65 MB
         params = {f"{i}.kernel": jax.random.normal(jax.random.key(i), (size, 8)) for i in range(32)}
