@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 import sys
 
 import jax
@@ -152,4 +153,4 @@ def main(config, towers, directory):
 
 
 if __name__ == "__main__":
-    main(from_json(sys.argv[1]), from_json(sys.argv[2]), sys.argv[3])
+    main(from_json(sys.argv[1]), from_json(sys.argv[2]), pathlib.Path(sys.argv[3]))
