@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Trains on a Cloud TPU slice over ssh: the same command on every host, which find each other by themselves.
 # Usage: launch/tpu_vm.sh [--dry-run] TPU_NAME --config=configs/X.py --workdir=DIR [--config.a.b=value ...]
-#   Copies this checkout, as committed, to ~/motif_jax of each host, installs it with the extra `tpu`, and runs motif_jax.main in the
-#   foreground. DIR and the data must be on storage that every host mounts (Filestore, gcsfuse).
+#   Copies this checkout, as committed, to ~/motif_jax of each host, installs it with the extras `tpu` and `gs`, and runs
+#   motif_jax.main in the foreground. DIR is gs://BUCKET/RUN, or on storage that every host mounts (Filestore), as the data must be.
 #   ZONE, PROJECT: of the slice (default: those of gcloud's configuration).
 #   ACCELERATOR=v5litepod-64: makes the slice as a queued resource first and waits for it; RUNTIME (default:
 #   the one for v5e, v5p or v6e), SPOT=1.
@@ -39,4 +39,4 @@ if [ -n "${ACCELERATOR:-}" ]; then
   done
 fi
 
-on_every_host tpu "exec python -m motif_jax.main $arguments"
+on_every_host tpu,gs "exec python -m motif_jax.main $arguments"

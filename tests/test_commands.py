@@ -303,7 +303,7 @@ def test_a_job_on_several_hosts_shares_its_compiled_programs(monkeypatch, tmp_pa
     set_to = {}
     monkeypatch.setattr(jax.config, "update", set_to.__setitem__)
     commands.keep_compiled_programs()
-    commands.share_compiled_programs(tmp_path / "run" / "compiled")
+    commands.share_compiled_programs(str(tmp_path / "run" / "compiled"))
     assert set_to == ({"jax_compilation_cache_dir": str(tmp_path / kept)} if kept else {})
 
 

@@ -7,6 +7,7 @@ import concurrent.futures
 import contextlib
 import pathlib
 import shutil
+import sys
 import tempfile
 import threading
 import time
@@ -72,7 +73,7 @@ class Mirror:
         """A copy whose failure is told, and made good by the next."""
         try:
             self.copy()
-        except StoreError as error:
+        except OSError as error:  # also of a file that was replaced meanwhile
             print(f"{self._workdir}: metrics and samples cannot be copied there now: {error}", flush=True)
 
     @staticmethod
@@ -81,14 +82,17 @@ class Mirror:
         return found.st_size, found.st_mtime_ns
 
     def close(self) -> None:
-        """The last copy; the temporary directory goes, unless that fails. Raises StoreError."""
+        """The last copy; the temporary directory goes, unless that fails. Raises StoreError, or tells it after another error."""
+        other = sys.exception()
         self._thread.shutdown()
         try:
             self.copy()
         except StoreError as error:
-            raise StoreError(
-                f"{self._workdir}: the last metrics and samples cannot be copied there, and are in {self.local}; {error}"
-            ) from error
+            text = f"{self._workdir}: the last metrics and samples cannot be copied there, and are in {self.local}; {error}"
+            if other is None:
+                raise StoreError(text) from error
+            print(text, flush=True)
+            return
         if self._remote:
             shutil.rmtree(self.local, ignore_errors=True)
 
@@ -97,6 +101,8 @@ class Mirror:
 def mirrored(workdir: Path) -> Iterator[pathlib.Path]:
     """A directory on a disk with what `report.write` reads of a work directory; what is written there goes to that directory afterwards."""
     mirror = Mirror(workdir)
-    mirror.fetch_report()
-    yield mirror.local
-    mirror.close()
+    try:
+        mirror.fetch_report()
+        yield mirror.local
+    finally:
+        mirror.close()

@@ -9,31 +9,13 @@ import jax
 import numpy as np
 import pytest
 
-from motif_jax import preparation
 from motif_jax.animation import Animator
-from motif_jax.config import EvalConfig, MeshConfig, SampleConfig, StoreError, UserError
+from motif_jax.config import EvalConfig, SampleConfig, StoreError, UserError
 from motif_jax.data.storage import run_location
 from motif_jax.training import checkpoint, loop, mirror, weights
 from motif_jax.training.mirror import Mirror
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
-
-
-@pytest.fixture(scope="module")
-def config(tiny, tmp_path_factory):
-    """Four steps with everything on."""
-    small = tiny(
-        backbone="dit",
-        dit={"width": 16, "depth": 1, "num_head_channels": 8, "patch": [4, 2, 2]},
-        prepare={"validation_share": 0.3},
-        checkpoint={"every": 2},
-        eval={"every": 2, "batches": 2, "buckets": 1},
-        sample={"every": 2, "count": 1, "steps": 1},
-        optimizer={"schedule": "constant"},
-    )
-    data = tmp_path_factory.mktemp("data")
-    preparation.prepare(small, "synthetic:shapes:40", data, log=lambda line: None)
-    return dataclasses.replace(small, data=dataclasses.replace(small.data, path=str(data)), mesh=MeshConfig())
 
 
 @pytest.fixture
@@ -58,13 +40,13 @@ def steps_and_values(lines: list[dict]) -> list[tuple]:
     return sorted((line["step"], key, value) for line in lines for key, value in line.items() if key != "step")
 
 
-def test_a_run_in_a_bucket_is_the_run_on_a_disk(config, bucket, url, tmp_path, capsys):
+def test_a_run_in_a_bucket_is_the_run_on_a_disk(eventful, bucket, url, tmp_path, capsys):
     """In two parts, with a half-written save between them: state, metrics, pictures, marks; then read by those who read runs."""
-    loop.train(config, tmp_path)
-    assert loop.train(dataclasses.replace(config, steps=3), url)
+    loop.train(eventful, tmp_path)
+    assert loop.train(dataclasses.replace(eventful, steps=3), url)
     del bucket.objects[f"{url.removeprefix('gs://bucket/')}/checkpoints/3/commit_success.txt"]
     capsys.readouterr()
-    assert loop.train(config, url)
+    assert loop.train(eventful, url)
     said = capsys.readouterr().out
     assert f"{url}/checkpoints/3: an unfinished save, left out" in said and "continuing at step 2 of 4" in said
     assert f"done: 4 steps; {url}/report.html" in said
@@ -79,20 +61,20 @@ def test_a_run_in_a_bucket_is_the_run_on_a_disk(config, bucket, url, tmp_path, c
     metas = [checkpoint.read_meta(directory / "checkpoints" / "4") for directory in (tmp_path, run)]
     assert metas[0]["checksums"] == metas[1]["checksums"]
 
-    assert loop.train(config, url) and "nothing to train: 4 of 4 steps are done" in capsys.readouterr().out
+    assert loop.train(eventful, url) and "nothing to train: 4 of 4 steps are done" in capsys.readouterr().out
     for a, b in zip(*(jax.tree.leaves(weights.load(place)["denoiser"]) for place in (str(tmp_path), url)), strict=True):
         np.testing.assert_array_equal(a, b)
     image = np.zeros((16, 16, 3), np.uint8)
     clips = [Animator.load(place)([image], ["a square"], [0]) for place in (tmp_path, f"{url}/checkpoints/4")]
     np.testing.assert_array_equal(*clips)
     continued = tmp_path / "continued"
-    assert loop.train(dataclasses.replace(config, steps=1, init_from=url), continued)
+    assert loop.train(dataclasses.replace(eventful, steps=1, init_from=url), continued)
     with pytest.raises(UserError, match=f"init_from: a run would start from itself \\({url}"):
-        loop.train(dataclasses.replace(config, init_from=url), url)
+        loop.train(dataclasses.replace(eventful, init_from=url), url)
 
 
-def test_a_damaged_checkpoint_in_a_bucket_is_set_aside(config, bucket, url, capsys):
-    config = dataclasses.replace(config, eval=EvalConfig(every=0), sample=SampleConfig(every=0))
+def test_a_damaged_checkpoint_in_a_bucket_is_set_aside(eventful, bucket, url, capsys):
+    config = dataclasses.replace(eventful, eval=EvalConfig(every=0), sample=SampleConfig(every=0))
     fallback = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, fallback=True))
     assert loop.train(config, url)
     prefix = url.removeprefix("gs://bucket/")
@@ -108,16 +90,16 @@ def test_a_damaged_checkpoint_in_a_bucket_is_set_aside(config, bucket, url, caps
     assert {name.replace("/damaged/", "/checkpoints/") for name in bucket.objects if name.startswith(f"{prefix}/damaged/4/")} == before
 
 
-def test_a_bucket_that_refuses(config, bucket, url):
+def test_a_bucket_that_refuses(eventful, bucket, url):
     with pytest.raises(UserError, match="cannot write to the work directory gs://nobody/run: "):
-        loop.train(config, "gs://nobody/run")
+        loop.train(eventful, "gs://nobody/run")
     with pytest.raises(UserError, match="s3://bucket/run: checkpoints are written to file systems and gs:// alone"):
-        loop.train(config, "s3://bucket/run")
+        loop.train(eventful, "s3://bucket/run")
     with pytest.raises(UserError, match=r"holds neither config\.json"):
         weights.load(url)
     bucket.failing = "/upload/"
     with pytest.raises(UserError, match=f"cannot write to the work directory {url}: .*Forbidden"):
-        loop.train(config, url)
+        loop.train(eventful, url)
 
 
 def test_what_cannot_be_copied_is_told_and_copied_later(bucket, url, capsys, monkeypatch):
@@ -132,6 +114,12 @@ def test_what_cannot_be_copied_is_told_and_copied_later(bucket, url, capsys, mon
     assert f"{url}: metrics and samples cannot be copied there now" in capsys.readouterr().out
     with pytest.raises(StoreError, match=f"{url}: the last metrics and samples cannot be copied there, and are in {copies.local}"):
         copies.close()
+    with pytest.raises(KeyError):  # what ended the run is what its user has to know
+        try:
+            raise KeyError
+        finally:
+            copies.close()
+    assert f"cannot be copied there, and are in {copies.local}" in capsys.readouterr().out
     bucket.failing = None
     assert files(bucket, url) == {} and (copies.local / "metrics.jsonl").read_text() == "1"
     copies = Mirror(run_location(url))

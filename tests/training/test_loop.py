@@ -20,7 +20,7 @@ from PIL import Image
 
 import motif_jax
 from motif_jax import preparation, report
-from motif_jax.config import MeshConfig, ProfileConfig, UserError
+from motif_jax.config import ProfileConfig, UserError
 from motif_jax.dist.preemption import Interrupted, StopSignal
 from motif_jax.interop.files import write_safetensors
 from motif_jax.models.networks import Networks
@@ -32,18 +32,8 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 @pytest.fixture(scope="module")
-def config(tiny, tmp_path_factory):
-    """Four steps with everything on; runs share their compiled programmes."""
-    small = tiny(
-        backbone="dit",
-        dit={"width": 16, "depth": 1, "num_head_channels": 8, "patch": [4, 2, 2]},
-        prepare={"validation_share": 0.3},
-        checkpoint={"every": 2, "keep": 9},
-        eval={"every": 2, "batches": 2, "buckets": 1},
-        sample={"every": 2, "count": 1, "steps": 1},
-    )
-    data = tmp_path_factory.mktemp("data")
-    preparation.prepare(small, "synthetic:shapes:40", data, log=lambda line: None)
+def config(eventful, tmp_path_factory):
+    """Runs share their compiled programmes."""
     settings = {
         "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
@@ -52,7 +42,7 @@ def config(tiny, tmp_path_factory):
     before = {name: getattr(jax.config, name) for name in settings}
     for name, value in settings.items():
         jax.config.update(name, value)
-    yield dataclasses.replace(small, data=dataclasses.replace(small.data, path=str(data)), mesh=MeshConfig())
+    yield eventful
     for name, value in before.items():
         jax.config.update(name, value)
 
