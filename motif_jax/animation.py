@@ -25,6 +25,7 @@ from motif_jax.data.tokens import make_tokenizer
 from motif_jax.data.videos import save_video
 from motif_jax.dist.mesh import BATCH
 from motif_jax.generation import make_generator
+from motif_jax.models.attention import missing_for
 from motif_jax.models.networks import Networks, Params
 from motif_jax.training import weights
 from motif_jax.training.step import empty_sentence
@@ -70,6 +71,8 @@ class Animator:
                 there = f"; checkpoints here: {steps}" if steps else ""
                 raise UserError(f"{directory}: no config.json there; expected a work directory of motif_jax.main or a checkpoint{there}")
             config = weights.read_config(directory)
+            if missing_for(config.attention, jax.default_backend()):  # the run was on other devices
+                config = dataclasses.replace(config, attention="auto")
         if guidance is not None and not math.isfinite(guidance):
             raise UserError(f"--guidance={guidance}: must be a finite number")
         changed = {k: v for k, v in {"steps": steps, "guidance": guidance}.items() if v is not None}

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from motif_jax.models import packed, splash
 from motif_jax.models.layers import Dense, Initializer, gathered, product
-from motif_jax.models.placement import CLIPS, constrain, platform
+from motif_jax.models.placement import CLIPS, ampere, constrain, platform
 
 IMAGE_TOKENS = 16  # per frame, from DynamiCrafter's resampler
 BLOCKWISE_FROM = 2**22  # query-key pairs of one head: 2560 pixels (a 320x512 frame) are beyond it, 1280 are not
@@ -35,7 +35,8 @@ def attention(
 
     implementation: "reference" is written out here; "xla" and "cudnn" are those of `jax.nn.dot_product_attention`; "packed" is cudnn here,
     and `models.packed` in an `Attention` among few tokens; "splash" is TPU's kernel of that name where both sequences are long, else
-    "xla"; "auto" takes packed on GPU for half precision and head widths that cuDNN supports, xla on TPU, reference on CPU.
+    "xla"; "auto" takes packed on an NVIDIA GPU (`placement.ampere`) for half precision and head widths that cuDNN supports, reference on
+    CPU, xla elsewhere.
     Where L * S is large, "reference" and "xla" take the queries in blocks and recompute each block's weights in the backward
     pass, so that memory does not grow with L * S. Raises ValueError for a name it does not know, or a kernel of another platform.
     """
@@ -60,6 +61,15 @@ def attention(
     q_MNlHK = jnp.moveaxis(q_NLHK.reshape(N, L // block, block, H, K), 1, 0)
     out_MNlHK = jax.lax.map(jax.checkpoint(lambda q: attend(q, k_NSHK, v_NSHK)), q_MNlHK)
     return jnp.moveaxis(out_MNlHK, 0, 1).reshape(q_NLHK.shape)
+
+
+def missing_for(implementation: str, where: str) -> str | None:
+    """What keeps `implementation` from running on platform `where`, the one that is traced for; None: nothing."""
+    needed = {"splash": "tpu", "cudnn": "gpu", "packed": "gpu"}.get(implementation, where)
+    if needed != where:
+        return f"runs on {needed} and this is {where}"
+    old = where == "gpu" and implementation in ("cudnn", "packed") and not ampere()
+    return "runs on NVIDIA GPUs of compute capability 8.0 and up" if old else None
 
 
 def _on_each_device(attend: Callable, *arrays: Array) -> Array:
@@ -160,10 +170,9 @@ _heads_first.defvjp(_attend, _attend_backward)
 
 
 def _choose(width: int, dtype: Any) -> str:
-    where = platform()
-    if where in ("gpu", "cuda"):
-        return "packed" if jnp.dtype(dtype).itemsize == 2 and width % 8 == 0 and width <= 128 else "xla"
-    return "reference" if where == "cpu" else "xla"
+    if ampere() and jnp.dtype(dtype).itemsize == 2 and width % 8 == 0 and width <= 128:
+        return "packed"
+    return "reference" if platform() == "cpu" else "xla"
 
 
 class Attention(nnx.Module):

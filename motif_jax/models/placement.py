@@ -23,6 +23,17 @@ def platform() -> str:
     return (_target.get() or (jax.default_backend(), False))[0]
 
 
+def ampere() -> bool:
+    """Whether traced code will run on an NVIDIA GPU of compute capability 8.0 or more, as Triton, cuDNN's attention and TF32 need it.
+
+    A GPU that is not here, and compiled for, is taken for one.
+    """
+    if platform() != "gpu":
+        return False
+    capability = getattr(jax.devices()[0], "compute_capability", "8.0")  # "gfx942" on AMD's
+    return capability[0].isdigit() and float(capability) >= 8.0
+
+
 def interpreted() -> bool:
     """Whether Triton kernels are carried out operation by operation, slowly, as they can be anywhere."""
     return platform() == "cpu" or (_target.get() or ("", False))[1]
@@ -74,10 +85,10 @@ def constrain(x: Array, *axes: Axis) -> Array:
 def kernel_rows(rows: int, dtype: Any, frames_apart: bool = True) -> tuple[str, ...] | None:
     """The axes of the mesh that `rows` leading entries of activations lie over, for a Triton kernel, which XLA cannot partition.
 
-    None where it is not to be run: not on a GPU, not in half precision, `use_kernels(False)`, entries that do not divide, channels split
-    over `tensor`, or (not `frames_apart`) an entry is a clip and its frames are split over `context`.
+    None where it is not to be run: not on such a GPU (`ampere`), not in half precision, `use_kernels(False)`, entries that do not divide,
+    channels split over `tensor`, or (not `frames_apart`) an entry is a clip and its frames are split over `context`.
     """
-    if platform() != "gpu" or jnp.dtype(dtype).itemsize != 2 or not _kernels.get():
+    if not ampere() or jnp.dtype(dtype).itemsize != 2 or not _kernels.get():
         return None
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from motif_jax.models.placement import platform
+from motif_jax.models.placement import ampere, platform
 
 
 def convolve(
@@ -39,7 +39,7 @@ def prepare(kernel: Float[Array, "h w I O"], precision: str) -> Array:
     if platform() != "gpu":
         return kernel
     parts = [kernel]
-    if precision == "highest" and kernel.dtype == jnp.float32 and _has_tf32():
+    if precision == "highest" and kernel.dtype == jnp.float32 and ampere():
         rounded, rest = _split(kernel)
         parts = [rounded, rest, rounded]
     return jnp.stack([jnp.moveaxis(part, -1, 0) for part in parts], 3)
@@ -52,12 +52,6 @@ def prepared(module: nnx.Module) -> nnx.Module:
         if isinstance(layer, nnx.Conv):
             layer.kernel = nnx.Param(prepare(layer.kernel[...].astype(layer.dtype), layer.precision))
     return module
-
-
-def _has_tf32() -> bool:
-    """Whether the GPU's tensor cores do: NVIDIA's from compute capability 8.0 on. Where there is none, one is compiled for: yes."""
-    capability = getattr(jax.devices()[0], "compute_capability", "8.0")  # "gfx942" on AMD's
-    return capability[0].isdigit() and float(capability) >= 8.0
 
 
 def _split(x: Array) -> tuple[Array, Array]:

@@ -22,6 +22,7 @@ from motif_jax.data.tokens import make_tokenizer
 from motif_jax.dist import startup
 from motif_jax.dist.mesh import batch_rows, check_fits, global_batch, make_mesh, place, shard_like_params, shard_networks
 from motif_jax.dist.preemption import Interrupted, StopSignal
+from motif_jax.models.attention import missing_for
 from motif_jax.models.networks import Networks, Params
 from motif_jax.towers import check_towers, checksum
 from motif_jax.training import checkpoint, finetune, workdir
@@ -52,9 +53,8 @@ def make_state(config: Config, networks: Networks, mesh: Mesh, optimizer: optax.
 
 def check_kernel(config: Config, platform: str) -> None:
     """Raises UserError when the attention kernel is not one of `platform`."""
-    needed = {"splash": "tpu", "cudnn": "gpu", "packed": "gpu"}.get(config.attention, platform)
-    if needed != platform:
-        raise UserError(f"attention={config.attention!r}: runs on {needed} and this is {platform}; use 'auto'")
+    if missing := missing_for(config.attention, platform):
+        raise UserError(f"attention={config.attention!r}: {missing}; use 'auto'")
 
 
 def newest_checkpoint(directory: Path) -> int | None:

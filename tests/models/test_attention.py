@@ -1,5 +1,7 @@
 """Attention against loops over heads and queries in NumPy."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -132,6 +134,18 @@ def test_the_choice_of_kernel():
         with placement.target_platform(where):
             choices[where] = [module._choose(width, dtype) for width, dtype in heads]
     assert choices == {"cpu": ["reference"] * 3, "tpu": ["xla"] * 3, "gpu": ["packed", "xla", "xla"]}
+
+
+@pytest.mark.parametrize(("capability", "new"), [("7.5", False), ("gfx942", False), ("8.0", True), ("12.0", True)])
+def test_the_choice_of_kernel_on_other_gpus(capability, new, monkeypatch):
+    """Neither cuDNN's attention nor XLA's Triton is there before compute capability 8.0, nor on AMD's."""
+    monkeypatch.setattr(jax, "devices", lambda *_: [types.SimpleNamespace(compute_capability=capability)])
+    with placement.target_platform("gpu"):
+        assert module._choose(64, jnp.bfloat16) == ("packed" if new else "xla")
+        assert placement.kernel_rows(8, jnp.bfloat16) == (() if new else None)
+        for implementation in ("cudnn", "packed"):
+            assert module.missing_for(implementation, "gpu") == (None if new else "runs on NVIDIA GPUs of compute capability 8.0 and up")
+        assert module.missing_for("auto", "gpu") is None and module.missing_for("xla", "gpu") is None
 
 
 def test_an_unknown_kernel_is_named():

@@ -114,6 +114,16 @@ def test_the_options_of_an_animator(run):
         Animator.load(run[0], steps=1001)
 
 
+def test_a_run_with_a_kernel_of_other_devices_can_be_sampled(make_run):
+    """Trained on a TPU, sampled here; what a caller asks for is left as it is."""
+    directory = make_run(attention="splash")[0]
+    animator = Animator.load(directory)
+    assert animator.config.attention == "auto"
+    (clip,) = animator([np.zeros((16, 16, 3), np.uint8)], ["a square"], [0])
+    assert clip.shape == (animator.config.data.frames, animator.config.data.height, animator.config.data.width, 3)
+    assert Animator.load(make_run(attention="xla")[0]).config.attention == "xla"
+
+
 def test_raw_and_averaged_weights(run, tmp_path):
     directory, raw, average = run
     for kind, expected in (("raw", raw), ("ema", average), ("best", average)):
