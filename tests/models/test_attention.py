@@ -145,6 +145,8 @@ def test_the_choice_of_kernel_on_other_gpus(capability, new, monkeypatch):
         assert placement.kernel_rows(8, jnp.bfloat16) == (() if new else None)
         for implementation in ("cudnn", "packed"):
             assert module.missing_for(implementation, "gpu") == (None if new else "runs on NVIDIA GPUs of compute capability 8.0 and up")
+        program = str(jax.make_jaxpr(lambda x: attention(x, x, x, "xla"))(jnp.ones((1, 2, 1, 8), jnp.bfloat16)))
+        assert ("BF16_BF16_F32" in program) == new  # XLA has no such product for the older
         assert module.missing_for("auto", "gpu") is None and module.missing_for("xla", "gpu") is None
 
 
