@@ -102,12 +102,13 @@ def test_float32_on_tensor_cores_equals_the_authors_code(shared, tensor_cores):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_prepared_kernels_are_the_same_network(variant, dtype):
     """Kernels made before the loop, in a GPU's layout; without its rounding only the order of sums differs, in bfloat16 by its steps."""
-    model = raft.RAFT(variant, rngs=nnx.Rngs(0), dtype=dtype)
+    shapes = json.loads((TESTDATA / "raft_names.json").read_text())[variant]["torchvision"]
+    model = from_reference(make_raft.weights(shapes), variant, dtype=dtype)
     frames = np.random.default_rng(4).integers(0, 256, (2, 1, 64, 72, 3), np.uint8)
     expected = jax.jit(lambda *frames: model(*frames, 3))(*frames)
     with target_platform("gpu"):
         found = jax.jit(lambda *frames: model(*frames, 3))(*frames)
-    np.testing.assert_allclose(found, expected, atol=1e-4 if dtype == "float32" else 0.2)  # flow of 13 px and more
+    np.testing.assert_allclose(found, expected, atol=5e-4 if dtype == "float32" else 0.2)  # flow of up to 12 and 25 px
 
 
 def test_lookup_is_bilinear_with_zeros_outside():
