@@ -7,6 +7,7 @@ Several threads may ask at once: RAFT works on as many clips side by side as the
 import hashlib
 import math
 import pathlib
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -46,7 +47,8 @@ class RaftEstimator:
     ):
         """`stride` is the side of a stored cell in pixels (a multiple of 8).
 
-        `pairs` is the number of frame pairs refined together; 0 takes 1 on CPU, where larger blocks fall out of the cache, else 8.
+        `pairs` frames are encoded together at most, and as many pairs refined; 0 takes 1 on CPU, where larger blocks fall out of the
+        cache, else 8.
         Clips with a side under `enlarge_below` pixels are enlarged for the network. `dtype` is that of its convolutions:
         float32, bfloat16, or tensorfloat32, which is what a GPU makes of float32 where it may round to 10 bits (PyTorch's default).
         """
@@ -147,23 +149,24 @@ def _clip_flow(graph: Any, state: Any, frames_THW3: Array, *, iterations: int, s
         count, height, width, _ = frames_THW3.shape
         frames_THW3 = jax.image.resize(frames_THW3.astype(jnp.float32), (count, enlarge * height, enlarge * width, 3), "linear")
     frames = pad(frames_THW3)
-    features = jax.lax.map(lambda frame: model.features(frame[None])[0], frames)
-    context = jax.lax.map(lambda frame: model.context(frame[None])[0], frames[:-1])
+    features = _in_blocks(pairs, len(frames), lambda index: model.features(frames[index]))
+    context = _in_blocks(pairs, len(frames) - 1, lambda index: model.context(frames[index]))
 
-    # Pairs are refined in blocks of equal size, the last one filled up with repeats: a pair holds 35 MB of correlations at 320 x 512.
-    count = len(frames) - 1
-    blocks = math.ceil(count / pairs)
-    size = math.ceil(count / blocks)
-    index = jnp.minimum(jnp.arange(blocks * size), count - 1).reshape(blocks, size)
-
-    def refine(index):
+    def refine(index):  # a pair holds 35 MB of correlations at 320 x 512
         flow, hidden = model.refine(features[index], features[index + 1], context[index], iterations)
         return CELL * flow if model.variant == "small" else _pool(model.upsample(flow, hidden), CELL)
 
-    flow = jax.lax.map(refine, index)
-    flow = flow.reshape(blocks * size, *flow.shape[2:])[:count]
+    flow = _in_blocks(pairs, len(frames) - 1, refine)
     flow = _pool(flow, enlarge * stride // CELL) / enlarge
     return jnp.concatenate([flow, flow[-1:]])
+
+
+def _in_blocks(most: int, count: int, call: Callable[[Array], Array]) -> Array:
+    """`call` of the indices 0 to `count` - 1, in blocks of equal size, `most` at most, the last one filled up with repeats."""
+    blocks = math.ceil(count / most)
+    size = math.ceil(count / blocks)
+    found = jax.lax.map(call, jnp.minimum(jnp.arange(blocks * size), count - 1).reshape(blocks, size))
+    return found.reshape(blocks * size, *found.shape[2:])[:count]
 
 
 def _pool(flow_BHW2: Array, side: int) -> Array:

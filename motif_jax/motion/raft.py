@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Num
 
+from motif_jax.models.placement import platform
 from motif_jax.motion.tensor_cores import convolve, prepare, prepared
 
 CELL = 8  # pixels per grid cell
@@ -295,7 +296,8 @@ class RAFT(nnx.Module):
         height, width = first_BHW3.shape[1:3]
         top, left, *_ = padding(height, width)
         first, second = pad(first_BHW3), pad(second_BHW3)
-        flow, h = self.refine(self.features(first), self.features(second), self.context(first), iterations)
+        features = jnp.split(self.features(jnp.concatenate([first, second])), 2)
+        flow, h = self.refine(*features, self.context(first), iterations)
         return self.upsample(flow, h)[:, top : top + height, left : left + width]
 
 
@@ -327,13 +329,16 @@ def correlation_pyramid(first_BhwC: Float[Array, "B h w C"], second_BhwC: Float[
     row or column is dropped, as there.
     """
     b, h, w, c = first_BhwC.shape
+    first_BNC = first_BhwC.reshape(b, h * w, c) * c**-0.5
     levels = []
     for level in range(LEVELS):
         if level:
             rows, columns = second_BhwC.shape[1] // 2, second_BhwC.shape[2] // 2
             blocks = second_BhwC[:, : 2 * rows, : 2 * columns].reshape(b, rows, 2, columns, 2, c)
             second_BhwC = blocks.mean((2, 4))
-        levels.append(jnp.einsum("bnc,byxc->bnyx", first_BhwC.reshape(b, h * w, c) * c**-0.5, second_BhwC, precision="highest"))
+        if platform() == "gpu":  # XLA would make one product of them all and copy every level out of it
+            first_BNC, second_BhwC = jax.lax.optimization_barrier((first_BNC, second_BhwC))
+        levels.append(jnp.einsum("bnc,byxc->bnyx", first_BNC, second_BhwC, precision="highest"))
     return levels
 
 

@@ -15,6 +15,8 @@ from jaxtyping import Array, Float
 
 from motif_jax.models.placement import ampere, platform
 
+FEW = 192  # outputs
+
 
 def convolve(
     x_BHWC: Float[Array, "B H W I"], kernel: Array, strides: tuple[int, int], padding: list[tuple[int, int]], **options: Any
@@ -23,10 +25,13 @@ def convolve(
     if platform() == "gpu" and kernel.ndim == 4:
         kernel = prepare(kernel, options["precision"])
     if kernel.ndim == 5:
-        options |= {"dimension_numbers": ("NHWC", "OHWI", "NHWC"), "precision": "default"}
         if kernel.shape[3] == 3:
             x, rest = _split(x_BHWC)
-            x_BHWC = jnp.concatenate([x, x, rest], -1)
+            x_BHWC, options["precision"] = jnp.concatenate([x, x, rest], -1), "default"
+        elif kernel.shape[1:3] == (1, 1) and options["precision"] == "highest" and kernel.dtype == jnp.float32:
+            x_BHWC = x_BHWC[:, :: strides[0], :: strides[1]]
+            return jax.lax.dot_general(x_BHWC, kernel[:, 0, 0, 0], (((3,), (1,)), ((), ())), precision=options["precision"])
+        options["dimension_numbers"] = ("NHWC", "OHWI", "NHWC")
         kernel = kernel.reshape(*kernel.shape[:3], -1)
     return jax.lax.conv_general_dilated(x_BHWC, kernel, strides, padding, **options)
 
@@ -34,12 +39,13 @@ def convolve(
 def prepare(kernel: Float[Array, "h w I O"], precision: str) -> Array:
     """A kernel as GPUs take it, [O, h, w, parts, I], to be made outside of a loop; where no GPU is, `kernel` itself.
 
-    Float32 at precision "highest" has three parts (K, k', K), anything else one.
+    Float32 at precision "highest" has three parts (K, k', K), anything else one, and so has what combines the channels of a position into
+    `FEW` or less: reading three parts of them takes longer than such a product does in float32.
     """
     if platform() != "gpu":
         return kernel
     parts = [kernel]
-    if precision == "highest" and kernel.dtype == jnp.float32 and ampere():
+    if precision == "highest" and kernel.dtype == jnp.float32 and ampere() and (kernel.shape[:2] != (1, 1) or kernel.shape[3] > FEW):
         rounded, rest = _split(kernel)
         parts = [rounded, rest, rounded]
     return jnp.stack([jnp.moveaxis(part, -1, 0) for part in parts], 3)

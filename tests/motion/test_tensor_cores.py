@@ -24,6 +24,16 @@ def test_convolutions_on_tensor_cores(tensor_cores, precision, error):
     assert error / 100 < difference < error and len(tensor_cores) == 1
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+def test_few_outputs_of_one_position_are_a_float32_product(tensor_cores, stride):
+    random = np.random.default_rng(5)
+    x, kernel = random.normal(size=(2, 6, 8, 32)), random.normal(size=(1, 1, 32, 16))
+    options = {"dimension_numbers": ("NHWC", "HWIO", "NHWC"), "precision": "highest"}
+    found = module.convolve(jnp.float32(x), jnp.float32(kernel), (stride, stride), [(0, 0), (0, 0)], **options)
+    assert not tensor_cores  # no convolution in TF32
+    np.testing.assert_allclose(found, x[:, ::stride, ::stride] @ kernel[0, 0], atol=2e-5)  # sums of 32 terms of size 1
+
+
 @pytest.mark.parametrize("capability, parts", [("7.5", 1), ("8.0", 3), ("12.0", 3), ("gfx942", 1)])
 def test_three_parts_are_for_gpus_that_have_tf32(monkeypatch, capability, parts):
     """Elsewhere they would be three convolutions in float32."""
