@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import UInt8
 
-from motif_jax.bench.generate import Request, check_made, generate, make_output, write_manifest, writing
+from motif_jax.bench.generate import Request, check_images, check_made, generate, make_output, write_manifest, writing
 from motif_jax.bench.pairs import LONGEST_NAME, Pair
 from motif_jax.config import Config, UserError, enumerate_first
 from motif_jax.data.images import MediaError, cover, read_image
@@ -195,6 +195,7 @@ def animate_list(load: Callable[[], Animator], requests_file: str, output: str, 
     requests = [Request(pair, seed, f"{pair.id}.{suffix}") for pair in read_requests(requests_file)]
     make_output(directory)
     check_made(directory, requests)
+    check_images(directory, requests)
     animator = load()
     with writing(directory):
         write_manifest(directory, requests, {**animator.settings, "seed": seed})

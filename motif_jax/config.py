@@ -352,7 +352,9 @@ def from_json(text: str, source: str = "config.json") -> Config:
     try:
         given = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ConfigError(f"{source} is not JSON: {error}") from error
+        raise ConfigError(
+            f"{source} is not JSON: {error}; in a work directory, delete it: motif_jax.main with the run's --config writes it anew"
+        ) from error
     try:
         return from_config_dict(given)
     except ConfigError as error:

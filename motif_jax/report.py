@@ -131,10 +131,14 @@ def _samples(workdir: pathlib.Path) -> str:
 
 
 def _clips(directory: pathlib.Path) -> str:
-    """The GIFs of a comparison (see `training.samples.save_comparison`) with their captions."""
+    """The GIFs of a comparison (see `training.samples.save_comparison`) with their captions; or what is damaged."""
     parts = []
-    for index, caption in enumerate(json.loads((directory / "captions.json").read_text())):
-        data = (directory / f"{index:02d}.gif").read_bytes()
+    try:
+        captions = json.loads((directory / "captions.json").read_text())
+        clips = [(directory / f"{index:02d}.gif").read_bytes() for index in range(len(captions))]
+    except (OSError, ValueError, TypeError) as error:
+        return f"<p>{html.escape(f'{directory}: cannot be read: {error}')}</p>"
+    for caption, data in zip(captions, clips, strict=True):
         parts.append(f"<figure>{picture(data, 'image/gif', caption)}<figcaption>{html.escape(caption)}</figcaption></figure>")
     return f"<div class=clip>{''.join(parts)}</div>"
 
@@ -144,7 +148,10 @@ def _judged(workdir: pathlib.Path) -> str:
     path = workdir / "synthetic.json"
     if not path.exists():
         return ""
-    found = json.loads(path.read_text())
+    try:
+        splits = json.loads(path.read_text())["splits"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"<p>{html.escape(f'{path}: cannot be read: {error!r}; motif_jax.bench synthetic writes it')}</p>"
     rows = []
     labels = {"heldout": "combinations never seen in training", "several": "three shapes", "backgrounds": "backgrounds of another kind"}
     for split, label in {"validation": "new clips", **labels}.items():
@@ -154,7 +161,7 @@ def _judged(workdir: pathlib.Path) -> str:
             ("still", "direction_ok", "it stays still when told to"),
             ("moving", "success", "all measures at once"),
         ):
-            r = found["splits"][split]["model"][kind]["rates"][name]
+            r = splits[split]["model"][kind]["rates"][name]
             if r["rate"] is not None:
                 interval = f"{100 * r['low']:.0f} to {100 * r['high']:.0f}"
                 rows.append(f"<tr><td>{label}<td>{measure}<td>{100 * r['rate']:.0f} %<td>{interval}<td>{r['count']}")

@@ -142,6 +142,15 @@ def test_files_of_unknown_making_are_refused(folder, tiny):
         make()
 
 
+def test_images_are_opened_before_weights_are_loaded(folder):
+    """All that a list still needs: one that cannot be read would stop it late, and every time."""
+    for name in "bc":
+        (folder / f"{name}.jpg").write_bytes(b"\xff\xd8\xff")
+    requests = save(folder, {}, *({"image": f"{name}.jpg", "id": name} for name in "bc"))
+    with pytest.raises(UserError, match=r"b\.jpg \(of b\): is no image: .*c\.jpg \(of c\): is no image.*; mend them, or take them off"):
+        animate_list(lambda: 1 / 0, requests, str(folder / "out"), 0, 2, "gif")
+
+
 def test_a_manifest_that_cannot_be_written(folder, tiny):
     (folder / "out" / "manifest.json").mkdir(parents=True)
     with pytest.raises(UserError, match=r"--output=.*out: cannot be written: .*Is a directory"):

@@ -398,6 +398,10 @@ BAD_CALLS = {
         ["motif_jax.main", CONFIG, *SMALL, "--workdir={run}", "--config.data.path={data}", "--config.loss.motion_weight=2.0"],
         "loss.motion_weight was 1.0 and is now 2.0",
     ),
+    "brackets": (
+        ["motif_jax.main", CONFIG, *SMALL, "--workdir={tmp}/w[1]", "--config.data.path={data}"],
+        "a path with [ or ] cannot hold checkpoints",
+    ),
 }
 
 
@@ -428,3 +432,12 @@ def test_damaged_checkpoint_is_named(environment, data, trained, tmp_path):
         environment, "motif_jax.main", CONFIG, *SMALL, f"--workdir={copy}", f"--config.data.path={data}", "--config.steps=310", expect=1
     )
     assert str(copy / "checkpoints" / "300") in text and "checkpoint.fallback=True" in text and "Traceback" not in text
+
+
+def test_too_little_memory_is_one_clear_line():
+    code = (
+        "import jax.numpy as jnp; from motif_jax import commands; commands.run('motif_jax.main', lambda _: print(jnp.zeros(2**46).sum()))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert found.returncode == 1 and len(found.stderr.splitlines()) == 1
+    assert found.stderr.startswith("motif_jax.main: the device has too little memory (RESOURCE_EXHAUSTED: ")

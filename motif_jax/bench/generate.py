@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from motif_jax.bench.pairs import MANIFEST, Pair, read_pairs, vbench_names
-from motif_jax.config import Config, ConfigError, UserError, from_config_dict, read_json
+from motif_jax.config import Config, ConfigError, UserError, enumerate_first, from_config_dict, read_json
 
 VBENCH_INFO = "vbench_info.json"
 # Of VBench-I2V: those that need no instruction for the camera in the prompt
@@ -104,6 +104,20 @@ def check_made(output: pathlib.Path, requests: Sequence[Request]) -> None:
             raise UserError(f"--output={output}: {r.file} there {fault}; delete it, or choose another --output")
 
 
+def check_images(output: pathlib.Path, requests: Sequence[Request]) -> None:
+    """Raises UserError that lists the images of videos still to be made that cannot be read, for before weights are loaded."""
+    from motif_jax.data.images import MediaError, read_image
+
+    bad = []
+    for image, name in {r.pair.image: r.pair.id for r in requests if not (output / r.file).exists()}.items():
+        try:
+            read_image(str(image))
+        except MediaError as error:
+            bad.append(f"{image} (of {name}): {error}")
+    if bad:
+        raise UserError(f"images that cannot be read: {enumerate_first(bad)}; mend them, or take them off the list")
+
+
 def write_manifest(output: pathlib.Path, requests: Sequence[Request], settings: dict[str, Any]) -> None:
     """Which file shows what, and how all were made; earlier entries are kept. Raises UserError if those were made otherwise, OSError."""
     path, earlier = output / MANIFEST, {}
@@ -112,7 +126,7 @@ def write_manifest(output: pathlib.Path, requests: Sequence[Request], settings: 
             found = json.loads(path.read_text())
             before, earlier = found["settings"], {v["file"]: v for v in found["videos"]}
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: is no manifest of videos: {error!r}") from error
+            raise UserError(f"{path}: is no manifest of videos: {error!r}; restore it, or choose another --output") from error
         differ = [f"{k}: {before.get(k)!r} there, {v!r} now" for k, v in settings.items() if before.get(k) != v]
         if differ:
             raise UserError(f"{output} holds videos made otherwise ({'; '.join(differ)}); choose another --output")
@@ -206,6 +220,7 @@ def run(arguments: argparse.Namespace) -> None:
     everything = requests_of(read_pairs(arguments.list), seeds, arguments.vbench)
     make_output(arguments.output)
     check_made(arguments.output, everything)
+    check_images(arguments.output, everything)
 
     import jax
 

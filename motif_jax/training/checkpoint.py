@@ -178,9 +178,10 @@ def read_arrays(directory: Path, names: tuple[str, ...], kind: type = jax.Array)
         else:
             restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
         args = ocp.args.PyTreeRestore(wanted, restore_args=restore_args, partial_restore=True)
-        found = handler.restore(state, args=args)
+        with _quietly():
+            found = handler.restore(state, args=args)
     except Exception as error:  # Orbax and tensorstore raise many kinds; all mean the same to a user.
-        raise CheckpointError(f"checkpoint {directory} cannot be read: {_reason(error)}") from error
+        raise CheckpointError(f"checkpoint {directory} cannot be read: {_reason(error)}{_instead(directory)}") from error
     _compare(directory, checksums(found), read_meta(directory))
     return found
 
@@ -190,7 +191,14 @@ def read_meta(directory: Path) -> dict[str, Any]:
     try:
         return json.loads((directory / "meta" / "metadata").read_text())
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"checkpoint {directory} cannot be read: {error}") from error
+        raise CheckpointError(f"checkpoint {directory} cannot be read: {error}{_instead(directory)}") from error
+
+
+def _instead(directory: Path) -> str:
+    """What to do when the checkpoint in `directory` cannot be read."""
+    others = [step for step in _steps(directory.parent) if str(step) != directory.name]
+    nearest = f"; name another one, such as {directory.parent / str(others[-1])}" if others else ""
+    return f"{nearest}; to train on, --config.checkpoint.fallback=True sets it aside" if others else ""
 
 
 def _differences(directory: Path, template: Any) -> list[str]:
@@ -299,10 +307,10 @@ class Checkpoints:
     def restore(self, step: int, template: Any) -> tuple[Any, dict, dict]:
         """(state, data, meta) of `step`; `template` gives shapes, types and shardings. Raises CheckpointError."""
         args, directory = self._args, self.directory / str(step)
+        items = args.Composite(state=args.StandardRestore(template), data=args.JsonRestore(), meta=args.JsonRestore())
         try:
-            found = self._manager.restore(
-                step, args=args.Composite(state=args.StandardRestore(template), data=args.JsonRestore(), meta=args.JsonRestore())
-            )
+            with _quietly():
+                found = self._manager.restore(step, args=items)
             _compare(directory, state_checksums(found.state), found.meta)
         except Exception as error:
             if differs := _differences(directory, template):

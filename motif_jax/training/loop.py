@@ -99,7 +99,7 @@ def train(config: Config, directory: str | Path) -> bool:
     workdir.check(config, directory)
     facts = {"the configuration": to_json(config), "the code": startup.code_version()}
     startup.agree({name: startup.digest(text) for name, text in facts.items()})
-    with workdir.full_disk_reported(directory):
+    with workdir.disk_errors_reported(directory):
         if not config.checkpoint.fallback:
             newest = newest_checkpoint(directory)
             if workdir.is_done(directory, newest) and finished(config, directory, newest):  # needs no data, and writes nothing

@@ -3,9 +3,12 @@
 import contextlib
 import json
 import math
+import os
 import pathlib
+import socket
 import time
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -18,7 +21,8 @@ class MetricWriter:
     """
 
     def __init__(self, workdir: str | pathlib.Path, start_step: int = 0) -> None:
-        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.summary.writer.record_writer import RecordWriter
 
         self._path = pathlib.Path(workdir) / "metrics.jsonl"
         kept = [line for line in read_lines(self._path) if line["step"] <= start_step]
@@ -26,7 +30,14 @@ class MetricWriter:
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
         temporary.replace(self._path)
         self._file = self._path.open("a")
-        self._events = EventFileWriter(str(workdir))
+        # Not EventFileWriter: its thread would tell of a full disk, too, and at length.
+        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{time.time_ns()}"
+        self._events = RecordWriter((pathlib.Path(workdir) / name).open("wb"))
+        self._add(Event(wall_time=time.time(), file_version="brain.Event:2"))
+
+    def _add(self, event: Any) -> None:
+        self._events.write(event.SerializeToString())
+        self._events.flush()
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         from tensorboard.compat.proto.event_pb2 import Event
@@ -37,7 +48,7 @@ class MetricWriter:
         self._file.write(json.dumps({"step": step, **{k: v if math.isfinite(v) else None for k, v in scalars.items()}}) + "\n")
         self._file.flush()
         summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()])
-        self._events.add_event(Event(step=step, wall_time=time.time(), summary=summary))
+        self._add(Event(step=step, wall_time=time.time(), summary=summary))
 
     def write_image(self, step: int, name: str, image_HW3: np.ndarray) -> None:
         import cv2
@@ -46,11 +57,7 @@ class MetricWriter:
 
         encoded = cv2.imencode(".png", image_HW3[..., ::-1])[1].tobytes()
         image = Summary.Image(height=image_HW3.shape[0], width=image_HW3.shape[1], colorspace=3, encoded_image_string=encoded)
-        self._events.add_event(Event(step=step, wall_time=time.time(), summary=Summary(value=[Summary.Value(tag=name, image=image)])))
-
-    def flush(self) -> None:
-        self._file.flush()
-        self._events.flush()
+        self._add(Event(step=step, wall_time=time.time(), summary=Summary(value=[Summary.Value(tag=name, image=image)])))
 
     def close(self) -> None:
         self._file.close()

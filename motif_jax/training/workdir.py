@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from motif_jax import report
-from motif_jax.config import Config, UserError, read_json, to_json
+from motif_jax.config import Config, StoreError, UserError, read_json, to_json
 from motif_jax.data.storage import Path, RemotePath, write_whole
 from motif_jax.models.networks import Params
 from motif_jax.training.checkpoint import CheckpointError
@@ -59,7 +59,11 @@ def compare(before: Mapping[str, Any], now: Mapping[str, Any], workdir: Path) ->
 
 
 def check(config: Config, workdir: Path) -> None:
-    """Raises UserError when `workdir` holds checkpoints of a run whose fixed settings differ, or is its own `init_from`; writes nothing."""
+    """Raises UserError when `workdir` holds checkpoints of a run whose fixed settings differ, is its own `init_from`, or has a path that
+    Orbax cannot write to; writes nothing.
+    """
+    if set("[]") & set(str(workdir.absolute())):  # it looks for its files by patterns, and would leave checkpoints that nobody can read
+        raise UserError(f"--workdir={workdir}: a path with [ or ] cannot hold checkpoints; choose another")
     origin(config.init_from, workdir.resolve())
     path = workdir / "config.json"
     try:
@@ -155,11 +159,13 @@ def finish(workdir: Path, step: int) -> None:
 
 
 @contextlib.contextmanager
-def full_disk_reported(workdir: Path) -> Iterator[None]:
-    """A full disk under metrics, samples or report as a UserError (checkpoints report their own)."""
+def disk_errors_reported(workdir: Path) -> Iterator[None]:
+    """A disk that is full, read-only or lost as a UserError (checkpoints report their own, stores are named already)."""
     try:
         yield
+    except StoreError:
+        raise
     except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        raise UserError(f"no space left for {workdir}: make room, then run the same command again; checkpoints are whole") from error
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        reason = f"no space left for {workdir}: make room" if full else f"{workdir}: {error}: mend that"
+        raise UserError(f"{reason}, then run the same command again; checkpoints are whole") from error

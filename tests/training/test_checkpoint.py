@@ -219,3 +219,40 @@ def test_a_full_disk_is_one_clear_error_and_loses_nothing(small_disk):
     assert remedy.startswith("Make room") and remedy.endswith("whole checkpoints there: [1]")
     found = checkpoint.read_arrays(small_disk / "checkpoints" / "1", ("params",))["params"]
     assert_equal(found, {f"{i}.kernel": jax.random.normal(jax.random.key(i), (64, 8)) for i in range(32)})
+
+
+DAMAGED = """
+import pathlib
+import sys
+import jax.numpy as jnp
+from motif_jax.config import CheckpointConfig
+from motif_jax.training.checkpoint import CheckpointError, Checkpoints
+from motif_jax.training.state import TrainState
+
+state = TrainState(jnp.int32(1), {f"{i}.kernel": jnp.ones((64, 8)) for i in range(200)}, {}, {})
+checkpoints = Checkpoints(pathlib.Path(sys.argv[1]), CheckpointConfig())
+checkpoints.save(1, state, {"step": 1}, {})
+checkpoints.wait()
+(checkpoints.directory / "1" / "state" / "manifest.ocdbt").unlink()
+try:
+    checkpoints.restore(1, state)
+except CheckpointError as error:
+    sys.exit(str(error))
+"""
+
+
+def test_a_damaged_checkpoint_is_one_clear_error(tmp_path):
+    found = subprocess.run([sys.executable, "-c", DAMAGED, tmp_path], capture_output=True, text=True)
+    assert found.returncode == 1
+    first, remedy = found.stderr.splitlines()  # and nothing of the coroutines that Orbax leaves behind
+    assert first.startswith(f"checkpoint {tmp_path}/checkpoints/1 cannot be restored: ") and remedy.startswith("There is no other one")
+
+
+def test_what_else_there_is_to_read(saved):
+    workdir, _ = saved
+    damage(workdir, 30)
+    with pytest.raises(CheckpointError, match=r"name another one, such as .*checkpoints/20; to train on, .*fallback=True"):
+        checkpoint.read_arrays(workdir / "checkpoints" / "30", ("params",))
+    (workdir / "checkpoints" / "30" / "meta" / "metadata").write_text("")
+    with pytest.raises(CheckpointError, match=r"such as .*checkpoints/20"):
+        checkpoint.read_meta(workdir / "checkpoints" / "30")

@@ -3,6 +3,7 @@
 import base64
 import collections
 import dataclasses
+import errno
 import io
 import json
 import os
@@ -164,6 +165,30 @@ def test_a_kernel_of_another_platform_is_refused(config, tmp_path):
         loop.train(dataclasses.replace(config, attention="splash"), tmp_path)
 
 
+def test_a_directory_that_orbax_cannot_write_to_is_refused(config, tmp_path):
+    with pytest.raises(UserError, match=r"--workdir=.*lr\[1e-4\]: a path with \[ or \] cannot hold checkpoints"):
+        loop.train(config, tmp_path / "lr[1e-4]")
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "no space left for .*: make room, then"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "no space left for .*: make room, then"),
+        (PermissionError(errno.EACCES, "Permission denied", "/run/DONE"), "Permission denied: '/run/DONE': mend that, then"),
+        (OSError(errno.EROFS, "Read-only file system"), "Read-only file system: mend that, then run the same command again"),
+    ],
+)
+def test_errors_of_the_disk_are_clear(config, undisturbed, tmp_path, monkeypatch, error, message):
+    """Here the report's, of a run that is finished but for its mark."""
+    shutil.copytree(undisturbed, run := tmp_path / "run")
+    (run / "DONE").unlink()
+    monkeypatch.setattr(report, "write", lambda _: (_ for _ in ()).throw(error))
+    with pytest.raises(UserError, match=message):
+        loop.train(config, run)
+
+
 def changed(config, **fields):
     """The configuration with other values; those of a group as a dictionary."""
     return dataclasses.replace(
@@ -262,6 +287,11 @@ def test_a_sample_sheet_appears_whole(config, undisturbed, tmp_path, monkeypatch
         samples.save_comparison(run / "samples" / "6", clips, clips, ["x"], 8.0)
     assert not (run / "samples" / "6").exists()
     assert "after 4 steps" in report.write(run).read_text()
+    for name, text in ("00.gif", None), ("captions.json", ""):  # lost, and cut off by a power cut
+        (run / "samples" / "4" / name).unlink() if text is None else (run / "samples" / "4" / name).write_text(text)
+        assert "samples/4: cannot be read: " in report.write(run).read_text()
+    (run / "synthetic.json").write_text("{}")
+    assert "synthetic.json: cannot be read: KeyError" in report.write(run).read_text()
     monkeypatch.undo()
     for caption in "xy":
         samples.save_comparison(run / "samples" / "6", clips, clips, [caption], 8.0)

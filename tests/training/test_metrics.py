@@ -1,6 +1,7 @@
 """Metrics on disk: what was written is read back, lines of lost work are dropped, TensorBoard's own reader agrees."""
 
 import io
+import threading
 
 import numpy as np
 import pytest
@@ -35,6 +36,15 @@ def test_resuming_drops_lines_of_lost_work_and_half_a_line(tmp_path):
         file.write('{"loss": 1.0}\n{"step": 6, "lo')
     MetricWriter(tmp_path, start_step=3).close()
     assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+
+
+def test_no_other_thread_writes(tmp_path):
+    """It would tell of a full disk in its own way, beside the one clear error."""
+    threads = threading.active_count()
+    writer = MetricWriter(tmp_path)
+    writer.write(1, {"loss": 1.0})
+    assert threading.active_count() == threads
+    writer.close()
 
 
 @pytest.mark.parametrize("text", ["", '{"step": 1', "[1]", '{"loss": 1.0}', "\x00"])
