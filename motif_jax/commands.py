@@ -74,7 +74,7 @@ def run(name: str, main: Callable[[list[str]], None]) -> None:
             main(arguments[1:])
         except (UserError, StoreError) as error:
             sys.exit(f"{name}: {error}")
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if not (reason := out_of_memory(error)):
                 raise
             sys.exit(f"{name}: {reason}")
@@ -82,13 +82,14 @@ def run(name: str, main: Callable[[list[str]], None]) -> None:
     app.run(guarded, flags_parser=parse)
 
 
-def out_of_memory(error: RuntimeError) -> str | None:
-    """What a user can do about XLA's error of a device without memory left; None for other errors."""
+def out_of_memory(error: RuntimeError | MemoryError) -> str | None:
+    """What a user can do about an error of a device, or of this machine, without memory left; None for other errors."""
     text = str(error).strip().partition("\n")[0]
-    if "RESOURCE_EXHAUSTED" not in text:
+    if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in text:
         return None
+    where = "machine" if isinstance(error, MemoryError) else "device"
     return (
-        f"the device has too little memory ({text}). Training: a smaller batch_size, grad_accumulation, remat=block, or more devices "
+        f"the {where} has too little memory ({text}). Training: a smaller batch_size, grad_accumulation, remat=block, or more devices "
         "(mesh.fsdp, mesh.context). Sampling: a smaller --batch_size"
     )
 

@@ -40,7 +40,7 @@ def main(argv: list[str]) -> None:
         command.run(parser.parse_args(argv[1:]))
     except (UserError, OSError) as error:  # the latter names a file that cannot be read or written
         sys.exit(f"motif_jax.bench {name}: {error}")
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not (reason := commands.out_of_memory(error)):
             raise
         sys.exit(f"motif_jax.bench {name}: {reason}")
