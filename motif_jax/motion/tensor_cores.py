@@ -27,11 +27,11 @@ def convolve(
     if kernel.ndim == 5:
         if kernel.shape[3] == 3:
             x, rest = _split(x_BHWC)
-            x_BHWC, options["precision"] = jnp.concatenate([x, x, rest], -1), "default"
+            x_BHWC = jnp.concatenate([x, x, rest], -1)
         elif kernel.shape[1:3] == (1, 1) and options["precision"] == "highest" and kernel.dtype == jnp.float32:
             x_BHWC = x_BHWC[:, :: strides[0], :: strides[1]]
             return jax.lax.dot_general(x_BHWC, kernel[:, 0, 0, 0], (((3,), (1,)), ((), ())), precision=options["precision"])
-        options["dimension_numbers"] = ("NHWC", "OHWI", "NHWC")
+        options |= {"dimension_numbers": ("NHWC", "OHWI", "NHWC"), "precision": "default"}
         kernel = kernel.reshape(*kernel.shape[:3], -1)
     return jax.lax.conv_general_dilated(x_BHWC, kernel, strides, padding, **options)
 
@@ -39,8 +39,8 @@ def convolve(
 def prepare(kernel: Float[Array, "h w I O"], precision: str) -> Array:
     """A kernel as GPUs take it, [O, h, w, parts, I], to be made outside of a loop; where no GPU is, `kernel` itself.
 
-    Float32 at precision "highest" has three parts (K, k', K), anything else one, and so has what combines the channels of a position into
-    `FEW` or less: reading three parts of them takes longer than such a product does in float32.
+    Float32 at precision "highest" has three parts (K, k', K), anything else one; so has a 1x1 window with `FEW` outputs or less, which is
+    bound by memory, and would move three times as much.
     """
     if platform() != "gpu":
         return kernel
