@@ -252,7 +252,7 @@ def test_what_else_there_is_to_read(saved):
     workdir, _ = saved
     damage(workdir, 30)
     with pytest.raises(CheckpointError, match=r"name another one, such as .*checkpoints/20; to train on, .*fallback=True"):
-        checkpoint.read_arrays(workdir / "checkpoints" / "30", ("params",))
+        checkpoint.read_arrays(workdir / "checkpoints" / "30", checkpoint.FIELDS)
     (workdir / "checkpoints" / "30" / "meta" / "metadata").write_text("")
     with pytest.raises(CheckpointError, match=r"such as .*checkpoints/20"):
         checkpoint.read_meta(workdir / "checkpoints" / "30")
