@@ -107,10 +107,10 @@ def state_checksums(state: Any) -> dict[str, str]:
     return checksums(_fields(state))
 
 
-def _compare(directory: Path, found: dict[str, str], meta: dict) -> None:
+def _compare(found: dict[str, str], meta: dict) -> None:
     wrong = [name for name, value in found.items() if meta["checksums"].get(name) != value]
     if wrong:
-        raise CheckpointError(f"checkpoint {directory}: the content of {', '.join(wrong)} is not what was saved (checksum)")
+        raise ValueError(f"the content of {', '.join(wrong)} is not what was saved (checksum)")
 
 
 def latest_step(workdir: Path) -> int | None:
@@ -167,6 +167,7 @@ def read_arrays(directory: Path, names: tuple[str, ...], kind: type = jax.Array)
     import orbax.checkpoint as ocp
 
     directory = directory.absolute()
+    meta = read_meta(directory)
     try:
         handler = ocp.PyTreeCheckpointHandler()
         state = epath.Path(str(directory / "state"))
@@ -180,9 +181,9 @@ def read_arrays(directory: Path, names: tuple[str, ...], kind: type = jax.Array)
         args = ocp.args.PyTreeRestore(wanted, restore_args=restore_args, partial_restore=True)
         with _quietly():
             found = handler.restore(state, args=args)
+        _compare(checksums(found), meta)
     except Exception as error:  # Orbax and tensorstore raise many kinds; all mean the same to a user.
         raise CheckpointError(f"checkpoint {directory} cannot be read: {_reason(error)}{_instead(directory)}") from error
-    _compare(directory, checksums(found), read_meta(directory))
     return found
 
 
@@ -311,7 +312,7 @@ class Checkpoints:
         try:
             with _quietly():
                 found = self._manager.restore(step, args=items)
-            _compare(directory, state_checksums(found.state), found.meta)
+            _compare(state_checksums(found.state), found.meta)
         except Exception as error:
             if differs := _differences(directory, template):
                 fit = not any(name.startswith("params") for name in differs)
