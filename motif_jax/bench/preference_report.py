@@ -17,9 +17,11 @@ from typing import Any
 
 from motif_jax.bench import study
 from motif_jax.bench.preference_analysis import LOW_AGREEMENT, analyse
+from motif_jax.bench.standings import METRICS, STATIC
 from motif_jax.bench.votes import Vote, read_all, write_votes
 from motif_jax.config import UserError
 
+BESIDE = ("dynamic_degree", "mean_flow", "ssim0_image", "ssim_image")  # measures shown beside the votes: each alone can be gamed
 WON, NEITHER, LOST = "#2a7f62", "#d9d9de", "#c0504d"
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:76rem;margin:2rem auto;padding:0 1rem;color:#222}
 img,video{max-width:100%}table{border-collapse:collapse;display:block;font-size:.86rem;overflow-x:auto}td,th{padding:.2rem .6rem;
@@ -38,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--reference", help="the system whose wins are counted; default: the study's first, or the one that met most others"
     )
+    parser.add_argument("--scores", type=pathlib.Path, help="scores.json of `bench score` with the same names: shown beside the votes")
     parser.add_argument("--examples", default=2, type=int, help="pairs shown per comparison and outcome, with --study; default 2")
     parser.add_argument("--samples", default=2000, type=int, help="bootstrap samples; default 2000")
     parser.add_argument("--seed", default=0, type=int, help="of the bootstrap")
@@ -50,6 +53,8 @@ def run(arguments: argparse.Namespace) -> None:
     votes, refused = read_all(arguments.votes, arguments.study)
     key = study.load(arguments.study) if arguments.study else None
     found = analyse(votes, key.models if key else (), arguments.reference, arguments.samples, arguments.seed, refused)
+    if arguments.scores:
+        found["scores"] = _read_scores(arguments.scores, found["models"])
     arguments.output.mkdir(parents=True, exist_ok=True)
     given = {path.resolve() for path in arguments.votes}
     for path in (arguments.output / "votes.json", arguments.output / "votes.csv"):
@@ -65,6 +70,20 @@ def run(arguments: argparse.Namespace) -> None:
     if refused:
         print(f"{len(refused)} votes were refused, the first: {refused[0][:200]}")
     print(arguments.output / "report.html")
+
+
+def _read_scores(path: pathlib.Path, systems: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """{system: its measures of `BESIDE`} of the systems in the votes and of the still image, from `bench score`."""
+    try:
+        models = json.loads(path.read_text())["models"]
+        found = {name: {m: models[name]["metrics"].get(m) for m in BESIDE} for name in [*systems, STATIC] if name in models}
+    except OSError as error:
+        raise UserError(f"--scores={path}: cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"--scores={path}: not a scores.json of `bench score`") from error
+    if missing := [name for name in systems if name not in found]:
+        raise UserError(f"--scores={path}: no {', '.join(missing)}, only {', '.join(models)}; `bench score` must name them as the votes do")
+    return found
 
 
 def _finite(value: Any) -> Any:
@@ -87,6 +106,7 @@ def page(found: dict[str, Any], votes: Sequence[Vote], examples: str = "") -> st
         "<h2>Who wins</h2>",
         _win_plot(found),
         _win_table(found),
+        _beside(found),
         "<h2>Why</h2>",
         *_reasons(found),
         "<h2>Do annotators agree</h2>",
@@ -151,6 +171,27 @@ def _win_table(found: dict[str, Any]) -> str:
         "independent, then (clustered) given how alike pairs of one image are.</p><h3>Single votes</h3>"
         + _table(("", "votes", "for the first %", *intervals), single)
         + "<p>A tie is half a vote for both.</p>"
+    )
+
+
+def _beside(found: dict[str, Any]) -> str:
+    """Votes, motion and likeness to the image in one table, with the still image, which would win every measure of likeness."""
+    if "scores" not in found:
+        return ""
+    against = {r["b"]: 1 - r["majority"]["rate"] for r in found["comparisons"] if r["a"] == found["reference"]}
+    shown = [metric for metric in METRICS if metric.name in BESIDE]
+    rows = []
+    for system, measures in found["scores"].items():
+        cells = []
+        for metric in shown:
+            m = measures[metric.name]
+            value, low, high = (_number(m and m[k] and m[k] * metric.scale, f".{metric.digits}f") for k in ("value", "low", "high"))
+            cells.append(f"{value} [{low}, {high}]" if m else "-")
+        rows.append((system, _percent(against.get(system)), *cells))
+    return (
+        "<h3>Beside what can be measured</h3>"
+        + _table(("", f"preferred to {found['reference']} %", *(metric.label for metric in shown)), rows)
+        + f"<p>Each number alone can be gamed: {STATIC}, the image repeated, is most like the image; shaking raises the dynamic degree.</p>"
     )
 
 

@@ -317,6 +317,44 @@ def test_the_printed_p_values_are_those_of_the_page(tmp_path, capsys):
     assert "p = 0.062, by Holm 0.062" in said and "p = 0.031, by Holm 0.062" in said
 
 
+SCORES = {"dynamic_degree": (0.9, 0.7, 1.0), "mean_flow": (1.25, 1.0, 1.5), "ssim0_image": (0.8, 0.75, 0.85), "ssim_image": (0.6, 0.5, 0.7)}
+
+
+def scores(path: pathlib.Path, *models: str) -> pathlib.Path:
+    measures = {name: dict(zip(("value", "low", "high"), values, strict=True)) for name, values in SCORES.items()}
+    still = measures | {"mean_flow": dict.fromkeys(("value", "low", "high"), 0.0), "ssim_image": None}
+    path.write_text(json.dumps({"models": {m: {"metrics": still if m == "static" else measures} for m in models}}))
+    return path
+
+
+def test_votes_stand_beside_scores(tmp_path):
+    """Three of four verdicts for A; the table has a row for each system and the still image, in per cent where METRICS says so."""
+    rows = [ROW | {"pair": f"p{i}", "choice": "left" if i else "right"} for i in range(4)]
+    votes, measured = saved(tmp_path / "votes.json", *rows), scores(tmp_path / "scores.json", "A", "B", "other", "static")
+    report(f"--votes={votes}", f"--output={tmp_path / 'out'}", "--samples=100", "--reference=A", f"--scores={measured}")
+    found = json.loads((tmp_path / "out" / "report.json").read_text())["scores"]
+    assert list(found) == ["A", "B", "static"] and found["B"]["mean_flow"] == {"value": 1.25, "low": 1.0, "high": 1.5}
+    page = (tmp_path / "out" / "report.html").read_text()
+    same = "<td>90.0 [70.0, 100.0]<td>1.25 [1.00, 1.50]<td>0.800 [0.750, 0.850]"
+    assert "<th scope=col>preferred to A %<th scope=col>dynamic degree %<th scope=col>mean flow<th scope=col>SSIM frame 0" in page
+    assert f"<td>A<td>-{same}" in page and f"<td>B<td>25.0{same}" in page
+    assert "<td>static<td>-<td>90.0 [70.0, 100.0]<td>0.00 [0.00, 0.00]<td>0.800 [0.750, 0.850]<td>-</table>" in page
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [(None, "cannot be read"), ("[]", "not a scores.json"), ('{"models": {"A": {}}}', "not a scores.json"), ("A", "no B, only A, static")],
+)
+def test_scores_of_something_else_are_one_line(tmp_path, content, message):
+    path = tmp_path / "scores.json"
+    if content == "A":
+        scores(path, "A", "static")
+    elif content:
+        path.write_text(content)
+    with pytest.raises(SystemExit, match=f"--scores=.*{message}"):
+        report(f"--votes={saved(tmp_path / 'votes.json', ROW)}", f"--output={tmp_path}", "--samples=100", f"--scores={path}")
+
+
 def test_nobody_is_two_raters(tmp_path, capsys):
     """Tables without tasks: the same file twice, a vote changed later, and another task for the same pair. Repeats are no second votes."""
     pair, swapped = ROW, ROW | {"left": "B", "right": "A"}
