@@ -66,7 +66,7 @@ def main() -> None:
 
         return samplers.ddim(denoise, schedule, noise, steps, config.diffusion.prediction, 0.0)
 
-    alphas = np.asarray(schedule.sqrt_alphas_cumprod, np.float64)
+    alphas, scale = (np.asarray(table, np.float64) for table in (schedule.sqrt_alphas_cumprod, schedule.scale))
     text_torch, fps_torch = torch.from_numpy(text).to(device), torch.from_numpy(fps).to(device)
     image_torch = torch.from_numpy(np.moveaxis(first, -1, 1).copy()).to(device)[:, :, None].expand(-1, -1, frames, -1, -1)
     network = torch.compile(theirs) if arguments.compile else theirs
@@ -82,6 +82,7 @@ def main() -> None:
             a = float(alphas[t])
             x0, eps = a * x - (1 - a * a) ** 0.5 * v, a * v + (1 - a * a) ** 0.5 * x
             after = float(alphas[steps[i - 1] if i else 0])  # ends at the first timestep, as the reference does
+            x0 *= float((scale[steps[i - 1]] if i else 1.0) / scale[t])
             x = after * x0 + (1 - after * after) ** 0.5 * eps
         return np.moveaxis(x.cpu().numpy(), 1, -1)
 

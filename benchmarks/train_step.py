@@ -74,23 +74,23 @@ class TorchStep:
         schedule = make_schedule(d.num_timesteps, d.beta_start, d.beta_end, d.zero_terminal_snr, d.base_scale)
         z = config.autoencoder.z_channels
         latents = config.autoencoder.scale_factor * batch["latent_moments"][..., :z].astype(np.float32)
-        tables = np.array(schedule.sqrt_alphas_cumprod), np.array(schedule.sqrt_one_minus_alphas_cumprod)
+        tables = tuple(np.array(table) for table in (schedule.sqrt_alphas_cumprod, schedule.sqrt_one_minus_alphas_cumprod, schedule.scale))
         arrays = (*tables, np.ascontiguousarray(np.moveaxis(latents, -1, 1)))
         arrays += tuple(batch[k].astype(np.float32) for k in ("flow", "text_embedding", "fps"))
-        self.alpha, self.sigma, self.z, self.flow, self.text, self.fps = (torch.from_numpy(a).to(device) for a in arrays)
+        self.alpha, self.sigma, self.scale, self.z, self.flow, self.text, self.fps = (torch.from_numpy(a).to(device) for a in arrays)
         self.forward = torch.compile(unet) if compiled else unet
 
     def __call__(self) -> torch.Tensor:
         """Starts a step; its loss, which has to be waited for."""
         config, z = self.config, self.z
         t = torch.randint(0, config.diffusion.num_timesteps, (len(z),), device=self.device)
-        alpha, sigma = (a[t][:, None, None, None, None] for a in (self.alpha, self.sigma))
-        noise = torch.randn_like(z)
-        x = torch.cat([alpha * z + sigma * noise, z[:, :, :1].expand_as(z)], 1)
+        alpha, sigma, scale = (a[t][:, None, None, None, None] for a in (self.alpha, self.sigma, self.scale))
+        noise, clean = torch.randn_like(z), scale * z
+        x = torch.cat([alpha * clean + sigma * noise, z[:, :, :1].expand_as(z)], 1)
         keep = torch.rand(len(z), 1, 1, device=self.device) >= config.condition.text_drop
         with torch.autocast(self.device, torch.bfloat16, enabled=config.dtype == "bfloat16"):
             output = self.forward(x, t, self.text * keep, self.fps).float()
-        residual = alpha * noise - sigma * z - output
+        residual = alpha * noise - sigma * clean - output
         intensity = self.flow.norm(dim=-1) / np.hypot(config.data.height, config.data.width)
         m = torch.sigmoid(config.loss.sharpness * (intensity - config.loss.threshold))[:, None]
         loss = (residual**2).mean() + config.loss.motion_weight * ((m * residual) ** 2).mean()

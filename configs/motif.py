@@ -33,7 +33,7 @@ def get_config(size: str = "paper") -> ConfigDict:
     # Not said in the paper: see the README's table of settings.
     config.condition.image = "repeat"
     config.diffusion.zero_terminal_snr = True
-    config.diffusion.base_scale = 1.0
+    config.diffusion.base_scale = 0.7
     config.prepare.update(frame_stride_min=1, frame_stride_max=6, flow="raft_small", flow_iterations=12)
     config.loss.intensity = "diagonal"
     config.remat = "convs"

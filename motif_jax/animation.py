@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import UInt8
+from jaxtyping import Array, UInt8
 
 from motif_jax.bench.generate import Request, check_images, check_made, generate, make_output, write_manifest, writing
 from motif_jax.bench.pairs import LONGEST_NAME, Pair
@@ -107,6 +107,15 @@ class Animator:
         if self.mesh is not None:
             inputs = jax.device_put(inputs, NamedSharding(self.mesh, BATCH))
         return np.asarray(self._generate(self.params, self.frozen, *inputs))
+
+    def round_trip(self, clips: UInt8[np.ndarray, "N T H W 3"]) -> UInt8[np.ndarray, "N T H W 3"]:
+        """Clips through the autoencoder and back, one at a time: no sample can look better."""
+
+        @jax.jit
+        def both(params: Params, clip: UInt8[Array, "1 T H W 3"]) -> UInt8[Array, "1 T H W 3"]:
+            return self.networks.decode(params, self.networks.encode(params, clip, None))
+
+        return np.concatenate([np.asarray(both(self.frozen["autoencoder"], clip[None])) for clip in clips])
 
 
 def noise_seed(seed: int, name: str) -> int:

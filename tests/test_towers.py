@@ -13,6 +13,7 @@ import safetensors.numpy
 from flax import nnx
 
 from motif_jax import preparation
+from motif_jax.animation import Animator
 from motif_jax.config import UserError
 from motif_jax.data import pipeline, shards
 from motif_jax.data.tokens import make_tokenizer
@@ -163,6 +164,18 @@ def test_other_weights_are_another_dataset(kl, stored, tmp_path):
         check_towers(other, shards.read_manifest(stored.data.path), frozen)
     with pytest.raises(UserError, match=r"set --config\.init_from"):
         Towers(dataclasses.replace(other, init_from=""))
+
+
+def test_a_sample_can_look_no_better_than_its_latents(stored):
+    """The ceiling of `bench synthetic`: frames through the autoencoder are what the latents of the records decode to, up to float16."""
+    networks, records = Networks.of(stored), pipeline.open_dataset(stored.data)
+    clips = [records[i] for i in range(3)]
+    animator = Animator(stored, networks, {}, initial_weights(stored, networks, trained=False).frozen, 8.0)
+    back = animator.round_trip(np.stack([clip.frames for clip in clips]))
+    z = networks.latents(jnp.stack([clip.latent_moments for clip in clips]), None)
+    decoded = np.asarray(networks.decode(animator.frozen["autoencoder"], z))
+    assert back.shape == (3, 4, 16, 16, 3) and back.std() > 1
+    assert np.abs(back.astype(int) - decoded).max() <= 1
 
 
 def test_the_checksum_knows_names_shapes_and_values():

@@ -229,6 +229,7 @@ def run(arguments: argparse.Namespace) -> None:
         d.frames,
         d.height,
         d.width,
+        round_trip=animator.round_trip,
         progress=lambda text: print(text, flush=True),
     )
     show = sprites.make_clips(world, seed, range(8), d.frames, d.height, d.width, "heldout")
