@@ -75,16 +75,16 @@ def _run(kernel: Callable, outputs: Sequence[Any], h: Array, bias_jI: Array, *g:
     N = math.prod(lead)
     at_once, turns, columns = _tile(N, C)
     rows = at_once * turns if 0 in outputs else at_once
-    both, one = pallas.BlockSpec((rows, 2, columns), lambda i, j: (i, 0, j)), pallas.BlockSpec((rows, columns), lambda i, j: (i, j))
+    both, one = pallas.BlockSpec((rows, 2, columns), lambda j, i: (i, 0, j)), pallas.BlockSpec((rows, columns), lambda j, i: (i, j))
     forms = {
         None: ((N, C), h.dtype, one, (*lead, C)),
         2: ((N, 2, C), h.dtype, both, h.shape),
-        0: ((N // rows, 2, C), jnp.float32, pallas.BlockSpec((None, 2, columns), lambda i, j: (i, 0, j)), None),
+        0: ((N // rows, 2, C), jnp.float32, pallas.BlockSpec((None, 2, columns), lambda j, i: (i, 0, j)), None),
     }
     found = pallas.pallas_call(
         functools.partial(kernel, at_once),
-        grid=(N // rows, C // columns),
-        in_specs=[both, pallas.BlockSpec((2, columns), lambda i, j: (0, j)), *[one] * len(g)],
+        grid=(C // columns, N // rows),  # as in group_norm.py
+        in_specs=[both, pallas.BlockSpec((2, columns), lambda j, i: (0, j)), *[one] * len(g)],
         out_specs=[forms[kind][2] for kind in outputs],
         out_shape=[jax.ShapeDtypeStruct(*forms[kind][:2]) for kind in outputs],
         name=f"geglu{kernel.__name__}",  # as traces show it

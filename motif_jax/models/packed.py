@@ -38,14 +38,14 @@ def _run(kernel, qkv_NLjHK: Array, *arrays: Array, out_shape: tuple[int, ...]) -
 
     N, L, _, H, K = qkv_NLjHK.shape
     specs = {
-        4: ((N * L, H * K), pallas.BlockSpec((ROWS, K), lambda i, head: (i, head))),
-        5: ((N * L, 3, H * K), pallas.BlockSpec((ROWS, 3, K), lambda i, head: (i, 0, head))),
+        4: ((N * L, H * K), pallas.BlockSpec((ROWS, K), lambda head, i: (i, head))),
+        5: ((N * L, 3, H * K), pallas.BlockSpec((ROWS, 3, K), lambda head, i: (i, 0, head))),
     }
     operands = (qkv_NLjHK, *arrays)
     shape, spec = specs[len(out_shape)]
     return pallas.pallas_call(
         functools.partial(kernel, L),
-        grid=(N * L // ROWS, H),
+        grid=(H, N * L // ROWS),  # as in group_norm.py
         in_specs=[specs[x.ndim][1] for x in operands],
         out_specs=spec,
         out_shape=jax.ShapeDtypeStruct(shape, qkv_NLjHK.dtype),
