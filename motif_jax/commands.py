@@ -26,8 +26,11 @@ def _of_this_host() -> str:
 def keep_compiled_programs() -> None:
     """Lets JAX keep what it compiles in ~/.cache/motif_jax, where the next start finds it; JAX_COMPILATION_CACHE_DIR says otherwise.
 
-    One directory a host: a CPU cannot run what was compiled for another. For before JAX is imported.
+    One directory a host: a CPU cannot run what was compiled for another. For before JAX is imported. A program with a GPU's kernels is
+    found again only if these name no lines of Python, which change with every edit above a call: they name layers alone, unless
+    JAX_TRACEBACK_IN_LOCATIONS_LIMIT says how many.
     """
+    os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
     if directory := _of_this_host():
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", directory)
 

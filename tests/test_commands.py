@@ -263,6 +263,34 @@ def test_compiled_programs_are_kept_where_the_user_says(monkeypatch, tmp_path):
     assert os.environ["JAX_COMPILATION_CACHE_DIR"] == "elsewhere"
 
 
+def test_an_edit_above_a_call_does_not_change_a_gpus_kernels(environment):
+    """They go into a program as bytes, locations included; JAX' key of a kept program cannot leave these out."""
+    code = """
+import hashlib
+from motif_jax.commands import keep_compiled_programs
+keep_compiled_programs()
+import jax, jax.numpy as jnp
+from motif_jax.models import group_norm
+from motif_jax.models.layers import GroupNorm, Silu
+from motif_jax.models.placement import target_platform
+def loss(x, EDIT):
+    return group_norm.in_kernels([GroupNorm(320, 32, 1e-5, dtype=jnp.bfloat16), Silu()], x)[0].astype(jnp.float32).sum()
+with target_platform("gpu"):
+    text = jax.jit(jax.grad(loss)).trace(jax.ShapeDtypeStruct((2, 8, 16, 320), jnp.bfloat16)).lower(lowering_platforms=("cuda",)).as_text()
+assert text.count("xla.gpu.triton") == 4
+print(hashlib.sha256(text.encode()).hexdigest())
+"""
+
+    def digest(edit):
+        run = subprocess.run(
+            [sys.executable, "-c", code.replace(", EDIT", edit)], cwd=ROOT, env=environment, capture_output=True, text=True
+        )
+        assert run.returncode == 0, run.stderr
+        return run.stdout
+
+    assert digest("") == digest("\n")
+
+
 def homeless(monkeypatch):
     """A user whom the system does not know, as `docker run --user` makes them."""
 

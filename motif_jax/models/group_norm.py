@@ -26,43 +26,56 @@ FEWEST = 1024  # elements of a program, below which XLA's kernels are as good
 
 
 class Chain(NamedTuple):
-    """What is done to x + shift: a group norm, SiLU or not, dropout of a share `rate`; y in `dtype`."""
+    """What is done to x + shift: a group norm, SiLU or not, dropout of a share `rate`; y in `dtype`, by pixel where `frames` is not 0."""
 
     groups: int
     epsilon: float
     silu: bool
     rate: float
     dtype: str
+    frames: int
 
 
 def normalised(
-    layers: Sequence[nnx.Module], x: Float[Array, "N *s C"], rng: Array | None = None, shift: Float[Array, "*N C"] | None = None
+    layers: Sequence[nnx.Module],
+    x: Float[Array, "N *s C"],
+    rng: Array | None = None,
+    shift: Float[Array, "*N C"] | None = None,
+    by_pixel: bool = False,
 ) -> tuple[Float[Array, "N *s C"], Float[Array, "N *s C"]]:
     """(`layers`(x + shift), x): a GroupNorm, and the Silu and the Dropout with key `rng` where they follow it.
 
     The second result is x itself. Where x is needed again, use that: its gradient then joins the norm's without a pass of its own.
+    by_pixel: x is [N, T, h, w, C] and the first result [N, h w, T, C], as attention along time reads it.
     """
     norm = layers[0]
-    rows = kernel_rows(len(x), norm.dtype, frames_apart=x.ndim == 4) if fits(x.shape) else None
+    rows = kernel_rows(len(x), norm.dtype, frames_apart=x.ndim == 4) if fits(x.shape[by_pixel:]) else None
     if rows is not None:
-        return in_kernels(layers, x, rng, shift, rows)
+        return in_kernels(layers, x, rng, shift, rows, by_pixel)
     moved = x if shift is None else x + shift.reshape(*shift.shape[:-1], *(1,) * (x.ndim - shift.ndim), shift.shape[-1])
-    return apply(layers, moved, rng), x
+    y = apply(layers, moved, rng)
+    return y.reshape(*x.shape[:2], -1, x.shape[-1]).swapaxes(1, 2) if by_pixel else y, x
 
 
 def in_kernels(
-    layers: Sequence[nnx.Module], x: Array, rng: Array | None = None, shift: Array | None = None, rows: tuple[str, ...] = ()
+    layers: Sequence[nnx.Module],
+    x: Array,
+    rng: Array | None = None,
+    shift: Array | None = None,
+    rows: tuple[str, ...] = (),
+    by_pixel: bool = False,
 ) -> tuple[Array, Array]:
     """`normalised` by the kernels, on a mesh with images split over its axes `rows`. Where no GPU is, very slowly."""
     norm, *rest = layers
     N, *_, C = x.shape
     dropout = next((layer for layer in rest if isinstance(layer, Dropout) and layer.rate > 0 and rng is not None), None)
     silu = any(isinstance(layer, Silu) for layer in rest)
-    chain = Chain(norm.groups, norm.epsilon, silu, 0.0 if dropout is None else dropout.rate, jnp.dtype(norm.dtype).name)
+    rate, frames = 0.0 if dropout is None else dropout.rate, x.shape[1] if by_pixel else 0
+    chain = Chain(norm.groups, norm.epsilon, silu, rate, jnp.dtype(norm.dtype).name, frames)
     shift_NC = jnp.broadcast_to(jnp.zeros(C) if shift is None else shift.astype(jnp.float32), (N, C))
     key_2 = jnp.zeros(2, jnp.uint32) if dropout is None else dropout.key(rng)
     y, x_NSC = _on_each_device(chain, rows)(x.reshape(N, -1, C), shift_NC, norm.scale[...], norm.bias[...], key_2)
-    return y.reshape(x.shape), x_NSC.reshape(x.shape)
+    return y if by_pixel else y.reshape(x.shape), x_NSC.reshape(x.shape)
 
 
 def fits(shape: tuple[int, ...]) -> bool:
@@ -89,15 +102,18 @@ def _on_each_device(chain: Chain, rows: tuple[str, ...]) -> Callable[..., tuple[
     return on_each_device(call, rows, (True, True, False, False, False), (True, True))
 
 
-def _run(kernel: Callable, like: Array, operands: Sequence[Array], outputs: Sequence[Any]) -> list[Array]:
-    """`kernel` on the tiles of `operands`: [N, S, C], [N, C], [C] or a seed; of `outputs`, a type means [N, S, C], None a sum per tile."""
+def _run(chain: Chain, kernel: Callable, like: Array, operands: Sequence[Array], outputs: Sequence[Any]) -> list[Array]:
+    """`kernel` on the tiles of `operands`: [N, S, C], by pixel [N, P, T, C], [N, C], [C] or a seed; of `outputs` None is a sum over S."""
     from jax.experimental import pallas
     from jax.experimental.pallas import triton
 
     N, S, C = like.shape
-    rows, columns = _tile(S, C)
+    P = S // max(chain.frames, 1)  # of a frame, where y is by pixel
+    rows, columns = _tile(P, C)
+    turns = P // rows
     specs = {
         (N, S, C): pallas.BlockSpec((None, rows, columns), lambda j, i, n: (n, i, j)),
+        (N, P, S // P, C): pallas.BlockSpec((None, rows, None, columns), lambda j, i, n: (n, i % turns, i // turns, j)),
         (N, C): pallas.BlockSpec((1, columns), lambda j, i, n: (n, j)),
         (1, C): pallas.BlockSpec((1, columns), lambda j, i, n: (0, j)),
         (4,): pallas.BlockSpec((4,), lambda j, i, n: (0,)),
@@ -109,13 +125,13 @@ def _run(kernel: Callable, like: Array, operands: Sequence[Array], outputs: Sequ
         kernel,
         grid=(C // columns, S // rows, N),  # a GPU starts them with the first index fastest: neighbours read on in the same rows
         in_specs=[specs[x.shape] for x in operands],
-        out_specs=[part if dtype is None else specs[like.shape] for dtype in outputs],
-        out_shape=[sums if dtype is None else jax.ShapeDtypeStruct(like.shape, dtype) for dtype in outputs],
+        out_specs=[part if out is None else specs[out.shape] for out in outputs],
+        out_shape=[sums if out is None else out for out in outputs],
         name=f"group_norm{getattr(kernel, 'func', kernel).__name__}",  # as traces show it
         compiler_params=triton.CompilerParams(num_warps=8 if rows * columns == ELEMENTS else 4),
         interpret=interpreted(),
     )(*operands)
-    return [x.sum(1) if dtype is None else x for x, dtype in zip(found, outputs, strict=True)]
+    return [x.sum(1) if out is None else x for x, out in zip(found, outputs, strict=True)]
 
 
 def _sums(x, shift, total, squares) -> None:
@@ -182,14 +198,17 @@ def _normalise(chain: Chain, x_NSC: Array, shift_NC: Array, scale_C: Array, bias
 
 def _normalise_and_save(chain: Chain, x_NSC: Array, shift_NC: Array, scale_C: Array, bias_C: Array, seed_4: Array):
     S, m = x_NSC.shape[1], math.prod(x_NSC.shape[1:]) // chain.groups
-    total_NC, squares_NC = _run(_sums, x_NSC, [x_NSC, shift_NC], [None, None])
+    total_NC, squares_NC = _run(chain, _sums, x_NSC, [x_NSC, shift_NC], [None, None])
     mean_NC = _group_sum(chain, total_NC) / m
     variance_NC = jnp.maximum(_group_sum(chain, squares_NC) / m - jnp.square(mean_NC), 0)  # as in `layers._moments`
     small = shift_NC - mean_NC, jax.lax.rsqrt(variance_NC + chain.epsilon), total_NC - S * mean_NC
     centre_NC, rate_NC, sum_NC = (checkpoint_name(a, "moments") for a in small)
     kernel = functools.partial(_forward, chain, x_NSC.shape)
-    (y_NSC,) = _run(kernel, x_NSC, [x_NSC, centre_NC, rate_NC * scale_C, bias_C, seed_4], [chain.dtype])
-    return y_NSC, (x_NSC, centre_NC, rate_NC, sum_NC, scale_C, bias_C, seed_4)
+    N, _, C = x_NSC.shape
+    shape = (N, S // chain.frames, chain.frames, C) if chain.frames else x_NSC.shape
+    out = jax.ShapeDtypeStruct(shape, chain.dtype)
+    (y,) = _run(chain, kernel, x_NSC, [x_NSC, centre_NC, rate_NC * scale_C, bias_C, seed_4], [out])
+    return y, (x_NSC, centre_NC, rate_NC, sum_NC, scale_C, bias_C, seed_4)
 
 
 def _gradients(chain: Chain, saved: tuple[Array, ...], *g: Array) -> tuple[Array | None, ...]:
@@ -197,11 +216,12 @@ def _gradients(chain: Chain, saved: tuple[Array, ...], *g: Array) -> tuple[Array
     S, m = x_NSC.shape[1], math.prod(x_NSC.shape[1:]) // chain.groups
     gain_NC = rate_NC * scale_C
     operands = [x_NSC, centre_NC, gain_NC, bias_C, seed_4, g[0]]
-    dz_NC, dzw_NC = _run(functools.partial(_backward_sums, chain, x_NSC.shape), x_NSC, operands, [None, None])
+    dz_NC, dzw_NC = _run(chain, functools.partial(_backward_sums, chain, x_NSC.shape), x_NSC, operands, [None, None])
     slope_NC = -rate_NC * rate_NC * _group_sum(chain, gain_NC * dzw_NC) / m
     offset_NC = -rate_NC * _group_sum(chain, scale_C * dz_NC) / m
     kernel = functools.partial(_backward_input, chain, x_NSC.shape)
-    (dx_NSC,) = _run(kernel, x_NSC, [*operands, slope_NC, offset_NC, *g[1:]], [x_NSC.dtype])
+    out = jax.ShapeDtypeStruct(x_NSC.shape, x_NSC.dtype)
+    (dx_NSC,) = _run(chain, kernel, x_NSC, [*operands, slope_NC, offset_NC, *g[1:]], [out])
     dshift_NC = gain_NC * dz_NC + slope_NC * sum_NC + S * offset_NC
     return dx_NSC, dshift_NC, (rate_NC * dzw_NC).sum(0), dz_NC.sum(0), None
 

@@ -168,8 +168,8 @@ class TemporalTransformer(nnx.Module):
     def __call__(self, x_BThwC: Float[Array, "B T h w C"]) -> Float[Array, "B T h w C"]:
         B, T, h, w, C = x_BThwC.shape
         # Over `context` the pixels are split here, no longer the frames: every device sees whole trajectories.
-        y_BThwC, x_BThwC = normalised([self.norm], x_BThwC)
-        y_BPTC = constrain(y_BThwC.reshape(B, T, h * w, C).swapaxes(1, 2), CLIPS, "context")
+        y_BPTC, x_BThwC = normalised([self.norm], x_BThwC, by_pixel=True)
+        y_BPTC = constrain(y_BPTC, CLIPS, "context")
         total = Residual(self.proj_in, y_BPTC.reshape(B * h * w, T, C))
         for block in self.transformer_blocks:
             total.add(block.attn1, block.norm1)

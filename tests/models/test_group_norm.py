@@ -48,6 +48,7 @@ CASES = {
     "residual of a clip": ((2, 4, 8, 16, 64), jnp.float32, True, 0.0),
     "norm alone, 320 channels": ((2, 8, 40, 320), jnp.float32, False, 0.0),
     "several programs per clip": ((1, 4, 8, 16, 320), jnp.bfloat16, True, 0.1),
+    "by pixel": ((2, 4, 8, 20, 320), jnp.float32, False, 0.1),
 }
 
 
@@ -55,9 +56,11 @@ CASES = {
 def test_equal_to_the_layers(case):
     shape, dtype, silu, rate = CASES[case]
     given, weights = inputs(shape, dtype)
+    by_pixel = case == "by pixel"
 
     def kernels(x, shift, *norm):
-        return group_norm.in_kernels(chain(*norm, silu=silu, rate=rate), x, KEY, shift)
+        y, again = group_norm.in_kernels(chain(*norm, silu=silu, rate=rate), x, KEY, shift, by_pixel=by_pixel)
+        return jnp.einsum("btpc->bptc", y).reshape(shape) if by_pixel else y, again
 
     def layers(x, shift, *norm):
         return group_norm.normalised(chain(*norm, jnp.float32, silu, rate), x.astype(jnp.float32), KEY, shift)[0], x
