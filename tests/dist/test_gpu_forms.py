@@ -13,7 +13,7 @@ from motif_jax.config import MeshConfig
 from motif_jax.dist.mesh import make_mesh, partition
 from motif_jax.models import attention, group_norm, packed
 from motif_jax.models.transformer import TransformerBlock
-from motif_jax.models.layers import Dense, Dropout, GroupNorm, Initializer, Silu
+from motif_jax.models.layers import Dense, Dropout, GroupNorm, Initializer, Silu, recompute
 from motif_jax.models.placement import target_platform, use_mesh
 from motif_jax.models.residual import Residual
 from motif_jax.training.optimizer import as_stored
