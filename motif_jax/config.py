@@ -155,7 +155,7 @@ class ResamplerConfig:
     depth: int = _f(4, "layers", low=1)
     heads: int = _f(12, "attention heads", low=1)
     head_width: int = _f(64, "width of one attention head", low=1)
-    frames: int = _f(16, "frames with tokens of their own; 1: all frames share one set (DynamiCrafter-256)", low=1)
+    frames: int = _f(16, "frames with tokens of their own; 1: all frames share one set", low=1)
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ class DiffusionConfig:
     beta_start: float = _f(8.5e-4, "first beta; betas are linear in the square root", low=0.0, high=1.0)
     beta_end: float = _f(1.2e-2, "last beta", low=0.0, high=1.0)
     zero_terminal_snr: bool = _f(True, "rescale the schedule so that the last step is pure noise")
-    base_scale: float = _f(1.0, "dynamic rescale of x_0: 0.7 in VideoCrafter2, 1 is off", low=0.01, high=1.0)
+    base_scale: float = _f(1.0, "dynamic rescale of x_0: 0.7 in VideoCrafter2 and DynamiCrafter-512, 1 is off", low=0.01, high=1.0)
 
 
 @dataclass(frozen=True)

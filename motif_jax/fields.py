@@ -11,8 +11,7 @@ from typing import Any
 
 def described(default: Any, help: str, **rule: Any) -> Any:
     """A field with its help text and rule (`choices`, `low`, `high`)."""
-    kind = {"default_factory": lambda: default} if isinstance(default, (list, dict)) else {"default": default}
-    return field(metadata={"help": help, **rule}, **kind)
+    return field(metadata={"help": help, **rule}, default=default)
 
 
 def field_names(cls: type, prefix: str = "") -> list[str]:

@@ -192,7 +192,7 @@ def _run_on_beam(config: Config, source: str, output: str | os.PathLike, indices
         import apache_beam as beam
         from apache_beam.options.pipeline_options import PipelineOptions
     except ImportError as error:
-        raise UserError("--runner=beam needs Apache Beam: pip install 'motif_jax[beam]'; or share the work with --task_index") from error
+        raise UserError("--runner=beam needs Apache Beam: pip install -e '.[beam]'; or share the work with --task_index") from error
 
     class MakeShard(beam.DoFn):
         def setup(self) -> None:

@@ -5,6 +5,8 @@ import html
 import io
 import json
 import pathlib
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -149,9 +151,19 @@ def _judged(workdir: pathlib.Path) -> str:
     if not path.exists():
         return ""
     try:
-        splits = json.loads(path.read_text())["splits"]
+        rows = _rates(json.loads(path.read_text())["splits"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"<p>{html.escape(f'{path}: cannot be read: {error!r}; motif_jax.bench synthetic writes it')}</p>"
+    head = "<tr><th>clips<th>measure<th>rate<th>95 % interval<th>n"
+    page = f"<h2>How often it does what it is told</h2><table>{head}{''.join(rows)}</table>"
+    if (workdir / "synthetic").is_dir():
+        page += "<p>Sentences with combinations never seen in training; left the truth, right the sample:</p>" + _clips(
+            workdir / "synthetic"
+        )
+    return page
+
+
+def _rates(splits: Mapping[str, Any]) -> list[str]:
     rows = []
     labels = {"heldout": "combinations never seen in training", "several": "three shapes", "backgrounds": "backgrounds of another kind"}
     for split, label in {"validation": "new clips", **labels}.items():
@@ -165,13 +177,7 @@ def _judged(workdir: pathlib.Path) -> str:
             if r["rate"] is not None:
                 interval = f"{100 * r['low']:.0f} to {100 * r['high']:.0f}"
                 rows.append(f"<tr><td>{label}<td>{measure}<td>{100 * r['rate']:.0f} %<td>{interval}<td>{r['count']}")
-    head = "<tr><th>clips<th>measure<th>rate<th>95 % interval<th>n"
-    page = f"<h2>How often it does what it is told</h2><table>{head}{''.join(rows)}</table>"
-    if (workdir / "synthetic").is_dir():
-        page += "<p>Sentences with combinations never seen in training; left the truth, right the sample:</p>" + _clips(
-            workdir / "synthetic"
-        )
-    return page
+    return rows
 
 
 def _png(picture: np.ndarray) -> bytes:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from motif_jax.animation import animate_list, animate_one, noise_seed, read_requests
+from motif_jax.animation import Animator, animate_list, animate_one, noise_seed, read_requests
 from motif_jax.config import UserError
 
 
@@ -62,6 +62,14 @@ def test_an_id_that_occurs_twice(folder):
 def test_of_many_bad_lines_the_first_are_shown(folder):
     with pytest.raises(UserError, match=r"line 10: Expecting[^;]*; and 290 more$"):
         read_requests(save(folder, *["a.png,x,1"] * 300))
+
+
+def test_a_checkpoint_that_is_not_there_names_those_that_are(tmp_path):
+    """Beside them an unfinished save, whose name begins with a number, too."""
+    for name in ("9", "40", "60.orbax-checkpoint-tmp"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    with pytest.raises(UserError, match=r"no config\.json there; .* checkpoints here: \[9, 40\]"):
+        Animator.load(tmp_path / "checkpoints" / "50")
 
 
 def never():

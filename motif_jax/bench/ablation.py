@@ -226,7 +226,7 @@ def figure6(runs: Sequence[pathlib.Path]) -> dict[int, dict[str, list[float]]]:
         per_seed.append({line["step"]: line for line in lines})
     ratios = {}
     for step in sorted(set.intersection(*(set(found) for found in per_seed))):
-        keys = [k for k in per_seed[0][step] if k.startswith("eval/ratio") and "decile" not in k]
+        keys = [k for k in per_seed[0][step] if k.startswith("eval/ratio")]
         ratios[step] = {k.removeprefix("eval/ratio").removeprefix("_t") or "all": [found[step][k] for found in per_seed] for k in keys}
     return ratios
 

@@ -69,7 +69,7 @@ def load(path: pathlib.Path, settings: Settings) -> tuple[np.ndarray, float]:
     if len(frames) < max(2, settings.frames or 2):
         raise MediaError("too short", f"{len(frames)} frame{'s'[: len(frames) != 1]}")
     if min(frames.shape[1:3]) < WINDOW:
-        raise MediaError("too small", f"{frames.shape[2]}x{frames.shape[1]}")
+        raise MediaError("too small", f"{frames.shape[1]}x{frames.shape[2]}")
     return frames, fps
 
 
@@ -198,7 +198,7 @@ def _unlike(rows: Sequence[Row]) -> list[Problem]:
     problems = []
     for kind, text, differs in (
         ("other length", lambda r: f"{r['frames']} frames", lambda a, b: a["frames"] != b["frames"]),
-        ("other size", lambda r: f"{r['width']}x{r['height']}", lambda a, b: (a["width"], a["height"]) != (b["width"], b["height"])),
+        ("other size", lambda r: f"{r['height']}x{r['width']}", lambda a, b: (a["width"], a["height"]) != (b["width"], b["height"])),
         # GIFs count in 1/100 s: 8 frames a second are 7.7 or 8.3 there
         ("other frame rate", lambda r: f"{r['fps']:g} frames a second", lambda a, b: abs(a["fps"] / b["fps"] - 1) > 0.05),
     ):
@@ -255,7 +255,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--flow_weights", default="", help="RAFT weights, .safetensors or .pth")
     parser.add_argument("--clip", default="", help="directory of a CLIP model (Hugging Face's layout): adds its alignments; needs PyTorch")
     parser.add_argument("--frames", type=int, help="use the first so many frames of every video (default: all)")
-    parser.add_argument("--size", help="WIDTHxHEIGHT to cover and crop every video to (default: its own size)")
+    parser.add_argument("--size", help="HEIGHTxWIDTH to cover and crop every video to (default: its own size)")
     parser.add_argument("--fps", type=float, default=FRAME_RATE, help="frame rate of folders of frames (default: 8)")
     parser.add_argument("--workers", type=int, default=0, help="videos measured at a time (default: one per core; with RAFT or CLIP one)")
 
@@ -270,7 +270,7 @@ def run(arguments: argparse.Namespace) -> None:
         folders[name] = pathlib.Path(folder)
     size = re.fullmatch(r"(\d+)x(\d+)", arguments.size or "")
     if arguments.size and (size is None or min(int(n) for n in size.groups()) < WINDOW):
-        raise UserError(f"--size={arguments.size}: must be WIDTHxHEIGHT in pixels, such as 320x320, at least {WINDOW}")
+        raise UserError(f"--size={arguments.size}: must be HEIGHTxWIDTH in pixels, such as 320x512, at least {WINDOW}")
     if (arguments.frames is not None and arguments.frames < 2) or not 0 < arguments.fps < math.inf or arguments.workers < 0:
         raise UserError("--frames must be at least 2, --fps positive and finite, and --workers not negative")
     pairs = read_pairs(arguments.list)
@@ -281,7 +281,7 @@ def run(arguments: argparse.Namespace) -> None:
 
         clip = ClipAlignment(arguments.clip)
     settings = Settings(
-        described, clip.digest if clip else "", arguments.frames, (int(size[2]), int(size[1])) if size else None, arguments.fps
+        described, clip.digest if clip else "", arguments.frames, (int(size[1]), int(size[2])) if size else None, arguments.fps
     )
     try:
         arguments.output.mkdir(parents=True, exist_ok=True)

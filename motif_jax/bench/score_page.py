@@ -21,7 +21,7 @@ LIKENESS = "ssim0_image psnr0_image ssim_image psnr_image best_ssim best_frame s
 PLOTS = "dynamic_degree mean_flow top5_flow residual_flow camera_shift flicker smoothness warp_error ssim0_image ssim_image".split()
 COMPARED = "dynamic_degree mean_flow top5_flow residual_flow smoothness ssim_image clip_text".split()
 SHAPES = ("other size", "other length")  # kinds of problem
-ONE_SHAPE = "Flow in pixels cannot be compared between sizes: --size=WIDTHxHEIGHT and --frames bring all to one shape."
+ONE_SHAPE = "Flow in pixels cannot be compared between sizes: --size=HEIGHTxWIDTH and --frames bring all to one shape."
 GROUPS, COLUMNS, TILE = 3, 8, 160  # of the strips: pairs, frames, pixels
 BY_NAME = {m.name: m for m in METRICS}
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:84rem;margin:2rem auto;padding:0 1rem;color:#222}
@@ -51,7 +51,7 @@ def write(
     """Writes the page of what `standings` returned; `load` reads the frames of a video again, for the strips."""
     models = result["models"]
     flow = result["settings"]["flow"]["flow"]
-    shapes = sorted({f"{r['frames']} frames of {r['width']}x{r['height']} at {r['fps']:g} fps" for r in rows})
+    shapes = sorted({f"{r['frames']} frames of {r['height']}x{r['width']} at {r['fps']:g} fps" for r in rows})
     shown = html.escape("; ".join(shapes[:4]) + (" ..." if shapes[4:] else ""))
     notes = [m for m in METRICS if any(m.name in found["metrics"] for found in models.values())]
     body = [

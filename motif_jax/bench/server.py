@@ -116,7 +116,7 @@ def serve(study: pathlib.Path, votes: pathlib.Path, host: str, port: int, token:
     try:
         import uvicorn
     except ImportError as error:
-        raise UserError("annotate serve needs starlette and uvicorn: pip install 'motif_jax[annotate]'") from error
+        raise UserError("annotate serve needs starlette and uvicorn: pip install -e '.[annotate]'") from error
 
     key = plan.load(study)
     if not (page := study / "page" / "index.html").is_file():

@@ -132,7 +132,7 @@ def location(name: str) -> Path:
         files, path = fsspec.core.url_to_fs(name)
         files.exists(path)
     except (ImportError, ValueError) as error:
-        raise UserError(f"{name}: {error}; pip install 'motif_jax[gs]' or 'motif_jax[s3]'") from error
+        raise UserError(f"{name}: {error}; pip install -e '.[gs]' or '.[s3]'") from error
     except Exception as error:  # the stores' clients share no class of errors (no credentials, no such host, ...)
         raise UserError(f"{name} cannot be reached: {type(error).__name__}: {error}") from error
     return RemotePath(files, path.rstrip("/"))

@@ -11,7 +11,7 @@ import numpy as np
 class Replicas:
     """`function(params, *arrays)` on whichever local device is free.
 
-    A clip is worked on by one device alone, and all devices run the same programme: its result does not depend on how many
+    A clip is worked on by one device alone, and all devices run the same program: its result does not depend on how many
     there are. Calls beyond the number of devices wait for their turn.
     """
 

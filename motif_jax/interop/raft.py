@@ -161,10 +161,5 @@ def load_raft(path: str | pathlib.Path, variant: str | None = None, precision: s
         raise ValueError(f"{path}: {error}") from error
 
 
-def save_raft(path: str | pathlib.Path, model: RAFT, layout: str = "original", prefix: str = "") -> None:
-    """Writes `to_reference(model, layout, prefix)` as .safetensors."""
-    files.write_safetensors(path, to_reference(model, layout, prefix))
-
-
 def _torch_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     return (shape[3], shape[2], shape[0], shape[1]) if len(shape) == 4 else shape

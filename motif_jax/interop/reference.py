@@ -54,6 +54,7 @@ _IGNORED = re.compile(
 # What the published models were trained with (VideoCrafter2; DynamiCrafter-512), where no YAML says so.
 VIDEOCRAFTER = DiffusionConfig(prediction="eps", zero_terminal_snr=False, base_scale=0.7)
 DYNAMICRAFTER = DiffusionConfig(prediction="v", zero_terminal_snr=True, base_scale=0.7)
+DYNAMICRAFTER_256 = DiffusionConfig(prediction="eps", zero_terminal_snr=False, base_scale=1.0)  # its YAML has none of the other's keys
 
 Weights = dict[str, dict[str, Lazy]]
 
@@ -67,7 +68,7 @@ class Reference:
     settings.autoencoder.scale_factor times the autoencoder's.
     text(tokens_BL) -> [B,L,D], the penultimate layer; a ValueError for a tower whose number of heads nothing tells.
     image(x_BHW3 in [-1, 1]) -> [B,S,E], resampler(image_BSE) -> [B,J,D]: with DynamiCrafter's image cross attention the context is
-    [text, image tokens], 16 for each frame; J = 16 of its 256 model are repeated for each frame.
+    [text, image tokens], 16 for each frame; J = 16 are one set for all frames.
     A network that the file does not hold is None.
     """
 
@@ -160,6 +161,8 @@ def read_checkpoint(path: str | pathlib.Path, yaml: str | pathlib.Path | None = 
     if settings is None:
         network = inferred.get("denoiser") or UNetConfig()
         trained = DYNAMICRAFTER if network.image_cross_attention else VIDEOCRAFTER
+        if network.image_cross_attention_scale_learnable:
+            trained = DYNAMICRAFTER_256
         settings = Settings(network, AutoencoderConfig(), TextConfig(), trained)
     settings = dataclasses.replace(settings, **{_INFERRED[name][0]: config for name, config in inferred.items() if config is not None})
     if "proj_in.weight" in parts.get("resampler", {}) and "image" not in parts:

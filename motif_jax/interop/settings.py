@@ -185,7 +185,7 @@ def _resampler(params: dict[str, Any], errors: list[str]) -> ResamplerConfig | N
             errors.append(f"image_proj_stage_config.params.{key}={params[key]!r}: only {value} is supported")
     given = {ours: params[key] for key, ours in _RESAMPLER_NAMES.items() if key in params}
     if params:
-        given.setdefault("frames", 1)  # the 256 model has one set of tokens for all frames
+        given.setdefault("frames", 1)  # the reference's default: one set of tokens for all frames
     return _build(ResamplerConfig, given, "image_proj_stage_config.params.", errors)
 
 

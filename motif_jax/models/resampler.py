@@ -35,7 +35,7 @@ class PerceiverAttention(nnx.Module):
 
 
 class Resampler(nnx.Module):
-    """`config.frames` sets of 16 tokens, frame by frame; 1 set is for all frames (DynamiCrafter-256)."""
+    """`config.frames` sets of 16 tokens, frame by frame; 1 set is for all frames."""
 
     def __init__(
         self,

@@ -31,7 +31,7 @@ ENLARGE_BELOW, ENLARGED = 256, 320
 class RaftEstimator:
     """Flow between consecutive frames of a clip; every frame is encoded once.
 
-    The compiled programme depends on the clip's shape alone and sees one clip at a time: the same clip gives the same bytes whatever
+    The compiled program depends on the clip's shape alone and sees one clip at a time: the same clip gives the same bytes whatever
     else is in the run. Between kinds of machine (accelerator, number of visible CPUs) sums are ordered differently: some 1e-4 px.
     """
 

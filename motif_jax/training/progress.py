@@ -3,6 +3,7 @@
 import concurrent.futures
 import math
 import resource
+import sys
 import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -114,4 +115,5 @@ def _when_computed(metrics: dict[str, Any]) -> float:
 def peak_memory() -> int:
     """Largest number of bytes in use so far: of this process' first device where it keeps count, else of the process."""
     stats = jax.local_devices()[0].memory_stats()
-    return stats["peak_bytes_in_use"] if stats else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    unit = 1 if sys.platform == "darwin" else 1024  # of getrusage
+    return stats["peak_bytes_in_use"] if stats else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

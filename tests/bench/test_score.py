@@ -196,13 +196,13 @@ def test_whatever_is_wrong_is_named_and_counted(world, tmp_path, capsys):
         ("odd", "other frame rate", "pair1.mp4"),
     }
     assert problems["model", "broken", "pair3_0.mp4"] == "too short: 1 frame"
-    assert problems["odd", "other size", "pair0.mp4"] == "40x32, most have 48x48"
+    assert problems["odd", "other size", "pair0.mp4"] == "32x40, most have 48x48"
     counts = {(c["model"], c["kind"]): c["count"] for c in result["problem_counts"]}
     assert counts["model", "broken"] == 3 and sum(counts.values()) == len(problems)
     assert {m: v["videos"] for m, v in result["models"].items()} == {"model": 1, "odd": 3, "slow": 8, "static": 4}
     page = (tmp_path / "out" / "index.html").read_text()
     assert "model: 3 broken" in page and "elephant_0.mp4" in page
-    said = "--size=WIDTHxHEIGHT and --frames bring all to one shape"
+    said = "--size=HEIGHTxWIDTH and --frames bring all to one shape"
     assert said in page and said in capsys.readouterr().out
     run(list=world / "list.jsonl", videos=[f"slow={world / 'slow'}"], output=tmp_path / "alike")
     assert said not in (tmp_path / "alike" / "index.html").read_text() and said not in capsys.readouterr().out
@@ -231,7 +231,7 @@ def test_hidden_files_are_no_frames(world, tmp_path):
 
 
 def test_videos_can_be_brought_to_one_shape(world, tmp_path):
-    result = run(list=world / "list.jsonl", videos=f"slow={world / 'slow'}", output=tmp_path, frames=4, size="40x32", workers=2)
+    result = run(list=world / "list.jsonl", videos=f"slow={world / 'slow'}", output=tmp_path, frames=4, size="32x40", workers=2)
     assert result["settings"]["size"] == [32, 40] and not result["problems"]
     with (tmp_path / "videos.csv").open() as file:
         assert {(r["frames"], r["height"], r["width"]) for r in csv.DictReader(file)} == {("4", "32", "40")}
@@ -251,7 +251,7 @@ def test_names_are_written_as_text(world, tmp_path):
         ({"videos": "static={w}/slow"}, "is taken"),
         ({"videos": "a={w}/none"}, "is no folder"),
         ({"videos": "a={w}"}, "no file there is named by a pair of the list, such as pair0.mp4"),
-        ({"size": "big"}, "must be WIDTHxHEIGHT"),
+        ({"size": "big"}, "must be HEIGHTxWIDTH"),
         ({"frames": 1}, "--frames must be at least 2"),
         ({"fps": "inf"}, "--fps positive and finite"),
         ({"flow": "raft_small"}, "needs --flow_weights"),

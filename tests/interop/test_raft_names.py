@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from motif_jax.interop import files
 from motif_jax.interop import raft as interop
 
 TESTDATA = pathlib.Path(__file__).parents[1] / "testdata"
@@ -126,7 +127,7 @@ def test_the_variant_is_checked_and_strangers_are_refused():
 def test_files(tmp_path, monkeypatch):
     model = interop.from_reference(tensors("small"))
     path = tmp_path / "weights.safetensors"
-    interop.save_raft(path, model, "torchvision")
+    files.write_safetensors(path, interop.to_reference(model, "torchvision"))
     for name, tensor in interop.to_reference(interop.load_raft(path), "torchvision").items():
         np.testing.assert_array_equal(tensor, tensors("small")[name])
     with pytest.raises(FileNotFoundError, match=r"no RAFT weights at .*absent\.pth"):

@@ -29,7 +29,7 @@ KERNELS += ["geglu_forward", "geglu_backward", "attention_forward", "attention_b
 
 
 def evaluate(dtype: str, platform: str):
-    """(programme, output, gradient of the mean squared error by parameter), with dropout"""
+    """(program, output, gradient of the mean squared error by parameter), with dropout"""
     rng = np.random.default_rng(0)
     x, target = (jnp.asarray(rng.normal(size=(2, 16, 4, 8, channels)), jnp.float32) for channels in (8, 4))
     context = jnp.asarray(rng.normal(size=(2, 6, 32)), jnp.float32)

@@ -1,6 +1,6 @@
 """Recomputation: the same gradient from fewer kept activations, on the transformer, whose blocks are all there is to save.
 
-What the compiled programme needs is not compared: XLA's CPU backend merges the recomputation with the first computation.
+What the compiled program needs is not compared: XLA's CPU backend merges the recomputation with the first computation.
 """
 
 import contextlib

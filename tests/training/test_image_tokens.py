@@ -143,7 +143,7 @@ def test_conditions_are_dropped_as_in_dynamicrafter(make):
 
 
 def test_shared_tokens_and_learnable_scale(make):
-    """DynamiCrafter-256: 16 tokens for all frames, weighed by tanh(alpha) + 1 per block."""
+    """16 tokens for all frames, as the reference's resampler has by default, weighed by tanh(alpha) + 1 per block (DynamiCrafter-256)."""
     config, networks, params, frozen, _ = make("both", unet={"image_cross_attention_scale_learnable": True}, resampler={"frames": 1})
     alphas = [name for name in params if name.endswith("attn2.alpha")]
     assert len(alphas) == 4 and params["image_proj_model.latents"].shape == (1, 16, 16)

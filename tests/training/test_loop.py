@@ -34,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 
 @pytest.fixture(scope="module")
 def config(eventful, tmp_path_factory):
-    """Runs share their compiled programmes."""
+    """Runs share their compiled programs."""
     settings = {
         "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
@@ -290,8 +290,9 @@ def test_a_sample_sheet_appears_whole(config, undisturbed, tmp_path, monkeypatch
     for name, text in ("00.gif", None), ("captions.json", ""):  # lost, and cut off by a power cut
         (run / "samples" / "4" / name).unlink() if text is None else (run / "samples" / "4" / name).write_text(text)
         assert "samples/4: cannot be read: " in report.write(run).read_text()
-    (run / "synthetic.json").write_text("{}")
-    assert "synthetic.json: cannot be read: KeyError" in report.write(run).read_text()
+    for damaged in ({}, {"splits": {"validation": {"model": {}}}}):
+        (run / "synthetic.json").write_text(json.dumps(damaged))
+        assert "synthetic.json: cannot be read: KeyError" in report.write(run).read_text()
     monkeypatch.undo()
     for caption in "xy":
         samples.save_comparison(run / "samples" / "6", clips, clips, [caption], 8.0)
