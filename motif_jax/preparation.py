@@ -151,7 +151,8 @@ class Job:
         (self.directory / "dataset.json").unlink(missing_ok=True)  # it vouches for every shard
         outcomes = self.source.outcomes(shard.items)
         fingerprint = shards.digest([self.plan_id, files])
-        shards.write_shard(self.directory, shard, self.plan_id, fingerprint, progress.watch(outcomes) if progress else outcomes)
+        watched = progress.watch(outcomes) if progress else outcomes
+        shards.write_shard(self.directory, shard, self.plan_id, fingerprint, watched, self.source.layout.pixels)
         return True
 
     def _stale(self, shard: Shard, files: list[list[Any]]) -> str:

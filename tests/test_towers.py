@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from array_record.python.array_record_module import ArrayRecordReader
 from flax import nnx
 
 from motif_jax import preparation
@@ -134,6 +136,17 @@ def test_frames_are_dropped_unless_asked_for(kl, stored, tmp_path):
         "latent_moments",
     )
     assert "frames" not in first_batch(config, lean) and "tokens" in first_batch(config, lean)
+
+
+def test_latents_are_compressed_and_frames_not_once_more(kl, stored, tmp_path):
+    """One record a chunk in both: ArrayRecord's `group_size`."""
+    config, _ = prepare(kl(latents=True), tmp_path / "latents")
+
+    def how(directory):
+        return ArrayRecordReader(str(next(pathlib.Path(directory).glob("*train*")))).writer_options_string()
+
+    assert {"group_size:1", "zstd:1"} <= set(how(config.data.path).split(","))
+    assert {"group_size:1", "uncompressed"} <= set(how(stored.data.path).split(","))
 
 
 def test_tfds_reads_latents_without_tensorflow(stored, tmp_path):
