@@ -46,7 +46,7 @@ def random_checkpoint(path: pathlib.Path, scale: str) -> tuple[int, int]:
     for network in ("denoiser", "autoencoder", "text"):  # what a VideoCrafter file holds
         table = TABLES[network]
         for ours, leaf in Network.of(make[network]).shapes.items():
-            name, shape = table.PREFIX + names.torch_name(ours), names.torch_shape(ours, leaf.shape)
+            name, shape = table.prefix + names.torch_name(ours), names.torch_shape(ours, leaf.shape)
             tensors[name] = files.Lazy(shape, np.dtype(np.float32), partial(numbers, name, shape))
     write = files.write_safetensors if path.suffix == ".safetensors" else files.write_pytorch
     write(path, tensors)

@@ -11,10 +11,11 @@ import numpy as np
 
 from motif_jax.config import AutoencoderConfig, DiffusionConfig, ImageConfig, TextConfig, UNetConfig, UserError
 from motif_jax.diffusion.schedule import Schedule, make_schedule
-from motif_jax.interop import architecture, autoencoder, files, image, openclip, resampler, unet
+from motif_jax.interop import architecture, files
 from motif_jax.interop.files import Lazy
 from motif_jax.interop.names import select
 from motif_jax.interop.settings import Settings, read_yaml
+from motif_jax.interop.tables import autoencoder, image, openclip, resampler, unet
 from motif_jax.models.autoencoder import KlAutoencoder, PixelAutoencoder, make_autoencoder
 from motif_jax.models.image import ImageTower
 from motif_jax.models.networks import Network
@@ -182,7 +183,7 @@ def read_checkpoint(path: str | pathlib.Path, yaml: str | pathlib.Path | None = 
 
 def _parts(tensors: Mapping[str, Lazy], path: str | pathlib.Path, only: str | None) -> dict[str, dict[str, Lazy]]:
     """The tensors of each network, without its prefix; of the network `only` alone if it is there, whatever is beside it."""
-    parts = {name: found for name, table in TABLES.items() if (found := select(tensors, table.PREFIX))}
+    parts = {name: found for name, table in TABLES.items() if (found := select(tensors, table.prefix))}
     if only in parts:
         return {only: parts[only]}
     for pattern, (layout, remedy) in _FOREIGN.items():
@@ -197,10 +198,10 @@ def _parts(tensors: Mapping[str, Lazy], path: str | pathlib.Path, only: str | No
             return {only: parts[only]} if only in parts else parts
         first = ", ".join(sorted(tensors)[:3])
         raise UserError(
-            f"{path}: holds no network in the reference's names ({', '.join(t.PREFIX for t in TABLES.values())}); "
+            f"{path}: holds no network in the reference's names ({', '.join(t.prefix for t in TABLES.values())}); "
             f"it holds {len(tensors)} tensors: {first}, ..."
         )
-    prefixes = tuple(table.PREFIX for table in TABLES.values())
+    prefixes = tuple(table.prefix for table in TABLES.values())
     strange = sorted(name for name in tensors if not name.startswith(prefixes) and not _IGNORED.fullmatch(name))
     if strange:
         raise UserError(f"{path}: {len(strange)} tensors belong to no network known here: {'; '.join(strange)}")

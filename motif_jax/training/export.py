@@ -6,12 +6,12 @@ from typing import Any
 from motif_jax.config import UserError
 from motif_jax.data.storage import Path
 from motif_jax.interop import files
-from motif_jax.interop import resampler as resampler_table
 from motif_jax.interop.buffers import schedule_buffers
 from motif_jax.interop.imported import imported_settings, is_imported
 from motif_jax.interop.names import select
 from motif_jax.interop.reference import TABLES
 from motif_jax.interop.settings import Settings, to_yaml
+from motif_jax.interop.tables import resampler as resampler_table
 from motif_jax.training import weights
 
 SUFFIXES = (".safetensors", ".ckpt")
@@ -40,9 +40,9 @@ def export(
             )
         settings = Settings.of(config)
     found = weights.load(directory, kind)
-    resampler = select(found["denoiser"], resampler_table.PREFIX) if "denoiser" in found else {}
+    resampler = select(found["denoiser"], resampler_table.prefix) if "denoiser" in found else {}
     if resampler:
-        unet = {name: value for name, value in found["denoiser"].items() if not name.startswith(resampler_table.PREFIX)}
+        unet = {name: value for name, value in found["denoiser"].items() if not name.startswith(resampler_table.prefix)}
         found |= {"denoiser": unet, "resampler": resampler}
     names = ["denoiser"] + ["resampler"] * bool(resampler)
     if frozen:  # those that have weights
@@ -56,7 +56,7 @@ def export(
     tensors: dict[str, Any] = {}
     for name in names:
         table = TABLES[name]
-        tensors |= {table.PREFIX + key: tensor for key, tensor in table.to_torch(found[name], lazy=True).items()}
+        tensors |= {table.prefix + key: tensor for key, tensor in table.to_torch(found[name], lazy=True).items()}
     if frozen and settings.diffusion.prediction == "eps":  # what VideoCrafter's own loader asks for
         tensors |= schedule_buffers(settings.diffusion)
     yaml = output.with_suffix(".yaml")

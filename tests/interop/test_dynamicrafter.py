@@ -9,9 +9,10 @@ import safetensors.numpy
 from flax import nnx
 
 from motif_jax.config import AutoencoderConfig, ImageConfig, ResamplerConfig, TextConfig, UNetConfig, UserError, from_config_dict
-from motif_jax.interop import image, load_reference, names, reference, resampler, unet
+from motif_jax.interop import load_reference, names, reference
 from motif_jax.interop.imported import import_checkpoint, imported_settings
 from motif_jax.interop.settings import Settings, read_yaml, to_yaml
+from motif_jax.interop.tables import image, resampler, unet
 from motif_jax.models.networks import Network, Networks
 from motif_jax.training.export import export
 from motif_jax.training.weights import IMAGE_PATH, initial_weights
@@ -40,7 +41,7 @@ def checkpoint(settings, seed=0):
     for name in ("denoiser", "image", "resampler"):
         for path, leaf in Network.of(make[name]).shapes.items():
             tensor = rng.normal(size=names.torch_shape(path, leaf.shape)) * 0.3
-            state[reference.TABLES[name].PREFIX + names.torch_name(path)] = np.asarray(tensor, np.float32)
+            state[reference.TABLES[name].prefix + names.torch_name(path)] = np.asarray(tensor, np.float32)
     return state
 
 
@@ -76,7 +77,7 @@ def test_there_and_back_through_a_run(model, tmp_path):
     np.testing.assert_array_equal(start.frozen["image"]["proj"], state["embedder.model.visual.proj"])
     _, count, _ = export(tmp_path / "in", tmp_path / "all.safetensors", frozen=False)
     found = safetensors.numpy.load_file(tmp_path / "all.safetensors")
-    trained = {name: tensor for name, tensor in state.items() if not name.startswith(image.PREFIX)}
+    trained = {name: tensor for name, tensor in state.items() if not name.startswith(image.prefix)}
     assert count == len(found) and found.keys() == trained.keys()
     assert all(found[name].tobytes() == trained[name].tobytes() for name in trained)
     again = read_yaml(tmp_path / "all.yaml")
@@ -109,7 +110,7 @@ def test_load_reference_runs_the_whole_path(model):
 
 
 def test_an_openclip_file_brings_either_tower(tmp_path):
-    state = {name.replace("embedder.model.", ""): t for name, t in checkpoint(LARGE).items() if name.startswith(image.PREFIX)}
+    state = {name.replace("embedder.model.", ""): t for name, t in checkpoint(LARGE).items() if name.startswith(image.prefix)}
     text = TextConfig(vocab_size=8, context_length=3, width=64, layers=2, heads=1)
     rng = np.random.default_rng(0)
     for path, leaf in Network.of(reference.constructors(dataclasses.replace(LARGE, text=text), np.float32)["text"]).shapes.items():
@@ -127,7 +128,7 @@ def test_an_openclip_file_brings_either_tower(tmp_path):
 def test_a_text_to_video_model_grows_image_attention(tmp_path):
     """Nothing that is new changes what the model computes at step 0, and the new layers can learn."""
     plain = dataclasses.replace(LARGE, unet=dataclasses.replace(LARGE.unet, in_channels=12, image_cross_attention=False))
-    state = {name: tensor for name, tensor in checkpoint(plain).items() if name.startswith(unet.PREFIX)}
+    state = {name: tensor for name, tensor in checkpoint(plain).items() if name.startswith(unet.prefix)}
     safetensors.numpy.save_file(state, tmp_path / "vc.safetensors")
     import_checkpoint("videocrafter", tmp_path / "vc.safetensors", tmp_path / "in")
     random = dataclasses.replace(LARGE, image=dataclasses.replace(LARGE.image, kind="random"))
@@ -160,11 +161,11 @@ def test_a_text_to_video_model_grows_image_attention(tmp_path):
 
 def test_faults_of_every_network_in_one_error(tmp_path):
     state = checkpoint(LARGE)
-    del state[unet.PREFIX + "out.2.bias"], state[image.PREFIX + "ln_pre.bias"], state[resampler.PREFIX + "norm_out.weight"]
+    del state[unet.prefix + "out.2.bias"], state[image.prefix + "ln_pre.bias"], state[resampler.prefix + "norm_out.weight"]
     safetensors.numpy.save_file(state, tmp_path / "x.safetensors")
     with pytest.raises(UserError, match=r"(?s)U-Net.*out\.2\.bias.*image tower.*ln_pre\.bias.*resampler.*norm_out\.weight"):
         import_checkpoint("dynamicrafter", tmp_path / "x.safetensors", tmp_path / "in")
-    del state[resampler.PREFIX + "latents"]
+    del state[resampler.prefix + "latents"]
     safetensors.numpy.save_file(state, tmp_path / "x.safetensors")
     with pytest.raises(UserError, match=r"(?s)resampler.*no latents.*out\.2\.bias.*ln_pre\.bias"):  # what it is cannot be told either
         import_checkpoint("dynamicrafter", tmp_path / "x.safetensors", tmp_path / "in")

@@ -18,10 +18,11 @@ import yaml
 from flax import nnx
 
 from motif_jax.config import AutoencoderConfig, TextConfig, UNetConfig, UserError
-from motif_jax.interop import autoencoder, files, imported, names, openclip, raft, reference, unet
+from motif_jax.interop import files, imported, names, raft, reference
 from motif_jax.interop.buffers import schedule_buffers
 from motif_jax.interop.imported import import_checkpoint, imported_settings, read_imported, yaml_beside
 from motif_jax.interop.settings import Settings, read_yaml, to_yaml
+from motif_jax.interop.tables import autoencoder, openclip, unet
 from motif_jax.models.autoencoder import make_autoencoder
 from motif_jax.models.text import make_text_tower
 from motif_jax.models.unet3d import UNet3D
@@ -48,9 +49,9 @@ def tensors(make, prefix="", seed=0):
 @pytest.fixture(scope="module")
 def networks():
     return {
-        "denoiser": tensors(lambda: UNet3D(SETTINGS.unet, rngs=nnx.Rngs(0)), unet.PREFIX),
-        "autoencoder": tensors(lambda: make_autoencoder(SETTINGS.autoencoder, nnx.Rngs(0)), autoencoder.PREFIX),
-        "text": tensors(lambda: make_text_tower(SETTINGS.text, nnx.Rngs(0)), openclip.PREFIX),
+        "denoiser": tensors(lambda: UNet3D(SETTINGS.unet, rngs=nnx.Rngs(0)), unet.prefix),
+        "autoencoder": tensors(lambda: make_autoencoder(SETTINGS.autoencoder, nnx.Rngs(0)), autoencoder.prefix),
+        "text": tensors(lambda: make_text_tower(SETTINGS.text, nnx.Rngs(0)), openclip.prefix),
     }
 
 
@@ -120,7 +121,7 @@ def test_half_precision_is_widened(tmp_path, networks):
 
 
 def test_networks_one_by_one_share_a_directory(tmp_path, networks):
-    bare = {name: {n.removeprefix(reference.TABLES[name].PREFIX): t for n, t in part.items()} for name, part in networks.items()}
+    bare = {name: {n.removeprefix(reference.TABLES[name].prefix): t for n, t in part.items()} for name, part in networks.items()}
     kinds = {"denoiser": "videocrafter", "autoencoder": "autoencoder", "text": "openclip"}
     extra = {"visual.conv1.weight": np.zeros(3, np.float32)}  # a whole OpenCLIP file
     for name, kind in kinds.items():
@@ -147,7 +148,7 @@ def test_an_autoencoder_within_a_model_of_another_kind(tmp_path, networks, besid
     source = save(tmp_path / "x.safetensors", state)
     import_checkpoint("autoencoder", source, tmp_path / "in")
     found = autoencoder.to_torch(read_imported(tmp_path / "in")["autoencoder"])
-    same({autoencoder.PREFIX + name: tensor for name, tensor in found.items()}, networks["autoencoder"])
+    same({autoencoder.prefix + name: tensor for name, tensor in found.items()}, networks["autoencoder"])
     for kind in ("videocrafter", "openclip"):
         with pytest.raises(UserError, match=r"in the layout of transformers \(cond.*take the OpenCLIP file"):
             import_checkpoint(kind, source, tmp_path / "other")
@@ -177,7 +178,7 @@ def test_a_unet_under_its_name_within_the_model(tmp_path, networks):
 
 def test_dynamicrafter_is_told_from_videocrafter(tmp_path, model):
     config = UNetConfig(**{**vars(SETTINGS.unet), "in_channels": 8, "image_cross_attention": True})
-    image = tensors(lambda: UNet3D(config, rngs=nnx.Rngs(0)), unet.PREFIX)
+    image = tensors(lambda: UNet3D(config, rngs=nnx.Rngs(0)), unet.prefix)
     image |= {"embedder.model.logit_scale": np.zeros((), np.float32)}  # what is left of the text half beside the image tower
     with pytest.raises(UserError, match="has image cross attention; import it with --kind=dynamicrafter"):
         import_checkpoint("videocrafter", save(tmp_path / "dc.safetensors", image), tmp_path / "in")
@@ -195,14 +196,14 @@ def broken(model, change):
     return state
 
 
-BIAS, SMALL = unet.PREFIX + "out.0.bias", np.zeros(3, np.float32)
-CONV, TABLE = unet.PREFIX + "input_blocks.0.0.weight", openclip.PREFIX + "token_embedding.weight"
-TO_K = unet.PREFIX + "middle_block.1.transformer_blocks.0.attn2.to_k.weight"
+BIAS, SMALL = unet.prefix + "out.0.bias", np.zeros(3, np.float32)
+CONV, TABLE = unet.prefix + "input_blocks.0.0.weight", openclip.prefix + "token_embedding.weight"
+TO_K = unet.prefix + "middle_block.1.transformer_blocks.0.attn2.to_k.weight"
 WRONG = {
     "an autoencoder alone": (lambda s: [s.pop(n) for n in list(s) if not n.startswith("first_stage")], "holds no U-Net, but autoencoder"),
     "another network": (lambda s: (s.clear(), s.update({"layer1.0.conv1.weight": SMALL})), "holds no network in the reference's names"),
     "a tensor missing": (lambda s: s.pop(BIAS), r"1 missing: out\.0\.bias \[32\]"),
-    "a tensor too many": (lambda s: s.update({unet.PREFIX + "x.y": SMALL}), r"1 left over: x\.y"),
+    "a tensor too many": (lambda s: s.update({unet.prefix + "x.y": SMALL}), r"1 left over: x\.y"),
     "a strange tensor": (lambda s: s.update({"upscaler.w": SMALL}), r"1 tensors belong to no network known here: upscaler\.w"),
     "another shape": (lambda s: s.update({BIAS: SMALL}), r"out\.0\.bias: \[3\] in the file, \[32\]"),
     "another layout": (

@@ -8,7 +8,8 @@ import pytest
 from flax import nnx
 
 from motif_jax.config import AutoencoderConfig, TextConfig, UNetConfig
-from motif_jax.interop import autoencoder, names, openclip, unet
+from motif_jax.interop import names
+from motif_jax.interop.tables import autoencoder, openclip, unet
 from motif_jax.models.autoencoder import make_autoencoder
 from motif_jax.models.text import make_text_tower
 from motif_jax.models.unet3d import UNet3D
@@ -34,9 +35,9 @@ def random_tensors(template, seed=0):
 
 
 FULL = {
-    "unet": (lambda: UNet3D(UNetConfig(in_channels=4), rngs=nnx.Rngs(0)), unet.PREFIX, 1_413_284_420, 1484),
-    "autoencoder": (lambda: make_autoencoder(AutoencoderConfig(), nnx.Rngs(0)), autoencoder.PREFIX, 83_653_863, 248),
-    "text": (lambda: make_text_tower(TextConfig(), nnx.Rngs(0)), openclip.PREFIX, 354_032_641, 294),
+    "unet": (lambda: UNet3D(UNetConfig(in_channels=4), rngs=nnx.Rngs(0)), unet.prefix, 1_413_284_420, 1484),
+    "autoencoder": (lambda: make_autoencoder(AutoencoderConfig(), nnx.Rngs(0)), autoencoder.prefix, 83_653_863, 248),
+    "text": (lambda: make_text_tower(TextConfig(), nnx.Rngs(0)), openclip.prefix, 354_032_641, 294),
 }
 
 

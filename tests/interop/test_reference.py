@@ -19,9 +19,10 @@ from motif_jax.config import AutoencoderConfig, TextConfig, UNetConfig, UserErro
 from motif_jax.diffusion import samplers
 from motif_jax.diffusion.guidance import classifier_free
 from motif_jax.diffusion.schedule import make_schedule
-from motif_jax.interop import autoencoder, load_reference, names, openclip, reference, unet
+from motif_jax.interop import load_reference, names, reference
 from motif_jax.interop.files import read_tensors
 from motif_jax.interop.settings import Settings, to_yaml
+from motif_jax.interop.tables import autoencoder, openclip, unet
 from motif_jax.models.text import make_text_tower
 from motif_jax.models.unet3d import UNet3D
 
@@ -48,12 +49,12 @@ def checkpoints(golden, tmp_path_factory):
     def unpacked(name):
         return safetensors.numpy.load(lzma.open(golden / f"{name}_tiny.safetensors.xz").read())
 
-    parts = {unet.PREFIX: unpacked("unet"), autoencoder.PREFIX: unpacked("autoencoder")}
+    parts = {unet.prefix: unpacked("unet"), autoencoder.prefix: unpacked("autoencoder")}
     state = {prefix + name: tensor for prefix, part in parts.items() for name, tensor in part.items()}
     state |= {"cond_stage_model." + name: tensor for name, tensor in unpacked("text").items()}
     found = {}
     for channels, diffusion in {4: reference.VIDEOCRAFTER, 8: reference.DYNAMICRAFTER}.items():
-        first = unet.PREFIX + "input_blocks.0.0.weight"
+        first = unet.prefix + "input_blocks.0.0.weight"
         file = directory / f"{channels}.safetensors"
         safetensors.numpy.save_file(state | {first: np.ascontiguousarray(state[first][:, :channels])}, file)
         settings = Settings(UNetConfig(**{**vars(TINY.unet), "in_channels": channels}), TINY.autoencoder, TINY.text, diffusion)
@@ -224,7 +225,7 @@ def test_an_unknown_number_of_heads(tmp_path):
     width, rng = 16, np.random.default_rng(0)
     state = nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: make_text_tower(TextConfig(width=width, layers=2), nnx.Rngs(0))), nnx.Param))
     shapes = {names.dotted(p): leaf.shape for p, leaf in jax.tree_util.tree_leaves_with_path(state)}
-    tensors = {openclip.PREFIX + names.torch_name(p): rng.normal(size=names.torch_shape(p, s)).astype("f4") for p, s in shapes.items()}
+    tensors = {openclip.prefix + names.torch_name(p): rng.normal(size=names.torch_shape(p, s)).astype("f4") for p, s in shapes.items()}
     safetensors.numpy.save_file(tensors, tmp_path / "x.safetensors")
     tokens = jnp.zeros((1, 77), jnp.int32)
     with pytest.raises(UserError, match="number of attention heads is not in the file: add `heads`"):

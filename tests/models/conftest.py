@@ -14,7 +14,8 @@ import pytest
 from flax import nnx
 
 from motif_jax.config import AutoencoderConfig, TextConfig, UNetConfig
-from motif_jax.interop import names, unet
+from motif_jax.interop import names
+from motif_jax.interop.tables import unet
 from motif_jax.models.unet3d import UNet3D
 
 TESTDATA = pathlib.Path(__file__).resolve().parents[1] / "testdata"

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from motif_jax.config import AutoencoderConfig
-from motif_jax.interop import autoencoder as interop
+from motif_jax.interop.tables import autoencoder as interop
 from motif_jax.models.autoencoder import AttentionBlock, ResBlock, make_autoencoder, sample_latents
 from motif_jax.models.layers import Initializer
 

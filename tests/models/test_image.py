@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from motif_jax.config import ImageConfig
-from motif_jax.interop import image as interop
+from motif_jax.interop.tables import image as interop
 from motif_jax.models.image import ImageTower, preprocess
 from motif_jax.models.networks import Network
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from motif_jax.interop import autoencoder, openclip, unet
+from motif_jax.interop.tables import autoencoder, openclip, unet
 from motif_jax.models import attention as attention_module
 from motif_jax.models import clip, unet3d
 from motif_jax.models import transformer as transformer_module

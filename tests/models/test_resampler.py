@@ -7,7 +7,7 @@ import numpy as np
 from scipy.special import erf
 
 from motif_jax.config import ResamplerConfig
-from motif_jax.interop import resampler as interop
+from motif_jax.interop.tables import resampler as interop
 from motif_jax.models.networks import Network
 from motif_jax.models.resampler import Resampler
 

@@ -6,7 +6,7 @@ import pytest
 from flax import nnx
 
 from motif_jax.config import TextConfig
-from motif_jax.interop import openclip as interop
+from motif_jax.interop.tables import openclip as interop
 from motif_jax.models.text import make_text_tower
 
 TOLERANCE = 1e-5

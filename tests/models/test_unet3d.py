@@ -13,7 +13,7 @@ from flax import nnx
 
 from motif_jax.config import UNetConfig
 from motif_jax.interop import names
-from motif_jax.interop import unet as interop
+from motif_jax.interop.tables import unet as interop
 from motif_jax.models.layers import Dropout
 from motif_jax.models.unet3d import UNet3D
 

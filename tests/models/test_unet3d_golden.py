@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from motif_jax.interop import unet as interop
+from motif_jax.interop.tables import unet as interop
 from motif_jax.models.layers import apply, sinusoids
 from motif_jax.models.unet3d import UNet3D
 

@@ -14,7 +14,7 @@ from flax import nnx
 from scipy.special import erf
 
 from motif_jax.config import UNetConfig
-from motif_jax.interop import unet as interop
+from motif_jax.interop.tables import unet as interop
 from motif_jax.models.unet3d import UNet3D
 
 WIDE = UNetConfig(in_channels=8, model_channels=64, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(1,), num_head_channels=16,

@@ -17,9 +17,9 @@ import yaml
 
 from motif_jax.animation import Animator
 from motif_jax.config import CheckpointConfig, UserError, from_config_dict, to_dict, to_json
-from motif_jax.interop import autoencoder, unet
 from motif_jax.interop.imported import import_checkpoint, imported_settings
 from motif_jax.interop.settings import Settings, read_yaml, to_yaml
+from motif_jax.interop.tables import autoencoder, unet
 from motif_jax.models.networks import Networks
 from motif_jax.training import weights, workdir
 from motif_jax.training.checkpoint import Checkpoints
@@ -71,7 +71,7 @@ def assert_same(found, expected):
 
 
 def torch_layout(params):
-    return {unet.PREFIX + name: tensor for name, tensor in unet.to_torch(params).items()}
+    return {unet.prefix + name: tensor for name, tensor in unet.to_torch(params).items()}
 
 
 def test_a_checkpoint_of_its_own(make_run, monkeypatch):
@@ -170,7 +170,7 @@ def test_an_independent_pytorch_network_computes_the_same(make_run, tmp_path, su
         state = torch.load(tmp_path / "x.ckpt", weights_only=True)["state_dict"]
     else:
         state = safetensors.numpy.load_file(tmp_path / "x.safetensors")
-    theirs.load_state_dict({name.removeprefix(unet.PREFIX): torch.as_tensor(tensor) for name, tensor in state.items()}, strict=True)
+    theirs.load_state_dict({name.removeprefix(unet.prefix): torch.as_tensor(tensor) for name, tensor in state.items()}, strict=True)
 
     rng = np.random.default_rng(3)
     x, context = rng.normal(size=(2, 4, 4, 4, 96)).astype(np.float32), rng.normal(size=(2, 8, 16)).astype(np.float32)
@@ -271,12 +271,12 @@ def test_new_input_channels_start_at_zero(run, tmp_path, tiny):
 def golden_import(shared, tmp_path_factory):
     """The 4-channel tiny checkpoint of the reference, imported."""
     directory = tmp_path_factory.mktemp("golden")
-    prefixes = {"unet": unet.PREFIX, "autoencoder": "first_stage_model.", "text": "cond_stage_model."}
+    prefixes = {"unet": unet.prefix, "autoencoder": "first_stage_model.", "text": "cond_stage_model."}
     state = {}
     for name, prefix in prefixes.items():
         packed = (shared / f"golden/videocrafter2/{name}_tiny.safetensors.xz").read_bytes()
         state |= {prefix + key: tensor for key, tensor in safetensors.numpy.load(lzma.decompress(packed)).items()}
-    first = unet.PREFIX + "input_blocks.0.0.weight"
+    first = unet.prefix + "input_blocks.0.0.weight"
     state[first] = np.ascontiguousarray(state[first][:, :4])
     safetensors.numpy.save_file(state, directory / "x.safetensors")
     import_checkpoint("videocrafter", directory / "x.safetensors", directory / "in")
@@ -326,7 +326,7 @@ def test_sampling_takes_the_frozen_networks_of_the_import(tmp_path, tiny):
     denoiser = random_params(networks, 1)
     rng = np.random.default_rng(2)
     kl = {path: rng.normal(size=leaf.shape).astype(np.float32) for path, leaf in networks.autoencoder.shapes.items()}
-    files = {"unet": torch_layout(denoiser), "kl": {autoencoder.PREFIX + name: x for name, x in autoencoder.to_torch(kl).items()}}
+    files = {"unet": torch_layout(denoiser), "kl": {autoencoder.prefix + name: x for name, x in autoencoder.to_torch(kl).items()}}
     (tmp_path / "x.yaml").write_text(to_yaml(Settings.of(config)))
     for name, tensors in {**files, "whole": files["unet"] | files["kl"]}.items():
         safetensors.numpy.save_file(tensors, tmp_path / f"{name}.safetensors")
