@@ -8,7 +8,7 @@ import os
 import pathlib
 import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -16,8 +16,6 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, UInt8
 
-from motif_jax.bench.generate import Request, check_images, check_made, generate, make_output, write_manifest, writing
-from motif_jax.bench.pairs import LONGEST_NAME, Pair
 from motif_jax.config import Config, UserError, enumerate_first
 from motif_jax.data.images import MediaError, cover, read_image
 from motif_jax.data.storage import Path, run_location
@@ -27,6 +25,7 @@ from motif_jax.dist.mesh import BATCH
 from motif_jax.generation import make_generator
 from motif_jax.models.attention import missing_for
 from motif_jax.models.networks import Networks, Params
+from motif_jax.requests import LONGEST_NAME, Pair, Request, check_images, check_made, make_output, write_manifest, writing
 from motif_jax.training import weights
 from motif_jax.training.step import empty_sentence
 
@@ -148,6 +147,27 @@ def save_clip(path: pathlib.Path, clip: UInt8[np.ndarray, "T H W 3"], fps: float
         save_video(path, clip, fps)
     except OSError as error:
         raise UserError(f"--output: {path} cannot be written: {error}") from error
+
+
+def generate(
+    animator: Callable, requests: Sequence[Request], output: pathlib.Path, fps: float, batch_size: int, progress: Callable[[str], None]
+) -> int:
+    """Writes the videos that are not there yet, `batch_size` at a time (one compiled shape), and returns how many.
+
+    animator: (images, prompts, seeds) -> uint8 [B, T, H, W, 3], as `Animator`. Raises UserError for an image that cannot be read
+    and a file that cannot be written.
+    """
+    todo = [r for r in requests if not (output / r.file).exists()]
+    progress(f"{len(requests)} videos, {len(requests) - len(todo)} done before")
+    for start in range(0, len(todo), batch_size):
+        part = todo[start : start + batch_size]
+        full = part + [part[-1]] * (batch_size - len(part))
+        seeds = [noise_seed(r.seed, r.pair.id) for r in full]
+        clips = animator([open_image(str(r.pair.image)) for r in full], [r.pair.prompt for r in full], seeds)
+        for request, clip in zip(part, clips, strict=False):
+            save_clip(output / request.file, clip, fps)
+        progress(f"{start + len(part)} of {len(todo)}")
+    return len(todo)
 
 
 def animate_one(load: Callable[[], Animator], image: str, prompt: str, output: str, seed: int) -> None:

@@ -26,7 +26,19 @@ LAYERS = (
         "training.weights",
     ),
     ("training.step",),
-    ("training", "generation", "animation", "report", "towers", "preparation", "preview", "bench", "collectives", "compilation"),
+    (
+        "training",
+        "generation",
+        "requests",
+        "animation",
+        "report",
+        "towers",
+        "preparation",
+        "preview",
+        "bench",
+        "collectives",
+        "compilation",
+    ),
     ("main", "prepare", "sample", "convert", "compile", "bench.__main__"),
 )
 LAYER = {f"{PACKAGE}.{name}": level for level, names in enumerate(LAYERS) for name in names} | {PACKAGE: 0}
@@ -43,6 +55,7 @@ APART = [
     ("models", "dist"),
     ("models", "motion"),
     ("data", "models"),
+    ("animation", "bench"),
     ("training.step", "data"),
     ("training.step", "dist"),
     ("training.step", "interop"),

@@ -5,18 +5,15 @@ devices, jobs and the rest of the list change nothing but rounding. --vbench nam
 """
 
 import argparse
-import contextlib
-import dataclasses
-import json
 import os
 import pathlib
 import runpy
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from motif_jax.bench.pairs import MANIFEST, Pair, read_pairs, vbench_names
-from motif_jax.config import Config, ConfigError, UserError, enumerate_first, from_config_dict, read_json
+from motif_jax.bench.pairs import read_pairs, vbench_names
+from motif_jax.config import Config, ConfigError, UserError, from_config_dict, read_json
+from motif_jax.requests import Pair, Request, check_images, check_made, make_output, write_json, write_manifest, writing
 
 VBENCH_INFO = "vbench_info.json"
 # Of VBench-I2V: those that need no instruction for the camera in the prompt
@@ -24,15 +21,6 @@ DIMENSIONS = (
     "i2v_subject i2v_background subject_consistency background_consistency motion_smoothness dynamic_degree aesthetic_quality "
     "imaging_quality temporal_flickering"
 ).split()
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """One video to make."""
-
-    pair: Pair
-    seed: int
-    file: str
 
 
 def requests_of(pairs: Sequence[Pair], seeds: Sequence[int], vbench: bool) -> list[Request]:
@@ -45,95 +33,6 @@ def requests_of(pairs: Sequence[Pair], seeds: Sequence[int], vbench: bool) -> li
         if other is not r:
             raise UserError(f"{r.file} would be the video of two pairs, {other.pair.id!r} and {r.pair.id!r}: change an id")
     return made
-
-
-def generate(
-    animator: Callable, requests: Sequence[Request], output: pathlib.Path, fps: float, batch_size: int, progress: Callable[[str], None]
-) -> int:
-    """Writes the videos that are not there yet, `batch_size` at a time (one compiled shape), and returns how many.
-
-    animator: (images, prompts, seeds) -> uint8 [B, T, H, W, 3], as `animation.Animator`. Raises UserError for an image that cannot be read
-    and a file that cannot be written.
-    """
-    from motif_jax.animation import noise_seed, open_image, save_clip
-
-    todo = [r for r in requests if not (output / r.file).exists()]
-    progress(f"{len(requests)} videos, {len(requests) - len(todo)} done before")
-    for start in range(0, len(todo), batch_size):
-        part = todo[start : start + batch_size]
-        full = part + [part[-1]] * (batch_size - len(part))
-        seeds = [noise_seed(r.seed, r.pair.id) for r in full]
-        clips = animator([open_image(str(r.pair.image)) for r in full], [r.pair.prompt for r in full], seeds)
-        for request, clip in zip(part, clips, strict=False):
-            save_clip(output / request.file, clip, fps)
-        progress(f"{start + len(part)} of {len(todo)}")
-    return len(todo)
-
-
-@contextlib.contextmanager
-def writing(output: pathlib.Path) -> Iterator[None]:
-    """Makes a UserError of what cannot be written there."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"--output={output}: cannot be written: {error}") from error
-
-
-def make_output(output: pathlib.Path) -> None:
-    """Makes the directory and tries it, for before weights are loaded. Raises UserError."""
-    with writing(output):
-        output.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=output).close()
-
-
-def check_made(output: pathlib.Path, requests: Sequence[Request]) -> None:
-    """Raises UserError for a requested file that is there though the manifest gives it another image or sentence, or does not know it.
-
-    Images are compared by the names of their files: a list may be mounted elsewhere tomorrow.
-    """
-    present = [r for r in requests if (output / r.file).exists()]  # before the manifest, which another task writes before its clips
-    try:
-        made = {v["file"]: (pathlib.Path(v["image"]).name, v["prompt"]) for v in json.loads((output / MANIFEST).read_text())["videos"]}
-    except FileNotFoundError:
-        made = {}
-    except (OSError, ValueError, KeyError, TypeError):
-        return  # `write_manifest` names its fault
-    for r in present:
-        if made.get(r.file) != (r.pair.image.name, r.pair.prompt):
-            fault = "shows another image or prompt" if r.file in made else f"is not in {MANIFEST}, which says how clips were made"
-            raise UserError(f"--output={output}: {r.file} there {fault}; delete it, or choose another --output")
-
-
-def check_images(output: pathlib.Path, requests: Sequence[Request]) -> None:
-    """Raises UserError that lists the images of videos still to be made that cannot be read, for before weights are loaded."""
-    from motif_jax.data.images import MediaError, read_image
-
-    bad = []
-    for image, name in {r.pair.image: r.pair.id for r in requests if not (output / r.file).exists()}.items():
-        try:
-            read_image(str(image))
-        except MediaError as error:
-            bad.append(f"{image} (of {name}): {error}")
-    if bad:
-        raise UserError(f"images that cannot be read: {enumerate_first(bad)}; mend them, or take them off the list")
-
-
-def write_manifest(output: pathlib.Path, requests: Sequence[Request], settings: dict[str, Any]) -> None:
-    """Which file shows what, and how all were made; earlier entries are kept. Raises UserError if those were made otherwise, OSError."""
-    path, earlier = output / MANIFEST, {}
-    if path.exists():
-        try:
-            found = json.loads(path.read_text())
-            before, earlier = found["settings"], {v["file"]: v for v in found["videos"]}
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: is no manifest of videos: {error!r}; restore it, or choose another --output") from error
-        differ = [f"{k}: {before.get(k)!r} there, {v!r} now" for k, v in settings.items() if before.get(k) != v]
-        if differ:
-            raise UserError(f"{output} holds videos made otherwise ({'; '.join(differ)}); choose another --output")
-    for r in requests:
-        pair = {"id": r.pair.id, "seed": r.seed, "image": str(r.pair.image), "prompt": r.pair.prompt, "scenario": r.pair.scenario}
-        earlier[r.file] = {"file": r.file, **pair}
-    _write_json(path, {"settings": settings, "videos": list(earlier.values())})
 
 
 def write_vbench(output: pathlib.Path, requests: Sequence[Request], height: int, width: int) -> None:
@@ -158,13 +57,7 @@ def write_vbench(output: pathlib.Path, requests: Sequence[Request], height: int,
             picture.save(temporary, format="JPEG", quality=95, subsampling=0)
             temporary.replace(image)
         entries[name]["video_list"].append(str((output / r.file).resolve()))
-    _write_json(output / VBENCH_INFO, list(entries.values()))
-
-
-def _write_json(path: pathlib.Path, content: Any) -> None:
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")  # other jobs write the same file
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    temporary.replace(path)
+    write_json(output / VBENCH_INFO, list(entries.values()))
 
 
 def read_configuration(text: str) -> Config:
@@ -224,7 +117,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     import jax
 
-    from motif_jax.animation import Animator
+    from motif_jax.animation import Animator, generate
     from motif_jax.config import MeshConfig
     from motif_jax.dist.mesh import make_mesh
 

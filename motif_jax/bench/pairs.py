@@ -14,22 +14,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from motif_jax.config import UserError, enumerate_first
+from motif_jax.requests import LONGEST_NAME, MANIFEST, Pair
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 VIDEOS = (".mp4", ".gif", ".webm", ".mov", ".mkv", ".avi")
-MANIFEST = "manifest.json"  # written by `generate`: which file is which pair and seed
-LONGEST_NAME = 200  # bytes; file systems take 255, and a seed and an ending follow
 NO_TEXT = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # control characters, and lone surrogates, which JSON can spell
-
-
-@dataclass(frozen=True)
-class Pair:
-    """An image, what shall happen to it, and the name under which its videos are filed."""
-
-    id: str
-    image: pathlib.Path
-    prompt: str
-    scenario: str = ""
 
 
 def pair_id(image: str, prompt: str) -> str:

@@ -12,13 +12,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from motif_jax.animation import Animator, noise_seed
+from motif_jax import animation
+from motif_jax.animation import Animator, generate, noise_seed
 from motif_jax.bench import generate as module
-from motif_jax.bench.generate import generate, read_configuration, requests_of, write_manifest, write_vbench
+from motif_jax.bench.generate import read_configuration, requests_of, write_vbench
 from motif_jax.bench.pairs import Pair, find_videos, read_pairs
 from motif_jax.config import UserError, to_json
 from motif_jax.data.videos import read_video
 from motif_jax.models.networks import Networks
+from motif_jax.requests import write_manifest
 from motif_jax.training.weights import initial_weights
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -211,7 +213,7 @@ def test_configuration_files(tmp_path):
 
 def test_the_manifest_says_what_the_animator_says(animator, pairs, tmp_path, monkeypatch):
     monkeypatch.setattr(Animator, "load", lambda *_, **__: animator)
-    monkeypatch.setattr(module, "generate", lambda *_: None)
+    monkeypatch.setattr(animation, "generate", lambda *_: None)
 
     def run(output):
         parser = argparse.ArgumentParser()
