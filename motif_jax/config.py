@@ -166,6 +166,7 @@ class ConditionConfig:
         "repeat", "image latent: on all frames, on frame 0 with a mask channel, or not at all", choices=("repeat", "first", "none")
     )
     text_drop: float = _f(0.1, "share of samples trained with the empty sentence; as many lose their image tokens", low=0.0, high=1.0)
+    image_noise: float = _f(0.0, "standard deviation of noise on the image latent in training, against copies of the image", low=0.0)
 
 
 @dataclass(frozen=True)

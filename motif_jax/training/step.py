@@ -36,6 +36,7 @@ class Stream(enum.IntEnum):
     TIMESTEP = 2
     CONDITION_DROP = 3
     DROPOUT = 4
+    IMAGE_NOISE = 5
 
 
 def diffusion_schedule(config: Config) -> Schedule:
@@ -61,7 +62,7 @@ def predict(
 ) -> tuple[Float[Array, "B T h w C"], Float[Array, "B T h w C"], Float[Array, "B T h w C"], Int[Array, " B"]]:
     """Noise a batch and denoise it: (prediction, target, clean latents z_0, timesteps), all in the loss space.
 
-    `t_B=None` draws timesteps uniformly. With `train=False` no condition is dropped and no dropout acts. frozen: parameters by
+    `t_B=None` draws timesteps uniformly. With `train=False` no condition is dropped or noised and no dropout acts. frozen: parameters by
     network, and "unconditional", where that is known already (`Networks.unconditional`).
     """
     config = networks.config
@@ -94,13 +95,16 @@ def predict(
         t_B = jax.random.randint(stream(Stream.TIMESTEP), (clips,), 0, d.num_timesteps)
     noise = jax.random.normal(stream(Stream.NOISE), z_BThwC.shape, jnp.float32)
     x_t = objective.add_noise(schedule, z_BThwC, noise, t_B, d.prediction)
+    image_BhwC = z_BThwC[:, 0]
+    if train and config.condition.image_noise > 0:
+        image_BhwC += config.condition.image_noise * jax.random.normal(stream(Stream.IMAGE_NOISE), image_BhwC.shape)
     output = networks.denoise(
         params,
         x_t,
         t_B,
         context_BLD,
         batch["fps"],
-        image_condition(z_BThwC[:, 0], frames, config.condition.image),
+        image_condition(image_BhwC, frames, config.condition.image),
         stream(Stream.DROPOUT) if train else None,
     )
     space = d.loss_space or d.prediction

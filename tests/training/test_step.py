@@ -107,7 +107,7 @@ def test_streams_are_distinct():
         for step in range(50)
         for s in Stream.__members__.values()  # a number given twice makes an alias, over which an enum does not iterate
     ]
-    assert len(set(keys)) == len(keys) == 50 * 5
+    assert len(set(keys)) == len(keys) == 50 * 6
 
 
 @pytest.fixture
@@ -164,10 +164,10 @@ def by_hand(config, batch, key, t=None):
     return z, t, noise, np.sqrt(ab) * scaled + np.sqrt(1 - ab) * noise, np.sqrt(ab) * noise - np.sqrt(1 - ab) * scaled
 
 
-@pytest.mark.parametrize("train", [True, False])
-def test_what_the_network_is_given(tiny, one_weight, train):
-    """Streams 0 to 2 draw latents, noise and timesteps, 4 dropout; the image is the clean first frame; evaluation drops nothing."""
-    config, batch = oblong(tiny, condition={"text_drop": 0.0 if train else 1.0})
+@pytest.mark.parametrize("train, image_noise", [(True, 0.0), (True, 0.3), (False, 0.3)])
+def test_what_the_network_is_given(tiny, one_weight, train, image_noise):
+    """Streams 0 to 2 draw latents, noise and timesteps, 4 dropout, 5 noise on the first frame; evaluation drops and noises nothing."""
+    config, batch = oblong(tiny, condition={"text_drop": 0.0 if train else 1.0, "image_noise": image_noise})
     networks, empty, calls = one_weight(config)
     key, given = jax.random.key(9), None if train else np.array([0, 3, 500, 999])
     predict(networks, diffusion_schedule(config), {"w": 0.5}, FROZEN, batch, jnp.asarray(empty), key, given, train)
@@ -177,7 +177,8 @@ def test_what_the_network_is_given(tiny, one_weight, train):
     np.testing.assert_array_equal(times, t)
     np.testing.assert_array_equal(context, networks.embed({}, batch["tokens"]))
     np.testing.assert_array_equal(fps, batch["fps"])
-    np.testing.assert_allclose(image, np.repeat(z[:, :1], 4, 1), atol=1e-5)
+    first = z[:, 0] + (image_noise * np.asarray(jax.random.normal(jax.random.fold_in(key, 5), z[:, 0].shape)) if train else 0)
+    np.testing.assert_allclose(image, np.repeat(first[:, None], 4, 1), atol=1e-5)
     assert (dropout == jax.random.fold_in(key, 4)) if train else dropout is None
 
 
