@@ -25,7 +25,7 @@ from motif_jax.dist.mesh import BATCH
 from motif_jax.generation import make_generator
 from motif_jax.models.attention import missing_for
 from motif_jax.models.networks import Networks, Params
-from motif_jax.requests import LONGEST_NAME, Pair, Request, check_images, check_made, make_output, write_manifest, writing
+from motif_jax.requested import LONGEST_NAME, Pair, Request, check_images, check_made, make_output, write_manifest, writing
 from motif_jax.training import weights
 from motif_jax.training.step import empty_sentence
 

@@ -29,7 +29,7 @@ LAYERS = (
     (
         "training",
         "generation",
-        "requests",
+        "requested",
         "animation",
         "report",
         "towers",

@@ -13,7 +13,7 @@ from typing import Any
 
 from motif_jax.bench.pairs import read_pairs, vbench_names
 from motif_jax.config import Config, ConfigError, UserError, from_config_dict, read_json
-from motif_jax.requests import Pair, Request, check_images, check_made, make_output, write_json, write_manifest, writing
+from motif_jax.requested import Pair, Request, check_images, check_made, make_output, write_json, write_manifest, writing
 
 VBENCH_INFO = "vbench_info.json"
 # Of VBench-I2V: those that need no instruction for the camera in the prompt

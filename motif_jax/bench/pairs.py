@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from motif_jax.config import UserError, enumerate_first
-from motif_jax.requests import LONGEST_NAME, MANIFEST, Pair
+from motif_jax.requested import LONGEST_NAME, MANIFEST, Pair
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 VIDEOS = (".mp4", ".gif", ".webm", ".mov", ".mkv", ".avi")

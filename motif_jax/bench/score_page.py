@@ -14,7 +14,7 @@ from motif_jax.bench.standings import METRICS, STATIC
 from motif_jax.bench.video_metrics import DECAY
 from motif_jax.data.images import MediaError, read_image
 from motif_jax.motion import pictures
-from motif_jax.requests import Pair
+from motif_jax.requested import Pair
 
 MOTION = "dynamic_degree mean_flow top5_flow residual_flow moving_area camera_shift flicker luma_flicker smoothness warp_error".split()
 LIKENESS = "ssim0_image psnr0_image ssim_image psnr_image best_ssim best_frame ssim_first psnr_first clip_image clip_text".split()

@@ -20,7 +20,7 @@ from motif_jax.bench.pairs import Pair, find_videos, read_pairs
 from motif_jax.config import UserError, to_json
 from motif_jax.data.videos import read_video
 from motif_jax.models.networks import Networks
-from motif_jax.requests import write_manifest
+from motif_jax.requested import write_manifest
 from motif_jax.training.weights import initial_weights
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
