@@ -30,7 +30,7 @@ import numpy as np  # noqa: E402
 from flax import nnx  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 
-from motif_jax.compilation import tpu_devices  # noqa: E402
+from motif_jax.compilation import set_effort, tpu_devices  # noqa: E402
 from motif_jax.config import from_config_dict  # noqa: E402
 from motif_jax.models.layers import Initializer, recompute  # noqa: E402
 from motif_jax.models.placement import target_platform, use_kernels  # noqa: E402
@@ -144,7 +144,7 @@ def main() -> None:
     device = jax.devices()[0] if here else h100() if gpu else tpu_devices(arguments.chip)[0]
     columns = [*["ms"] * here, "elementwise, GiB"] if gpu else ["optimal, ms", "TFLOP"]
     if not here:
-        jax.config.update("jax_exec_time_optimization_effort", -1.0)
+        set_effort(-1.0)
     print(f"{arguments.clips} clips on one {device.device_kind}, bfloat16, jax {jax.__version__}")
     print(f"| block | remat | kernels | {' | '.join(columns)} | accessed, GiB | temporaries, GiB | compile, s |")
     print("|---|---|---|---|---|---|---|" + "---|" * (len(columns) - 1), flush=True)

@@ -183,13 +183,21 @@ def lower_step(config: Config, mesh: Mesh) -> tuple[jax.stages.Lowered, int]:
     return traced.lower(), jaxpr_flops(traced.jaxpr.jaxpr)
 
 
+def set_effort(effort: float) -> None:
+    """XLA's effort to make programs fast, from -1 (compiles fastest) over 0 (its default) to 1; JAX 0.11 has levels instead."""
+    if hasattr(jax.config, "jax_exec_time_optimization_effort"):
+        jax.config.update("jax_exec_time_optimization_effort", effort)
+    else:
+        jax.config.update("jax_optimization_level", "O0" if effort < 0 else "O3" if effort > 0 else "UNKNOWN")
+
+
 def compile_step(config: Config, devices: list[jax.Device], effort: float = -1.0) -> Report:
     """Compiles the train step for `devices` and measures it; raises UserError when it does not fit, with what would help.
 
     effort: XLA's exec_time_optimization_effort, -1 (compiles fastest) to 1. Its default, 0, takes several times as long.
     """
     check_kernel(config, devices[0].platform)
-    jax.config.update("jax_exec_time_optimization_effort", effort)
+    set_effort(effort)
     mesh = make_mesh(config.mesh, devices)
     began = time.perf_counter()
     lowered, matmuls = lower_step(config, mesh)

@@ -1,6 +1,6 @@
 """A guard against a slower step that needs no clock: XLA's counts for the tiny train step, against recorded ones.
 
-A deliberate change, or another jax: `python tests/test_cost.py` records them anew, and the difference belongs in the commit.
+A deliberate change: `python tests/test_cost.py` records them anew, under each jax that is supported; the difference belongs in the commit.
 """
 
 import json
@@ -14,6 +14,7 @@ from motif_jax.config import from_config_dict
 from motif_jax.dist.mesh import make_mesh
 
 RECORDED = pathlib.Path(__file__).parent / "testdata" / "step_cost.json"
+JAX = jax.__version__.rpartition(".")[0]  # "0.10"
 TINY = {
     "dtype": "float32",
     "batch_size": 2,
@@ -53,15 +54,17 @@ def measure() -> dict[str, float]:
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="the recorded counts are those of the CPU")
 def test_the_step_costs_what_it_did():
-    recorded = json.loads(RECORDED.read_text())
+    recorded = json.loads(RECORDED.read_text()).get(JAX)
+    if recorded is None:
+        pytest.skip(f"no counts are recorded with jax {JAX}")
     found = measure()
     for name, value in found.items():
         expected = recorded[name]
         assert abs(value - expected) <= 0.05 * expected, (
-            f"{name}: {value:.4g}, {100 * (value / expected - 1):+.1f} % from the {expected:.4g} recorded with jax {recorded['jax']} "
-            f"(this is {jax.__version__}); if that is meant, record it: python tests/test_cost.py"
+            f"{name}: {value:.4g}, {100 * (value / expected - 1):+.1f} % from the {expected:.4g} recorded with jax {JAX}; "
+            f"if that is meant, record it: python tests/test_cost.py"
         )
 
 
 if __name__ == "__main__":
-    RECORDED.write_text(json.dumps({"jax": jax.__version__, **measure()}, indent=1) + "\n")
+    RECORDED.write_text(json.dumps(json.loads(RECORDED.read_text()) | {JAX: measure()}, indent=1) + "\n")

@@ -50,7 +50,7 @@ def analyse(
     rows = [compare(a, b, groups[a, b], samples, seed) for a, b in sorted(groups, key=lambda g: [names.index(n) for n in g])]
     for row, adjusted in zip(rows, preference.holm([row["majority"]["p"] for row in rows]), strict=True):
         row["majority"]["p_holm"] = adjusted
-    seconds = [v.seconds for v in counted if np.isfinite(v.seconds)]
+    seconds = [v.seconds for v in counted if v.seconds is not None]
     return {
         "reference": reference,
         "models": names,
@@ -210,7 +210,7 @@ def annotators(votes: Sequence[Vote]) -> list[dict[str, Any]]:
             others = [_score(o, v.left) for o in everyone[v.pair, frozenset((v.left, v.right))] if o.annotator != name]
             if v.choice != "tie" and others and sum(others) * 2 != len(others):
                 agrees.append(float((sum(others) * 2 > len(others)) == (v.choice == "left")))
-        seconds = [v.seconds for v in judged if np.isfinite(v.seconds)]
+        seconds = [v.seconds for v in judged if v.seconds is not None]
         rows.append(
             {
                 "annotator": name,

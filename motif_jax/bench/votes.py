@@ -42,7 +42,7 @@ class Vote:
     repeats: str = ""
     better: str = ""
     sheet: str = ""
-    seconds: float = math.nan
+    seconds: float | None = None
     plays: int = 0
     comment: str = ""
     time: str = ""
@@ -145,12 +145,12 @@ def check_vote(row: Any) -> Vote:
     if not isinstance(reasons, (list, tuple)) or not all(r in tuple(REASONS) for r in reasons):
         raise ValueError(f"reasons: expected some of {', '.join(REASONS)}")
     try:
-        seconds, plays = float(given.get("seconds", math.nan)), float(given.get("plays", 0))
+        seconds, plays = float(given.get("seconds", math.nan)), float(given.get("plays", 0))  # a table may spell "nan"
     except (TypeError, ValueError, OverflowError):
         seconds = plays = math.inf
     if math.isinf(seconds) or not plays.is_integer():
         raise ValueError("seconds, plays: expected a number and a whole number")
-    vote = Vote(**given | {"reasons": tuple(reasons), "seconds": seconds, "plays": int(plays)})
+    vote = Vote(**given | {"reasons": tuple(reasons), "seconds": None if math.isnan(seconds) else seconds, "plays": int(plays)})
     for name in set(FIELDS) - {"seconds", "plays", "reasons", "comment", "prompt"}:
         _text(getattr(vote, name), name, 500)
     _text(vote.comment, "comment", MAX_COMMENT)
@@ -222,7 +222,7 @@ def _rows(path: pathlib.Path, key: Key | None) -> list[Any] | tuple[Any, ...]:
 
 def write_votes(path: pathlib.Path, votes: list[Vote]) -> None:
     """Raw votes as .json (a list of objects) or .csv (reasons joined by "|")."""
-    rows = [dataclasses.asdict(v) | {"seconds": None if math.isnan(v.seconds) else v.seconds} for v in votes]
+    rows = [dataclasses.asdict(v) for v in votes]
     if path.suffix == ".json":
         path.write_text(json.dumps([row | {"reasons": list(row["reasons"])} for row in rows], indent=1) + "\n")
     elif path.suffix == ".csv":
