@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, AxisType
 
 from motif_jax.models import group_norm
 from motif_jax.models.layers import Dropout, GroupNorm, Silu
@@ -79,7 +79,8 @@ def test_where_the_kernels_are_taken():
 
     def taken(shape, platform="gpu", dtype=jnp.bfloat16, **mesh) -> bool:
         sizes = {"data": 1, "fsdp": 1, "context": 1, "tensor": 1} | mesh
-        on = jax.sharding.use_abstract_mesh(AbstractMesh(tuple(sizes.values()), tuple(sizes))) if mesh else contextlib.nullcontext()
+        abstract = AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * 4)
+        on = jax.sharding.use_abstract_mesh(abstract) if mesh else contextlib.nullcontext()
         layers, x = chain(jnp.ones(shape[-1]), jnp.ones(shape[-1]), dtype), jax.ShapeDtypeStruct(shape, jnp.float32)
         with target_platform(platform), on:
             return "group_norm_forward" in str(jax.make_jaxpr(lambda x: group_norm.normalised(layers, x))(x))
