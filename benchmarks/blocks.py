@@ -29,6 +29,7 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 from flax import nnx  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
+from jax.sharding import AbstractDevice, AbstractMesh  # noqa: E402
 
 from motif_jax.compilation import set_effort, tpu_devices  # noqa: E402
 from motif_jax.config import from_config_dict  # noqa: E402
@@ -71,7 +72,10 @@ def lower(name: str, clips: int, remat: str, device: jax.Device, kernels: str = 
 
     x = array(clips, config.data.frames, config.latent_height, config.latent_width, width)
     arguments = jax.tree.map(lambda a: array(*a.shape), state), x, x, given
-    with target_platform("gpu" if device.platform == "cuda" else device.platform), use_kernels(kernels == "auto"):
+    platform = "gpu" if device.platform == "cuda" else device.platform
+    # JAX 0.11 asks what GPU it is that Triton's kernels are for, where none is here.
+    mesh = AbstractMesh((), (), abstract_device=AbstractDevice(device.device_kind, None, device.platform))
+    with target_platform(platform), use_kernels(kernels == "auto"), jax.sharding.use_abstract_mesh(mesh):
         return jax.jit(both).trace(*arguments).lower(), arguments
 
 
