@@ -136,16 +136,22 @@ def tpu_devices(topology: str) -> list[jax.Device]:
         raise UserError(f"--topology={topology}: {reason}. Known are {', '.join(TOPOLOGIES)}") from error
 
 
-def batch_shapes(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """The global batch as it comes from shards, placed on `mesh`.
+def stored(config: Config) -> tuple[str, ...]:
+    """What of clips the batch is taken to bring, whatever `prepare.latents` and `prepare.text_embeddings` say.
 
-    What pretrained towers make is stored: text embeddings with text 'openclip', latents with autoencoder 'kl' unless the image tower
-    has to see the frames.
+    What pretrained towers make: text embeddings with text 'openclip', latents with autoencoder 'kl' unless the image tower has to see
+    the frames.
     """
+    latents = config.autoencoder.kind == "kl" and not config.image_tokens
+    return "latents" if latents else "frames", "text embeddings" if config.text.kind == "openclip" else "sentences"
+
+
+def batch_shapes(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """The global batch as it comes from shards that hold what is `stored`, placed on `mesh`."""
     d = config.data
-    stored = config.autoencoder.kind == "kl" and not config.image_tokens
-    latent = (config.latent_height, config.latent_width, 2 * config.autoencoder.z_channels) if stored else ()
-    text = (config.text.context_length, config.text.width) if config.text.kind == "openclip" else ()
+    latents, text_embeddings = (name in stored(config) for name in ("latents", "text embeddings"))
+    latent = (config.latent_height, config.latent_width, 2 * config.autoencoder.z_channels) if latents else ()
+    text = (config.text.context_length, config.text.width) if text_embeddings else ()
     layout = Layout(
         d.frames, d.height, d.width, config.prepare.flow_stride, motion_mask=config.loss.heatmap == "mask", latent=latent, text=text
     )

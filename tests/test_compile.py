@@ -11,7 +11,7 @@ import sys
 import jax
 import pytest
 
-from motif_jax.compilation import Report, batch_shapes, compile_step, too_large
+from motif_jax.compilation import Report, batch_shapes, compile_step, stored, too_large
 from motif_jax.config import MeshConfig, UserError, from_config_dict, to_json
 from motif_jax.dist.mesh import make_mesh
 
@@ -66,6 +66,7 @@ def test_a_kernel_of_another_platform_is_refused(config):
 def test_pretrained_towers_are_not_in_the_step():
     """The paper's batch holds latents and text embeddings; the toy's frames and tokens."""
     mesh = make_mesh(MeshConfig())
+    assert stored(from_config_dict({})) == ("latents", "text embeddings")
     paper = {name: (s.shape, s.dtype.name) for name, s in batch_shapes(from_config_dict({}), mesh).items()}
     assert paper == {
         "latent_moments": ((64, 16, 40, 64, 8), "float16"),
@@ -197,4 +198,4 @@ class TestForTpu:
         assert report["chip"] == "TPU v5 lite" and report["chips"] == 4 and report["peak_tflops"] == 197.0
         assert 0 < report["memory_bytes"] < report["hbm_bytes"] and report["collectives"]
         assert 0 < report["mfu_bound"] < 1
-        assert "% of 197 TFLOP/s" in done.stdout
+        assert "from frames and sentences in the shards" in done.stdout and "% of 197 TFLOP/s" in done.stdout
