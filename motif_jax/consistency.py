@@ -51,6 +51,10 @@ def contradictions(c: "Config") -> list[str]:
         c.condition.image != "none" or c.image_tokens,
         "condition.image='none': the image would not enter the network; set unet.image_cross_attention=True (backbone 'unet3d')",
     )
+    check(
+        c.condition.image != "none" or c.condition.image_noise == 0,
+        f"condition.image_noise={c.condition.image_noise}: condition.image='none' has no image latent to add it to; set 0",
+    )
     if bad:
         return bad  # what follows divides by these
     if not unet:

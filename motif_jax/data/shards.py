@@ -26,8 +26,8 @@ from motif_jax.data.storage import Path, local_path, size, upload
 NAME = "motif"  # TFDS takes a dataset's name from its file names
 SPLITS = ("train", "validation")
 VERSION = "1.0.0"  # of the records: a shard of another version is made again
-# One record per chunk: the chunk is what a random access reads. Frames are compressed already; of latents an eighth can be saved.
-_WRITER_OPTIONS = {True: "group_size:1,uncompressed", False: "group_size:1,zstd:1"}
+# One record per chunk: the chunk is what a random access reads. Frames are compressed already.
+_WRITER_OPTIONS = {True: "group_size:1,uncompressed", False: "group_size:1,zstd:1"}  # with frames, without
 _STALE_SECONDS = 24 * 3600
 _REQUESTS = 32  # to an object store at once
 # What a manifest is read as when it lacks a key: one of a version that had none.

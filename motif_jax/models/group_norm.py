@@ -110,10 +110,10 @@ def _run(chain: Chain, kernel: Callable, like: Array, operands: Sequence[Array],
     N, S, C = like.shape
     P = S // max(chain.frames, 1)  # of a frame, where y is by pixel
     rows, columns = _tile(P, C)
-    turns = P // rows
+    tiles = P // rows  # of a frame
     specs = {
         (N, S, C): pallas.BlockSpec((None, rows, columns), lambda j, i, n: (n, i, j)),
-        (N, P, S // P, C): pallas.BlockSpec((None, rows, None, columns), lambda j, i, n: (n, i % turns, i // turns, j)),
+        (N, P, S // P, C): pallas.BlockSpec((None, rows, None, columns), lambda j, i, n: (n, i % tiles, i // tiles, j)),
         (N, C): pallas.BlockSpec((1, columns), lambda j, i, n: (n, j)),
         (1, C): pallas.BlockSpec((1, columns), lambda j, i, n: (0, j)),
         (4,): pallas.BlockSpec((4,), lambda j, i, n: (0,)),

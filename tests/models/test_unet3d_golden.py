@@ -165,5 +165,4 @@ def test_bfloat16(tiny_unet, make, published, difference):
     out = jax.jit(lambda params: nnx.merge(graph, params)(*arguments(published, published["x8"])))(params)
     assert out.dtype == jnp.float32
     found = difference(np.moveaxis(np.asarray(out), -1, 1), published["out8"])
-    limit = 2e-2 if jax.__version__.startswith("0.10.") else 2.2e-2  # the XLA of 0.11 rounds elsewhere: 2.09e-2
-    assert 1e-4 < found <= limit, found  # at float32 it is 2e-6
+    assert 1e-4 < found <= 2e-2, found  # at float32 it is 2e-6

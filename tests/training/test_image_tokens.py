@@ -168,6 +168,8 @@ def test_shared_tokens_and_learnable_scale(make):
 def test_what_cannot_be_combined(tiny):
     with pytest.raises(ConfigError, match=r"condition\.image='none': the image would not enter"):
         tiny(condition={"image": "none"}, unet={"in_channels": 48})
+    with pytest.raises(ConfigError, match=r"condition\.image_noise=0\.1: condition\.image='none' has no image latent"):
+        tiny(condition={"image": "none", "image_noise": 0.1}, unet={"image_cross_attention": True, "in_channels": 48}, image=TOWER)
     with pytest.raises(ConfigError, match=r"unet\.in_channels=96: must be 48 \(noisy latent 48\)"):
         tiny(condition={"image": "none"}, unet={"image_cross_attention": True}, image=TOWER, resampler=RESAMPLER)
     with pytest.raises(ConfigError, match=r"resampler\.frames=16: must be data\.frames=4, or 1"):
