@@ -18,7 +18,7 @@ from motif_jax.fields import described as _f
 
 
 class UserError(ValueError):
-    """Something the user can mend: entry points print the message, which names the thing and the remedy, without a traceback."""
+    """An error that the user can fix: entry points print the message, which names the thing and the remedy, without a traceback."""
 
 
 class StoreError(OSError):

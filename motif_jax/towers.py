@@ -1,4 +1,4 @@
-"""The frozen networks of the offline job: frames and a caption in; what the train step would compute of them, in float16, out.
+"""The frozen networks of the offline job: they encode frames and captions as the train step would, into float16.
 
 The weights come from `init_from`, as in training. Their checksum is part of the dataset's settings, and a training run with
 other frozen weights refuses the dataset (`check_towers`).

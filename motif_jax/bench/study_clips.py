@@ -87,7 +87,7 @@ def common_format(lengths: dict[pathlib.Path, tuple[int, float]], height: int, w
 
 
 def stride(rate: float, fps: float) -> int:
-    """Which of a video's frames are kept: every so many."""
+    """n such that every n-th frame of a video at `rate` frames a second gives about `fps`."""
     return max(1, round(rate / fps))
 
 

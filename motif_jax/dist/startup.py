@@ -81,7 +81,7 @@ def join(environment: Mapping[str, str] = os.environ) -> None:
 
 
 def keep_memory() -> None:
-    """On CPU, with glibc: what a step frees stays with the process, for the next one; elsewhere only what runs on the CPU is dispatched otherwise.
+    """Keeps the memory that a step frees in the process, on CPU with glibc; on every platform the CPU's work is dispatched synchronously.
 
     XLA asks for a step's temporaries anew each time, and pages fresh from the kernel take their time (docs/speed.md). Only glibc's
     main heap keeps so large a piece, and only the main thread allocates from it, so that is where steps have to run:

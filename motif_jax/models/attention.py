@@ -1,4 +1,4 @@
-"""Scaled dot-product attention by the kernel that a platform has it fastest with, and the layer of projections around it.
+"""Scaled dot-product attention by each platform's fastest kernel, and the multi-head layer around it.
 
 Attribute names are those of the reference checkpoint (VideoCrafter2), so that a weight has one path everywhere.
 """
@@ -66,7 +66,7 @@ def attention(
 
 
 def missing_for(implementation: str, where: str) -> str | None:
-    """What keeps `implementation` from running on platform `where`, the one that is traced for; None: nothing."""
+    """Why `implementation` cannot run on platform `where`, the target of tracing; None if it can."""
     needed = {"splash": "tpu", "cudnn": "gpu", "packed": "gpu"}.get(implementation, where)
     if needed != where:
         return f"runs on {needed} and this is {where}"
@@ -75,7 +75,7 @@ def missing_for(implementation: str, where: str) -> str | None:
 
 
 def _on_each_device(attend: Callable, *arrays: Array) -> Array:
-    """A kernel that XLA cannot partition, on the sequences and heads, [N, ..., H, K], of each device; what does not divide, all work on."""
+    """A kernel that XLA cannot partition, on each device's sequences and heads, [N, ..., H, K]; an axis that does not divide is replicated."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return attend(*arrays)

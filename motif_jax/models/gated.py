@@ -36,7 +36,7 @@ def _tile(tokens: int, channels: int) -> tuple[int, int, int]:
 def geglu_product(rows: tuple[str, ...], h: Float[Array, "*n 2 I"], bias_jI: Float[Array, "2 I"], kernel_IO: Float[Array, "I O"]) -> Array:
     """(value * gelu(gate)) @ kernel, [*n, O], with value, gate = h + bias; on a mesh tokens lie over its axes `rows`.
 
-    Where no GPU is, very slowly.
+    Without a GPU it runs in Pallas' interpreter, very slowly.
     """
     return _product_and_save(rows, h, bias_jI, kernel_IO)[0]
 

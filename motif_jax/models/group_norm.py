@@ -65,7 +65,10 @@ def in_kernels(
     rows: tuple[str, ...] = (),
     by_pixel: bool = False,
 ) -> tuple[Array, Array]:
-    """`normalised` by the kernels, on a mesh with images split over its axes `rows`. Where no GPU is, very slowly."""
+    """`normalised` by the kernels, on a mesh with images split over its axes `rows`.
+
+    Without a GPU they run in Pallas' interpreter, very slowly.
+    """
     norm, *rest = layers
     N, *_, C = x.shape
     dropout = next((layer for layer in rest if isinstance(layer, Dropout) and layer.rate > 0 and rng is not None), None)

@@ -63,31 +63,59 @@ class Initializer:
 
 
 class Dense(nnx.Module):
-    """y = x @ kernel + bias over the last axis; `kernel` [in, out]."""
+    """y = x @ kernel + bias over the last axis; `kernel` [in, out]; y is `dtype`, or float32 with `float32_out`."""
 
-    def __init__(self, features_in: int, features_out: int, *, init: Initializer, dtype=jnp.float32, bias: bool = True, zero: bool = False):
+    def __init__(
+        self,
+        features_in: int,
+        features_out: int,
+        *,
+        init: Initializer,
+        dtype=jnp.float32,
+        bias: bool = True,
+        zero: bool = False,
+        float32_out: bool = False,
+    ):
         self.kernel = init.uniform((features_in, features_out), features_in, zero)
         self.bias = init.uniform((features_out,), features_in, zero) if bias else None
-        self.dtype = dtype
+        self.dtype, self.float32_out = dtype, float32_out
 
     def __call__(self, x: Float[Array, "*n I"]) -> Float[Array, "*n O"]:
         y = self.without_bias(x)
-        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
     def without_bias(self, x: Float[Array, "*n I"]) -> Float[Array, "*n O"]:
         """The product alone, for what adds `bias` itself."""
-        return product(x.astype(self.dtype), gathered(self.kernel, self.dtype))
+        return product(x.astype(self.dtype), gathered(self.kernel, self.dtype), self.float32_out)
 
 
-def product(x: Float[Array, "*n I"], kernel: Float[Array, "I *o"]) -> Array:
-    """The matrix product, [*n, *o]."""
+def product(x: Float[Array, "*n I"], kernel: Float[Array, "I *o"], float32_out: bool = False) -> Array:
+    """The matrix product, [*n, *o], in the type of its operands, or float32 with `float32_out`."""
+    if float32_out and x.dtype != jnp.float32:
+        return _float32_product(x, kernel)
     if platform() == "cpu":  # XLA's CPU backend runs the kernel's gradient as one matrix product only when it is written as one
         return (x.reshape(-1, x.shape[-1]) @ kernel.reshape(len(kernel), -1)).reshape(*x.shape[:-1], *kernel.shape[1:])
     return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
 
 
+@jax.custom_vjp
+def _float32_product(x: Float[Array, "*n I"], kernel: Float[Array, "I O"]) -> Float[Array, "*n O"]:
+    """Half precision is summed in float32 anyway. The gradient is rounded to it first: the backward products are of half precision."""
+    return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _float32_gradients(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    return jax.vjp(product, *saved)[1](g.astype(saved[0].dtype))
+
+
+_float32_product.defvjp(lambda x, kernel: (_float32_product(x, kernel), (x, kernel)), _float32_gradients)
+
+
 class Conv(nnx.Module):
-    """Convolution with `kernel` [*window, in, out]; `padding` is symmetric, or one (before, after) pair per spatial axis."""
+    """Convolution with `kernel` [*window, in, out]; `padding` is symmetric, or one (before, after) pair per spatial axis.
+
+    `float32_out`, for a window of 1: as in `Dense`.
+    """
 
     def __init__(
         self,
@@ -100,20 +128,23 @@ class Conv(nnx.Module):
         stride: int = 1,
         padding: tuple[tuple[int, int], ...] | None = None,
         zero: bool = False,
+        float32_out: bool = False,
     ):
         fan_in = channels_in * math.prod(window)
         self.kernel = init.uniform((*window, channels_in, channels_out), fan_in, zero)
         self.bias = init.uniform((channels_out,), fan_in, zero)
         self.stride = stride
         self.padding = tuple((n // 2, n // 2) for n in window) if padding is None else padding
-        self.dtype = dtype
+        self.dtype, self.float32_out = dtype, float32_out
 
     def __call__(self, x: Float[Array, "N *hw I"]) -> Float[Array, "N *hw2 O"]:
-        return (self.without_bias(x) + self.bias[...]).astype(self.dtype)
+        return (self.without_bias(x) + self.bias[...]).astype(jnp.float32 if self.float32_out else self.dtype)
 
     def without_bias(self, x: Float[Array, "N *hw I"]) -> Float[Array, "N *hw2 O"]:
         """The convolution alone, for what adds `bias` itself."""
         x = x.astype(self.dtype)
+        if self.float32_out:
+            return product(x, gathered(self.kernel, self.dtype).reshape(self.kernel.shape[-2:]), float32_out=True)
         if platform() == "gpu" and math.prod(self.kernel.shape[:-2]) > 1:  # a TPU makes what comes before it part of a convolution
             x = checkpoint_name(x, "conv_input")
         return convolve(x, gathered(self.kernel, self.dtype), self.stride, self.padding)

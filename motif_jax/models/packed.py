@@ -24,9 +24,10 @@ def fits(N: int, L: int, K: int) -> bool:
 
 @jax.custom_vjp
 def attend(qkv_NLjHK: Float[Array, "N L 3 H K"]) -> Float[Array, "N L H K"]:
-    """softmax(q k^T / sqrt(K)) v per sequence and head; logits and softmax in float32. On one device; where no GPU is, very slowly.
+    """softmax(q k^T / sqrt(K)) v per sequence and head; logits and softmax in float32. On one device.
 
     Queries, keys and values side by side are the result of one product, and so is their gradient's part in it.
+    Without a GPU it runs in Pallas' interpreter, very slowly.
     """
     return _attend_and_save(qkv_NLjHK)[0]
 

@@ -1,4 +1,4 @@
-"""Where traced code will run: the platform, the mesh that activations lie over, and what of them a kernel on each device has."""
+"""Where traced code will run: the platform, the mesh of the activations, and the share of them that a kernel on each device takes."""
 
 import contextlib
 import contextvars

@@ -29,8 +29,8 @@ Part = tuple[Array, Array]  # a layer's result [N, L, C] without its bias, and t
 class Residual:
     """The sum of layers' results [N, L, C], in float32; it begins with layer(x).
 
-    rows: the mesh axes that its sequences lie over, for the kernels (where no GPU is, very slowly); None: no kernels; "auto": whichever
-    it is here (`placement.kernel_rows`).
+    rows: the mesh axes that its sequences lie over, for the kernels; None: no kernels; "auto": what `placement.kernel_rows` says.
+    Without a GPU the kernels run in Pallas' interpreter, very slowly.
     """
 
     def __init__(self, layer: Dense | Conv, x: Float[Array, "N L I"], rows: tuple[str, ...] | str | None = "auto"):
@@ -43,7 +43,7 @@ class Residual:
             self.newest = layer.without_bias(x), layer.bias[...]
 
     def add(self, layer: nnx.Module, norm: LayerNorm, *args: Array | None, lead: tuple[int, ...] = ()) -> None:
-        """Adds layer(norm(sum), *args); `lead` is the shape that the layer has N and L in, if another.
+        """Adds layer(norm(sum), *args); `lead`: the layer's leading shape, if it differs from the sum's.
 
         The layer has `kernels`, which its input is multiplied by, `from_products`, which goes on from there, and `bias`.
         """

@@ -111,7 +111,7 @@ class SpatialTransformer(nnx.Module):
         self.norm = GroupNorm(channels, groups, 1e-6, dtype=dtype)
         self.proj_in = Dense(channels, channels, **kwargs)
         self.transformer_blocks = nnx.List([TransformerBlock(channels, context_width, heads, head_width, **block) for _ in range(depth)])
-        self.proj_out = Dense(channels, channels, zero=True, **kwargs)
+        self.proj_out = Dense(channels, channels, zero=True, float32_out=True, **kwargs)
         self.image = image
 
     def __call__(self, x_BThwC: Float[Array, "B T h w C"], context_BLD: Float[Array, "B L D"]) -> Float[Array, "B T h w C"]:
@@ -161,9 +161,8 @@ class TemporalTransformer(nnx.Module):
         self.transformer_blocks = nnx.List(
             [TransformerBlock(inner, inner, heads, head_width, implementation=implementation, **kwargs) for _ in range(depth)]
         )
-        self.proj_out = (
-            Conv(inner, channels, (1,), zero=True, **kwargs) if conv_projections else Dense(inner, channels, zero=True, **kwargs)
-        )
+        kwargs = {**kwargs, "zero": True, "float32_out": True}
+        self.proj_out = Conv(inner, channels, (1,), **kwargs) if conv_projections else Dense(inner, channels, **kwargs)
 
     def __call__(self, x_BThwC: Float[Array, "B T h w C"]) -> Float[Array, "B T h w C"]:
         B, T, h, w, C = x_BThwC.shape

@@ -65,7 +65,7 @@ class ResBlock(nnx.Module):
                 Conv(channels, channels, (3, 3), zero=True, **kwargs),
             ]
         )
-        self.skip_connection = Conv(channels_in, channels, (1, 1), **kwargs) if channels != channels_in else None
+        self.skip_connection = Conv(channels_in, channels, (1, 1), float32_out=True, **kwargs) if channels != channels_in else None
         self.temopral_conv = TemporalConv(channels, groups, config.temporal_dropout, streams, **kwargs) if config.temporal_conv else None
 
     def __call__(

@@ -1,6 +1,6 @@
-"""The files of a run that grow line by line, or that libraries write: on a disk, and from there into the bucket of the run.
+"""Keeps files that grow line by line, or that libraries write, on a local disk and copies them into the bucket of the run.
 
-Configuration, marks and checkpoints do not come by here: each of them is written whole (`data.storage`, `training.checkpoint`).
+Configuration, marks and checkpoints bypass this module: each of them is written whole (`data.storage`, `training.checkpoint`).
 """
 
 import concurrent.futures

@@ -60,7 +60,7 @@ def predict(
     t_B: Int[Array, " B"] | None = None,
     train: bool = True,
 ) -> tuple[Float[Array, "B T h w C"], Float[Array, "B T h w C"], Float[Array, "B T h w C"], Int[Array, " B"]]:
-    """Noise a batch and denoise it: (prediction, target, clean latents z_0, timesteps), all in the loss space.
+    """Noise a batch and denoise it: (prediction, target, z_0, t), the first two in the space of the loss.
 
     `t_B=None` draws timesteps uniformly. With `train=False` no condition is dropped or noised and no dropout acts. frozen: parameters by
     network, and "unconditional", where that is known already (`Networks.unconditional`).

@@ -173,10 +173,8 @@ def test_a_stopped_and_killed_job_continues_with_fewer_processes(environment, da
     job = start(environment, 2, data, tmp_path)
     wait_for_step(job, tmp_path, max(lines(tmp_path)) + 2)  # it runs, whatever the first left
     os.kill(children(job)[1], signal.SIGKILL)
-    killed = time.monotonic()
-    text = end(job)
+    text = end(job, timeout=60)  # rather than for ever in a collective
     assert job.returncode != 0 and "continuing at step" in text, text
-    assert time.monotonic() - killed < 60  # rather than for ever in a collective
     assert "process 0 of 2" in text or "JAX distributed service detected fatal errors" in text, text
 
     job = start(environment, 1, data, tmp_path)

