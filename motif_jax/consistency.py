@@ -69,8 +69,8 @@ def contradictions(c: "Config") -> list[str]:
         f"prepare.frame_stride_min={c.prepare.frame_stride_min}: must not exceed prepare.frame_stride_max={c.prepare.frame_stride_max}",
     )
     check(
-        c.prepare.flow == "exact" or c.prepare.flow_stride % 8 == 0,
-        f"prepare.flow_stride={c.prepare.flow_stride}: RAFT's grid is 8 pixels; smaller cells exist for flow=exact only",
+        not c.prepare.flow.startswith("raft") or c.prepare.flow_stride % 8 == 0,
+        f"prepare.flow_stride={c.prepare.flow_stride}: RAFT's grid is 8 pixels; use a multiple of it",
     )
     check(
         c.prepare.motion_max == 0.0 or c.prepare.motion_min < c.prepare.motion_max,

@@ -11,8 +11,8 @@ from typing import Any
 
 import yaml
 
-from motif_jax import config as configuration
 from motif_jax.config import AutoencoderConfig, Config, DiffusionConfig, ImageConfig, ResamplerConfig, TextConfig, UNetConfig, UserError
+from motif_jax.fields import build
 from motif_jax.models.attention import IMAGE_TOKENS
 
 # Defaults of the reference's U-Net where its YAML is silent, as far as they differ from ours.
@@ -95,7 +95,7 @@ def read_yaml(path: str | pathlib.Path) -> Settings:
 
 def _build(cls: type, given: dict[str, Any], prefix: str, errors: list[str]) -> Any:
     given = {k: v for k, v in given.items() if v is not None}
-    return configuration.build(cls, given, prefix, errors)
+    return build(cls, given, prefix, errors)
 
 
 def _number(params: Mapping[str, Any], key: str, default: float, errors: list[str]) -> float:

@@ -75,7 +75,7 @@ def missing_for(implementation: str, where: str) -> str | None:
 
 
 def _on_each_device(attend: Callable, *arrays: Array) -> Array:
-    """A kernel that XLA cannot partition, on each device's sequences and heads, [N, ..., H, K]; an axis that does not divide is replicated."""
+    """A kernel that XLA cannot partition, on each device's sequences and heads, [N, ..., H, K]; what does not divide is replicated."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return attend(*arrays)

@@ -51,7 +51,7 @@ def training_flops(config: Config, networks: Networks) -> int:
     latent = jax.ShapeDtypeStruct((clips, d.frames, config.latent_height, config.latent_width, z), jnp.float32)
     image = jax.eval_shape(lambda z: image_condition(z[:, 0], d.frames, config.condition.image), latent)
     per_clip = jax.ShapeDtypeStruct((clips,), jnp.float32)
-    image_tokens = IMAGE_TOKENS * d.frames if config.backbone == "unet3d" and config.unet.image_cross_attention else 0
+    image_tokens = IMAGE_TOKENS * d.frames if config.image_tokens else 0
     text = jax.ShapeDtypeStruct((clips, config.text.context_length + image_tokens, config.text.width), jnp.float32)
     forward = matmul_flops(networks.denoise, networks.denoiser.shapes, latent, per_clip, text, per_clip, image)
     return forward * (3 if config.finetune == "all" else 2)

@@ -141,7 +141,7 @@ def make_train_step(
         prediction, target, z, _ = predict(networks, schedule, params, frozen, batch, jnp.asarray(empty_L), key)
         m = motion_heatmap(config, batch, z, config.loss.heatmap)
         loss, parts = losses.motif_loss(prediction, target, m, config.loss.motion_weight)
-        return loss, {"loss": loss, **parts, "heatmap_mean": jnp.mean(m)}
+        return loss, {**parts, "heatmap_mean": jnp.mean(m)}
 
     grad_fn = jax.grad(loss_fn, has_aux=True)
 

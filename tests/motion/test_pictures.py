@@ -1,6 +1,5 @@
 """Pictures of flow and heatmaps: colours known from the convention, sizes, and that what is drawn lies where it should."""
 
-
 import numpy as np
 import pytest
 from PIL import Image
