@@ -141,12 +141,10 @@ def flow_euler(
     x_T: Float[Array, "B *rest"],
     timesteps: Int[np.ndarray, " S"],
     prediction: str = "flow",
-    *,
-    trajectory: bool = False,
-) -> Float[Array, "B *rest"] | tuple[Float[Array, "B *rest"], Float[Array, "S B *rest"], Float[Array, "S B *rest"]]:
+) -> Float[Array, "B *rest"]:
     """Euler steps of dx/ds = velocity, s = (t + 1) / N, from noise at s = 1 to latents at s = 0.
 
-    Arguments and results as in `ddim`; prediction: "flow", the velocity itself, or "flow_x0", (x - x_0) / s.
+    Arguments and result as in `ddim`; prediction: "flow", the velocity itself, or "flow_x0", (x - x_0) / s.
     Raises ValueError unless the timesteps ascend to N - 1, i.e. s = 1 ("trailing" spacing), where x_T is pure noise.
     """
     t, last = np.asarray(timesteps), schedule.num_timesteps - 1
@@ -159,11 +157,8 @@ def flow_euler(
         t, ds = inputs
         t_B = jnp.full(x.shape[0], t)
         output = denoise(x, t_B).astype(jnp.float32)
-        x0 = to_x0(schedule, x, output, t_B, prediction)
-        velocity = output if prediction == "flow" else to_eps(schedule, x, output, t_B, prediction) - x0
-        x = x - ds * velocity
-        return x, (x, x0) if trajectory else None
+        velocity = output if prediction == "flow" else to_eps(schedule, x, output, t_B, prediction) - output
+        return x - ds * velocity, None
 
     inputs = jnp.asarray(t[::-1], jnp.int32), jnp.asarray(length[::-1], jnp.float32)
-    x, path = jax.lax.scan(body, x_T.astype(jnp.float32), inputs)
-    return (x, *path) if trajectory else x
+    return jax.lax.scan(body, x_T.astype(jnp.float32), inputs)[0]

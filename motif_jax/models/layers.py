@@ -386,10 +386,10 @@ def apply(layers: nnx.List, x: Array, rng: Array | None = None) -> Array:
     return x
 
 
-def sinusoids(position: Float[Array, "*n"], width: int, period: float = 10_000.0) -> Float[Array, "*n width"]:
-    """Transformer sinusoids in float32, cosines first: frequency i is period ** (-i / half), half = width // 2; an odd width ends in 0."""
+def sinusoids(position: Float[Array, "*n"], width: int) -> Float[Array, "*n width"]:
+    """Transformer sinusoids in float32, cosines first: frequency i is 10,000 ** (-i / half), half = width // 2; an odd width ends in 0."""
     half = width // 2
-    frequency = jnp.exp(-math.log(period) * jnp.arange(half, dtype=jnp.float32) / half)
+    frequency = jnp.exp(-math.log(10_000) * jnp.arange(half, dtype=jnp.float32) / half)
     angle = position.astype(jnp.float32)[..., None] * frequency
     out = jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], -1)
     return jnp.pad(out, [(0, 0)] * position.ndim + [(0, width % 2)])
