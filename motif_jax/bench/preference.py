@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 from jaxtyping import Float, Int
-from scipy import optimize, stats
+from scipy import optimize, special, stats
 
 CONFIDENCE = 0.95
 
@@ -118,24 +118,28 @@ def bootstrap(statistic: Callable[[np.ndarray], float], rows: np.ndarray, weight
     return interval(np.array([statistic(np.repeat(rows, weights, axis=0)) for weights in weights_BN if weights.any()]))
 
 
-def bradley_terry(wins_MM: Float[np.ndarray, "*B M M"], prior: float = 0.5, steps: int = 2000) -> Float[np.ndarray, "*B M"]:
+def bradley_terry(wins_MM: Float[np.ndarray, "*B M M"], prior: float = 0.5) -> Float[np.ndarray, "*B M"]:
     """Log strengths with mean zero: model i beats j at the rate 1 / (1 + exp(s_j - s_i)).
 
     wins_MM[..., i, j]: how often i beat j, a tie being half a win for both. `prior` wins are added each way to every pair of
-    models that met (in any of the B tables), so that a model that never lost gets a finite strength. Minorise-maximise steps
-    until none moves by 1e-10.
-    Source: Hunter, Annals of Statistics 32 (2004) 384-406.
+    models that met (in any of the B tables), so that a model that never lost gets a finite strength. Every model must be linked to
+    every other through such pairs.
+    Source: Hunter, Annals of Statistics 32 (2004) 384-406. Newton's steps, damped as for the logistic loss in Sun and Tran-Dinh,
+    Mathematical Programming 178 (2019) 145-213, so that none overshoots.
     """
     wins = np.asarray(wins_MM, float)
     met = (wins + np.swapaxes(wins, -1, -2)).reshape(-1, *wins.shape[-2:]).sum(0) > 0
     wins = wins + prior * met
-    played, won = wins + np.swapaxes(wins, -1, -2), wins.sum(-1)
-    strength = np.ones(won.shape)
-    for _ in range(steps):
-        new = won / (played / (strength[..., :, None] + strength[..., None, :])).sum(-1)
-        new /= np.exp(np.log(new).mean(-1, keepdims=True))
-        change = np.abs(np.log(new / strength)).max()
-        strength = new
-        if change < 1e-10:
+    played = wins + np.swapaxes(wins, -1, -2)
+    strength = np.zeros(wins.shape[:-1])
+    for _ in range(1000):
+        rate = special.expit(strength[..., :, None] - strength[..., None, :])
+        slope = (wins - played * rate).sum(-1)
+        curvature = played * rate * (1 - rate)
+        laplacian = np.eye(len(met)) * curvature.sum(-1, keepdims=True) - curvature
+        step = np.linalg.solve(laplacian + 1 / len(met), slope[..., None])[..., 0]
+        reach = np.ptp(step, -1, keepdims=True)
+        strength = strength + step * np.log1p(reach) / np.maximum(reach, np.finfo(float).tiny)
+        if reach.max() < 1e-10:
             break
-    return np.log(strength)
+    return strength

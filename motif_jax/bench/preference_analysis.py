@@ -242,7 +242,7 @@ def ranking(votes: Sequence[Vote], names: Sequence[str], samples: int, seed: int
     weights = preference.cluster_weights(list(clusters), samples, seed)
     points = 400 / np.log(10)
     strength = points * preference.bradley_terry(wins.sum(0))
-    drawn = points * preference.bradley_terry(np.einsum("bc,cij->bij", weights, wins), steps=200)
+    drawn = points * preference.bradley_terry(np.einsum("bc,cij->bij", weights, wins))
     rows = []
     for i in np.argsort(-strength):
         low, high = preference.interval(drawn[:, i] if len(clusters) >= MIN_CLUSTERS else drawn[:0, i])

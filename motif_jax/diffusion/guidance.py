@@ -16,5 +16,5 @@ def classifier_free(
     axes = tuple(range(1, cond.ndim))
     spread = jnp.std(guided, axis=axes, keepdims=True)
     # An untrained U-Net puts out exact zeros: 0/0 would turn the whole sample into NaN.
-    matched = guided * (jnp.std(cond, axis=axes, keepdims=True) / jnp.maximum(spread, jnp.finfo(jnp.float32).tiny))
+    matched = guided * jnp.where(spread > 0, jnp.std(cond, axis=axes, keepdims=True) / spread, 1.0)
     return rescale_phi * matched + (1.0 - rescale_phi) * guided

@@ -157,10 +157,10 @@ def convolve(
     if platform() == "cpu":
         kernel, padding = _inner_taps(x.shape[1:-1], kernel, stride, padding)
     window = kernel.shape[:-2]
-    if math.prod(window) == 1 and stride == 1:
+    if math.prod(window) == 1 and stride == 1 and not np.any(padding):
         y = x.reshape(-1, x.shape[-1]) @ kernel.reshape(kernel.shape[-2:])
         return y.reshape(*x.shape[:-1], kernel.shape[-1])
-    if len(window) == 3 and window[1:] == (1, 1) and stride == 1:
+    if len(window) == 3 and window[1:] == (1, 1) and stride == 1 and not np.any(padding[1:]):
         return _convolve_over_frames(x, kernel[:, 0, 0], padding[0])
     if platform() != "cpu":
         return _convolve(x, kernel, stride, padding)

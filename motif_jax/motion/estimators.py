@@ -145,9 +145,11 @@ def _clip_flow(graph: Any, state: Any, frames_THW3: Array, *, iterations: int, s
     model = nnx.merge(graph, state)
     shorter = min(frames_THW3.shape[1:3])
     enlarge = 1 if shorter >= enlarge_below else math.ceil(ENLARGED / shorter)
-    if enlarge > 1:
+    if enlarge > 1:  # whole cells first, as `pad` fills them up
+        margins = ((side // 2, side - side // 2) for side in (-side % CELL for side in frames_THW3.shape[1:3]))
+        frames_THW3 = jnp.pad(frames_THW3.astype(jnp.float32), ((0, 0), *margins, (0, 0)), mode="edge")
         count, height, width, _ = frames_THW3.shape
-        frames_THW3 = jax.image.resize(frames_THW3.astype(jnp.float32), (count, enlarge * height, enlarge * width, 3), "linear")
+        frames_THW3 = jax.image.resize(frames_THW3, (count, enlarge * height, enlarge * width, 3), "linear")
     frames = pad(frames_THW3)
     features = _in_blocks(pairs, len(frames), lambda index: model.features(frames[index]))
     context = _in_blocks(pairs, len(frames) - 1, lambda index: model.context(frames[index]))

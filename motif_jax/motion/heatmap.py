@@ -97,4 +97,4 @@ def _norm(x: Float[Array, "*shape C"]) -> Float[Array, "*shape"]:
 
 def _over_max(x: Float[Array, "B T h w"], axes: tuple[int, ...]) -> Float[Array, "B T h w"]:
     largest = jnp.max(x, axis=axes, keepdims=True)
-    return jnp.where(largest > 0.0, x / jnp.where(largest > 0.0, largest, 1.0), 0.0)
+    return x / jnp.where(largest == 0.0, 1.0, largest)

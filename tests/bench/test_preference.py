@@ -85,6 +85,12 @@ def test_bradley_terry_equals_a_logistic_regression(rng):
     np.testing.assert_allclose(preference.bradley_terry(np.stack([wins, wins.T]))[1], preference.bradley_terry(wins.T), atol=1e-8)
 
 
+def test_bradley_terry_of_a_chain():
+    """Of models that meet their neighbours alone, each rate is that of its pair: the difference is its logit, 7 of them end to end."""
+    wins = np.diag(np.full(7, 20.0), 1)
+    np.testing.assert_allclose(np.diff(preference.bradley_terry(wins)), -np.log(20.5 / 0.5), rtol=1e-9)
+
+
 def test_a_system_that_never_loses_has_a_finite_strength():
     assert np.isfinite(preference.bradley_terry(np.array([[0.0, 9.0], [0.0, 0.0]]))).all()
 

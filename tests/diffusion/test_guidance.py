@@ -38,6 +38,11 @@ def test_zero_outputs_stay_finite():
     np.testing.assert_array_equal(classifier_free(zeros, zeros, 7.5, 0.7), 0.0)
 
 
+def test_a_constant_guided_output_stays_finite():
+    cond = jnp.asarray(np.random.default_rng(0).normal(scale=10, size=(1, 64)), jnp.float32)
+    np.testing.assert_array_equal(classifier_free(cond, 2 * cond, 2.0), 0 * cond)
+
+
 def test_float32_out_of_bfloat16():
     cond, uncond = (jnp.asarray(x, jnp.bfloat16) for x in outputs())
     assert classifier_free(cond, uncond, 7.5, 0.7).dtype == jnp.float32

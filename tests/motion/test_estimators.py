@@ -74,6 +74,12 @@ def test_large_cells_are_means_of_the_networks_flow(weights):
         np.testing.assert_allclose(flow[t], full.reshape(8, 8, 9, 8, 2).mean((1, 3)), atol=ROUNDING)
 
 
+def test_small_clips_of_any_size_are_filled_up_to_whole_cells(weights):
+    estimator, frames = make_flow_estimator("raft_small", weights["small"], 1), clip(2, 65, 78)
+    filled = np.pad(frames, ((0, 0), (3, 4), (1, 1), (0, 0)), mode="edge")
+    np.testing.assert_allclose(estimator.flow(frames), estimator.flow(filled), atol=ROUNDING)
+
+
 def test_coarser_cells(weights):
     frames = clip(3, 64, 96)
     fine = make_flow_estimator("raft_small", weights["small"], 2, enlarge_below=0).flow(frames)

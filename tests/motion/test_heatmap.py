@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from motif_jax.motion.heatmap import KINDS, heatmap, intensity, resize, sigma
+from motif_jax.motion.heatmap import KINDS, READINGS, heatmap, intensity, resize, sigma
 
 H, W = 320, 512  # the paper's clip size; the diagonal is 603.77 pixels
 LATENT = (H // 8, W // 8)
@@ -178,6 +178,14 @@ def test_refuses_a_missing_input(kind, message):
     assert kind in KINDS or kind == "depth"
     with pytest.raises(ValueError, match=message):
         default(kind)
+
+
+@pytest.mark.parametrize("reading", READINGS)
+def test_flow_that_is_no_number_shows(reading):
+    """It must not turn its clip into one without motion."""
+    flow = np.ones((1, 3, 4, 4, 2), np.float32)
+    flow[0, 0, 1, 2, 0] = np.nan
+    assert np.isnan(heatmap("flow", flow, None, None, 32, 32, (4, 4), reading)[0, 0, 1, 2])
 
 
 def test_refuses_a_single_frame_and_unknown_readings():
