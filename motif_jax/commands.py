@@ -1,12 +1,13 @@
 """How every entry point runs: one clear line instead of a traceback for whatever the user can mend."""
 
+import contextlib
 import difflib
 import functools
 import os
 import platform
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from absl import app, flags, logging
@@ -74,27 +75,28 @@ def run(name: str, main: Callable[[list[str]], None]) -> None:
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # Orbax and JAX tell every detail
         try:
-            main(arguments[1:])
+            with memory_errors_reported():
+                main(arguments[1:])
         except (UserError, StoreError) as error:
             sys.exit(f"{name}: {error}")
-        except (RuntimeError, MemoryError) as error:
-            if not (reason := out_of_memory(error)):
-                raise
-            sys.exit(f"{name}: {reason}")
 
     app.run(guarded, flags_parser=parse)
 
 
-def out_of_memory(error: RuntimeError | MemoryError) -> str | None:
-    """What a user can do about an error of a device, or of this machine, without memory left; None for other errors."""
-    text = str(error).strip().partition("\n")[0]
-    if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in text:
-        return None
-    where = "machine" if isinstance(error, MemoryError) else "device"
-    return (
-        f"the {where} has too little memory ({text}). Training: a smaller batch_size, grad_accumulation, remat=block, or more devices "
-        "(mesh.fsdp, mesh.context). Sampling: a smaller --batch_size"
-    )
+@contextlib.contextmanager
+def memory_errors_reported() -> Iterator[None]:
+    """Turns an error of a device, or of this machine, without memory left into a UserError that says what can be done."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        text = str(error).strip().partition("\n")[0]
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in text:
+            raise
+        where = "machine" if isinstance(error, MemoryError) else "device"
+        raise UserError(
+            f"the {where} has too little memory ({text}). Training: a smaller batch_size, grad_accumulation, remat=block, or more devices "
+            "(mesh.fsdp, mesh.context). Sampling: a smaller --batch_size"
+        ) from error
 
 
 def _complete(load: Callable[[str], Any], path: str) -> Any:

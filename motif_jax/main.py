@@ -30,7 +30,7 @@ def main(argv: list[str]) -> None:
     from motif_jax.dist import startup
     from motif_jax.training import loop
 
-    with startup.job():
+    with startup.job(), commands.memory_errors_reported():  # the job prints what ends a process
         commands.share_compiled_programs(str((workdir / "compiled").absolute()))
         done = loop.train(config, workdir)
     if not done:

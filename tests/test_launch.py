@@ -176,6 +176,9 @@ def test_gke():
     assert pod["containers"][0]["args"] == ARGUMENTS and pod["containers"][0]["image"] == "registry/motif:1"
     assert pod["volumes"][0]["persistentVolumeClaim"]["claimName"] == "filestore"
     assert json.dumps(manifest).count("${") == 0
+    odd = ["--config=x", "--workdir=/R&D/run\\\\1", '--config.data.path="a b"']
+    manifest = yaml.safe_load(run("gke.sh", "--dry-run", *odd, IMAGE="i", CLAIM="c").stdout)
+    assert manifest["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"][0]["args"] == odd
 
 
 @pytest.fixture

@@ -37,13 +37,10 @@ def main(argv: list[str]) -> None:
         if not argument or (argument.startswith("--") and argument.endswith("=")):
             sys.exit(f"motif_jax.bench {name}: {argument or 'an argument'} is empty: give it a value, or leave it out")
     try:
-        command.run(parser.parse_args(argv[1:]))
+        with commands.memory_errors_reported():
+            command.run(parser.parse_args(argv[1:]))
     except (UserError, OSError) as error:  # the latter names a file that cannot be read or written
         sys.exit(f"motif_jax.bench {name}: {error}")
-    except (RuntimeError, MemoryError) as error:
-        if not (reason := commands.out_of_memory(error)):
-            raise
-        sys.exit(f"motif_jax.bench {name}: {reason}")
 
 
 if __name__ == "__main__":

@@ -75,7 +75,8 @@ def join(environment: Mapping[str, str] = os.environ) -> None:
     except ValueError as error:
         if kind == "tpu" and "coordinator_address" in str(error):
             return  # a single TPU machine outside of any pod
-        raise UserError(f"joining the job ({kind}): {error}") from error
+        asks = " (JAX asks the cluster: this needs the package kubernetes, and permission to read jobs and pods)" * (kind == "kubernetes")
+        raise UserError(f"joining the job ({kind}): {error}{asks}; or set {ADDRESS}, {COUNT} and {INDEX} (docs/training.md)") from error
     except RuntimeError as error:
         raise UserError(f"joining the job ({kind}): {error}") from error
 

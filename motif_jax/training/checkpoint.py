@@ -274,9 +274,11 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # also one from the thread that writes
+            late = "DEADLINE_EXCEEDED" in str(error)
+            remedy = "Another process of the job did not come in time: see what it printed" if late else "Make room or mend the file system"
             raise CheckpointError(
                 f"cannot write checkpoints in {self.directory}: {_reason(error)}\n"
-                f"Make room or mend the file system, then run the same command again; whole checkpoints there: {_steps(self.directory)}"
+                f"{remedy}, then run the same command again; whole checkpoints there: {_steps(self.directory)}"
             ) from error
 
     def prepare(self, state: Any) -> None:

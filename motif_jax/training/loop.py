@@ -6,6 +6,7 @@ step -> log the steps before] -> wait for the save, write the report, mark done.
 """
 
 import contextlib
+import json
 import math
 import sys
 import time
@@ -136,6 +137,8 @@ def _train(config: Config, directory: Path, dataset: pipeline.Dataset, mesh: Mes
     weights = initial_weights(config, networks, trained=restored is None)
     check_towers(config, dataset.manifest, weights.frozen)
     pretrained = {name: checksum(weights.frozen[name]) for name in networks.pretrained}
+    drawn_or_read = {"denoiser": checksum(weights.denoiser)} if restored is None and jax.process_count() > 1 else {}
+    startup.agree({"the weights to start from": startup.digest(json.dumps(pretrained | drawn_or_read))})
     meta = {"version": motif_jax.__version__, "settings": workdir.settings(config), "pretrained": pretrained}
     checkpoints = checkpoint.Checkpoints(directory, config.checkpoint)
     if restored is None:
@@ -171,7 +174,7 @@ def _train(config: Config, directory: Path, dataset: pipeline.Dataset, mesh: Mes
     mirror = Mirror(directory)
     if first_process:
         mirror.fetch(METRICS)
-    writer = MetricWriter(mirror.local, -1 if restored is None else step) if first_process else None  # -1: nothing was done before
+    writer = MetricWriter(mirror.local, -1 if restored is None else step, visited) if first_process else None  # -1: nothing was done before
     progress = Progress(writer, config, training_flops(config, networks), restored)
     validation = (
         pipeline.validation_batches(config.data, config.batch_size, config.eval.batches, tokenizer, rows) if config.eval.every else ()
@@ -208,7 +211,7 @@ def _train(config: Config, directory: Path, dataset: pipeline.Dataset, mesh: Mes
     def save() -> None:
         progress.flush(step)
         began = time.perf_counter()
-        checkpoints.save(step, state, {"step": step, **position}, meta | {"visited": visited}, before=mirror.try_to_copy)
+        checkpoints.save(step, state, {"step": step, **position}, meta | {"visited": visited}, before=mirror.copy_first)
         progress.last = step
         if writer:
             writer.write(step, {"save_seconds": time.perf_counter() - began})

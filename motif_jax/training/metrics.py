@@ -16,16 +16,21 @@ import numpy as np
 class MetricWriter:
     """Appends one JSON line and one TensorBoard event per call of `write`.
 
-    On resume, lines of steps after `start_step` are dropped: they belong to work that was lost with the process that
-    wrote them and will be written again, equal.
+    On resume, lines of steps after `start_step` are dropped, and of that step what evaluation wrote unless `evaluated`: they belong to
+    work that was lost with the process that wrote them and will be written again, equal.
     """
 
-    def __init__(self, workdir: str | pathlib.Path, start_step: int = 0) -> None:
+    def __init__(self, workdir: str | pathlib.Path, start_step: int = 0, evaluated: bool = True) -> None:
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         self._path = pathlib.Path(workdir) / "metrics.jsonl"
-        kept = [line for line in read_lines(self._path) if line["step"] <= start_step]
+        kept = [
+            line
+            for line in read_lines(self._path)
+            if line["step"] < start_step
+            or (line["step"] == start_step and (evaluated or not any(name.startswith(("eval/", "sample/")) for name in line)))
+        ]
         temporary = self._path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
         temporary.replace(self._path)

@@ -69,6 +69,11 @@ class Mirror:
             self._began = time.monotonic()
             self._copying = self._thread.submit(self.try_to_copy)
 
+    def copy_first(self) -> None:
+        """Starts `try_to_copy` and gives it SECONDS: other processes wait for what comes after it, and not for ever."""
+        if self._remote:
+            concurrent.futures.wait([self._thread.submit(self.try_to_copy)], SECONDS)
+
     def try_to_copy(self) -> None:
         """A copy whose failure is told, and made good by the next."""
         try:

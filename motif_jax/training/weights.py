@@ -14,9 +14,11 @@ from motif_jax.interop.imported import CONTENTS, is_imported, read_imported
 from motif_jax.models import lora
 from motif_jax.models.networks import Networks, Params
 from motif_jax.training.checkpoint import latest_step, read_arrays
+from motif_jax.training.finetune import PARTS
 
 # What image cross attention adds to a text-to-video model.
 IMAGE_PATH = re.compile(r"image_proj_model\..*|.*\.attn2\.(to_[kv]_ip\.kernel|alpha)")
+FIRST_KERNEL = "input_blocks.0.0.kernel"  # whose input channels grow with the image latent
 WEIGHTS_STREAM = 2**31 - 2  # fold_in number of the initial weights: no training step reaches it
 
 
@@ -41,10 +43,15 @@ def initial_weights(config: Config, networks: Networks, trained: bool = True) ->
     loaded = load(config.init_from)
     frozen = frozen_weights(networks, loaded, config.init_from)
     given = loaded["denoiser"]
-    if not any(IMAGE_PATH.fullmatch(name) for name in given):
-        given = {**given, **_new_image_path(networks, key)}
-    source = f"{config.init_from} (denoiser)"
-    return Weights(fit(given, networks.denoiser.shapes, source, inflate="input_blocks.0.0.kernel"), frozen)
+    new = {} if any(IMAGE_PATH.fullmatch(name) for name in given) else _new_image_path(networks, key)
+    fitted = fit({**given, **new}, networks.denoiser.shapes, f"{config.init_from} (denoiser)", inflate=FIRST_KERNEL)
+    grown = {FIRST_KERNEL} if FIRST_KERNEL in given and given[FIRST_KERNEL].shape != fitted[FIRST_KERNEL].shape else set()
+    if untrained := sorted(name for name in grown | new.keys() if not re.fullmatch(PARTS[config.finetune], name)):
+        raise UserError(
+            f"finetune={config.finetune!r}: does not train what the image enters by, which init_from={config.init_from} lacks "
+            f"({enumerate_first(untrained, 2, ', ')}), and the model would never see the image; use finetune='all', or weights that have it"
+        )
+    return Weights(fitted, frozen)
 
 
 def frozen_weights(networks: Networks, loaded: dict[str, Params] | None = None, source: str = "") -> dict[str, Params]:

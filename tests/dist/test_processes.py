@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -208,3 +209,16 @@ def test_a_work_directory_that_is_not_shared_is_refused(environment, data, tmp_p
     texts = pair(variables, 1, lambda i, variables: start(variables, 1, data, "run", cwd=tmp_path / str(i)))
     assert any("a new file in run (is it on a file system that all share?): process" in text for text in texts), texts
     assert sorted(path.name for path in tmp_path.rglob("run/*")) == ["lock"]
+
+
+def test_other_weights_on_another_host_are_refused(environment, data, single, tmp_path):
+    """`init_from` by the same name on each host, where one of the copies lags behind: a checkpoint would mix the two."""
+    for host in "01":
+        (tmp_path / host).mkdir()
+        (tmp_path / host / "configs").symlink_to(ROOT / "configs")
+        shutil.copytree(single, tmp_path / host / "weights")
+    shutil.rmtree(tmp_path / "1" / "weights" / "checkpoints" / str(STEPS))
+    variables, run = environment | {"PYTHONPATH": str(ROOT)}, tmp_path / "run"
+    texts = pair(variables, 2, lambda i, variables: start(variables, 1, data, run, "--config.init_from=weights", cwd=tmp_path / str(i)))
+    assert any("the weights to start from: process 1 on" in text for text in texts), texts
+    assert not (run / "checkpoints").exists()

@@ -38,6 +38,17 @@ def test_resuming_drops_lines_of_lost_work_and_half_a_line(tmp_path):
     assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [1, 2, 3]
 
 
+def test_resuming_drops_an_evaluation_that_was_cut_short(tmp_path):
+    writer = MetricWriter(tmp_path)
+    for line in ({"loss": 1.0}, {"sample/mean_flow": 2.0}, {"eval/loss": 3.0}):
+        writer.write(1, line)
+    writer.close()
+    MetricWriter(tmp_path, start_step=1, evaluated=True).close()
+    assert len(read_lines(tmp_path / "metrics.jsonl")) == 3
+    MetricWriter(tmp_path, start_step=1, evaluated=False).close()
+    assert read_lines(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 1.0}]
+
+
 def test_no_other_thread_writes(tmp_path):
     """It would tell of a full disk in its own way, beside the one clear error."""
     threads = threading.active_count()

@@ -265,6 +265,9 @@ def test_new_input_channels_start_at_zero(run, tmp_path, tiny):
     np.testing.assert_array_equal(found[kernel][:, :, :48], old[kernel])
     assert not found.pop(kernel)[:, :, 48:].any()
     assert_same(found, {path: array for path, array in old.items() if path != kernel})
+    with pytest.raises(UserError, match=rf"finetune='lora': .* lacks \({kernel}\).*; use finetune='all'"):
+        weights.initial_weights(dataclasses.replace(config, finetune="lora"), Networks.of(config))
+    weights.initial_weights(dataclasses.replace(config, finetune="input"), Networks.of(config))
 
 
 @pytest.fixture(scope="module")
