@@ -5,7 +5,6 @@ devices, jobs and the rest of the list change nothing but rounding. --vbench nam
 """
 
 import argparse
-import os
 import pathlib
 import runpy
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from typing import Any
 
 from motif_jax.bench.pairs import read_pairs, vbench_names
 from motif_jax.config import Config, ConfigError, UserError, from_config_dict, read_json
+from motif_jax.data.storage import replacing
 from motif_jax.requested import Pair, Request, check_images, check_made, make_output, write_json, write_manifest, writing
 
 VBENCH_INFO = "vbench_info.json"
@@ -53,9 +53,8 @@ def write_vbench(output: pathlib.Path, requests: Sequence[Request], height: int,
         if name not in entries:
             entries[name] = {"prompt_en": name, "dimension": DIMENSIONS, "custom_image_path": str(image), "video_list": []}
             picture = Image.fromarray(cover(open_image(str(r.pair.image)), height, width))
-            temporary = image.with_suffix(f".{os.getpid()}.tmp")
-            picture.save(temporary, format="JPEG", quality=95, subsampling=0)
-            temporary.replace(image)
+            with replacing(image) as temporary:
+                picture.save(temporary, format="JPEG", quality=95, subsampling=0)
         entries[name]["video_list"].append(str((output / r.file).resolve()))
     write_json(output / VBENCH_INFO, list(entries.values()))
 

@@ -5,6 +5,7 @@ asked for), and, once every shard is there, TFDS's metadata and dataset.json. Re
 """
 
 import collections
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -14,14 +15,14 @@ import re
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 from motif_jax.config import UserError
 from motif_jax.data import records
-from motif_jax.data.storage import Path, local_path, size, upload
+from motif_jax.data.storage import Path, local_path, replacing, size
 
 NAME = "motif"  # TFDS takes a dataset's name from its file names
 SPLITS = ("train", "validation")
@@ -103,15 +104,8 @@ def write_file(path: Path, text: str) -> None:
             return
     except (FileNotFoundError, UnicodeDecodeError):
         pass
-    if not isinstance(path, pathlib.Path):
-        path.write_text(text)
-        return
-    temporary = _temporary(path)
-    try:
+    with _replacing(path) as temporary:
         temporary.write_text(text)
-        _publish(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_object(path: Path, values: Mapping[str, Any]) -> None:
@@ -142,9 +136,8 @@ def write_shard(
     from array_record.python.array_record_module import ArrayRecordWriter
 
     path = directory / shard.name
-    temporary = _temporary(path)
     skipped, count = [], 0
-    try:
+    with _replacing(path) as temporary:
         writer = _disk(ArrayRecordWriter, str(temporary), _WRITER_OPTIONS[pixels])
         try:
             for outcome in outcomes:
@@ -165,9 +158,6 @@ def write_shard(
             "sha256": _sha256(temporary),
             "skipped": skipped,
         }
-        _publish(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
     write_object(_manifest_path(directory, shard.name), manifest)
     return manifest
 
@@ -341,20 +331,14 @@ def _manifest_path(directory: Path, name: str) -> Path:
     return directory / "manifests" / f"{name}.json"
 
 
-def _temporary(path: Path) -> pathlib.Path:
-    # A name that neither TFDS nor a second task on another machine takes for its own.
-    name = f".tmp-{os.getpid()}@{socket.gethostname()}@{path.name}"
-    return path.with_name(name) if isinstance(path, pathlib.Path) else pathlib.Path(tempfile.gettempdir()) / name
-
-
-def _publish(temporary: pathlib.Path, path: Path) -> None:
-    """Renames once the bytes are on the disk, and waits until the new name is, too; or uploads, which an object store does whole."""
-    if not isinstance(path, pathlib.Path):
-        upload(temporary, path)
-        return
-    _sync(temporary)
-    os.replace(temporary, path)
-    _sync(path.parent)
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[pathlib.Path]:
+    """`replacing` that renames once the bytes are on the disk, and waits until the new name is, too."""
+    with replacing(path) as temporary:
+        yield temporary
+        _sync(temporary)
+    if isinstance(path, pathlib.Path):
+        _sync(path.parent)
 
 
 def _sync(path: pathlib.Path) -> None:

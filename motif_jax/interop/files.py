@@ -8,12 +8,11 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import pathlib
 import re
 import struct
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -22,6 +21,7 @@ import numpy as np
 import safetensors
 
 from motif_jax.config import UserError
+from motif_jax.data.storage import replacing
 
 PYTORCH = (".ckpt", ".pth", ".pt", ".bin")
 _WRAPPERS = ("_forward_module.", "module.", "_orig_mod.")  # what DeepSpeed, DistributedDataParallel and compile put before every name
@@ -182,18 +182,6 @@ def _damaged_member(path: pathlib.Path) -> str | None:
             return archive.testzip()
     except Exception as error:  # as PyTorch's
         return f"a part that cannot be read, {error}"
-
-
-@contextlib.contextmanager
-def replacing(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
-    """A temporary path in the same directory, renamed to `path` when the block succeeds and removed when it fails."""
-    path = pathlib.Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_safetensors(path: str | pathlib.Path, tensors: Mapping[str, Any]) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from motif_jax.config import AutoencoderConfig, DiffusionConfig, ImageConfig, ResamplerConfig, TextConfig, UNetConfig, UserError
+from motif_jax.data.storage import write_whole
 from motif_jax.fields import build
 from motif_jax.interop import files, raft
 from motif_jax.interop.reference import Weights, read_checkpoint
@@ -65,8 +66,7 @@ def import_checkpoint(
                 contents["networks"][name] = {**about, "sha256": files.write_safetensors(path, tensors), "config": config.get(name, {})}
             if "denoiser" in networks:
                 contents |= {key: config[key] for key in ("diffusion", "weightless")}
-            with files.replacing(output / CONTENTS) as temporary:
-                temporary.write_text(json.dumps(contents, indent=2, sort_keys=True) + "\n")
+            write_whole(output / CONTENTS, json.dumps(contents, indent=2, sort_keys=True) + "\n")
         except BaseException as error:
             for path in made:
                 with contextlib.suppress(OSError):

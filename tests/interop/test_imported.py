@@ -359,12 +359,13 @@ def test_a_yaml_beside_the_file_that_is_no_use_is_ignored(tmp_path):
 
 STOPPED = """
 import runpy, sys, time
+from motif_jax.data.storage import replacing
 from motif_jax.interop import files
 write, done = files.write_safetensors, []
 
 def slow(path, tensors):
     if done:
-        with files.replacing(path) as temporary:
+        with replacing(path) as temporary:
             temporary.write_bytes(b"half of it")
             print("writing", flush=True)
             time.sleep(60)
