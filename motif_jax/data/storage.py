@@ -6,6 +6,7 @@ not at all, so that they need no renaming.
 
 import contextlib
 import functools
+import hashlib
 import logging
 import os
 import pathlib
@@ -168,6 +169,12 @@ def write_whole(path: Path, text: str) -> None:
 def size(path: Path) -> int:
     """Bytes of a file. Raises FileNotFoundError."""
     return path.stat().st_size if isinstance(path, pathlib.Path) else _ask(path.files.info, path.path)["size"]
+
+
+def sha256(path: str | pathlib.Path) -> str:
+    """The SHA-256 of a file on a disk, hexadecimal. Raises OSError."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def upload(local: pathlib.Path, path: RemotePath) -> None:

@@ -216,9 +216,3 @@ def write_pytorch(path: str | pathlib.Path, tensors: Mapping[str, Any]) -> None:
     state = {name: torch.from_numpy(np.array(tensor, order="C")) for name, tensor in tensors.items()}
     with replacing(path) as temporary:
         torch.save({"state_dict": state}, temporary)
-
-
-def sha256(path: str | pathlib.Path) -> str:
-    """The SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
