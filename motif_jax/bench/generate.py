@@ -11,7 +11,7 @@ from typing import Any
 
 from motif_jax.config import UserError, load_config
 from motif_jax.data.storage import replacing
-from motif_jax.bench.pairs import read_pairs, vbench_names
+from motif_jax.pairs import read_pairs, vbench_names
 from motif_jax.requested import Pair, Request, check_images, check_made, make_output, write_json, write_manifest, writing
 
 VBENCH_INFO = "vbench_info.json"

@@ -19,7 +19,7 @@ from motif_jax.bench.generate import requests_of, write_vbench
 from motif_jax.config import UserError, to_json
 from motif_jax.data.videos import read_video
 from motif_jax.models.networks import Networks
-from motif_jax.bench.pairs import Pair, find_videos, read_pairs
+from motif_jax.pairs import Pair, find_videos, read_pairs
 from motif_jax.requested import write_manifest
 from motif_jax.training.weights import initial_weights
 
@@ -127,7 +127,7 @@ def test_devices_change_rounding_only(animator, pairs, tiny, tmp_path):
         "import test_generate as t\n"
         "from motif_jax.config import MeshConfig, from_json\n"
         "from motif_jax.dist.mesh import make_mesh\n"
-        "from motif_jax.bench.pairs import read_pairs\n"
+        "from motif_jax.pairs import read_pairs\n"
         "assert len(jax.devices()) == 2\n"
         "animator = t.tiny_animator(from_json(open(sys.argv[1]).read()), make_mesh(MeshConfig(), jax.devices()))\n"
         "seen = []\n"
