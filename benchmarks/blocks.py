@@ -17,7 +17,6 @@ import math
 import os
 import pathlib
 import re
-import runpy
 import sys
 import time
 
@@ -32,7 +31,7 @@ from jax.experimental import topologies  # noqa: E402
 from jax.sharding import AbstractDevice, AbstractMesh  # noqa: E402
 
 from motif_jax.compilation import set_effort, tpu_devices  # noqa: E402
-from motif_jax.config import from_config_dict  # noqa: E402
+from motif_jax.config import load_config  # noqa: E402
 from motif_jax.models.layers import Initializer, recompute  # noqa: E402
 from motif_jax.models.placement import target_platform, use_kernels  # noqa: E402
 from motif_jax.models.transformer import SpatialTransformer, TemporalTransformer  # noqa: E402
@@ -43,7 +42,7 @@ BLOCKS, REMAT = ["residual", "spatial", "temporal"], ["block", "convs", "dots"]
 
 def lower(name: str, clips: int, remat: str, device: jax.Device, kernels: str = "auto") -> tuple[jax.stages.Lowered, tuple]:
     """(a block's output and the gradients of its parameters and its input, lowered for `device`; the shapes of its arguments)."""
-    config = from_config_dict(runpy.run_path(str(ROOT / "configs/motif.py"))["get_config"]())
+    config = load_config(str(ROOT / "configs/motif.py"))
     u, sharding = config.unet, jax.sharding.SingleDeviceSharding(device)
     width, head = u.model_channels, u.num_head_channels
     options = {"init": Initializer(nnx.Rngs(0)), "dtype": jnp.bfloat16}

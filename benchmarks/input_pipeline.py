@@ -23,9 +23,8 @@ import jax
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.scaling import load_config  # noqa: E402
 from motif_jax import preparation  # noqa: E402
-from motif_jax.config import Config  # noqa: E402
+from motif_jax.config import Config, load_config  # noqa: E402
 from motif_jax.data import pipeline  # noqa: E402
 from motif_jax.data.tokens import make_tokenizer  # noqa: E402
 from motif_jax.models.networks import Networks  # noqa: E402

@@ -18,9 +18,9 @@ import jax
 import kernels
 import numpy as np
 import torch
-from scaling import load_config
 from side_by_side import alternate, machine, random_params, torch_twin, torch_unet
 
+from motif_jax.config import load_config
 from motif_jax.diffusion import samplers
 from motif_jax.diffusion.guidance import classifier_free
 from motif_jax.models.networks import Networks, image_condition

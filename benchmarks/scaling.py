@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 
-from motif_jax.config import Config, MeshConfig, from_config_dict  # noqa: E402
+from motif_jax.config import Config, MeshConfig, from_config_dict, load_config  # noqa: E402
 from motif_jax.models.networks import Networks, image_condition  # noqa: E402
 from motif_jax.models.placement import target_platform  # noqa: E402
 from motif_jax.training.flops import jaxpr_flops, training_flops  # noqa: E402
@@ -73,14 +73,6 @@ STATE = 20  # bytes of a parameter: itself, two moments, average and gradient, a
 # GiB beside state and kept activations, gathered kernels and the block in work: through two compiled steps (docs/compile.md), v5e:8x8 with
 # one clip on a chip, 8.5 GiB in all, and v5p:2x2x4 with four, 24.2.
 WORK, WORK_PER_CLIP = 3.27, 1.60
-
-
-def load_config(name: str) -> Config:
-    """A file of configs/, with its argument: configs/motif.py:tiny."""
-    import runpy
-
-    path, _, argument = name.partition(":")
-    return from_config_dict(runpy.run_path(str(ROOT / path))["get_config"](*([argument] if argument else [])))
 
 
 def changed(config: Config, **values) -> Config:

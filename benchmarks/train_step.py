@@ -33,10 +33,9 @@ import kernels
 import numpy as np
 import torch
 import torch._functorch.config
-from scaling import load_config
 from side_by_side import alternate, machine, random_params, torch_twin, torch_unet
 
-from motif_jax.config import Config
+from motif_jax.config import Config, load_config
 from motif_jax.diffusion.schedule import make_schedule
 from motif_jax.dist import startup
 from motif_jax.models.networks import Networks, Params

@@ -2,12 +2,9 @@
 
 import dataclasses
 import functools
-import json
 import math
-import os
 import pathlib
 import zlib
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, UInt8
 
-from motif_jax.config import Config, UserError, enumerate_first
+from motif_jax.config import Config, UserError
 from motif_jax.data.images import MediaError, cover, read_image
 from motif_jax.data.storage import Path, run_location
 from motif_jax.data.tokens import make_tokenizer
@@ -25,7 +22,8 @@ from motif_jax.dist.mesh import BATCH
 from motif_jax.generation import make_generator
 from motif_jax.models.attention import missing_for
 from motif_jax.models.networks import Networks, Params
-from motif_jax.requested import LONGEST_NAME, Pair, Request, check_images, check_made, make_output, write_manifest, writing
+from motif_jax.pairs import read_pairs
+from motif_jax.requested import Request, check_images, check_made, make_output, write_manifest, writing
 from motif_jax.training import weights
 from motif_jax.training.step import empty_sentence
 
@@ -129,24 +127,10 @@ def open_image(path: str) -> UInt8[np.ndarray, "H W 3"]:
         raise UserError(f"{path}: {error}") from error
 
 
-def _check_writable(path: pathlib.Path) -> None:
-    """Before the time that a clip takes. Raises UserError."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir():
-            raise IsADirectoryError("it is a directory")
-        if not os.access(path if path.exists() else path.parent, os.W_OK):
-            raise PermissionError("no permission")
-    except OSError as error:
-        raise UserError(f"--output: {path} cannot be written: {error}") from error
-
-
 def save_clip(path: pathlib.Path, clip: UInt8[np.ndarray, "T H W 3"], fps: float) -> None:
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         save_video(path, clip, fps)
-    except OSError as error:
-        raise UserError(f"--output: {path} cannot be written: {error}") from error
 
 
 def generate(
@@ -175,7 +159,9 @@ def animate_one(load: Callable[[], Animator], image: str, prompt: str, output: s
     if pathlib.Path(output).suffix.lower() not in (".mp4", ".gif"):
         raise UserError(f"--output={output}: must end in .mp4 or .gif")
     path = pathlib.Path(output)
-    _check_writable(path)
+    if path.is_dir():
+        raise UserError(f"--output={output}: is a directory")
+    make_output(path.parent)
     picture = open_image(image)
     animator = load()
     print(f"{animator.directory}{'' if animator.step is None else f' at step {animator.step}'}: compiling and sampling", flush=True)
@@ -184,44 +170,13 @@ def animate_one(load: Callable[[], Animator], image: str, prompt: str, output: s
     print(f"{output}: {len(clip)} frames of {clip.shape[1]}x{clip.shape[2]}")
 
 
-def read_requests(path: str) -> list[Pair]:
-    """The lines of a jsonl file with keys image, prompt, id; image paths are relative to the file. Raises UserError listing bad lines."""
-    file = pathlib.Path(path)
-    try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--requests={path}: cannot be read: {error}") from error
-    requests, bad = [], []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            found = json.loads(line)
-            image, prompt, name = (found[key] for key in ("image", "prompt", "id"))
-            if not isinstance(image, str) or not isinstance(prompt, str) or not isinstance(name, (str, int)):
-                raise TypeError("image, prompt and id must be text")
-            name, image = str(name), file.parent / image
-            if not image.is_file():
-                raise ValueError(f"no image {image}")
-            if name in ("", ".", "..") or "/" in name or "\0" in name or len(name.encode()) > LONGEST_NAME:
-                raise ValueError(f"id {name!r} is no file name")
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            bad.append(f"line {number}: {f'no key {error}' if isinstance(error, KeyError) else error}")
-            continue
-        requests.append(Pair(name, image.resolve(), prompt))
-    bad += [f"id {name!r} occurs {count} times" for name, count in Counter(r.id for r in requests).items() if count > 1]
-    if bad or not requests:
-        raise UserError(f"--requests={path}: {enumerate_first(bad) or 'holds no request'}")
-    return requests
-
-
 def animate_list(load: Callable[[], Animator], requests_file: str, output: str, seed: int, batch_size: int, suffix: str) -> None:
     """Writes `<output>/<id>.<suffix>` for every request, and a manifest of them; a stopped run continues, unless it was another one.
 
     The noise of a clip depends on (seed, id) alone. Raises UserError where a clip that is there was made otherwise.
     """
     directory = pathlib.Path(output)
-    requests = [Request(pair, seed, f"{pair.id}.{suffix}") for pair in read_requests(requests_file)]
+    requests = [Request(pair, seed, f"{pair.id}.{suffix}") for pair in read_pairs(requests_file, "requests")]
     make_output(directory)
     check_made(directory, requests)
     check_images(directory, requests)

@@ -8,6 +8,7 @@ that every entry point can answer --help at once.
 import dataclasses
 import json
 import pathlib
+import runpy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -365,3 +366,15 @@ def from_json(text: str, source: str = "config.json") -> Config:
 def read_json(path: pathlib.Path) -> Config:
     """The configuration in a config.json. Raises `ConfigError` that names the file; OSError."""
     return from_json(path.read_text(errors="replace"), str(path))
+
+
+def load_config(name: str) -> Config:
+    """The configuration of a Python file with get_config, as FILE.py or FILE.py:ARGUMENT, or in a config.json. Raises UserError."""
+    file, _, argument = name.partition(":")
+    try:
+        if file.endswith(".json"):
+            return read_json(pathlib.Path(file))
+        return from_config_dict(runpy.run_path(file)["get_config"](*([argument] if argument else [])))
+    except Exception as error:  # a configuration file is code: it may raise anything
+        reason = error if isinstance(error, ConfigError) else " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"--config={name}: cannot be loaded: {reason}") from error

@@ -159,8 +159,7 @@ class Job:
         """Why a whole shard is made again all the same; "" when it is kept, as it is when a video that was there is gone."""
         manifest = shards.shard_manifest(self.directory, shard.name)
         if manifest["plan"] == self.plan_id:
-            sizes = [[f[0] if isinstance(f, list) else f for f in clip] for clip in files]  # all that an earlier version looked at
-            if manifest["fingerprint"] in (shards.digest([self.plan_id, files]), shards.digest([self.plan_id, sizes])):
+            if manifest["fingerprint"] == shards.digest([self.plan_id, files]):
                 return ""
             skipped = {s["clip_id"] for s in manifest["skipped"]}  # these have no record to lose
             lost = [item.video for item in shard.items if item.clip_id not in skipped and gone(item)]
@@ -265,7 +264,7 @@ def _claim(directory: Path, clips: Source, plan: Sequence[Shard]) -> str:
         (directory / "manifests").mkdir(parents=True, exist_ok=True)
         # Looked for before the plan: another task's plan is there before its shards are.
         filled = any(directory.glob("*.array_record-*")) or (directory / "features.json").exists()
-        found = shards.read_plan(directory)
+        found = shards.read_object(directory / "plan.json")
         plans = {found["fingerprint"]} if found else shards.plans(directory)
         if plans <= {wanted["fingerprint"]}:
             if filled and not plans:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from motif_jax.config import Config, UserError, read_json
+from motif_jax.data.storage import write_whole
 from motif_jax.training.metrics import read_lines
 
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
@@ -30,9 +31,7 @@ def write(workdir: str | pathlib.Path) -> pathlib.Path:
     body += ["<h2>What the loss looks at</h2>", _heatmaps(config), "<h2>Samples</h2>", _samples(workdir), _judged(workdir)]
     page = f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(config.name)}</title><style>{STYLE}</style>"
     path = workdir / "report.html"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(page + "\n".join(part for part in body if part) + "</html>\n")
-    temporary.replace(path)
+    write_whole(path, page + "\n".join(part for part in body if part) + "</html>\n")
     return path
 
 

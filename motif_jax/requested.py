@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import pathlib
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from motif_jax.config import UserError, enumerate_first
+from motif_jax.data.storage import write_whole
 
 MANIFEST = "manifest.json"  # which file is which pair and seed
 LONGEST_NAME = 200  # bytes; file systems take 255, and a seed and an ending follow
@@ -101,7 +101,5 @@ def write_manifest(output: pathlib.Path, requests: Sequence[Request], settings: 
 
 
 def write_json(path: pathlib.Path, content: Any) -> None:
-    """At once or not at all."""
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")  # other jobs write the same file
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    temporary.replace(path)
+    """At once or not at all; other jobs write the same file."""
+    write_whole(path, json.dumps(content, indent=1) + "\n")

@@ -1,8 +1,8 @@
 """Animates images with a trained run: python -m motif_jax.sample --workdir=RUN --image=FILE --prompt=TEXT --output=FILE.mp4|.gif
 
-or a whole list: --requests=FILE.jsonl (keys image, prompt, id) --output=DIR. The same command continues a stopped one; DIR/manifest.json
-says how its clips were made, and what would be made otherwise is refused. Options: --seed --steps --guidance
---frame_stride (how many source frames the steps of the clip are apart).
+or a whole list: --requests=FILE.jsonl (keys image, prompt, id; or any --list of docs/evaluate.md) --output=DIR. The same command continues
+a stopped one; DIR/manifest.json says how its clips were made, and what would be made otherwise is refused. Options: --seed --steps
+--guidance --frame_stride (how many source frames the steps of the clip are apart).
 --workdir=RUN/checkpoints/STEP takes another checkpoint than the newest.
 --checkpoint=DIR --config=configs/X.py samples with a configuration of your own from an import, a run, or a run's checkpoint.
 """
@@ -20,7 +20,7 @@ WORKDIR = flags.DEFINE_string("workdir", None, "work directory of a run")
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "weights to load instead of a work directory's (needs --config)")
 IMAGE = flags.DEFINE_string("image", None, "the first frame (any image file)")
 PROMPT = flags.DEFINE_string("prompt", None, "what happens")
-REQUESTS = flags.DEFINE_string("requests", None, "jsonl file with keys image, prompt, id")
+REQUESTS = flags.DEFINE_string("requests", None, "jsonl file with keys image, prompt, id, or another list of pairs")
 OUTPUT = flags.DEFINE_string("output", None, "FILE.mp4 or FILE.gif; with --requests a directory")
 SEED = flags.DEFINE_integer("seed", 0, "noise seed", lower_bound=0, upper_bound=2**31 - 1)
 STEPS = flags.DEFINE_integer("steps", None, "denoising steps (default: the configuration's)", lower_bound=1)

@@ -370,7 +370,7 @@ BAD_CALLS = {
     "no source": (["motif_jax.prepare", CONFIG, "--output={tmp}/d"], "motif_jax.prepare: --source must be given"),
     "an output below a file": (
         ["motif_jax.sample", "--workdir={tmp}/none", "--image={tmp}/a.png", "--prompt=x", "--output={tmp}/few.py/a.mp4"],
-        "a.mp4 cannot be written",
+        "few.py: cannot be written: ",
     ),
     "workdir not named": (["motif_jax.main", CONFIG, "--workdir="], "--workdir= is empty"),
     "no vocabulary": (

@@ -11,10 +11,6 @@ from motif_jax import config as c
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-def get_config(name, *argument):
-    return runpy.run_path(str(ROOT / "configs" / f"{name}.py"))["get_config"](*argument)
-
-
 def test_every_mistake_is_named_at_once():
     given = {"stepz": 1, "loss": {"heatmap": "flo", "motion_weight": "x", "sharpness": -1}, "unet": {"channel_mult": [1, 2.5]}, "mesh": 3}
     with pytest.raises(c.ConfigError) as error:
@@ -91,18 +87,18 @@ def test_bool_is_no_number():
 
 @pytest.mark.parametrize("size", ["paper", "small", "tiny"])
 def test_motif_is_valid_and_survives_json(size):
-    config = c.from_config_dict(get_config("motif", size))
+    config = c.load_config(f"configs/motif.py:{size}")
     assert c.from_json(c.to_json(config)) == config
 
 
 def test_unknown_size():
-    with pytest.raises(ValueError, match="use paper, small or tiny"):
-        get_config("motif", "huge")
+    with pytest.raises(c.UserError, match="use paper, small or tiny"):
+        c.load_config("configs/motif.py:huge")
 
 
 def test_paper_values():
     """Training settings of the paper, and sizes of VideoCrafter2's YAML."""
-    config = c.from_config_dict(get_config("motif"))
+    config = c.load_config("configs/motif.py")
     assert (config.steps, config.batch_size, config.learning_rate) == (32_000, 64, 5e-5)
     assert (config.data.frames, config.data.height, config.data.width) == (16, 320, 512)
     assert (config.diffusion.prediction, config.loss.motion_weight, config.condition.text_drop) == ("v", 1.0, 0.1)
@@ -111,11 +107,34 @@ def test_paper_values():
     assert (config.mesh.data, config.mesh.fsdp) == (1, -1)  # copies of the state do not fit a v5e or v6e chip
 
 
+def test_configuration_files(tmp_path):
+    assert c.load_config("configs/quickstart.py").name == "quickstart"
+    (tmp_path / "empty.py").write_text("")
+    (tmp_path / "broken.py").write_text("def")
+    (tmp_path / "raising.py").write_text("1 / 0")
+    (tmp_path / "wrong.py").write_text("def get_config():\n    return {'steps': -1}")
+    (tmp_path / "bad.json").write_text('{"steps": -1}')
+    (tmp_path / "latin.json").write_bytes(b'{"name": "\xe9"')
+    for name, message in (
+        ("none.py", "none.py: cannot be loaded"),
+        ("empty.py", "get_config"),
+        ("broken.py", "invalid"),
+        ("raising.py", "raising.py: cannot be loaded: .*division by zero"),
+        ("wrong.py", "wrong.py: .*steps"),
+        ("none.json", "No such"),
+        ("bad.json", "/bad.json: .*steps"),
+        ("latin.json", "/latin.json is not JSON"),
+    ):
+        with pytest.raises(c.UserError, match=message):
+            c.load_config(str(tmp_path / name))
+
+
 ARMS = runpy.run_path(str(ROOT / "configs/ablation.py"))["ARMS"]
 
 
 @pytest.mark.parametrize("name", [*(path.stem for path in (ROOT / "configs").glob("*.py")), *(f"ablation:{arm}" for arm in ARMS)])
 def test_shipped_configs_are_valid_and_locked(name):
-    config = get_config(*name.split(":"))
+    file, *argument = name.split(":")
+    config = runpy.run_path(str(ROOT / f"configs/{file}.py"))["get_config"](*argument)
     assert isinstance(config, ConfigDict) and config.is_locked
     c.from_config_dict(config)

@@ -30,6 +30,7 @@ LAYERS = (
         "training",
         "generation",
         "requested",
+        "pairs",
         "animation",
         "report",
         "towers",

@@ -19,6 +19,7 @@ from motif_jax.bench.judge import judge
 from motif_jax.bench.synthetic import SPLITS, sample_all
 from motif_jax.config import UserError
 from motif_jax.data import sprites
+from motif_jax.data.storage import replacing
 from motif_jax.training.metrics import read_lines
 
 ALONG = ("validation", "heldout")  # the splits judged along training; the others at its end only
@@ -115,10 +116,8 @@ def judge_runs(runs: dict[tuple[str, str], pathlib.Path], world: str, seed: int,
             clips = sprites.make_clips(world, seed, range(count), d.frames, d.height, d.width, split)
             made = sample_all(animator, clips, clips["captions"])
             measures = judge(made, clips)
-            file = _file(path, step, split, world, seed, count)
-            temporary = file.with_suffix(".tmp.npz")
-            np.savez_compressed(temporary, shown=made[:SHOWN], **measures)
-            temporary.replace(file)
+            with replacing(_file(path, step, split, world, seed, count)) as temporary:
+                np.savez_compressed(temporary, shown=made[:SHOWN], **measures)
             moving = measures["still"] == 0
             print(f"{arm}/{number} step {step} {split}: direction {100 * measures['direction_ok'][moving].mean():.0f} %", flush=True)
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from motif_jax import report
 from motif_jax.bench import ablation, ablation_pictures, comparison
+from motif_jax.data.storage import write_whole
 
 RULE = (
     "Rule of preference, fixed before the test clips were sampled: the clip wins whose named object keeps nearer to its true path, by more "
@@ -194,9 +195,7 @@ def write(directory: pathlib.Path, result: dict[str, Any], runs: dict[tuple[str,
     )
     page = f"<!doctype html><html lang=en><meta charset=utf-8><title>Ablation</title><style>{style}</style>{''.join(body)}</html>\n"
     for name, content in (("report.json", ablation.to_json(result)), ("report.md", text), ("report.html", page)):
-        temporary = directory / f"{name}.tmp"
-        temporary.write_text(content)
-        temporary.replace(directory / name)
+        write_whole(directory / name, content)
     return text
 
 

@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def run_build(arguments: argparse.Namespace) -> None:
     """Makes STUDY, under a temporary name until it is complete."""
-    from motif_jax.bench.pairs import find_videos, read_pairs
+    from motif_jax.pairs import find_videos, read_pairs
 
     height, width = parse_size(arguments.size)
     for name, least in (("annotators", 1), ("per_sheet", 1), ("repeats", 0), ("gold", 0), ("frames", 2), ("seed", 0)):

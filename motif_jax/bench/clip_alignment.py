@@ -8,6 +8,7 @@ from jaxtyping import Float, UInt8
 
 from motif_jax.config import UserError
 from motif_jax.data.images import cover
+from motif_jax.data.storage import sha256
 
 # CLIP's normalisation, RGB in 0..1 (Radford et al. 2021)
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
@@ -32,7 +33,7 @@ class ClipAlignment:
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(f"--clip={directory}: {' '.join(str(error).split())}") from error
         files = sorted(p for p in pathlib.Path(directory).iterdir() if p.is_file())
-        self.digest = hashlib.sha256(b"".join(hashlib.sha256(p.read_bytes()).digest() for p in files)).hexdigest()
+        self.digest = hashlib.sha256(b"".join(bytes.fromhex(sha256(p)) for p in files)).hexdigest()
         self._model.to("cuda" if torch.cuda.is_available() else "cpu")
 
     def __call__(self, frames_THW3: UInt8[np.ndarray, "T H W 3"], image_HW3: UInt8[np.ndarray, "H W 3"], prompt: str) -> dict[str, float]:

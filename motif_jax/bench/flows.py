@@ -1,14 +1,13 @@
 """Optical flow at full resolution for the scores: a name and perhaps weights in, a function from frames to flow out."""
 
-import hashlib
 import itertools
-import pathlib
 
 import cv2
 import numpy as np
 
 from motif_jax.bench.video_metrics import FlowFn
 from motif_jax.config import UserError
+from motif_jax.data.storage import sha256
 from motif_jax.motion import dis
 
 ITERATIONS = 20  # as VBench
@@ -50,4 +49,4 @@ def make_flow(name: str, weights: str = "") -> tuple[FlowFn, dict[str, str]]:
             fields = [cv2.resize(f, (width, height), interpolation=cv2.INTER_AREA) / enlarge for f in fields]
         return np.stack(fields)
 
-    return flow, {"flow": name, "flow_weights_sha256": hashlib.sha256(pathlib.Path(weights).read_bytes()).hexdigest()}
+    return flow, {"flow": name, "flow_weights_sha256": sha256(weights)}

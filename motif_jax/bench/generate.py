@@ -5,14 +5,13 @@ devices, jobs and the rest of the list change nothing but rounding. --vbench nam
 """
 
 import argparse
-import os
 import pathlib
-import runpy
 from collections.abc import Sequence
 from typing import Any
 
-from motif_jax.bench.pairs import read_pairs, vbench_names
-from motif_jax.config import Config, ConfigError, UserError, from_config_dict, read_json
+from motif_jax.config import UserError, load_config
+from motif_jax.data.storage import replacing
+from motif_jax.pairs import read_pairs, vbench_names
 from motif_jax.requested import Pair, Request, check_images, check_made, make_output, write_json, write_manifest, writing
 
 VBENCH_INFO = "vbench_info.json"
@@ -53,23 +52,10 @@ def write_vbench(output: pathlib.Path, requests: Sequence[Request], height: int,
         if name not in entries:
             entries[name] = {"prompt_en": name, "dimension": DIMENSIONS, "custom_image_path": str(image), "video_list": []}
             picture = Image.fromarray(cover(open_image(str(r.pair.image)), height, width))
-            temporary = image.with_suffix(f".{os.getpid()}.tmp")
-            picture.save(temporary, format="JPEG", quality=95, subsampling=0)
-            temporary.replace(image)
+            with replacing(image) as temporary:
+                picture.save(temporary, format="JPEG", quality=95, subsampling=0)
         entries[name]["video_list"].append(str((output / r.file).resolve()))
     write_json(output / VBENCH_INFO, list(entries.values()))
-
-
-def read_configuration(text: str) -> Config:
-    """Of --config: a Python file with get_config, as FILE.py or FILE.py:ARGUMENT, or a config.json. Raises UserError."""
-    name, _, argument = text.partition(":")
-    try:
-        if name.endswith(".json"):
-            return read_json(pathlib.Path(name))
-        return from_config_dict(runpy.run_path(name)["get_config"](*([argument] if argument else [])))
-    except Exception as error:  # a configuration file is code: it may raise anything
-        reason = error if isinstance(error, ConfigError) else " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"--config={text}: cannot be loaded: {reason}") from error
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -109,7 +95,7 @@ def run(arguments: argparse.Namespace) -> None:
     share = arguments.task_index or 0
     if share >= arguments.task_count:
         raise UserError(f"--task_index={share}: must be from 0 to --task_count - 1 = {arguments.task_count - 1}")
-    config = read_configuration(arguments.config) if arguments.config else None
+    config = load_config(arguments.config) if arguments.config else None
     everything = requests_of(read_pairs(arguments.list), seeds, arguments.vbench)
     make_output(arguments.output)
     check_made(arguments.output, everything)

@@ -21,12 +21,12 @@ from typing import Any
 import numpy as np
 
 from motif_jax.bench import flows, score_page
-from motif_jax.bench.pairs import Pair, find_videos, frames_in, read_pairs
 from motif_jax.bench.standings import METRICS, STATIC, standings
 from motif_jax.bench.video_metrics import WINDOW, FlowFn, measure
 from motif_jax.config import UserError
 from motif_jax.data.images import MediaError, cover, read_image
 from motif_jax.data.videos import read_video
+from motif_jax.pairs import Pair, find_videos, frames_in, read_pairs
 
 VERSION = 1  # of the measures: a cache of another version is not used
 FRAME_RATE = 8.0  # of folders of frames, which do not say theirs

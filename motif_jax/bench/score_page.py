@@ -13,6 +13,7 @@ from PIL import Image
 from motif_jax.bench.standings import METRICS, STATIC
 from motif_jax.bench.video_metrics import DECAY
 from motif_jax.data.images import MediaError, read_image
+from motif_jax.data.storage import write_whole
 from motif_jax.motion import pictures
 from motif_jax.requested import Pair
 
@@ -77,9 +78,7 @@ def write(
         "</dl>",
     ]
     page = f"<!doctype html><html lang=en><meta charset=utf-8><title>Scores of videos</title><style>{STYLE}</style>"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(page + "\n".join(body) + "</html>\n")
-    temporary.replace(path)
+    write_whole(path, page + "\n".join(body) + "</html>\n")
 
 
 def _number(name: str, value: float) -> str:

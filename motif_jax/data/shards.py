@@ -5,7 +5,7 @@ asked for), and, once every shard is there, TFDS's metadata and dataset.json. Re
 """
 
 import collections
-import dataclasses
+import contextlib
 import hashlib
 import json
 import os
@@ -14,14 +14,14 @@ import re
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 from motif_jax.config import UserError
-from motif_jax.data import records
-from motif_jax.data.storage import Path, local_path, size, upload
+from motif_jax.data import records, storage
+from motif_jax.data.storage import Path, local_path, replacing, size
 
 NAME = "motif"  # TFDS takes a dataset's name from its file names
 SPLITS = ("train", "validation")
@@ -30,10 +30,6 @@ VERSION = "1.0.0"  # of the records: a shard of another version is made again
 _WRITER_OPTIONS = {True: "group_size:1,uncompressed", False: "group_size:1,zstd:1"}  # with frames, without
 _STALE_SECONDS = 24 * 3600
 _REQUESTS = 32  # to an object store at once
-# What a manifest is read as when it lacks a key: one of a version that had none.
-_EMPTY_MANIFEST = {"schema": "unknown", "plan": "", "fingerprint": "", "records": 0, "bytes": -1, "sha256": "", "skipped": []}
-_ASKED = ("settings", "clips", "list")  # what a plan's fingerprint is of
-_PLAN = {*_ASKED, "fingerprint", "layout", "shards"}
 
 
 @dataclass(frozen=True)
@@ -58,9 +54,6 @@ class Skipped:
     video: str
     kind: str
     reason: str
-
-
-_SKIPPED = {field.name for field in dataclasses.fields(Skipped)}
 
 
 @dataclass(frozen=True)
@@ -103,15 +96,8 @@ def write_file(path: Path, text: str) -> None:
             return
     except (FileNotFoundError, UnicodeDecodeError):
         pass
-    if not isinstance(path, pathlib.Path):
-        path.write_text(text)
-        return
-    temporary = _temporary(path)
-    try:
+    with _replacing(path) as temporary:
         temporary.write_text(text)
-        _publish(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_object(path: Path, values: Mapping[str, Any]) -> None:
@@ -119,16 +105,18 @@ def write_object(path: Path, values: Mapping[str, Any]) -> None:
     write_file(path, json.dumps({**values, "digest": digest(values)}, indent=1) + "\n")
 
 
-def read_object(path: Path) -> dict[str, Any] | None:
-    """The JSON object in a small file, without its seal; None when there is none or it is damaged. Earlier versions wrote no seal."""
+def read_json(path: Path) -> Any:
+    """The JSON value in a small file; None when there is none or it is damaged."""
     try:
-        found = json.loads(path.read_text())
+        return json.loads(path.read_text())
     except (FileNotFoundError, ValueError, RecursionError):
         return None
-    if not isinstance(found, dict):
-        return None
-    seal = found.pop("digest", None)
-    return found if seal in (None, digest(found)) else None
+
+
+def read_object(path: Path) -> dict[str, Any] | None:
+    """The values that `write_object` has written; None when there are none or their seal is not theirs."""
+    found = read_json(path)
+    return found if isinstance(found, dict) and found.pop("digest", None) == digest(found) else None
 
 
 def write_shard(
@@ -142,9 +130,8 @@ def write_shard(
     from array_record.python.array_record_module import ArrayRecordWriter
 
     path = directory / shard.name
-    temporary = _temporary(path)
     skipped, count = [], 0
-    try:
+    with _replacing(path) as temporary:
         writer = _disk(ArrayRecordWriter, str(temporary), _WRITER_OPTIONS[pixels])
         try:
             for outcome in outcomes:
@@ -162,12 +149,9 @@ def write_shard(
             "fingerprint": fingerprint,
             "records": count,
             "bytes": temporary.stat().st_size,
-            "sha256": _sha256(temporary),
+            "sha256": storage.sha256(temporary),
             "skipped": skipped,
         }
-        _publish(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
     write_object(_manifest_path(directory, shard.name), manifest)
     return manifest
 
@@ -175,26 +159,13 @@ def write_shard(
 def shard_manifest(directory: Path, name: str) -> dict[str, Any] | None:
     """A shard's manifest; None when there is none or it cannot be read, which a new run mends."""
     found = read_object(_manifest_path(directory, name))
-    if found is None:
-        return None
-    manifest = {"shard": ""} | _EMPTY_MANIFEST | found
-    whole = manifest["shard"] == name and manifest.keys() == {"shard", *_EMPTY_MANIFEST}
-    whole = whole and all(type(manifest[k]) is type(v) for k, v in _EMPTY_MANIFEST.items())
-    return manifest if whole and all(isinstance(s, dict) and s.keys() >= _SKIPPED for s in manifest["skipped"]) else None
+    return found if found and found.get("shard") == name else None
 
 
 def shard_manifests(directory: Path, names: Sequence[str]) -> list[dict[str, Any] | None]:
     """`shard_manifest` of many: a large dataset has tens of thousands, and in an object store each is a request."""
     with ThreadPoolExecutor(_REQUESTS) as threads:
         return list(threads.map(lambda name: shard_manifest(directory, name), names))
-
-
-def read_plan(directory: Path) -> dict[str, Any] | None:
-    """plan.json; None when there is none, it is damaged, or its fingerprint is not that of what it says was asked for."""
-    plan = read_object(directory / "plan.json")
-    if plan is None or plan.keys() != _PLAN:
-        return None
-    return plan if plan["fingerprint"] == digest({key: plan[key] for key in _ASKED}) else None
 
 
 def plans(directory: Path) -> set[str]:
@@ -341,20 +312,14 @@ def _manifest_path(directory: Path, name: str) -> Path:
     return directory / "manifests" / f"{name}.json"
 
 
-def _temporary(path: Path) -> pathlib.Path:
-    # A name that neither TFDS nor a second task on another machine takes for its own.
-    name = f".tmp-{os.getpid()}@{socket.gethostname()}@{path.name}"
-    return path.with_name(name) if isinstance(path, pathlib.Path) else pathlib.Path(tempfile.gettempdir()) / name
-
-
-def _publish(temporary: pathlib.Path, path: Path) -> None:
-    """Renames once the bytes are on the disk, and waits until the new name is, too; or uploads, which an object store does whole."""
-    if not isinstance(path, pathlib.Path):
-        upload(temporary, path)
-        return
-    _sync(temporary)
-    os.replace(temporary, path)
-    _sync(path.parent)
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[pathlib.Path]:
+    """`replacing` that renames once the bytes are on the disk, and waits until the new name is, too."""
+    with replacing(path) as temporary:
+        yield temporary
+        _sync(temporary)
+    if isinstance(path, pathlib.Path):
+        _sync(path.parent)
 
 
 def _sync(path: pathlib.Path) -> None:
@@ -381,12 +346,7 @@ def damage(path: Path, expected: int, sha256: str | None = None) -> str:
         return "missing"
     if found != expected:
         return f"{'truncated' if found < expected else 'too long'} ({found} of {expected} bytes)"
-    return "damaged (its sha256 is not that of its manifest)" if sha256 and _sha256(path) != sha256 else ""
-
-
-def _sha256(path: pathlib.Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return "damaged (its sha256 is not that of its manifest)" if sha256 and storage.sha256(path) != sha256 else ""
 
 
 def _alive(process: int) -> bool:

@@ -6,9 +6,12 @@ not at all, so that they need no renaming.
 
 import contextlib
 import functools
+import hashlib
 import logging
+import os
 import pathlib
 import posixpath
+import socket
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -138,19 +141,40 @@ def location(name: str) -> Path:
     return RemotePath(files, path.rstrip("/"))
 
 
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[pathlib.Path]:
+    """An absolute path on a disk to write to: when the block succeeds the file gets the name `path`, or is uploaded, else it is removed.
+
+    .tmp-PID@HOST@ and the end of the name: nothing that reads a directory by names, nor a task elsewhere, takes it for its own.
+    """
+    path = path if isinstance(path, RemotePath) else pathlib.Path(path).absolute()
+    directory = pathlib.Path(tempfile.gettempdir()) if isinstance(path, RemotePath) else path.parent
+    temporary = directory / f".tmp-{os.getpid()}@{socket.gethostname()}@{path.name[-40:]}"  # a name has 255 bytes at most
+    try:
+        yield temporary
+        if isinstance(path, RemotePath):
+            upload(temporary, path)
+        else:
+            temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def write_whole(path: Path, text: str) -> None:
     """Writes a text file that is there whole, or as it was before."""
-    if isinstance(path, RemotePath):
-        path.write_text(text)
-        return
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        temporary.write_text(text)
 
 
 def size(path: Path) -> int:
     """Bytes of a file. Raises FileNotFoundError."""
     return path.stat().st_size if isinstance(path, pathlib.Path) else _ask(path.files.info, path.path)["size"]
+
+
+def sha256(path: str | pathlib.Path) -> str:
+    """The SHA-256 of a file on a disk, hexadecimal. Raises OSError."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def upload(local: pathlib.Path, path: RemotePath) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from motif_jax.config import UserError
 from motif_jax.data import records
-from motif_jax.data.shards import VERSION, Shard, damage, metadata, read_object, read_plan, shard_manifest, shard_name
+from motif_jax.data.shards import VERSION, Shard, damage, metadata, read_json, read_object, shard_manifest, shard_name
 from motif_jax.data.storage import Path, local_copy
 
 
@@ -25,7 +25,7 @@ def verify(directory: Path, progress: Callable[[int, int], None] = lambda done, 
     `progress` is told after each shard how many of how many are done. Raises UserError when the directory holds no dataset,
     OSError when it cannot be read at all.
     """
-    plan = read_plan(directory)
+    plan = read_object(directory / "plan.json")
     if plan is None and not (directory / "plan.json").exists():
         raise UserError(f"no dataset in {str(directory)!r}: there is no plan.json; make one with motif_jax.prepare")
     try:
@@ -51,7 +51,7 @@ def verify(directory: Path, progress: Callable[[int, int], None] = lambda done, 
         progress(done, len(names))
     if not bad:
         for name, text in metadata(manifests, plan["fingerprint"], layout, plan["settings"]).items():
-            if read_object(directory / name) != json.loads(text):
+            if read_json(directory / name) != json.loads(text):
                 bad.append(f"{name} is {'not of these shards' if (directory / name).exists() else 'missing'}")
     return bad
 

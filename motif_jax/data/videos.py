@@ -20,6 +20,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from motif_jax.data.images import MediaError, cover, on_white
+from motif_jax.data.storage import replacing
 
 THUMBNAIL = (64, 36)  # width, height
 # A pause longer than this many seconds and ten frames is a jump of the clock (a cut, a paused recorder), not a still.
@@ -314,12 +315,8 @@ def save_video(path: str | os.PathLike, frames: Sequence[np.ndarray] | UInt8[np.
         raise ValueError(f"{path}: a video is written as .mp4 or .gif")
     if frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape or not fps > 0:
         raise ValueError(f"{path}: needs frames [T, H, W, 3] and fps > 0, got {frames.shape} and {fps}")
-    temporary = path.absolute().with_name(f".tmp-{os.getpid()}-{path.name}")  # FFmpeg takes a relative "a:b" for a protocol
-    try:
+    with replacing(path) as temporary:  # absolute: FFmpeg takes a relative "a:b" for a protocol
         (_save_mp4 if path.suffix.lower() == ".mp4" else _save_gif)(temporary, frames, fps)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _save_mp4(path: pathlib.Path, frames: np.ndarray, fps: float) -> None:

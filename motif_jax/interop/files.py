@@ -8,12 +8,11 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import pathlib
 import re
 import struct
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -22,6 +21,7 @@ import numpy as np
 import safetensors
 
 from motif_jax.config import UserError
+from motif_jax.data.storage import replacing
 
 PYTORCH = (".ckpt", ".pth", ".pt", ".bin")
 _WRAPPERS = ("_forward_module.", "module.", "_orig_mod.")  # what DeepSpeed, DistributedDataParallel and compile put before every name
@@ -184,18 +184,6 @@ def _damaged_member(path: pathlib.Path) -> str | None:
         return f"a part that cannot be read, {error}"
 
 
-@contextlib.contextmanager
-def replacing(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
-    """A temporary path in the same directory, renamed to `path` when the block succeeds and removed when it fails."""
-    path = pathlib.Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def write_safetensors(path: str | pathlib.Path, tensors: Mapping[str, Any]) -> str:
     """Writes arrays (NumPy, JAX or `Lazy`), one in memory at a time; returns the SHA-256 of the file."""
     header, offset = {}, 0
@@ -228,9 +216,3 @@ def write_pytorch(path: str | pathlib.Path, tensors: Mapping[str, Any]) -> None:
     state = {name: torch.from_numpy(np.array(tensor, order="C")) for name, tensor in tensors.items()}
     with replacing(path) as temporary:
         torch.save({"state_dict": state}, temporary)
-
-
-def sha256(path: str | pathlib.Path) -> str:
-    """The SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

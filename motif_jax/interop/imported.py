@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from motif_jax.config import AutoencoderConfig, DiffusionConfig, ImageConfig, ResamplerConfig, TextConfig, UNetConfig, UserError
+from motif_jax.data import storage
 from motif_jax.fields import build
 from motif_jax.interop import files, raft
 from motif_jax.interop.reference import Weights, read_checkpoint
@@ -58,15 +59,14 @@ def import_checkpoint(
             held.enter_context(_locked(output))
             contents = _contents(output) if (output / CONTENTS).exists() else {"networks": {}}
             _check_output(output, contents["networks"], networks)
-            about = {"kind": kind, "source": source.name, "source_sha256": files.sha256(source)}
+            about = {"kind": kind, "source": source.name, "source_sha256": storage.sha256(source)}
             for name, tensors in networks.items():
                 path = output / f"{name}.safetensors"
                 made.insert(0, path)
                 contents["networks"][name] = {**about, "sha256": files.write_safetensors(path, tensors), "config": config.get(name, {})}
             if "denoiser" in networks:
                 contents |= {key: config[key] for key in ("diffusion", "weightless")}
-            with files.replacing(output / CONTENTS) as temporary:
-                temporary.write_text(json.dumps(contents, indent=2, sort_keys=True) + "\n")
+            storage.write_whole(output / CONTENTS, json.dumps(contents, indent=2, sort_keys=True) + "\n")
         except BaseException as error:
             for path in made:
                 with contextlib.suppress(OSError):
@@ -171,7 +171,7 @@ def read_imported(directory: str | pathlib.Path, names: Iterable[str] = tuple(_C
         if name in contents:
             path = directory / f"{name}.safetensors"
             found[name] = files.read_tensors(path)
-            if files.sha256(path) != contents[name]["sha256"]:
+            if storage.sha256(path) != contents[name]["sha256"]:
                 raise UserError(f"{path}: is not what was imported (its SHA-256 is not that in {CONTENTS}); import again")
     return found
 

@@ -4,7 +4,6 @@ In: the uint8 frames of one clip. Out: flow in pixels on the stored grid, frame 
 Several threads may ask at once: RAFT works on as many clips side by side as the process has devices.
 """
 
-import hashlib
 import math
 import pathlib
 from collections.abc import Callable
@@ -17,6 +16,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
+from motif_jax.data.storage import sha256
 from motif_jax.dist.replicas import Replicas
 from motif_jax.interop.raft import load_raft
 from motif_jax.motion import dis
@@ -70,7 +70,7 @@ class RaftEstimator:
         self._flow = Replicas(
             partial(_clip_flow, graph, iterations=iterations, stride=stride, pairs=pairs, enlarge_below=enlarge_below), state
         )
-        self._file, self._sha256 = pathlib.Path(weights).name, hashlib.sha256(pathlib.Path(weights).read_bytes()).hexdigest()
+        self._file, self._sha256 = pathlib.Path(weights).name, sha256(weights)
 
     def flow(self, frames_THW3: UInt8[np.ndarray, "T H W 3"]) -> Float[np.ndarray, "T h w 2"]:
         """(u, v) in clip pixels from each frame to the next; the last frame repeats the one before.

@@ -4,7 +4,7 @@ import pathlib
 from typing import Any
 
 from motif_jax.config import UserError
-from motif_jax.data.storage import Path
+from motif_jax.data.storage import Path, replacing
 from motif_jax.interop import files
 from motif_jax.interop.buffers import schedule_buffers
 from motif_jax.interop.imported import imported_settings, is_imported
@@ -62,7 +62,7 @@ def export(
     yaml = output.with_suffix(".yaml")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        with files.replacing(yaml) as temporary:  # appears after the weights, or not at all
+        with replacing(yaml) as temporary:  # appears after the weights, or not at all
             temporary.write_text(to_yaml(settings))
             write = files.write_safetensors if output.suffix == ".safetensors" else files.write_pytorch
             write(output, tensors)

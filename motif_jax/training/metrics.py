@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from motif_jax.data.storage import write_whole
+
 
 class MetricWriter:
     """Appends one JSON line and one TensorBoard event per call of `write`.
@@ -31,9 +33,7 @@ class MetricWriter:
             if line["step"] < start_step
             or (line["step"] == start_step and (evaluated or not any(name.startswith(("eval/", "sample/")) for name in line)))
         ]
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        temporary.replace(self._path)
+        write_whole(self._path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = self._path.open("a")
         # Not EventFileWriter: its thread would tell of a full disk, too, and at length.
         name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{time.time_ns()}"

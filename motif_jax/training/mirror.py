@@ -57,7 +57,7 @@ class Mirror:
         with self._lock:
             for path in sorted(self.local.rglob("*")):
                 name = path.relative_to(self.local)
-                unfinished = path.suffix == ".tmp" or any(part.startswith(".") for part in name.parts)
+                unfinished = any(part.startswith(".") for part in name.parts)
                 if unfinished or not path.is_file() or self._copied.get(str(name)) == (stamp := self._stamp(path)):
                     continue
                 upload(path, self._workdir / name.as_posix())

@@ -15,11 +15,11 @@ from PIL import Image
 from motif_jax import animation
 from motif_jax.animation import Animator, generate, noise_seed
 from motif_jax.bench import generate as module
-from motif_jax.bench.generate import read_configuration, requests_of, write_vbench
-from motif_jax.bench.pairs import Pair, find_videos, read_pairs
+from motif_jax.bench.generate import requests_of, write_vbench
 from motif_jax.config import UserError, to_json
 from motif_jax.data.videos import read_video
 from motif_jax.models.networks import Networks
+from motif_jax.pairs import Pair, find_videos, read_pairs
 from motif_jax.requested import write_manifest
 from motif_jax.training.weights import initial_weights
 
@@ -127,7 +127,7 @@ def test_devices_change_rounding_only(animator, pairs, tiny, tmp_path):
         "import test_generate as t\n"
         "from motif_jax.config import MeshConfig, from_json\n"
         "from motif_jax.dist.mesh import make_mesh\n"
-        "from motif_jax.bench.pairs import read_pairs\n"
+        "from motif_jax.pairs import read_pairs\n"
         "assert len(jax.devices()) == 2\n"
         "animator = t.tiny_animator(from_json(open(sys.argv[1]).read()), make_mesh(MeshConfig(), jax.devices()))\n"
         "seen = []\n"
@@ -187,28 +187,6 @@ def test_two_requests_never_share_a_file(tmp_path):
     assert len(requests_of(pairs, [0], False)) == 2
     with pytest.raises(UserError, match=r"Up down\.-0\.mp4 would be the video of two pairs, 'a' and 'b'"):
         requests_of(pairs, [0], True)
-
-
-def test_configuration_files(tmp_path):
-    assert read_configuration("configs/quickstart.py").name == "quickstart"
-    (tmp_path / "empty.py").write_text("")
-    (tmp_path / "broken.py").write_text("def")
-    (tmp_path / "raising.py").write_text("1 / 0")
-    (tmp_path / "wrong.py").write_text("def get_config():\n    return {'steps': -1}")
-    (tmp_path / "bad.json").write_text('{"steps": -1}')
-    (tmp_path / "latin.json").write_bytes(b'{"name": "\xe9"')
-    for name, message in (
-        ("none.py", "none.py: cannot be loaded"),
-        ("empty.py", "get_config"),
-        ("broken.py", "invalid"),
-        ("raising.py", "raising.py: cannot be loaded: .*division by zero"),
-        ("wrong.py", "wrong.py: .*steps"),
-        ("none.json", "No such"),
-        ("bad.json", "/bad.json: .*steps"),
-        ("latin.json", "/latin.json is not JSON"),
-    ):
-        with pytest.raises(UserError, match=message):
-            read_configuration(str(tmp_path / name))
 
 
 def test_the_manifest_says_what_the_animator_says(animator, pairs, tmp_path, monkeypatch):

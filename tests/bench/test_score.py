@@ -15,10 +15,10 @@ from scipy import stats
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from motif_jax.bench import score as module
-from motif_jax.bench.pairs import Pair, read_pairs
 from motif_jax.bench.standings import standings
 from motif_jax.config import UserError
 from motif_jax.data.videos import save_video
+from motif_jax.pairs import Pair, read_pairs
 
 SIDE, FRAMES = 48, 6
 

@@ -108,7 +108,7 @@ def test_what_a_task_asks_of_a_store_about_the_shards_of_others(monkeypatch):
     assert asked["cat_file"] > 60 and asked["exists"] + asked["info"] < 20 and at_once["most"] > 8
 
 
-@pytest.mark.parametrize("request_name", ["exists", "glob", "cat_file", "pipe_file", "rm_file", "info", "put_file", "get_file"])
+@pytest.mark.parametrize("request_name", ["exists", "glob", "cat_file", "rm_file", "info", "put_file", "get_file"])
 def test_a_store_that_goes_away_is_a_disk_that_does(monkeypatch, request_name):
     """Whatever its client raises: the command names the reason, and what is done is kept."""
     url = f"memory://{uuid.uuid4().hex}"

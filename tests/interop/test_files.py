@@ -13,6 +13,7 @@ import pytest
 import safetensors.numpy
 
 from motif_jax.config import UserError
+from motif_jax.data import storage
 from motif_jax.interop import files
 
 RNG = np.random.default_rng(0)
@@ -38,7 +39,7 @@ def assert_same(found, expected):
 def test_the_library_reads_what_we_write(tmp_path):
     digest = files.write_safetensors(tmp_path / "x.safetensors", TENSORS)
     assert_same(safetensors.numpy.load_file(tmp_path / "x.safetensors"), TENSORS)
-    assert digest == files.sha256(tmp_path / "x.safetensors")
+    assert digest == storage.sha256(tmp_path / "x.safetensors")
     assert os.listdir(tmp_path) == ["x.safetensors"]
 
 

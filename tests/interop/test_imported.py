@@ -18,6 +18,7 @@ import yaml
 from flax import nnx
 
 from motif_jax.config import AutoencoderConfig, TextConfig, UNetConfig, UserError
+from motif_jax.data import storage
 from motif_jax.interop import files, imported, names, raft, reference
 from motif_jax.interop.buffers import schedule_buffers
 from motif_jax.interop.imported import import_checkpoint, imported_settings, read_imported, yaml_beside
@@ -82,8 +83,8 @@ def test_there_and_back(tmp_path, networks, model, with_yaml):
     assert counts == {n: (len(part), sum(t.size for t in part.values())) for n, part in networks.items()}
     assert sorted(os.listdir(tmp_path / "in")) == ["autoencoder.safetensors", "denoiser.safetensors", "imported.json", "text.safetensors"]
     contents = json.loads((tmp_path / "in/imported.json").read_text())["networks"]
-    assert contents["text"]["sha256"] == files.sha256(tmp_path / "in/text.safetensors")
-    assert contents["denoiser"]["source_sha256"] == files.sha256(source)
+    assert contents["text"]["sha256"] == storage.sha256(tmp_path / "in/text.safetensors")
+    assert contents["denoiser"]["source_sha256"] == storage.sha256(source)
 
     found = imported_settings(tmp_path / "in")
     assert (found.unet, found.diffusion) == (SETTINGS.unet, SETTINGS.diffusion)
@@ -155,14 +156,14 @@ def test_an_autoencoder_within_a_model_of_another_kind(tmp_path, networks, besid
 
 
 def test_two_imports_at_once_share_a_directory(tmp_path, networks, monkeypatch):
-    sha256, both = files.sha256, threading.Barrier(2)
+    sha256, both = storage.sha256, threading.Barrier(2)
 
     def meet(path):  # where the table of contents has been read and not yet written
         with contextlib.suppress(threading.BrokenBarrierError):
             both.wait(timeout=1)
         return sha256(path)
 
-    monkeypatch.setattr(files, "sha256", meet)
+    monkeypatch.setattr(storage, "sha256", meet)
     sources = {kind: save(tmp_path / f"{kind}.safetensors", networks[name]) for kind, name in (("openclip", "text"), ("autoencoder",) * 2)}
     with concurrent.futures.ThreadPoolExecutor() as pool:
         list(pool.map(lambda kind: import_checkpoint(kind, sources[kind], tmp_path / "in"), sources))
@@ -359,12 +360,13 @@ def test_a_yaml_beside_the_file_that_is_no_use_is_ignored(tmp_path):
 
 STOPPED = """
 import runpy, sys, time
+from motif_jax.data.storage import replacing
 from motif_jax.interop import files
 write, done = files.write_safetensors, []
 
 def slow(path, tensors):
     if done:
-        with files.replacing(path) as temporary:
+        with replacing(path) as temporary:
             temporary.write_bytes(b"half of it")
             print("writing", flush=True)
             time.sleep(60)

@@ -106,7 +106,7 @@ def test_what_cannot_be_copied_is_told_and_copied_later(bucket, url, capsys, mon
     monkeypatch.setattr(mirror, "SECONDS", 0)
     copies = Mirror(run_location(url))
     (copies.local / "metrics.jsonl").write_text("1")
-    (copies.local / "half.tmp").write_text("1")
+    (copies.local / ".tmp-half").write_text("1")
     (copies.local / "samples" / ".4.tmp").mkdir(parents=True)
     (copies.local / "samples" / ".4.tmp" / "00.gif").write_text("1")
     bucket.failing = "upload"

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from motif_jax.bench.pairs import Pair, find_videos, pair_id, read_pairs, vbench_names
 from motif_jax.config import UserError
+from motif_jax.pairs import Pair, find_videos, pair_id, read_pairs, vbench_names
 
 
 def picture(path):
@@ -50,7 +50,8 @@ def test_jsonl(benchmark):
     rows = [{"image": "dog1", "image_file": "TI2V-Bench/dog1.jpg", "prompt": "run", "id": "a", "scenario": "dog"}]
     rows += [{"image": "TI2V-Bench/sky.png", "prompt": " Clouds\n drift. ", "id": None, "scenario": None}]
     rows[1]["prompt"] += "\u2028Down.\x85"  # line ends of Unicode, not of the file
-    (benchmark / "list.jsonl").write_text("\n".join(json.dumps(r, ensure_ascii=False) for r in rows) + "\n\n")
+    lines = [json.dumps(r, ensure_ascii=False) for r in rows]
+    (benchmark / "list.jsonl").write_bytes("\r\n\r\n".join(["\ufeff" + lines[0], *lines[1:], ""]).encode())
     first, second = read_pairs(benchmark)
     assert (first.id, first.prompt, first.scenario) == ("a", "run", "dog")
     assert (second.id, second.prompt, second.scenario) == ("sky_clouds_drift_down", "Clouds drift. Down.", "")
@@ -65,9 +66,9 @@ def test_every_bad_line_is_told(benchmark):
     with pytest.raises(UserError) as told:
         read_pairs(benchmark)
     for part in (
-        "line 1: KeyError('prompt')",
-        "line 2: JSONDecodeError",
-        "line 3: has no key 'image'",
+        "line 1: no key 'prompt'",
+        "line 2: Expecting value",
+        "line 3: no key 'image'",
         "line 4: no image 'cat'",
         "line 5: no prompt",
         "line 6: id 'a/b' is no file name",
@@ -89,6 +90,8 @@ def test_every_bad_line_is_told(benchmark):
         ("list.csv", "image,prompt,id\n{image},It moves.,x\n{image},It stays.\n", "line 3: 2 columns, the header has 3"),
         ("list.csv", "image,id,prompt\n{image},x\n", "line 2: 2 columns, the header has 3"),
         ("list.jsonl", "", "holds no pair"),
+        ("list.jsonl", "[1]", "line 1: list indices must be"),
+        ("list.jsonl", "here.png,x\n" * 300, r"line 10: Expecting[^;]*; and 290 more$"),
         ("list.txt", "x", "a folder needs a prompt.csv, or one .csv or .jsonl file; found none"),
     ],
 )
@@ -101,7 +104,11 @@ def test_lists_that_are_none(tmp_path, name, text, message):
         read_pairs(tmp_path / "nothing.csv")
 
 
-def test_long_sentences_still_make_different_file_names():
+def test_long_sentences_still_make_different_file_names(tmp_path):
+    picture(tmp_path / "here.png")
+    (tmp_path / "list.csv").write_text(f"here.png,{'word ' * 80}\n{'x' * 400},A path that is too long.\nhere,It stays.\n")
+    with pytest.raises(UserError, match=r"line 2: no image 'x*'$"):
+        read_pairs(tmp_path)
     ids = {pair_id("image", "word " * 100 + last) for last in ("left.", "right.")}
     assert len(ids) == 2 and all(len(i.encode()) <= 200 for i in ids)
     assert len(pair_id("image", "動" * 300).encode()) <= 200

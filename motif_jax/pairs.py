@@ -6,6 +6,7 @@ In: TI2V-Bench as it lies on Hugging Face (images and prompt.csv), a jsonl file,
 import csv
 import io
 import json
+import os
 import pathlib
 import re
 import zlib
@@ -39,8 +40,8 @@ def _short(name: str) -> str:
     return f"{name.encode()[: LONGEST_NAME - 9].decode(errors='ignore')}_{zlib.crc32(name.encode()):08x}"
 
 
-def read_pairs(path: str | pathlib.Path) -> list[Pair]:
-    """The pairs of a .jsonl or .csv file, or of a folder that holds one (`prompt.csv` before others).
+def read_pairs(path: str | pathlib.Path, flag: str = "list") -> list[Pair]:
+    """The pairs of a .csv file, of another as jsonl, or of a folder that holds one (`prompt.csv` before others); `flag` named it.
 
     jsonl: keys `image` (or `image_file`, `file_name`), `prompt`, and perhaps `id` and `scenario`. csv: the column that names image files
     and the one called prompt, text or caption, without such a header the one with most text. Images are looked for beside the list and in
@@ -52,19 +53,13 @@ def read_pairs(path: str | pathlib.Path) -> list[Pair]:
         named = [p for p in lists if p.name in ("prompt.csv", "prompts.csv")] or lists
         if len(named) != 1:
             found = ", ".join(p.name for p in lists) or "none"
-            raise UserError(f"--list={path}: a folder needs a prompt.csv, or one .csv or .jsonl file; found {found}")
+            raise UserError(f"--{flag}={path}: a folder needs a prompt.csv, or one .csv or .jsonl file; found {found}")
         file = named[0]
     try:
         text = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--list={path}: cannot be read: {error}") from error
-    if file.suffix.lower() == ".jsonl":
-        rows, bad = _jsonl_rows(text)
-    elif file.suffix.lower() == ".csv":
-        rows, bad = _csv_rows(text, file.parent)
-    else:
-        raise UserError(f"--list={path}: must be a .jsonl or .csv file, or a folder with one")
-
+        raise UserError(f"--{flag}={path}: cannot be read: {error}") from error
+    rows, bad = _csv_rows(text, file.parent) if file.suffix.lower() == ".csv" else _jsonl_rows(text)
     pairs = []
     for number, row in rows:
         image, prompt = _find_image(file.parent, row["image"]), " ".join(row["prompt"].split())
@@ -82,7 +77,7 @@ def read_pairs(path: str | pathlib.Path) -> list[Pair]:
             pairs.append(Pair(identity, image, prompt, row["scenario"]))
     bad += [f"id {i!r} occurs {n} times" for i, n in Counter(p.id for p in pairs).items() if n > 1]
     if bad or not pairs:
-        raise UserError(f"--list={path}: {enumerate_first(bad) or 'holds no pair'}")
+        raise UserError(f"--{flag}={path}: {enumerate_first(bad) or 'holds no pair'}")
     return pairs
 
 
@@ -93,13 +88,13 @@ def _jsonl_rows(text: str) -> tuple[list[tuple[int, dict[str, str]]], list[str]]
             continue
         try:
             found = json.loads(line)
-            image = next(found[k] for k in ("image_file", "file_name", "image") if k in found)
-            row = {"image": image, "prompt": found["prompt"], **{k: found.get(k, "") for k in ("id", "scenario")}}
+            image = next((k for k in ("image_file", "file_name") if k in found), "image")
+            row = {"image": found[image], "prompt": found["prompt"], **{k: found.get(k, "") for k in ("id", "scenario")}}
             rows.append((number, {key: "" if value is None else str(value) for key, value in row.items()}))
-        except StopIteration:
-            bad.append(f"line {number}: has no key 'image'")
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            bad.append(f"line {number}: {error!r}")
+        except KeyError as error:
+            bad.append(f"line {number}: no key {error}")
+        except (json.JSONDecodeError, TypeError) as error:
+            bad.append(f"line {number}: {error}")
     return rows, bad
 
 
@@ -132,14 +127,9 @@ def _csv_rows(text: str, folder: pathlib.Path) -> tuple[list[tuple[int, dict[str
 
 
 def _find_image(folder: pathlib.Path, name: str) -> pathlib.Path | None:
-    name = name.strip()
-    if not name or len(name) > 1000:
-        return None
-    for base in (folder, folder / "images", folder / "TI2V-Bench"):
-        for ending in ("", *IMAGES):
-            if pathlib.Path(name + ending).suffix.lower() in IMAGES and (base / (name + ending)).is_file():
-                return base / (name + ending)
-    return None
+    bases = (folder, folder / "images", folder / "TI2V-Bench")
+    paths = (base / (name.strip() + ending) for base in bases for ending in ("", *IMAGES))
+    return next(filter(os.path.isfile, paths), None)  # unlike Path.is_file, False for a sentence too long for a name
 
 
 @dataclass
