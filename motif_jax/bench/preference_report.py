@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from motif_jax.bench import study
+from motif_jax.bench.preference import finite
 from motif_jax.bench.preference_analysis import LOW_AGREEMENT, analyse
 from motif_jax.bench.standings import METRICS, STATIC
 from motif_jax.bench.votes import Vote, read_all, write_votes
@@ -60,7 +61,7 @@ def run(arguments: argparse.Namespace) -> None:
     for path in (arguments.output / "votes.json", arguments.output / "votes.csv"):
         if path.resolve() not in given:  # somebody's own table may hold more than we keep
             write_votes(path, votes)
-    (arguments.output / "report.json").write_text(json.dumps(_finite(found), indent=1) + "\n")
+    (arguments.output / "report.json").write_text(json.dumps(finite(found), indent=1) + "\n")
     shown = _examples(found, votes, key, arguments.study / "page" / "media", arguments) if key and arguments.examples else ""
     (arguments.output / "report.html").write_text(page(found, votes, shown))
     for row in found["comparisons"]:
@@ -84,15 +85,6 @@ def _read_scores(path: pathlib.Path, systems: Sequence[str]) -> dict[str, dict[s
     if missing := [name for name in systems if name not in found]:
         raise UserError(f"--scores={path}: no {', '.join(missing)}, only {', '.join(models)}; `bench score` must name them as the votes do")
     return found
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: null."""
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def page(found: dict[str, Any], votes: Sequence[Vote], examples: str = "") -> str:

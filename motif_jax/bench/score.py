@@ -22,6 +22,7 @@ import numpy as np
 
 from motif_jax.bench import flows, score_page
 from motif_jax.bench.pairs import Pair, find_videos, frames_in, read_pairs
+from motif_jax.bench.preference import finite
 from motif_jax.bench.standings import METRICS, STATIC, standings
 from motif_jax.bench.video_metrics import WINDOW, FlowFn, measure
 from motif_jax.config import UserError
@@ -111,7 +112,7 @@ class Scorer:
                         results.append(row)
                         if key not in self._known:
                             self._known[key] = row
-                            cache.write(json.dumps({"key": key, "row": _no_nan(row)}) + "\n")
+                            cache.write(json.dumps({"key": key, "row": finite(row)}) + "\n")
                             cache.flush()
                     if n % 20 == 0 or n == len(futures):
                         progress(f"{n} of {len(futures)} videos")
@@ -223,7 +224,7 @@ def write(
         "problem_counts": [{"model": model, "kind": kind, "count": n} for (model, kind), n in counts.items()],
         "problems": [dataclasses.asdict(p) for p in problems],
     }
-    (output / "scores.json").write_text(json.dumps(_no_nan(result), indent=1, allow_nan=False) + "\n")
+    (output / "scores.json").write_text(json.dumps(finite(result), indent=1, allow_nan=False) + "\n")
     with (output / "scores.csv").open("w", newline="") as file:
         table = csv.writer(file)
         table.writerow(["model", "metric", "value", "low", "high", "pairs"])
@@ -236,15 +237,6 @@ def write(
         table.writerows(rows)
     score_page.write(output / "index.html", pairs, rows, result, lambda path: load(path, settings)[0])
     return result
-
-
-def _no_nan(tree: Any) -> Any:
-    """JSON has no NaN: null instead."""
-    if isinstance(tree, Mapping):
-        return {k: _no_nan(v) for k, v in tree.items()}
-    if isinstance(tree, list):
-        return [_no_nan(v) for v in tree]
-    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from motif_jax.bench.judge import MIN_WAY, judge, wilson
+from motif_jax.bench.judge import MIN_WAY, judge
+from motif_jax.bench.preference import rate
 from motif_jax.config import UserError
 from motif_jax.data import sprites
 from motif_jax.data.storage import run_location
@@ -45,11 +46,6 @@ MOVES = [d for d in sprites.DIRECTIONS if d != "still"]
 OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up"}
 
 
-def _rate(hits: np.ndarray) -> dict[str, Any]:
-    low, high = wilson(float(hits.sum()), len(hits))
-    return {"rate": float(hits.mean()) if len(hits) else None, "low": low, "high": high, "count": len(hits)}
-
-
 def summarise(measures: Measures) -> dict[str, Any]:
     """Rates with 95 % Wilson intervals, and means, of what `judge` returned; sentences that ask for motion and for stillness apart."""
     still = measures["still"] > 0
@@ -60,8 +56,8 @@ def summarise(measures: Measures) -> dict[str, Any]:
         return float(values.mean()) if len(values) else None
 
     return {
-        "moving": {"rates": {n: _rate(measures[n][~still]) for n in RATES}, "means": {n: mean(n) for n in MEANS}},
-        "still": {"rates": {n: _rate(measures[n][still]) for n in ("success", "direction_ok")}},
+        "moving": {"rates": {n: rate(measures[n][~still]) for n in RATES}, "means": {n: mean(n) for n in MEANS}},
+        "still": {"rates": {n: rate(measures[n][still]) for n in ("success", "direction_ok")}},
     }
 
 
@@ -92,7 +88,7 @@ def text_sensitivity(ways: dict[str, Measures], clips: dict[str, Any]) -> dict[s
     contrast = contrast[np.isfinite(contrast)]
     return {
         "antonym_contrast": {"mean": float(contrast.mean()) if len(contrast) else None, "count": len(contrast)},
-        "prompt_retrieval": _rate(correct.mean(1)),
+        "prompt_retrieval": rate(correct.mean(1)),
     }
 
 
