@@ -10,7 +10,7 @@ STYLE = """body{font:16px/1.5 system-ui,sans-serif;margin:2rem auto;padding:0 1r
 img,video{max-width:100%;height:auto}img{display:block;margin:.5rem 0}figure{margin:.5rem 0}figcaption{font-size:.9rem}
 table{border-collapse:collapse;display:block;overflow-x:auto}
 td,th{padding:.2rem .6rem;border-bottom:1px solid #ccc;text-align:left;vertical-align:top}"""
-NUMBERS = """table{font-size:.9rem;font-variant-numeric:tabular-nums}td,th{text-align:right}
+NUMBERS = """table{font-size:.85rem;font-variant-numeric:tabular-nums}td,th{text-align:right}
 td:first-child,th:first-child{text-align:left}"""  # of a page whose tables hold numbers after the first column
 
 
