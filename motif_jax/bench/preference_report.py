@@ -14,6 +14,7 @@ from typing import Any
 
 from motif_jax import html
 from motif_jax.bench import study
+from motif_jax.bench.arguments import at_least
 from motif_jax.bench.preference import finite
 from motif_jax.bench.preference_analysis import LOW_AGREEMENT, analyse
 from motif_jax.bench.standings import METRICS, STATIC
@@ -37,15 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--reference", help="the system whose wins are counted; default: the study's first, or the one that met most others"
     )
     parser.add_argument("--scores", type=pathlib.Path, help="scores.json of `bench score` with the same names: shown beside the votes")
-    parser.add_argument("--examples", default=2, type=int, help="pairs shown per comparison and outcome, with --study; default 2")
-    parser.add_argument("--samples", default=2000, type=int, help="bootstrap samples; default 2000")
-    parser.add_argument("--seed", default=0, type=int, help="of the bootstrap")
+    parser.add_argument("--examples", default=2, type=at_least(0), help="pairs shown per comparison and outcome, with --study; default 2")
+    parser.add_argument("--samples", default=2000, type=at_least(100), help="bootstrap samples; default 2000")
+    parser.add_argument("--seed", default=0, type=at_least(0), help="of the bootstrap")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    for name, least in (("samples", 100), ("examples", 0), ("seed", 0)):
-        if getattr(arguments, name) < least:
-            raise UserError(f"--{name}={getattr(arguments, name)}: at least {least}")
     votes, refused = read_all(arguments.votes, arguments.study)
     key = study.load(arguments.study) if arguments.study else None
     found = analyse(votes, key.models if key else (), arguments.reference, arguments.samples, arguments.seed, refused)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from motif_jax.bench.arguments import at_least
 from motif_jax.bench.judge import MIN_WAY, judge
 from motif_jax.bench.preference import rate
 from motif_jax.config import UserError
@@ -196,8 +197,8 @@ def table(result: dict[str, Any]) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workdir", required=True, help="work directory of a run; gets synthetic.json and the report")
-    parser.add_argument("--world", default="quickstart", help="name of the synthetic world")
-    parser.add_argument("--count", default=128, type=int, help="clips per split")
+    parser.add_argument("--world", default="quickstart", choices=sprites.WORLDS, help="name of the synthetic world")
+    parser.add_argument("--count", default=128, type=at_least(1), help="clips per split")
     parser.add_argument("--seed", default=0, type=int, help="seed of the world")
 
 
@@ -208,10 +209,6 @@ def run(arguments: argparse.Namespace) -> None:
     from motif_jax.training.samples import save_comparison
 
     world, seed = arguments.world, arguments.seed
-    if world not in sprites.WORLDS:
-        raise UserError(f"--world={world}: no such world; known: {', '.join(sprites.WORLDS)}")
-    if arguments.count < 1:
-        raise UserError(f"--count={arguments.count}: at least one clip is needed")
     workdir = run_location(arguments.workdir)
     if not (workdir / "config.json").exists():
         raise UserError(f"--workdir={workdir}: no config.json there; expected a work directory of motif_jax.main")
