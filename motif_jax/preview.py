@@ -1,14 +1,13 @@
 """Pictures of a finished dataset: a sheet per clip and a page with histograms, under DIR/preview, for people to look at."""
 
 import collections
-import html
-import io
 import pathlib
 from collections.abc import Callable, Mapping
 
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from motif_jax import html
 from motif_jax.config import Config
 from motif_jax.data import pipeline, records, shards
 from motif_jax.motion import heatmap, pictures
@@ -16,10 +15,6 @@ from motif_jax.motion import heatmap, pictures
 Decode = Callable[[np.ndarray], UInt8[np.ndarray, "T H W 3"]]
 
 _MEASURED = 10_000  # clips at most, evenly spaced: a dataset may hold a terabyte
-
-_STYLE = "body{font:16px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}"
-_STYLE += "img,svg{max-width:100%;height:auto}"
-_STYLE += "table{border-collapse:collapse}td,th{padding:.1rem .8rem .1rem 0;text-align:left}figure{margin:2rem 0}"
 
 
 def write(
@@ -90,24 +85,23 @@ def _page(
         *((name, values) for name, values in sorted(manifest.settings.items()) if name in shown or name.startswith("estimator.")),
         ("moving", f"intensity {config.loss.intensity!r} above {config.loss.threshold:g}, the configured loss's reading"),
     ]
-    table = "".join(f"<tr><th>{html.escape(name)}</th><td>{html.escape(str(value))}</td></tr>" for name, value in rows)
-    left_out = "".join(f"<tr><th>{html.escape(kind)}</th><td>{n:,}</td></tr>" for kind, n in sorted(skipped.items()))
+    left_out = [(kind, f"{n:,}") for kind, n in sorted(skipped.items())]
     figures = "".join(
         f'<figure><img src="{html.escape(name)}" alt="{html.escape(caption)}"><figcaption>{html.escape(caption)}</figcaption></figure>'
         for name, caption in sheets
     )
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(config.name)}: dataset</title><style>{_STYLE}</style>'
-        f"<h1>{html.escape(config.name)}: dataset</h1><table>{table}</table>"
-        f"<h2>Training clips</h2>{_histograms(found)}<p>Of {len(found['frame stride']):,} clips.</p>"
-        f"<h2>Left out</h2>{f'<table>{left_out}</table>' if left_out else '<p>Nothing.</p>'}"
+    body = [
+        f"<h1>{html.escape(config.name)}: dataset</h1>{html.facts(rows)}",
+        f"<h2>Training clips</h2>{_histograms(found)}<p>Of {len(found['frame stride']):,} clips.</p>",
+        f"<h2>Left out</h2>{html.facts(left_out) if left_out else '<p>Nothing.</p>'}",
         "<h2>First clips</h2><p>Rows: frames; optical flow (colour is direction, saturation is speed); heatmap over the frames, with the "
-        f"share of moving pixels.</p>{figures}</html>\n"
-    )
+        f"share of moving pixels.</p>{figures}",
+    ]
+    return html.page(f"{config.name}: dataset", body, 70, "figure{margin:2rem 0}")
 
 
 def _histograms(found: Mapping[str, np.ndarray]) -> str:
-    """One SVG of a histogram each, side by side."""
+    """One picture of a histogram each, side by side."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 3), layout="constrained")
@@ -119,6 +113,4 @@ def _histograms(found: Mapping[str, np.ndarray]) -> str:
         axes.set_ylabel("clips")
         if whole:
             axes.xaxis.get_major_locator().set_params(integer=True)
-    text = io.StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None})
-    return text.getvalue()[text.getvalue().index("<svg") :]
+    return html.plot(figure, "histograms: " + ", ".join(found), "svg")

@@ -1,7 +1,5 @@
 """`<workdir>/report.html`: curves, heatmaps over frames, and truth beside generated clips, in one file."""
 
-import base64
-import html
 import io
 import json
 import pathlib
@@ -10,14 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from motif_jax import html
 from motif_jax.config import Config, UserError, read_json
 from motif_jax.data.storage import write_whole
 from motif_jax.training.metrics import read_lines
 
-STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
-img{max-width:100%;height:auto}figure{display:inline-block;margin:.5rem;vertical-align:top}figcaption{font-size:.85rem;max-width:20rem}
-.clip img{width:20rem;image-rendering:pixelated}table{border-collapse:collapse}
-td,th{padding:.2rem .8rem;border-bottom:1px solid #ccc;text-align:left}"""
+STYLE = """figure{display:inline-block;margin:.5rem;vertical-align:top}figcaption{max-width:20rem}
+.clip img{width:20rem;image-rendering:pixelated}"""
 
 
 def write(workdir: str | pathlib.Path) -> pathlib.Path:
@@ -29,9 +26,8 @@ def write(workdir: str | pathlib.Path) -> pathlib.Path:
     lines = read_lines(workdir / "metrics.jsonl")
     body = [f"<h1>{html.escape(config.name)}</h1>", _summary(config, lines), "<h2>Training</h2>", _curves(lines)]
     body += ["<h2>What the loss looks at</h2>", _heatmaps(config), "<h2>Samples</h2>", _samples(workdir), _judged(workdir)]
-    page = f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(config.name)}</title><style>{STYLE}</style>"
     path = workdir / "report.html"
-    write_whole(path, page + "\n".join(part for part in body if part) + "</html>\n")
+    write_whole(path, html.page(config.name, body, 60, STYLE))
     return path
 
 
@@ -55,7 +51,7 @@ def _summary(config: Config, lines: list[dict]) -> str:
     rows += [(label, f"{last[key]:.4g}") for key, label in shown.items() if last.get(key) is not None]
     if last.get("input_wait") is not None:
         rows.append(("time waiting for data", f"{100 * last['input_wait']:.1f} %"))
-    return "<table>" + "".join(f"<tr><th>{html.escape(k)}<td>{html.escape(v)}" for k, v in rows) + "</table>"
+    return html.facts(rows)
 
 
 def _curves(lines: list[dict]) -> str:
@@ -82,9 +78,7 @@ def _curves(lines: list[dict]) -> str:
             axes.legend(fontsize=8)
             if title == "loss":
                 axes.set_yscale("log")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return picture(buffer.getvalue(), "image/png", "training curves")
+    return html.plot(figure, "training curves")
 
 
 def _heatmaps(config: Config) -> str:
@@ -114,8 +108,8 @@ def _heatmaps(config: Config) -> str:
             sharpness=config.loss.sharpness,
             threshold=config.loss.threshold,
         )[0]
-        sheet = pictures.clip_sheet(example.frames, flow, np.asarray(heat), example.caption)
-        parts.append(picture(_png(sheet), "image/png", f"frames, flow and heatmap: {example.caption}"))
+        pictures.save_png(sheet := io.BytesIO(), pictures.clip_sheet(example.frames, flow, np.asarray(heat), example.caption))
+        parts.append(html.picture(sheet.getvalue(), "png", f"frames, flow and heatmap: {example.caption}"))
     return "<p>Rows: frames, optical flow (colour is direction, saturation is speed), heatmap over the frames.</p>" + "".join(parts)
 
 
@@ -140,7 +134,7 @@ def _clips(directory: pathlib.Path) -> str:
     except (OSError, ValueError, TypeError) as error:
         return f"<p>{html.escape(f'{directory}: cannot be read: {error}')}</p>"
     for caption, data in zip(captions, clips, strict=True):
-        parts.append(f"<figure>{picture(data, 'image/gif', caption)}<figcaption>{html.escape(caption)}</figcaption></figure>")
+        parts.append(f"<figure>{html.picture(data, 'gif', caption)}<figcaption>{html.escape(caption)}</figcaption></figure>")
     return f"<div class=clip>{''.join(parts)}</div>"
 
 
@@ -153,8 +147,7 @@ def _judged(workdir: pathlib.Path) -> str:
         rows = _rates(json.loads(path.read_text())["splits"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"<p>{html.escape(f'{path}: cannot be read: {error!r}; motif_jax.bench synthetic writes it')}</p>"
-    head = "<tr><th>clips<th>measure<th>rate<th>95 % interval<th>n"
-    page = f"<h2>How often it does what it is told</h2><table>{head}{''.join(rows)}</table>"
+    page = "<h2>How often it does what it is told</h2>" + html.table(("clips", "measure", "rate", "95 % interval", "n"), rows)
     if (workdir / "synthetic").is_dir():
         page += "<p>Sentences with combinations never seen in training; left the truth, right the sample:</p>" + _clips(
             workdir / "synthetic"
@@ -162,7 +155,7 @@ def _judged(workdir: pathlib.Path) -> str:
     return page
 
 
-def _rates(splits: Mapping[str, Any]) -> list[str]:
+def _rates(splits: Mapping[str, Any]) -> list[tuple[str, ...]]:
     rows = []
     labels = {"heldout": "combinations never seen in training", "several": "three shapes", "backgrounds": "backgrounds of another kind"}
     for split, label in {"validation": "new clips", **labels}.items():
@@ -175,18 +168,5 @@ def _rates(splits: Mapping[str, Any]) -> list[str]:
             r = splits[split]["model"][kind]["rates"][name]
             if r["rate"] is not None:
                 interval = f"{100 * r['low']:.0f} to {100 * r['high']:.0f}"
-                rows.append(f"<tr><td>{label}<td>{measure}<td>{100 * r['rate']:.0f} %<td>{interval}<td>{r['count']}")
+                rows.append((label, measure, f"{100 * r['rate']:.0f} %", interval, str(r["count"])))
     return rows
-
-
-def _png(picture: np.ndarray) -> bytes:
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, format="PNG")
-    return buffer.getvalue()
-
-
-def picture(data: bytes, kind: str, description: str) -> str:
-    """An img element that holds its data."""
-    return f'<img alt="{html.escape(description)}" src="data:{kind};base64,{base64.b64encode(data).decode()}">'

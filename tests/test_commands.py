@@ -423,7 +423,10 @@ BAD_CALLS = {
     ),
     "bad list": (["motif_jax.sample", "--workdir={run}", "--requests={tmp}/none.jsonl", "--output={tmp}/o"], "cannot be read"),
     "empty path": (["motif_jax.bench", "score", "--list=x", "--videos=a=b", "--output="], "--output= is empty: give it a value"),
-    "unknown world": (["motif_jax.bench", "synthetic", "--workdir={run}", "--world=mars"], "no such world"),
+    "unknown world": (
+        ["motif_jax.bench", "synthetic", "--workdir={run}", "--world=mars"],
+        "motif_jax.bench synthetic: argument --world: invalid choice: 'mars' (choose from ",
+    ),
     "other settings": (
         ["motif_jax.main", CONFIG, *SMALL, "--workdir={run}", "--config.data.path={data}", "--config.loss.motion_weight=2.0"],
         "loss.motion_weight was 1.0 and is now 2.0",

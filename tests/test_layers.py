@@ -13,7 +13,7 @@ PACKAGE = "motif_jax"
 
 # Lowest first. A module belongs to the layer of its longest prefix here, and imports from its own layer or below.
 LAYERS = (
-    ("config", "fields", "consistency", "commands", "diffusion", "losses", "motion.heatmap"),
+    ("config", "fields", "consistency", "commands", "html", "diffusion", "losses", "motion.heatmap"),
     ("models", "data", "dist", "motion"),
     (
         "interop",

@@ -479,7 +479,7 @@ def test_previews(tmp_path):
     (line,) = (line for line in lines if line.startswith("share of moving pixels in 2 clips"))
     assert f": {100 * share:.1f} %" in line and "diagonal" in line
     page = (tmp_path / "preview" / "index.html").read_text()
-    assert all(p.name in page for p in pictures) and page.count("<svg") == 1
+    assert all(p.name in page for p in pictures) and page.count("data:image/svg+xml") == 1
 
 
 def test_a_preview_measures_some_clips_of_many(tmp_path, monkeypatch):

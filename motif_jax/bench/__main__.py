@@ -5,6 +5,7 @@ import importlib
 import sys
 
 from motif_jax import commands
+from motif_jax.bench.arguments import Parser
 from motif_jax.config import UserError
 
 # Each module has `add_arguments(parser)` and `run(arguments)`, and is loaded only when its command is called.
@@ -29,9 +30,7 @@ def main(argv: list[str]) -> None:
     name = overview.parse_args(argv[:1]).command
     commands.keep_compiled_programs()
     command = importlib.import_module(COMMANDS[name][0])
-    parser = argparse.ArgumentParser(
-        prog=f"{overview.prog} {name}", description=command.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog=f"{overview.prog} {name}", description=command.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     command.add_arguments(parser)
     for argument in argv[1:]:  # an empty path would be the current directory
         if not argument or (argument.startswith("--") and argument.endswith("=")):

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from motif_jax.bench import comparison
+from motif_jax.bench.arguments import at_least
 from motif_jax.bench.judge import judge
 from motif_jax.bench.synthetic import SPLITS, sample_all
 from motif_jax.config import UserError
@@ -33,8 +34,8 @@ ORDER = ("none", "flow", "inverse")  # first rows; the other arms follow by name
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--runs", required=True, type=pathlib.Path, help="directory of <arm>/<seed>/ work directories")
     parser.add_argument("--only", default="", help="ARM/SEED: judge this run alone and write no report")
-    parser.add_argument("--count", default=96, type=int, help="clips per split")
-    parser.add_argument("--world", default="shapes", help="name of the synthetic world")
+    parser.add_argument("--count", default=96, type=at_least(SHOWN), help="clips per split")
+    parser.add_argument("--world", default="shapes", choices=sprites.WORLDS, help="name of the synthetic world")
     parser.add_argument("--seed", default=1, type=int, help="seed of the test clips; training uses another (prepare: config.seed)")
 
 
@@ -42,10 +43,6 @@ def run(arguments: argparse.Namespace) -> None:
     """Judges what is not judged yet, then writes the report."""
     from motif_jax.bench import ablation_report
 
-    if arguments.world not in sprites.WORLDS:
-        raise UserError(f"--world={arguments.world}: no such world; known: {', '.join(sprites.WORLDS)}")
-    if arguments.count < SHOWN:
-        raise UserError(f"--count={arguments.count}: at least {SHOWN} clips are needed")
     runs = find_runs(arguments.runs)
     if arguments.only:
         runs = {name: path for name, path in runs.items() if f"{name[0]}/{name[1]}" == arguments.only}

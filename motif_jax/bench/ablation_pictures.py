@@ -1,13 +1,11 @@
 """The pictures of the ablation's report: learning curves and figure 6, gains beside costs, and the first clips of every arm."""
 
-import html
-import io
 import pathlib
 from typing import Any
 
 import numpy as np
 
-from motif_jax import report
+from motif_jax import html
 from motif_jax.bench import ablation
 from motif_jax.data import sprites
 
@@ -58,7 +56,7 @@ def curves(result: dict[str, Any]) -> str:
     note = (
         "Full lines: combinations seen, dotted: never seen. Bands: 95 % over clips and seeds (of one seed: clips). Figure 6: a line a seed."
     )
-    return f"<h2>Learning curves</h2><p>{note}</p>" + _picture(figure, "learning curves and figure 6 of the main arms")
+    return f"<h2>Learning curves</h2><p>{note}</p>" + html.plot(figure, "learning curves and figure 6 of the main arms")
 
 
 def gains_and_costs(result: dict[str, Any]) -> str:
@@ -86,7 +84,7 @@ def gains_and_costs(result: dict[str, Any]) -> str:
         "<p>Each arm minus its family's flow on the same clips and seeds (number of seeds in brackets). Right of the line is better, "
         "left is worse. Black: combinations seen, red: never seen. Bars: 95 %.</p>"
     )
-    return "<h2>Gains and costs</h2>" + note + _picture(figure, "differences of every arm to the paper's loss, with intervals")
+    return "<h2>Gains and costs</h2>" + note + html.plot(figure, "differences of every arm to the paper's loss, with intervals")
 
 
 def clips(directory: pathlib.Path, result: dict[str, Any], runs: dict[tuple[str, str], pathlib.Path]) -> str:
@@ -112,11 +110,5 @@ def clips(directory: pathlib.Path, result: dict[str, Any], runs: dict[tuple[str,
         save_video(path, np.stack([pictures.stack(line) for line in zip(*lines, strict=True)]), made["fps"])
         sheet = pictures.stack([pictures.strip(clip, caption, end=f" ({name})") for name, clip in row.items()])
         pictures.save_png(path.with_suffix(".png"), sheet)
-        parts.append(f"<h3>{html.escape(caption)}</h3>{report.picture(path.read_bytes(), 'image/gif', caption)}")
+        parts.append(f"<h3>{html.escape(caption)}</h3>{html.picture(path.read_bytes(), 'gif', caption)}")
     return "".join(parts) + "</div>"
-
-
-def _picture(figure: Any, description: str) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return report.picture(buffer.getvalue(), "image/png", description)

@@ -1,12 +1,11 @@
 """The report of the ablation: what `ablation.summarise` returned in; report.html, report.md and report.json out."""
 
-import html
 import pathlib
 from typing import Any
 
 import numpy as np
 
-from motif_jax import report
+from motif_jax import html
 from motif_jax.bench import ablation, ablation_pictures, comparison
 from motif_jax.data.storage import write_whole
 
@@ -157,13 +156,13 @@ def _along(result: dict[str, Any]) -> Table:
 
 
 def _figure6(result: dict[str, Any]) -> Table:
-    rows, buckets = [], {}
-    for arm, row in result["arms"].items():
-        for step in (s for s in shown_steps(result, arm) if s in row["ratio"]):
-            found = row["ratio"][step]
-            buckets |= found
-            spread = f"{_spread(found):.2f}" if len(row["seeds"]) > 1 else "-"
-            rows.append([arm, str(step), *(f"{np.mean(values):.2f}" for values in found.values()), spread])
+    arms = result["arms"]
+    ratios = [(arm, step, arms[arm]["ratio"][step]) for arm in arms for step in shown_steps(result, arm) if step in arms[arm]["ratio"]]
+    buckets = dict.fromkeys(k for *_, found in ratios for k in found)
+    rows = []
+    for arm, step, found in ratios:
+        spread = f"{_spread(found):.2f}" if len(arms[arm]["seeds"]) > 1 else "-"
+        rows.append([arm, str(step), *(f"{np.mean(found[k]):.2f}" if k in found else "-" for k in buckets), spread])
     heads = ["arm", "step", *("all" if k == "all" else f"bucket {k}" for k in buckets), "largest difference of seeds"]
     return "Loss in the moving region over loss (figure 6), by timestep from clean to noise", heads, rows
 
@@ -186,19 +185,10 @@ def write(directory: pathlib.Path, result: dict[str, Any], runs: dict[tuple[str,
     """Writes report.json, report.md and report.html, and returns the Markdown text."""
     text = markdown(result)
     body = [f"<h1>{html.escape(text.splitlines()[0].lstrip('# '))}</h1>", f"<p>{html.escape(RULE)}</p>"]
-    listed = [_table(*table) for table in tables(result)]
+    listed = [f"<h2>{html.escape(title)}</h2>{html.table(heads, rows)}" for title, heads, rows in tables(result)]
     body += [listed[0], ablation_pictures.curves(result), listed[1], ablation_pictures.gains_and_costs(result)]
     body += [ablation_pictures.clips(directory, result, runs), *listed[2:]]
-    style = (
-        report.STYLE.replace("max-width:60rem", "max-width:110rem")
-        + "table{font-size:.85rem}td,th{padding:.15rem .4rem}.wide{overflow-x:auto}"
-    )
-    page = f"<!doctype html><html lang=en><meta charset=utf-8><title>Ablation</title><style>{style}</style>{''.join(body)}</html>\n"
+    page = html.page("Ablation", body, 110, "table{font-size:.85rem}td,th{padding:.15rem .4rem}")
     for name, content in (("report.json", ablation.to_json(result)), ("report.md", text), ("report.html", page)):
         write_whole(directory / name, content)
     return text
-
-
-def _table(title: str, heads: list[str], rows: list[list[str]]) -> str:
-    lines = ["".join(f"<th>{html.escape(h)}" for h in heads), *("".join(f"<td>{html.escape(c)}" for c in row) for row in rows)]
-    return f"<h2>{html.escape(title)}</h2><div class=wide><table>{''.join(f'<tr>{line}' for line in lines)}</table></div>"

@@ -12,7 +12,10 @@ import shutil
 import numpy as np
 
 from motif_jax.bench import study
+from motif_jax.bench.arguments import at_least, folders, positive, size
 from motif_jax.config import UserError
+
+SIDES = range(16, 4097, 2)  # pixels: even, for 4:2:0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,17 +25,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     build.add_argument("--videos", required=True, action="append", metavar="NAME=DIR", help="a system and its videos; twice or more")
     build.add_argument("--output", required=True, type=pathlib.Path, metavar="STUDY", help="folder to make")
     build.add_argument("--pairs", action="append", metavar="all|NAME:NAME", help="which systems meet (repeatable; default: all)")
-    build.add_argument("--annotators", default=5, type=int, help="votes per comparison; default 5")
-    build.add_argument("--per_sheet", default=40, type=int, help="comparisons in one sitting; default 40, about 17 minutes at 25 s each")
-    build.add_argument("--repeats", default=2, type=int, help="comparisons shown again with the sides swapped, per sheet; default 2")
-    build.add_argument("--gold", default=2, type=int, help="comparisons with a visibly broken video, per sheet; default 2")
+    build.add_argument("--annotators", default=5, type=at_least(1), help="votes per comparison; default 5")
+    build.add_argument("--per_sheet", default=40, type=at_least(1), help="comparisons a sitting; default 40, about 17 minutes at 25 s each")
+    build.add_argument("--repeats", default=2, type=at_least(0), help="comparisons shown again with sides swapped, per sheet; default 2")
+    build.add_argument("--gold", default=2, type=at_least(0), help="comparisons with a visibly broken video, per sheet; default 2")
     build.add_argument("--no_training", action="store_true", help="leave out the four explained examples at the start")
-    build.add_argument("--frames", type=int, help="first N frames of every video; default: as many as the shortest one has")
-    build.add_argument("--fps", type=float, help="frames a second; default: the lowest there is. Faster videos lose frames")
-    build.add_argument("--size", default="320", help="height and width, N or HxW; default 320, the size of the published samples")
+    build.add_argument("--frames", type=at_least(2), help="first N frames of every video; default: as many as the shortest one has")
+    build.add_argument("--fps", type=positive, help="frames a second; default: the lowest there is. Faster videos lose frames")
+    build.add_argument("--size", default="320", type=size(SIDES), help="N or HEIGHTxWIDTH; default 320, that of the published samples")
     build.add_argument("--ties", action="store_true", help='also offer "About the same"; the paper forces a choice')
     build.add_argument("--title", default="Which video is better?", help="heading of the page; everybody sees it")
-    build.add_argument("--seed", default=0, type=int, help="decides order and sides")
+    build.add_argument("--seed", default=0, type=at_least(0), help="decides order and sides")
 
     serve = commands.add_parser("serve", help="serve a study to several annotators at once")
     serve.add_argument("--study", required=True, type=pathlib.Path, help="folder made by build")
@@ -40,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     serve.add_argument("--host", default="127.0.0.1", help="address to listen at; default 127.0.0.1, this machine only")
     serve.add_argument("--port", default=8000, type=int, help="default 8000; 0 takes a free one")
     serve.add_argument("--token", help="secret part of the link, of letters, digits, - and _; default: made once and kept with the votes")
-    serve.add_argument("--lease", default=60.0, type=float, help="minutes without a vote after which somebody else may take over a sheet")
+    serve.add_argument("--lease", default=60.0, type=positive, help="minutes without a vote after which someone else may take over a sheet")
 
     export = commands.add_parser("export", help="raw votes with the names of the systems")
     export.add_argument("--study", required=True, type=pathlib.Path, help="folder made by build")
@@ -58,25 +61,14 @@ def run_build(arguments: argparse.Namespace) -> None:
     """Makes STUDY, under a temporary name until it is complete."""
     from motif_jax.pairs import find_videos, read_pairs
 
-    height, width = parse_size(arguments.size)
-    for name, least in (("annotators", 1), ("per_sheet", 1), ("repeats", 0), ("gold", 0), ("frames", 2), ("seed", 0)):
-        if (given := getattr(arguments, name)) is not None and given < least:
-            raise UserError(f"--{name}={given}: at least {least}")
-    if arguments.fps is not None and not arguments.fps > 0:
-        raise UserError(f"--fps={arguments.fps:g}: must be positive")
     if arguments.output.exists():
         raise UserError(f"--output={arguments.output}: exists already; votes belong to the study they were given in, so none is replaced")
-    folders = {}
-    for text in arguments.videos:
-        name, equals, folder = text.partition("=")
-        if not (equals and name.strip() and folder) or ":" in name or name in folders:
-            raise UserError(f"--videos={text}: expected NAME=DIR, every name once and without a colon")
-        folders[name] = pathlib.Path(folder)
-    if len(folders) < 2:
-        raise UserError("--videos: a study compares two or more systems")
-    asked = study.comparisons(list(folders), arguments.pairs or ["all"])
+    systems = folders(arguments.videos)
+    if len(systems) < 2 or ":" in "".join(systems):
+        raise UserError("--videos: a study compares two or more systems, whose names have no colon")
+    asked = study.comparisons(list(systems), arguments.pairs or ["all"])
     listed = read_pairs(arguments.list)
-    found = {name: find_videos(folder, listed).videos for name, folder in folders.items()}
+    found = {name: find_videos(folder, listed).videos for name, folder in systems.items()}
     shown = {id for videos in found.values() for id, _ in videos}
     pairs = [pair for pair in listed if pair.id in shown]
     if not pairs:
@@ -89,7 +81,7 @@ def run_build(arguments: argparse.Namespace) -> None:
             else:
                 missing.append(f"{name} has none of {pair.id}")
     if missing:
-        raise UserError(f"--videos: {len(missing)} of {len(pairs) * len(folders)} videos are missing: {'; '.join(missing[:5])}")
+        raise UserError(f"--videos: {len(missing)} of {len(pairs) * len(systems)} videos are missing: {'; '.join(missing[:5])}")
     if len(pairs) < len(listed):
         print(f"{len(listed) - len(pairs)} of {len(listed)} pairs are left out: there is no video of them")
 
@@ -97,7 +89,7 @@ def run_build(arguments: argparse.Namespace) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     (temporary / "page" / "media").mkdir(parents=True)
     try:
-        key = _make(arguments, temporary, pairs, files, asked, height, width)
+        key = _make(arguments, temporary, pairs, files, asked)
         study.save(key, temporary)
         temporary.rename(arguments.output)
     finally:
@@ -109,19 +101,12 @@ def run_build(arguments: argparse.Namespace) -> None:
     )
 
 
-def parse_size(text: str) -> tuple[int, int]:
-    """(height, width) of "N" or "HxW"; both even, for 4:2:0. Raises UserError."""
-    parts = text.split("x")
-    if len(parts) > 2 or not all(p.isdecimal() and 16 <= int(p) <= 4096 and int(p) % 2 == 0 for p in parts):
-        raise UserError(f"--size={text}: expected N or HxW, even numbers from 16 to 4096")
-    return int(parts[0]), int(parts[-1])
-
-
-def _make(arguments, folder: pathlib.Path, pairs: list, files: dict, asked: list, height: int, width: int) -> study.Key:
+def _make(arguments, folder: pathlib.Path, pairs: list, files: dict, asked: list) -> study.Key:
     """Writes page and media and returns the key; files: (pair index, model) -> path."""
     from motif_jax.bench import study_clips
 
     media, rng = folder / "page" / "media", np.random.default_rng(arguments.seed)
+    height, width = arguments.size
     models = list(dict.fromkeys(name for _, name in files))
     paths = list(dict.fromkeys(files.values()))
     lengths = dict(zip(paths, study_clips.parallel(study_clips.length, [(p,) for p in paths], lambda t: None), strict=True))
@@ -181,8 +166,6 @@ def _make(arguments, folder: pathlib.Path, pairs: list, files: dict, asked: list
 def run_serve(arguments: argparse.Namespace) -> None:
     from motif_jax.bench import server
 
-    if not arguments.lease > 0:
-        raise UserError(f"--lease={arguments.lease:g}: must be positive")
     if arguments.votes.suffix != ".sqlite":
         raise UserError(f"--votes={arguments.votes}: must end in .sqlite, by which `report` knows it")
     server.serve(arguments.study, arguments.votes, arguments.host, arguments.port, arguments.token, 60 * arguments.lease)

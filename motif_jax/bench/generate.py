@@ -9,6 +9,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+from motif_jax.bench.arguments import at_least
 from motif_jax.config import UserError, load_config
 from motif_jax.data.storage import replacing
 from motif_jax.pairs import read_pairs, vbench_names
@@ -65,12 +66,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--list", required=True, help="pairs: the benchmark's folder (images and prompt.csv), a .jsonl or a .csv file")
     parser.add_argument("--output", required=True, type=pathlib.Path, help="directory of the videos")
     parser.add_argument("--seeds", default="0", help="comma-separated; a video for each (default: 0)")
-    parser.add_argument("--batch_size", default=4, type=int, help="videos made together on each device (default: 4)")
-    parser.add_argument("--steps", type=int, help="denoising steps (default: the configuration's)")
-    parser.add_argument("--guidance", type=float, help="classifier-free guidance scale (default: the configuration's)")
-    parser.add_argument("--frame_stride", type=int, help="source frames between two frames, at 24 fps (default: 24 / sample.fps)")
-    parser.add_argument("--task_index", type=int, help="number of this job, from 0")
-    parser.add_argument("--task_count", default=1, type=int, help="jobs that share the list")
+    parser.add_argument("--batch_size", default=4, type=at_least(1), help="videos made together on each device (default: 4)")
+    parser.add_argument("--steps", type=at_least(1), help="denoising steps (default: the configuration's)")
+    parser.add_argument("--guidance", type=at_least(0, float), help="classifier-free guidance scale (default: the configuration's)")
+    parser.add_argument("--frame_stride", type=at_least(1), help="source frames between two frames, at 24 fps (default: 24 / sample.fps)")
+    parser.add_argument("--task_index", type=at_least(0), help="number of this job, from 0")
+    parser.add_argument("--task_count", default=1, type=at_least(1), help="jobs that share the list")
     parser.add_argument("--vbench", action="store_true", help="name files <prompt>-<seed>.mp4 and add images/ and vbench_info.json")
 
 
@@ -86,10 +87,6 @@ def run(arguments: argparse.Namespace) -> None:
         seeds = []
     if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
         raise UserError(f"--seeds={arguments.seeds}: must be different whole numbers from 0, such as 0,1")
-    low = {"batch_size": 1, "steps": 1, "guidance": 0, "frame_stride": 1, "task_index": 0, "task_count": 1}
-    for name, least in low.items():
-        if (given := getattr(arguments, name)) is not None and given < least:
-            raise UserError(f"--{name}={given}: must be at least {least}")
     if arguments.task_index is None and arguments.task_count > 1:
         raise UserError(f"--task_count={arguments.task_count} needs --task_index: which share is this job's, or every job makes the first")
     share = arguments.task_index or 0

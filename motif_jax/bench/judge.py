@@ -6,7 +6,6 @@ clip in which everything moves every direction): `success` asks for all of them.
 """
 
 import math
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -28,19 +27,6 @@ MIN_SHAPE_IOU = 0.93  # of the ceiling's
 LEAK = 1.1  # a frame counts as a copy of the image when it is hardly further from it than the clip's own first frame (squares)
 SHAPE_RADIUS = 6.0  # pixels; smaller circles and squares cannot be told apart
 MIN_AREA = 0.3  # smallest blob that counts as the object, over the object's area
-
-
-def wilson(successes: float, count: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval of a rate; (0, 1) when nothing was counted. Raises ValueError unless 0 <= successes <= count."""
-    if not 0 <= successes <= count:
-        raise ValueError(f"{successes} successes in {count} trials: must lie between 0 and the number of trials")
-    if count == 0:
-        return 0.0, 1.0
-    z = NormalDist().inv_cdf(0.5 + confidence / 2)
-    p, scale = successes / count, 1 + z * z / count
-    middle = (p + z * z / (2 * count)) / scale
-    half = z / scale * math.sqrt(p * (1 - p) / count + z * z / (4 * count * count))
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def colour_masks(frames: np.ndarray, palette_C3: np.ndarray) -> np.ndarray:

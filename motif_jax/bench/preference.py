@@ -3,13 +3,44 @@
 Pairs that share an image are not independent (TI2V-Bench: 320 pairs, 88 images), so intervals resample images, not pairs.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
 from scipy import optimize, special, stats
 
 CONFIDENCE = 0.95
+
+
+def finite(tree: Any) -> Any:
+    """Of nested dicts and sequences for JSON, which has no NaN and no infinity: None instead."""
+    if isinstance(tree, Mapping):
+        return {k: finite(v) for k, v in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return [finite(v) for v in tree]
+    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
+
+
+def wilson(successes: float, count: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """Wilson's score interval of a rate; (0, 1) when nothing was counted. Raises ValueError unless 0 <= successes <= count."""
+    if not 0 <= successes <= count:
+        raise ValueError(f"{successes} successes in {count} trials: must lie between 0 and the number of trials")
+    if count == 0:
+        return 0.0, 1.0
+    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    p, scale = successes / count, 1 + z * z / count
+    middle = (p + z * z / (2 * count)) / scale
+    half = z / scale * math.sqrt(p * (1 - p) / count + z * z / (4 * count * count))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def rate(hits_N: Sequence[float] | np.ndarray) -> dict[str, Any]:
+    """Share of hits (each 0 to 1; None when there are none) with Wilson's interval, and their number."""
+    low, high = wilson(float(np.sum(hits_N)), len(hits_N))
+    return {"rate": float(np.mean(hits_N)) if len(hits_N) else None, "low": low, "high": high, "count": len(hits_N)}
 
 
 def binomial_p(wins: int, count: int) -> float:

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from motif_jax.bench import preference
-from motif_jax.bench.judge import wilson
 from motif_jax.bench.study import REASONS
 from motif_jax.bench.votes import Vote
 from motif_jax.config import UserError
@@ -58,17 +57,12 @@ def analyse(
         "comparisons": rows,
         "side": side_bias(counted),
         "repeats": consistency(votes),
-        "gold": _rate([float(v.choice == v.better) for v in votes if v.kind == "gold"]),
+        "gold": preference.rate([float(v.choice == v.better) for v in votes if v.kind == "gold"]),
         "seconds": {"quartiles": np.quantile(seconds, [0.25, 0.5, 0.75]).tolist(), "hours": sum(seconds) / 3600} if seconds else None,
         "annotators": annotators(votes),
         "bradley_terry": ranking(counted, names, samples, seed) if len(names) > 2 else None,
         "refused": list(refused),
     }
-
-
-def _rate(hits: Sequence[float]) -> dict[str, Any]:
-    low, high = wilson(float(sum(hits)), len(hits))
-    return {"rate": float(np.mean(hits)) if len(hits) else None, "low": low, "high": high, "count": len(hits)}
 
 
 def _score(vote: Vote, model: str) -> float:
@@ -99,7 +93,7 @@ def compare(a: str, b: str, votes: Sequence[Vote], samples: int, seed: int) -> d
         share, *bootstrap = preference.share_interval(hits, counts, weights)
         return {
             "rate": share,
-            "wilson": wilson(float(hits.sum()), int(counts.sum())),
+            "wilson": preference.wilson(float(hits.sum()), int(counts.sum())),
             "bootstrap": bootstrap if len(set(clusters)) >= MIN_CLUSTERS else None,
             "bootstrap_scenarios": preference.share_interval(hits, counts, by_scenario)[1:]
             if len(set(scenarios)) >= MIN_CLUSTERS
@@ -175,7 +169,7 @@ def agreement(a: str, pairs: list[list[Vote]], weights: np.ndarray) -> dict[str,
 def side_bias(votes: Sequence[Vote]) -> dict[str, Any]:
     """How often the left video was chosen (ties aside), with Wilson's interval and exact p against one half."""
     left = [float(v.choice == "left") for v in votes if v.choice != "tie"]
-    return _rate(left) | {"p": preference.binomial_p(int(sum(left)), len(left))}
+    return preference.rate(left) | {"p": preference.binomial_p(int(sum(left)), len(left))}
 
 
 def consistency(votes: Sequence[Vote]) -> dict[str, Any]:
@@ -190,7 +184,7 @@ def consistency(votes: Sequence[Vote]) -> dict[str, Any]:
     first = {subject(v): v for v in votes if v.kind == "pair"}
     again = [(v, first[subject(v)]) for v in votes if v.kind == "repeat" and subject(v) in first]
     again = [(v, before) for v, before in again if v.repeats in ("", before.task)]
-    return _rate([float(_score(v, v.left) == _score(before, v.left)) for v, before in again])
+    return preference.rate([float(_score(v, v.left) == _score(before, v.left)) for v, before in again])
 
 
 def annotators(votes: Sequence[Vote]) -> list[dict[str, Any]]:
@@ -217,9 +211,9 @@ def annotators(votes: Sequence[Vote]) -> list[dict[str, Any]]:
                 "votes": len(judged),
                 "median_seconds": float(np.median(seconds)) if seconds else None,
                 "left": side_bias(judged),
-                "gold": _rate([float(v.choice == v.better) for v in own if v.kind == "gold"]),
+                "gold": preference.rate([float(v.choice == v.better) for v in own if v.kind == "gold"]),
                 "repeats": consistency(own),
-                "agreement": _rate(agrees),
+                "agreement": preference.rate(agrees),
             }
         )
     return rows

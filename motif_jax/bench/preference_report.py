@@ -5,9 +5,6 @@ with the columns pair, annotator, left, right, choice, and better also reasons, 
 """
 
 import argparse
-import base64
-import html
-import io
 import json
 import math
 import pathlib
@@ -15,7 +12,10 @@ import shutil
 from collections.abc import Sequence
 from typing import Any
 
+from motif_jax import html
 from motif_jax.bench import study
+from motif_jax.bench.arguments import at_least
+from motif_jax.bench.preference import finite
 from motif_jax.bench.preference_analysis import LOW_AGREEMENT, analyse
 from motif_jax.bench.standings import METRICS, STATIC
 from motif_jax.bench.votes import Vote, read_all, write_votes
@@ -23,12 +23,9 @@ from motif_jax.config import UserError
 
 BESIDE = ("dynamic_degree", "mean_flow", "ssim0_image", "ssim_image")  # measures shown beside the votes: each alone can be gamed
 WON, NEITHER, LOST = "#2a7f62", "#d9d9de", "#c0504d"
-STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:76rem;margin:2rem auto;padding:0 1rem;color:#222}
-img,video{max-width:100%}table{border-collapse:collapse;display:block;font-size:.86rem;overflow-x:auto}td,th{padding:.2rem .6rem;
-border-bottom:1px solid #ccc;text-align:right;vertical-align:top;white-space:nowrap}td:first-child,
-th:first-child{text-align:left}.note{color:#8a4b00}.comments td{white-space:pre-wrap;text-align:left}
+STYLE = """td,th{white-space:nowrap}.note{color:#8a4b00}.comments td{white-space:pre-wrap;text-align:left}
 .example{display:inline-block;width:30rem;max-width:100%;margin:.5rem 1rem .5rem 0;vertical-align:top}.example div{display:flex;gap:.4rem}
-.example figure{margin:0;flex:1}figcaption{font-size:.85rem}"""
+.example figure{margin:0;flex:1}"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,15 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--reference", help="the system whose wins are counted; default: the study's first, or the one that met most others"
     )
     parser.add_argument("--scores", type=pathlib.Path, help="scores.json of `bench score` with the same names: shown beside the votes")
-    parser.add_argument("--examples", default=2, type=int, help="pairs shown per comparison and outcome, with --study; default 2")
-    parser.add_argument("--samples", default=2000, type=int, help="bootstrap samples; default 2000")
-    parser.add_argument("--seed", default=0, type=int, help="of the bootstrap")
+    parser.add_argument("--examples", default=2, type=at_least(0), help="pairs shown per comparison and outcome, with --study; default 2")
+    parser.add_argument("--samples", default=2000, type=at_least(100), help="bootstrap samples; default 2000")
+    parser.add_argument("--seed", default=0, type=at_least(0), help="of the bootstrap")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    for name, least in (("samples", 100), ("examples", 0), ("seed", 0)):
-        if getattr(arguments, name) < least:
-            raise UserError(f"--{name}={getattr(arguments, name)}: at least {least}")
     votes, refused = read_all(arguments.votes, arguments.study)
     key = study.load(arguments.study) if arguments.study else None
     found = analyse(votes, key.models if key else (), arguments.reference, arguments.samples, arguments.seed, refused)
@@ -60,7 +54,7 @@ def run(arguments: argparse.Namespace) -> None:
     for path in (arguments.output / "votes.json", arguments.output / "votes.csv"):
         if path.resolve() not in given:  # somebody's own table may hold more than we keep
             write_votes(path, votes)
-    (arguments.output / "report.json").write_text(json.dumps(_finite(found), indent=1) + "\n")
+    (arguments.output / "report.json").write_text(json.dumps(finite(found), indent=1) + "\n")
     shown = _examples(found, votes, key, arguments.study / "page" / "media", arguments) if key and arguments.examples else ""
     (arguments.output / "report.html").write_text(page(found, votes, shown))
     for row in found["comparisons"]:
@@ -86,15 +80,6 @@ def _read_scores(path: pathlib.Path, systems: Sequence[str]) -> dict[str, dict[s
     return found
 
 
-def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: null."""
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def page(found: dict[str, Any], votes: Sequence[Vote], examples: str = "") -> str:
     """The whole report as one html text; `examples` is put in as it is."""
     n = found["votes"].get("pair", 0)
@@ -118,12 +103,7 @@ def page(found: dict[str, Any], votes: Sequence[Vote], examples: str = "") -> st
         _comments(votes),
         _refused(found["refused"]),
     ]
-    head = "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
-    return (
-        f"{head}<title>{html.escape(found['reference'])}</title><style>{STYLE}</style>"
-        + "\n".join(part for part in body if part)
-        + "</html>\n"
-    )
+    return html.page(found["reference"], body, 76, html.NUMBERS + STYLE)
 
 
 def _percent(x: float | None, digits: int = 1) -> str:
@@ -136,15 +116,6 @@ def _interval(pair: Sequence[float] | None, digits: int = 1) -> str:
 
 def _number(x: float | None, form: str = ".2f") -> str:
     return "-" if x is None or not math.isfinite(x) else format(x, form)
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """An html table; every cell is escaped. Raises ValueError when a row does not fit the head."""
-    if bad := [row for row in rows if len(row) != len(head)]:
-        raise ValueError(f"{len(head)} columns, but {bad[0]}")
-    cells = [f"<tr>{''.join(f'<th scope=col>{html.escape(h)}' for h in head)}"]
-    cells += [f"<tr>{''.join(f'<td>{html.escape(str(c))}' for c in row)}" for row in rows]
-    return f"<table>{''.join(cells)}</table>"
 
 
 def _rate_cell(r: dict[str, Any]) -> str:
@@ -165,11 +136,11 @@ def _win_table(found: dict[str, Any]) -> str:
     detectable = ("detectable %", "clustered %")
     return (
         "<h3>Majority of each pair</h3>"
-        + _table(("", "won / even / lost", "win rate %", *intervals, "p", "p, Holm", *detectable), majorities)
+        + html.table(("", "won / even / lost", "win rate %", *intervals, "p", "p, Holm", *detectable), majorities)
         + "<p>An even split is half a win for both, and not in the test. p: exact, two-sided, against one half; Holm: adjusted for all "
         "comparisons here. Detectable: the true win rate that this number of pairs shows with 80 % probability, first as if they were "
         "independent, then (clustered) given how alike pairs of one image are.</p><h3>Single votes</h3>"
-        + _table(("", "votes", "for the first %", *intervals), single)
+        + html.table(("", "votes", "for the first %", *intervals), single)
         + "<p>A tie is half a vote for both.</p>"
     )
 
@@ -190,7 +161,7 @@ def _beside(found: dict[str, Any]) -> str:
         rows.append((system, _percent(against.get(system)), *cells))
     return (
         "<h3>Beside what can be measured</h3>"
-        + _table(("", f"preferred to {found['reference']} %", *(metric.label for metric in shown)), rows)
+        + html.table(("", f"preferred to {found['reference']} %", *(metric.label for metric in shown)), rows)
         + f"<p>Each number alone can be gamed: {STATIC}, the image repeated, is most like the image; shaking raises the dynamic degree.</p>"
     )
 
@@ -213,7 +184,7 @@ def _reason_table(found: dict[str, Any]) -> str:
             shares = [f"{_percent(x[k]['rate'])} {_interval((x[k]['low'], x[k]['high']))}" for k in ("win", "none", "lose")]
             given = [_percent(x["given_choice"][k], 0) for k in ("a", "b")]
             rows.append((f"{r['a']} against {r['b']}", study.REASONS[name][0], *shares, *given, _number(x["alpha"])))
-    return _table(("", "reason", "won", "neither", "lost", "of its voters %", "of the other's %", "alpha"), rows)
+    return html.table(("", "reason", "won", "neither", "lost", "of its voters %", "of the other's %", "alpha"), rows)
 
 
 def _agreement_table(found: dict[str, Any]) -> str:
@@ -228,7 +199,7 @@ def _agreement_table(found: dict[str, Any]) -> str:
         raters = f"{kappa} ({a['kappa_pairs']} pairs with {a['kappa_raters']} votes)"
         rows.append((name, alpha, raters, _percent(a["unanimous"]), _percent(a["split"])))
         low += [name] if a["alpha"] < LOW_AGREEMENT else []
-    table = _table(("", "Krippendorff's alpha", "Fleiss' kappa", "unanimous %", "decided by one vote or even %"), rows)
+    table = html.table(("", "Krippendorff's alpha", "Fleiss' kappa", "unanimous %", "decided by one vote or even %"), rows)
     if low:
         table += (
             f"<p class=note>Agreement below {LOW_AGREEMENT} in: {html.escape(', '.join(low))}. A majority makes such preferences look "
@@ -247,7 +218,7 @@ def _ranking(found: dict[str, Any]) -> str:
         points, low, high, votes = (_number(r[k], ".0f") for k in ("points", "low", "high", "votes"))
         rows.append((r["model"], points, f"[{low}, {high}]", votes))
     note = "<p>Bradley-Terry over all votes: 400 points are odds of ten to one, the mean is zero; intervals: bootstrap over images.</p>"
-    return "<h2>Ranking</h2>" + _table(("system", "points", "95 %", "votes"), rows) + note
+    return "<h2>Ranking</h2>" + html.table(("system", "points", "95 %", "votes"), rows) + note
 
 
 def _annotators(found: dict[str, Any]) -> str:
@@ -270,25 +241,18 @@ def _annotators(found: dict[str, Any]) -> str:
         for a in found["annotators"]
     ]
     head = ("annotator", "votes", "median s", "left %", "gold right %", "same again %", "with the others' majority %")
-    return text + "</p>" + _table(head, rows)
+    return text + "</p>" + html.table(head, rows)
 
 
 def _comments(votes: Sequence[Vote]) -> str:
     rows = [(v.annotator, v.pair, f"{v.left} | {v.right}", v.choice, v.comment) for v in votes if v.comment.strip()]
-    table = _table(("annotator", "pair", "left | right", "choice", "comment"), rows)
+    table = html.table(("annotator", "pair", "left | right", "choice", "comment"), rows)
     return f"<h2>Comments</h2><div class=comments>{table}</div>" if rows else ""
 
 
 def _refused(refused: list[str]) -> str:
     shown = "".join(f"<li>{html.escape(line[:300])}" for line in refused[:20])
     return f"<h2>Refused</h2><p>{len(refused)} votes do not count:</p><ul>{shown}</ul>" if refused else ""
-
-
-def _plot(figure, description: str) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg")
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<p><img alt="{html.escape(description)}" src="data:image/svg+xml;base64,{data}"></p>'
 
 
 def _win_plot(found: dict[str, Any]) -> str:
@@ -310,7 +274,7 @@ def _win_plot(found: dict[str, Any]) -> str:
     axes.set(xlim=(0, 100), xlabel="wins of the first, %", ylim=(len(rows) - 0.4, -0.6))
     axes.set_yticks(range(len(rows)), [f"{r['a']} against {r['b']}" for r in rows], parse_math=False)
     axes.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
-    return _plot(figure, "win rates with intervals")
+    return html.plot(figure, "win rates with intervals", "svg")
 
 
 def _reason_plots(found: dict[str, Any]) -> str:
@@ -338,7 +302,7 @@ def _reason_plots(found: dict[str, Any]) -> str:
         axes.spines[:].set_visible(False)
     for axes in panels[len(rows) :]:
         axes.set_visible(False)
-    return _plot(figure, "reasons: won, neither, lost")
+    return html.plot(figure, "reasons: won, neither, lost", "svg")
 
 
 def _examples(found: dict[str, Any], votes: Sequence[Vote], key: study.Key, media: pathlib.Path, arguments: argparse.Namespace) -> str:

@@ -21,6 +21,8 @@ from typing import Any
 import numpy as np
 
 from motif_jax.bench import flows, score_page
+from motif_jax.bench.arguments import at_least, folders, positive, size
+from motif_jax.bench.preference import finite
 from motif_jax.bench.standings import METRICS, STATIC, standings
 from motif_jax.bench.video_metrics import WINDOW, FlowFn, measure
 from motif_jax.config import UserError
@@ -111,7 +113,7 @@ class Scorer:
                         results.append(row)
                         if key not in self._known:
                             self._known[key] = row
-                            cache.write(json.dumps({"key": key, "row": _no_nan(row)}) + "\n")
+                            cache.write(json.dumps({"key": key, "row": finite(row)}) + "\n")
                             cache.flush()
                     if n % 20 == 0 or n == len(futures):
                         progress(f"{n} of {len(futures)} videos")
@@ -223,7 +225,7 @@ def write(
         "problem_counts": [{"model": model, "kind": kind, "count": n} for (model, kind), n in counts.items()],
         "problems": [dataclasses.asdict(p) for p in problems],
     }
-    (output / "scores.json").write_text(json.dumps(_no_nan(result), indent=1, allow_nan=False) + "\n")
+    (output / "scores.json").write_text(json.dumps(finite(result), indent=1, allow_nan=False) + "\n")
     with (output / "scores.csv").open("w", newline="") as file:
         table = csv.writer(file)
         table.writerow(["model", "metric", "value", "low", "high", "pairs"])
@@ -238,15 +240,6 @@ def write(
     return result
 
 
-def _no_nan(tree: Any) -> Any:
-    """JSON has no NaN: null instead."""
-    if isinstance(tree, Mapping):
-        return {k: _no_nan(v) for k, v in tree.items()}
-    if isinstance(tree, list):
-        return [_no_nan(v) for v in tree]
-    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--list", required=True, help="pairs: the benchmark's folder (images and prompt.csv), a .jsonl or a .csv file")
     parser.add_argument("--videos", required=True, action="append", metavar="NAME=DIR", help="a model and its videos; once for each model")
@@ -254,25 +247,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--flow", default="dis", choices=("dis", "raft_small", "raft_large"), help="optical flow (default: dis)")
     parser.add_argument("--flow_weights", default="", help="RAFT weights, .safetensors or .pth")
     parser.add_argument("--clip", default="", help="directory of a CLIP model (Hugging Face's layout): adds its alignments; needs PyTorch")
-    parser.add_argument("--frames", type=int, help="use the first so many frames of every video (default: all)")
-    parser.add_argument("--size", help="HEIGHTxWIDTH to cover and crop every video to (default: its own size)")
-    parser.add_argument("--fps", type=float, default=FRAME_RATE, help="frame rate of folders of frames (default: 8)")
-    parser.add_argument("--workers", type=int, default=0, help="videos measured at a time (default: one per core; with RAFT or CLIP one)")
+    parser.add_argument("--frames", type=at_least(2), help="use the first so many frames of every video (default: all)")
+    parser.add_argument("--size", type=size(range(WINDOW, 4097)), help="N or HEIGHTxWIDTH to cover and crop videos to (default: their own)")
+    parser.add_argument("--fps", type=positive, default=FRAME_RATE, help="frame rate of folders of frames (default: 8)")
+    parser.add_argument("--workers", type=at_least(0), default=0, help="videos measured at once (default: one per core; RAFT or CLIP: one)")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Scores the folders and writes the results into --output."""
-    folders: dict[str, pathlib.Path] = {}
-    for text in arguments.videos:
-        name, _, folder = text.partition("=")
-        if not name or not folder or name in folders or name == STATIC:
-            raise UserError(f"--videos={text}: must be NAME=DIR, every NAME once, and {STATIC!r} is taken")
-        folders[name] = pathlib.Path(folder)
-    size = re.fullmatch(r"(\d+)x(\d+)", arguments.size or "")
-    if arguments.size and (size is None or min(int(n) for n in size.groups()) < WINDOW):
-        raise UserError(f"--size={arguments.size}: must be HEIGHTxWIDTH in pixels, such as 320x512, at least {WINDOW}")
-    if (arguments.frames is not None and arguments.frames < 2) or not 0 < arguments.fps < math.inf or arguments.workers < 0:
-        raise UserError("--frames must be at least 2, --fps positive and finite, and --workers not negative")
+    models = folders(arguments.videos)
+    if STATIC in models:
+        raise UserError(f"--videos={STATIC}={models[STATIC]}: the name {STATIC!r} is taken, by the image repeated")
     pairs = read_pairs(arguments.list)
     flow_fn, described = flows.make_flow(arguments.flow, arguments.flow_weights)
     clip = None
@@ -280,9 +265,7 @@ def run(arguments: argparse.Namespace) -> None:
         from motif_jax.bench.clip_alignment import ClipAlignment
 
         clip = ClipAlignment(arguments.clip)
-    settings = Settings(
-        described, clip.digest if clip else "", arguments.frames, (int(size[1]), int(size[2])) if size else None, arguments.fps
-    )
+    settings = Settings(described, clip.digest if clip else "", arguments.frames, arguments.size, arguments.fps)
     try:
         arguments.output.mkdir(parents=True, exist_ok=True)
         (arguments.output / "cache.jsonl").touch()
@@ -290,8 +273,8 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError(f"--output={arguments.output}: cannot be written: {error}") from error
     workers = arguments.workers or (os.cpu_count() if arguments.flow == "dis" and clip is None else 1)
     scorer = Scorer(settings, flow_fn, clip, arguments.output / "cache.jsonl", workers)
-    rows, problems = score(pairs, folders, scorer, lambda text: print(text, flush=True))
-    result = write(arguments.output, pairs, list(folders), rows, problems, settings)
+    rows, problems = score(pairs, models, scorer, lambda text: print(text, flush=True))
+    result = write(arguments.output, pairs, list(models), rows, problems, settings)
     print(score_page.text_table(result))
     for found in result["problem_counts"]:
         print(f"{found['model']}: {found['count']} {found['kind']}")

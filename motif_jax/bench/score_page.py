@@ -1,7 +1,5 @@
 """One html page about scored videos: table, intervals, decay, differences, what was missing, and the first pairs to look at."""
 
-import base64
-import html
 import io
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -10,6 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from motif_jax import html
 from motif_jax.bench.standings import METRICS, STATIC
 from motif_jax.bench.video_metrics import DECAY
 from motif_jax.data.images import MediaError, read_image
@@ -25,11 +24,8 @@ SHAPES = ("other size", "other length")  # kinds of problem
 ONE_SHAPE = "Flow in pixels cannot be compared between sizes: --size=HEIGHTxWIDTH and --frames bring all to one shape."
 GROUPS, COLUMNS, TILE = 3, 8, 160  # of the strips: pairs, frames, pixels
 BY_NAME = {m.name: m for m in METRICS}
-STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:84rem;margin:2rem auto;padding:0 1rem;color:#222}
-.wide{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums}
-td,th{padding:.2rem .6rem;border-bottom:1px solid #ccc;text-align:right;vertical-align:top;font-size:.9rem}
-td:first-child,th:first-child{text-align:left}small{color:#666;display:block;white-space:nowrap}tr.static td{background:#f3f3f3}
-img{max-width:100%;height:auto}figure{margin:.5rem 0}figcaption{font-size:.9rem}dt{font-weight:600}dd{margin:0 0 .3rem 1rem}"""
+STYLE = """small{color:#666;display:block;white-space:nowrap}tr.static td{background:#f3f3f3}
+dt{font-weight:600}dd{margin:0 0 .3rem 1rem}"""
 
 
 def text_table(result: Mapping[str, Any]) -> str:
@@ -77,8 +73,7 @@ def write(
         *(f"<dt>{html.escape(m.label)}<dd>{html.escape(m.note)}" for m in notes),
         "</dl>",
     ]
-    page = f"<!doctype html><html lang=en><meta charset=utf-8><title>Scores of videos</title><style>{STYLE}</style>"
-    write_whole(path, page + "\n".join(body) + "</html>\n")
+    write_whole(path, html.page("Scores of videos", body, 84, html.NUMBERS + STYLE))
 
 
 def _number(name: str, value: float) -> str:
@@ -100,7 +95,7 @@ def _table(models: Mapping[str, Any], names: Sequence[str]) -> str:
         cells = "".join(_cell(n, found["metrics"].get(n)) for n in names)
         kind = " class=static" if model == STATIC else ""
         lines.append(f"<tr{kind}><td>{html.escape(model)}<td>{found['videos']}<small>{found['images']} images</small>{cells}")
-    return f"<div class=wide><table>{head}{''.join(lines)}</table></div>"
+    return f"<table>{head}{''.join(lines)}</table>"
 
 
 def _plots(models: Mapping[str, Any]) -> str:
@@ -120,7 +115,7 @@ def _plots(models: Mapping[str, Any]) -> str:
         axes.set_yticks(range(len(models)), list(models), parse_math=False)
         axes.grid(axis="x", alpha=0.3)
     figure.axes[0].invert_yaxis()
-    return _figure(figure, "value and 95 % interval of every model")
+    return html.plot(figure, "value and 95 % interval of every model")
 
 
 def _decay(models: Mapping[str, Any]) -> str:
@@ -137,17 +132,7 @@ def _decay(models: Mapping[str, Any]) -> str:
     for text in axes.legend(fontsize=8).get_texts():
         text.set_parse_math(False)
     axes.grid(alpha=0.3)
-    return _figure(figure, "SSIM of later frames to frame 0")
-
-
-def _figure(figure: Any, description: str) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100)
-    return _picture(buffer.getvalue(), "image/png", description)
-
-
-def _picture(data: bytes, kind: str, description: str) -> str:
-    return f'<figure><img alt="{html.escape(description)}" src="data:{kind};base64,{base64.b64encode(data).decode()}"></figure>'
+    return html.plot(figure, "SSIM of later frames to frame 0")
 
 
 def _differences(differences: Sequence[Mapping[str, Any]]) -> str:
@@ -166,8 +151,8 @@ def _differences(differences: Sequence[Mapping[str, Any]]) -> str:
         lines.append(f"<tr><td>{html.escape(a)} - {html.escape(b)}<td>{max(d['pairs'] for d in own.values())}{cells}")
     head = "<tr><th>models<th>pairs" + "".join(f"<th>{html.escape(BY_NAME[n].label)}" for n in names)
     return (
-        f"<p>Difference, its interval, and in how many of the pairs the first and the second is larger.</p><div class=wide><table>{head}"
-        f"{''.join(lines)}</table></div><p>All measures, and the differences to the static video: scores.json.</p>"
+        f"<p>Difference, its interval, and in how many of the pairs the first and the second is larger.</p><table>{head}"
+        f"{''.join(lines)}</table><p>All measures, and the differences to the static video: scores.json.</p>"
     )
 
 
@@ -200,7 +185,7 @@ def _strips(pairs: Sequence[Pair], rows: Sequence[Mapping[str, Any]], load: Call
             continue
         buffer = io.BytesIO()
         Image.fromarray(pictures.stack(lines)).save(buffer, format="JPEG", quality=85)
-        strip = _picture(buffer.getvalue(), "image/jpeg", pair.prompt)
+        strip = html.picture(buffer.getvalue(), "jpeg", pair.prompt)
         parts.append(f"<h3>{html.escape(pair.prompt)}</h3><p>{html.escape(pair.id)}</p>{strip}")
     return "".join(parts)
 

@@ -13,7 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from motif_jax.bench.judge import MIN_WAY, judge, wilson
+from motif_jax.bench.arguments import at_least
+from motif_jax.bench.judge import MIN_WAY, judge
+from motif_jax.bench.preference import rate
 from motif_jax.config import UserError
 from motif_jax.data import sprites
 from motif_jax.data.storage import run_location
@@ -45,11 +47,6 @@ MOVES = [d for d in sprites.DIRECTIONS if d != "still"]
 OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up"}
 
 
-def _rate(hits: np.ndarray) -> dict[str, Any]:
-    low, high = wilson(float(hits.sum()), len(hits))
-    return {"rate": float(hits.mean()) if len(hits) else None, "low": low, "high": high, "count": len(hits)}
-
-
 def summarise(measures: Measures) -> dict[str, Any]:
     """Rates with 95 % Wilson intervals, and means, of what `judge` returned; sentences that ask for motion and for stillness apart."""
     still = measures["still"] > 0
@@ -60,8 +57,8 @@ def summarise(measures: Measures) -> dict[str, Any]:
         return float(values.mean()) if len(values) else None
 
     return {
-        "moving": {"rates": {n: _rate(measures[n][~still]) for n in RATES}, "means": {n: mean(n) for n in MEANS}},
-        "still": {"rates": {n: _rate(measures[n][still]) for n in ("success", "direction_ok")}},
+        "moving": {"rates": {n: rate(measures[n][~still]) for n in RATES}, "means": {n: mean(n) for n in MEANS}},
+        "still": {"rates": {n: rate(measures[n][still]) for n in ("success", "direction_ok")}},
     }
 
 
@@ -92,7 +89,7 @@ def text_sensitivity(ways: dict[str, Measures], clips: dict[str, Any]) -> dict[s
     contrast = contrast[np.isfinite(contrast)]
     return {
         "antonym_contrast": {"mean": float(contrast.mean()) if len(contrast) else None, "count": len(contrast)},
-        "prompt_retrieval": _rate(correct.mean(1)),
+        "prompt_retrieval": rate(correct.mean(1)),
     }
 
 
@@ -200,8 +197,8 @@ def table(result: dict[str, Any]) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workdir", required=True, help="work directory of a run; gets synthetic.json and the report")
-    parser.add_argument("--world", default="quickstart", help="name of the synthetic world")
-    parser.add_argument("--count", default=128, type=int, help="clips per split")
+    parser.add_argument("--world", default="quickstart", choices=sprites.WORLDS, help="name of the synthetic world")
+    parser.add_argument("--count", default=128, type=at_least(1), help="clips per split")
     parser.add_argument("--seed", default=0, type=int, help="seed of the world")
 
 
@@ -212,10 +209,6 @@ def run(arguments: argparse.Namespace) -> None:
     from motif_jax.training.samples import save_comparison
 
     world, seed = arguments.world, arguments.seed
-    if world not in sprites.WORLDS:
-        raise UserError(f"--world={world}: no such world; known: {', '.join(sprites.WORLDS)}")
-    if arguments.count < 1:
-        raise UserError(f"--count={arguments.count}: at least one clip is needed")
     workdir = run_location(arguments.workdir)
     if not (workdir / "config.json").exists():
         raise UserError(f"--workdir={workdir}: no config.json there; expected a work directory of motif_jax.main")

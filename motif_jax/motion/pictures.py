@@ -7,6 +7,7 @@ every scale is an argument or written into the picture.
 import bisect
 import pathlib
 from collections.abc import Mapping, Sequence
+from typing import BinaryIO
 
 import numpy as np
 from jaxtyping import Float, Num, UInt8
@@ -156,8 +157,8 @@ def clip_sheet(
     )
 
 
-def save_png(path: str | pathlib.Path, picture: Picture) -> None:
-    """Writes an RGB picture. Raises ValueError for anything but uint8 [H, W, 3]."""
+def save_png(path: str | pathlib.Path | BinaryIO, picture: Picture) -> None:
+    """Writes an RGB picture to a path or an open file. Raises ValueError for anything but uint8 [H, W, 3]."""
     picture = np.asarray(picture)
     if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[-1] != 3:
         raise ValueError(f"{path}: a picture is uint8 [H, W, 3], got {picture.dtype} {list(picture.shape)}")

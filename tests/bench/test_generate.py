@@ -1,6 +1,5 @@
 """Videos of a list from a tiny model: complete, repeatable, the same however the work is cut up."""
 
-import argparse
 import json
 import os
 import pathlib
@@ -15,6 +14,7 @@ from PIL import Image
 from motif_jax import animation
 from motif_jax.animation import Animator, generate, noise_seed
 from motif_jax.bench import generate as module
+from motif_jax.bench.arguments import Parser
 from motif_jax.bench.generate import requests_of, write_vbench
 from motif_jax.config import UserError, to_json
 from motif_jax.data.videos import read_video
@@ -194,7 +194,7 @@ def test_the_manifest_says_what_the_animator_says(animator, pairs, tmp_path, mon
     monkeypatch.setattr(animation, "generate", lambda *_: None)
 
     def run(output):
-        parser = argparse.ArgumentParser()
+        parser = Parser()
         module.add_arguments(parser)
         module.run(parser.parse_args(["--workdir=x", f"--list={pairs[0].image.parent}", f"--output={output}"]))
 
@@ -220,13 +220,13 @@ def test_the_manifest_says_what_the_animator_says(animator, pairs, tmp_path, mon
         (["--checkpoint=b"], "go together"),
         (["--workdir=a", "--seeds=1,1"], "different whole numbers"),
         (["--workdir=a", "--seeds=x"], "different whole numbers"),
-        (["--workdir=a", "--batch_size=0"], "--batch_size=0: must be at least 1"),
+        (["--workdir=a", "--batch_size=0"], "argument --batch_size: 0: must be at least 1"),
         (["--workdir=a", "--task_count=2"], "needs --task_index"),
         (["--workdir=a", "--task_index=2", "--task_count=2"], "must be from 0 to --task_count - 1 = 1"),
     ],
 )
 def test_bad_arguments(arguments, message, tmp_path):
-    parser = argparse.ArgumentParser()
+    parser = Parser()
     module.add_arguments(parser)
     with pytest.raises(UserError, match=message):
         module.run(parser.parse_args([f"--list={tmp_path}", f"--output={tmp_path}", *arguments]))

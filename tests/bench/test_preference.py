@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 
 from motif_jax.bench import preference
-from motif_jax.bench.judge import wilson
+from motif_jax.bench.preference import wilson
 
 
 @pytest.fixture
@@ -20,6 +20,16 @@ def test_wilson_and_binomial_equal_statsmodels(rng):
         np.testing.assert_allclose(wilson(k, n), proportion.proportion_confint(k, n, method="wilson"), atol=1e-12)
         np.testing.assert_allclose(preference.binomial_p(k, n), proportion.binom_test(k, n), rtol=1e-9)
     assert preference.binomial_p(0, 0) == 1
+
+
+def test_wilson_against_scipy():
+    for k, n in ((0, 10), (3, 10), (10, 10), (193, 320), (1, 1)):
+        for confidence in (0.9, 0.95):
+            want = stats.binomtest(k, n).proportion_ci(confidence, method="wilson")
+            np.testing.assert_allclose(wilson(k, n, confidence), (want.low, want.high), atol=1e-12)
+    assert wilson(0, 0) == (0.0, 1.0)
+    with pytest.raises(ValueError, match="5 successes in 4 trials"):
+        wilson(5, 4)
 
 
 def test_holm_equals_statsmodels(rng):

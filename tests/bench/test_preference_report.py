@@ -305,7 +305,7 @@ def test_an_output_that_cannot_be_written_is_one_line(tmp_path, output):
 
 
 def test_a_negative_seed_is_one_line(tmp_path):
-    with pytest.raises(SystemExit, match="--seed=-1: at least 0"):
+    with pytest.raises(SystemExit, match="argument --seed: -1: must be at least 0"):
         report(f"--votes={saved(tmp_path / 'votes.json', ROW)}", f"--output={tmp_path}", "--seed=-1")
 
 

@@ -1,6 +1,5 @@
 """Folders of videos through the command: numbers, problems told, work not done twice; and the orders known of real models."""
 
-import argparse
 import csv
 import html.parser
 import json
@@ -15,6 +14,7 @@ from scipy import stats
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from motif_jax.bench import score as module
+from motif_jax.bench.arguments import Parser
 from motif_jax.bench.standings import standings
 from motif_jax.config import UserError
 from motif_jax.data.videos import save_video
@@ -25,7 +25,7 @@ SIDE, FRAMES = 48, 6
 
 def run(**options):
     """The command with --name=value options; a list gives an option several times."""
-    parser = argparse.ArgumentParser()
+    parser = Parser()
     module.add_arguments(parser)
     given = [f"--{k}={one}" for k, v in options.items() for one in (v if isinstance(v, list) else [v])]
     module.run(parser.parse_args(given))
@@ -251,9 +251,9 @@ def test_names_are_written_as_text(world, tmp_path):
         ({"videos": "static={w}/slow"}, "is taken"),
         ({"videos": "a={w}/none"}, "is no folder"),
         ({"videos": "a={w}"}, "no file there is named by a pair of the list, such as pair0.mp4"),
-        ({"size": "big"}, "must be HEIGHTxWIDTH"),
-        ({"frames": 1}, "--frames must be at least 2"),
-        ({"fps": "inf"}, "--fps positive and finite"),
+        ({"size": "big"}, "argument --size: big: must be N or HEIGHTxWIDTH, each from 11 to 4096$"),
+        ({"frames": 1}, "argument --frames: 1: must be at least 2"),
+        ({"fps": "inf"}, "argument --fps: inf: must be positive and finite"),
         ({"flow": "raft_small"}, "needs --flow_weights"),
         ({"flow_weights": "x"}, "DIS has none"),
         ({"flow": "raft_small", "flow_weights": "none.pth"}, "no RAFT weights at none.pth"),

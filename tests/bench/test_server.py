@@ -340,8 +340,8 @@ def test_it_listens_to_this_machine_only_unless_told_otherwise(tmp_path, key, se
     [
         (["--token=short"], "--token"),
         (["--host=203.0.113.1"], "cannot listen"),
-        (["--lease=0"], "--lease=0"),
-        (["--lease=nan"], "--lease=nan"),
+        (["--lease=0"], "argument --lease: 0: must be positive"),
+        (["--lease=nan"], "argument --lease: nan: must be positive"),
         (["--votes=v.db"], "must end in .sqlite"),
         (["--study={folder}/moved"], "index.html: missing"),
     ],
