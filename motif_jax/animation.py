@@ -176,7 +176,7 @@ def animate_list(load: Callable[[], Animator], requests_file: str, output: str, 
     The noise of a clip depends on (seed, id) alone. Raises UserError where a clip that is there was made otherwise.
     """
     directory = pathlib.Path(output)
-    requests = [Request(pair, seed, f"{pair.id}.{suffix}") for pair in read_pairs(requests_file, "requests")]
+    requests = [Request(pair, seed, f"{pair.id}.{suffix}") for pair in read_pairs(requests_file, "requests", blank=True)]
     make_output(directory)
     check_made(directory, requests)
     check_images(directory, requests)

@@ -40,12 +40,13 @@ def _short(name: str) -> str:
     return f"{name.encode()[: LONGEST_NAME - 9].decode(errors='ignore')}_{zlib.crc32(name.encode()):08x}"
 
 
-def read_pairs(path: str | pathlib.Path, flag: str = "list") -> list[Pair]:
+def read_pairs(path: str | pathlib.Path, flag: str = "list", blank: bool = False) -> list[Pair]:
     """The pairs of a .csv file, of another as jsonl, or of a folder that holds one (`prompt.csv` before others); `flag` named it.
 
     jsonl: keys `image` (or `image_file`, `file_name`), `prompt`, and perhaps `id` and `scenario`. csv: the column that names image files
     and the one called prompt, text or caption, without such a header the one with most text. Images are looked for beside the list and in
-    images/ and TI2V-Bench/ there, with or without their ending. Raises UserError listing every bad line.
+    images/ and TI2V-Bench/ there, with or without their ending. blank: an empty sentence will do. Raises
+    UserError listing every bad line.
     """
     file = pathlib.Path(path)
     if file.is_dir():
@@ -69,7 +70,7 @@ def read_pairs(path: str | pathlib.Path, flag: str = "list") -> list[Pair]:
         identity = row["id"] or pair_id(pathlib.Path(row["image"]).stem, prompt)
         if image is None:
             bad.append(f"line {number}: no image {row['image']!r}")
-        elif not prompt:
+        elif not (prompt or blank):
             bad.append(f"line {number}: no prompt")
         elif "/" in identity or identity in (".", "..") or len(identity.encode()) > LONGEST_NAME:
             bad.append(f"line {number}: id {identity!r} is no file name")

@@ -104,6 +104,14 @@ def test_lists_that_are_none(tmp_path, name, text, message):
         read_pairs(tmp_path / "nothing.csv")
 
 
+def test_an_empty_sentence_is_refused_unless_it_will_do(tmp_path):
+    picture(tmp_path / "here.png")
+    (tmp_path / "list.jsonl").write_text('{"image": "here.png", "prompt": " ", "id": "1"}')
+    with pytest.raises(UserError, match="line 1: no prompt"):
+        read_pairs(tmp_path / "list.jsonl")
+    assert read_pairs(tmp_path / "list.jsonl", blank=True) == [Pair("1", tmp_path / "here.png", "")]
+
+
 def test_long_sentences_still_make_different_file_names(tmp_path):
     picture(tmp_path / "here.png")
     (tmp_path / "list.csv").write_text(f"here.png,{'word ' * 80}\n{'x' * 400},A path that is too long.\nhere,It stays.\n")

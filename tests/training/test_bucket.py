@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import threading
 import uuid
 
 import jax
@@ -100,6 +101,20 @@ def test_a_bucket_that_refuses(eventful, bucket, url):
     bucket.failing = "/upload/"
     with pytest.raises(UserError, match=f"cannot write to the work directory {url}: .*Forbidden"):
         loop.train(eventful, url)
+
+
+def test_a_slow_bucket_does_not_hold_up_a_save(bucket, url, monkeypatch):
+    """Processes that come to a save wait for the first one 300 s and no longer."""
+    answers = threading.Event()
+    monkeypatch.setattr(mirror, "SECONDS", 0.1)
+    monkeypatch.setattr(mirror, "upload", lambda *_: answers.wait(60))
+    copies = Mirror(run_location(url))
+    (copies.local / "metrics.jsonl").write_text("1")
+    copies.copy_first()
+    assert not copies._copied
+    answers.set()
+    copies.close()
+    assert set(copies._copied) == {"metrics.jsonl"}
 
 
 def test_what_cannot_be_copied_is_told_and_copied_later(bucket, url, capsys, monkeypatch):
