@@ -11,7 +11,6 @@ import json
 import os
 import pathlib
 import re
-import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ from typing import Any
 
 from motif_jax.config import UserError
 from motif_jax.data import records, storage
-from motif_jax.data.storage import Path, local_path, replacing, size
+from motif_jax.data.storage import Path, local_path, machine, replacing, size
 
 NAME = "motif"  # TFDS takes a dataset's name from its file names
 SPLITS = ("train", "validation")
@@ -180,7 +179,7 @@ def sweep(directory: Path) -> None:
         return  # nothing half done is ever there
     for path in [*directory.glob(".tmp-*"), *directory.glob("manifests/.tmp-*")]:
         owner = re.match(r"\.tmp-(\d+)@(.+?)@", path.name)
-        dead = owner and owner[2] == socket.gethostname() and not _alive(int(owner[1]))
+        dead = owner and owner[2] == machine() and not _alive(int(owner[1]))
         try:
             if dead or time.time() - path.stat().st_mtime > _STALE_SECONDS:
                 path.unlink()

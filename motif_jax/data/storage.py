@@ -141,15 +141,21 @@ def location(name: str) -> Path:
     return RemotePath(files, path.rstrip("/"))
 
 
+def machine() -> str:
+    """Where a process number means one process: the host, and the namespace of a container that may share its name."""
+    namespace = pathlib.Path("/proc/self/ns/pid")
+    return f"{socket.gethostname()}.{namespace.stat().st_ino if namespace.exists() else 0}"
+
+
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[pathlib.Path]:
     """An absolute path on a disk to write to: when the block succeeds the file gets the name `path`, or is uploaded, else it is removed.
 
-    .tmp-PID@HOST@ and the end of the name: nothing that reads a directory by names, nor a task elsewhere, takes it for its own.
+    .tmp-PID@MACHINE@ and the end of the name: nothing that reads a directory by names, nor a task elsewhere, takes it for its own.
     """
     path = path if isinstance(path, RemotePath) else pathlib.Path(path).absolute()
     directory = pathlib.Path(tempfile.gettempdir()) if isinstance(path, RemotePath) else path.parent
-    temporary = directory / f".tmp-{os.getpid()}@{socket.gethostname()}@{path.name[-40:]}"  # a name has 255 bytes at most
+    temporary = directory / f".tmp-{os.getpid()}@{machine()}@{path.name[-40:]}"  # a name has 255 bytes at most
     try:
         yield temporary
         if isinstance(path, RemotePath):

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import time
 
@@ -12,6 +11,7 @@ import pytest
 from motif_jax.config import UserError
 from motif_jax.data import records, shards
 from motif_jax.data.shards import Shard, Skipped, finish, plan_shards, read_manifest, write_shard
+from motif_jax.data.storage import machine
 from motif_jax.data.verification import check_shard
 
 LAYOUT = records.Layout(frames=2, height=8, width=8, flow_stride=8, image_format="png")
@@ -179,9 +179,9 @@ def test_sweep_takes_only_what_nobody_writes(tmp_path):
     gone = subprocess.Popen(["true"])
     gone.wait()
     names = {
-        "dead": f".tmp-{gone.pid}@{socket.gethostname()}@motif-train",
-        "manifest": f"manifests/.tmp-{gone.pid}@{socket.gethostname()}@motif-train.json",
-        "mine": f".tmp-{os.getpid()}@{socket.gethostname()}@motif-train",
+        "dead": f".tmp-{gone.pid}@{machine()}@motif-train",
+        "manifest": f"manifests/.tmp-{gone.pid}@{machine()}@motif-train.json",
+        "mine": f".tmp-{os.getpid()}@{machine()}@motif-train",
         "elsewhere": f".tmp-{gone.pid}@elsewhere@motif-train",
         "old": ".tmp-1@elsewhere@motif-old",
     }
