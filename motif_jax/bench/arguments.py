@@ -3,7 +3,6 @@
 import argparse
 import math
 import pathlib
-import re
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
@@ -39,12 +38,11 @@ def size(sides: range) -> Callable[[str], tuple[int, int]]:
     """The type of (height, width) in pixels, given as N or HEIGHTxWIDTH."""
 
     def pixels(text: str) -> tuple[int, int]:
-        found = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
-        height, width = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
-        if height not in sides or width not in sides:
-            allowed = f"from {sides[0]} to {sides[-1]}" + (f" in steps of {sides.step}" if sides.step > 1 else "")
+        parts = text.split("x")
+        if len(parts) > 2 or not all(p.isdecimal() and int(p) in sides for p in parts):
+            allowed = f"from {sides[0]} to {sides[-1]} in steps of {sides.step}"
             raise argparse.ArgumentTypeError(f"{text}: must be N or HEIGHTxWIDTH, each {allowed}")
-        return height, width
+        return int(parts[0]), int(parts[-1])
 
     return pixels
 

@@ -251,7 +251,7 @@ def test_names_are_written_as_text(world, tmp_path):
         ({"videos": "static={w}/slow"}, "is taken"),
         ({"videos": "a={w}/none"}, "is no folder"),
         ({"videos": "a={w}"}, "no file there is named by a pair of the list, such as pair0.mp4"),
-        ({"size": "big"}, "argument --size: big: must be N or HEIGHTxWIDTH, each from 11 to 4096$"),
+        ({"size": "big"}, "argument --size: big: must be N or HEIGHTxWIDTH, each from 11 to 4096 in steps of 1"),
         ({"frames": 1}, "argument --frames: 1: must be at least 2"),
         ({"fps": "inf"}, "argument --fps: inf: must be positive and finite"),
         ({"flow": "raft_small"}, "needs --flow_weights"),
