@@ -139,11 +139,11 @@ def tpu_devices(topology: str) -> list[jax.Device]:
 def stored(config: Config) -> tuple[str, ...]:
     """What of clips the batch is taken to bring, whatever `prepare.latents` and `prepare.text_embeddings` say.
 
-    What pretrained towers make: text embeddings with text 'openclip', latents with autoencoder 'kl' unless the image tower has to see
-    the frames.
+    What pretrained towers make: text embeddings with text 'openclip', latents with autoencoder 'kl', beside which the image tower has
+    to see the first frame.
     """
-    latents = config.autoencoder.kind == "kl" and not config.image_tokens
-    return "latents" if latents else "frames", "text embeddings" if config.text.kind == "openclip" else "sentences"
+    latents = ("latents", *["first frames"] * config.image_tokens) if config.autoencoder.kind == "kl" else ("frames",)
+    return *latents, "text embeddings" if config.text.kind == "openclip" else "sentences"
 
 
 def batch_shapes(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
@@ -158,6 +158,8 @@ def batch_shapes(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     fields = {**layout.arrays(), "fps": ((), "f4")}
     if not latent:
         fields["frames"] = ((d.frames, d.height, d.width, 3), "u1")
+    if "first frames" in stored(config):
+        fields["image"] = ((d.height, d.width, 3), "u1")
     if not text:
         fields["tokens"] = ((config.text.context_length,), "i4")
 

@@ -43,8 +43,10 @@ def describe(config: Config, name: str, params: Params) -> dict[str, Any]:
 def check_towers(config: Config, dataset: Manifest, frozen: dict[str, Params]) -> None:
     """Raises UserError when a dataset's latents or embeddings are not of the run's own frozen networks."""
     stored = [name for name, shape in (("autoencoder", dataset.layout.latent), ("text", dataset.layout.text)) if shape]
-    if "autoencoder" in stored and config.image_tokens:
-        raise UserError("unet.image_cross_attention looks at pixels, and this dataset holds latents: prepare one without prepare.latents")
+    if config.image_tokens and not dataset.layout.pixels:
+        raise UserError(
+            "unet.image_cross_attention looks at the first frame, and this dataset has none: prepare one with prepare.frames=True"
+        )
     for name in stored:
         wanted = describe(config, name, frozen[name])
         settings = dataset.settings

@@ -85,10 +85,9 @@ def test_masks_are_in_the_batch_and_frames_lie_over_context():
     assert specs == split | {"text_embedding": (clips,), "fps": (clips,)}
 
 
-def test_image_tokens_are_made_of_frames_and_so_are_latents_then():
-    """A dataset with latents is refused there (docs/data.md): the step that is compiled has to encode the frames, as the real one does."""
+def test_image_tokens_are_made_of_the_first_frame():
     batch = batch_shapes(from_config_dict({"unet": {"image_cross_attention": True}}), make_mesh(MeshConfig()))
-    assert set(batch) == {"frames", "text_embedding", "flow", "fps"} and batch["frames"].shape == (64, 16, 320, 512, 3)
+    assert set(batch) == {"latent_moments", "image", "text_embedding", "flow", "fps"} and batch["image"].shape == (64, 320, 512, 3)
 
 
 def test_toys_read_frames_and_tokens(config):

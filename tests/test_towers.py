@@ -72,8 +72,8 @@ def stored(kl, tmp_path_factory):
     return prepare(kl(latents=True, text_embeddings=True, frames=True), tmp_path_factory.mktemp("data") / "all")[0]
 
 
-def first_batch(config, dataset):
-    batches = pipeline.make_iterator(dataset, config.batch_size, 0, 0, make_tokenizer(config.text))
+def first_batch(config, dataset, image=False):
+    batches = pipeline.make_iterator(dataset, config.batch_size, 0, 0, make_tokenizer(config.text), image=image)
     try:
         return next(batches)
     finally:
@@ -106,6 +106,19 @@ def test_a_run_on_latents_is_the_run_on_frames(kl, stored, tmp_path):
     assert float(m["loss"]) != float(n["loss"])
     moved = [float(jnp.abs(x - y).max()) for x, y in zip(jax.tree.leaves(s.params), jax.tree.leaves(t.params), strict=True)]
     assert max(moved) < 0.1 * plain.learning_rate, max(moved)  # an update of Adam moves each weight by about the rate
+
+
+def test_image_cross_attention_has_the_first_frame_beside_latents(kl, stored, tmp_path):
+    """The same picture as in a dataset of frames, to the bit."""
+    plain, _ = prepare(kl(), tmp_path / "plain")
+    frames = first_batch(plain, pipeline.open_dataset(plain.data))["frames"]
+    batch = first_batch(stored, pipeline.open_dataset(stored.data), image=True)
+    assert "frames" not in batch and "latent_moments" in batch
+    np.testing.assert_array_equal(batch["image"], frames[:, 0])
+    latents, _ = prepare(kl(latents=True), tmp_path / "latents")
+    seeing = dataclasses.replace(latents, unet=dataclasses.replace(latents.unet, image_cross_attention=True))
+    with pytest.raises(UserError, match=r"looks at the first frame, and this dataset has none: prepare one with prepare\.frames=True"):
+        check_towers(seeing, pipeline.open_dataset(latents.data).manifest, {})
 
 
 def test_stored_moments_are_the_autoencoders(stored):

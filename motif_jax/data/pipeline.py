@@ -145,7 +145,13 @@ def open_dataset(data: DataConfig, split: str = "train") -> Dataset:
 
 
 def make_iterator(
-    dataset: Dataset, batch_size: int, seed: int, start_step: int, tokenizer: Tokenizer, rows: Sequence[int] | None = None
+    dataset: Dataset,
+    batch_size: int,
+    seed: int,
+    start_step: int,
+    tokenizer: Tokenizer,
+    rows: Sequence[int] | None = None,
+    image: bool = False,
 ) -> Iterator[Batch]:
     """The batches start_step, start_step + 1, ... without end; close() it when done.
 
@@ -153,14 +159,14 @@ def make_iterator(
     together see exactly what one would, each clip in its place. Every epoch is a new permutation of all records. Yields frames
     uint8 [R,T,H,W,3], tokens int32 [R,L], flow float16 [R,T,h,w,2], fps float32 [R] (frames shown per second: source rate over
     stride), and motion_mask uint8 [R,T,h,w] if stored. Where they are stored, latent_moments float16 [R,T,h,w,2C] take the place
-    of frames and text_embedding float16 [R,L,D] that of tokens.
+    of frames, of which `image` keeps the first (image uint8 [R,H,W,3]), and text_embedding float16 [R,L,D] that of tokens.
     """
     import grain
 
     data = dataset.data
     # Of indices: nothing is read yet. Grain's endless repeat has a length of 2^63 - 1, of which batches of one cannot be counted.
     order = grain.MapDataset.range(len(dataset)).seed(seed).shuffle().repeat(2**60 // len(dataset))
-    batches = order.batch(batch_size).map(_Read(dataset, tokenizer, range(batch_size) if rows is None else rows))
+    batches = order.batch(batch_size).map(_Read(dataset, tokenizer, range(batch_size) if rows is None else rows, image))
     # The buffer counts whole batches; Grain's default of 500 would hold gigabytes.
     options = grain.ReadOptions(num_threads=data.threads, prefetch_buffer_size=data.prefetch)
     stream = batches[start_step:].to_iter_dataset(options)
@@ -174,17 +180,18 @@ def make_iterator(
 
 
 def validation_batches(
-    data: DataConfig, batch_size: int, batches: int, tokenizer: Tokenizer, rows: Sequence[int] | None = None
+    data: DataConfig, batch_size: int, batches: int, tokenizer: Tokenizer, rows: Sequence[int] | None = None, image: bool = False
 ) -> Sequence[Batch]:
     """The rows `rows` (default: all) of the first `batches` whole batches of the validation split, decoded when asked for.
 
-    Always the same. A split smaller than one batch is repeated to fill it; without a validation split the sequence is empty.
+    Always the same, with arrays as in `make_iterator`. A split smaller than one batch is repeated to fill it; without a validation split
+    the sequence is empty.
     """
     if "validation" not in read_manifest(data.path).shards:
         return ()
     dataset = open_dataset(data, "validation")
     total = max(1, min(batches, len(dataset) // batch_size))
-    read = _Read(dataset, tokenizer, range(batch_size) if rows is None else rows)
+    read = _Read(dataset, tokenizer, range(batch_size) if rows is None else rows, image)
     return _Batches(read, [[i % len(dataset) for i in range(b * batch_size, (b + 1) * batch_size)] for b in range(total)])
 
 
@@ -198,11 +205,14 @@ def examples(data: DataConfig, count: int) -> list[Example]:
 class Collate:
     """Records of one batch -> its arrays. Every record goes into its row as soon as it is read, while it is in the processor's cache."""
 
-    def __init__(self, layout: records.Layout, tokenizer: Tokenizer) -> None:
+    def __init__(self, layout: records.Layout, tokenizer: Tokenizer, image: bool = False) -> None:
         self._layout, self._tokenizer = layout, tokenizer
         self._arrays = layout.arrays()
+        picture = layout.height, layout.width, 3
         if not layout.latent:
-            self._arrays["frames"] = (layout.frames, layout.height, layout.width, 3), "|u1"
+            self._arrays["frames"] = (layout.frames, *picture), "|u1"
+        elif image:
+            self._arrays["image"] = picture, "|u1"
 
     def __call__(self, found: Iterable[bytes], count: int) -> Batch:
         names = ("caption", "fps", "frame_stride", *self._arrays)
@@ -222,8 +232,8 @@ class Collate:
 class _Read:
     """Indices of a global batch -> the clips of some of its rows; a class, so that worker processes can receive it."""
 
-    def __init__(self, dataset: Dataset, tokenizer: Tokenizer, rows: Sequence[int]) -> None:
-        self._source, self._rows, self._collate = dataset.source, rows, Collate(dataset.layout, tokenizer)
+    def __init__(self, dataset: Dataset, tokenizer: Tokenizer, rows: Sequence[int], image: bool) -> None:
+        self._source, self._rows, self._collate = dataset.source, rows, Collate(dataset.layout, tokenizer, image)
 
     def __call__(self, indices: Sequence[int]) -> Batch:
         return self._collate((self._source[int(indices[row])] for row in self._rows), len(self._rows))

@@ -92,7 +92,7 @@ def encode_clip(layout: Layout, clip: Mapping[str, Any]) -> bytes:
 
 
 def decode_clip(layout: Layout, record: bytes, names: tuple[str, ...] | None = None) -> dict[str, Any]:
-    """The inverse of `encode_clip` (JPEG frames come back as the decoder shows them); only `names` when given.
+    """The inverse of `encode_clip` (JPEG frames come back as the decoder shows them); only `names` when given, "image" for the first frame.
 
     Raises ValueError on bytes that are not a record of this layout.
     """
@@ -102,7 +102,9 @@ def decode_clip(layout: Layout, record: bytes, names: tuple[str, ...] | None = N
     try:
         for name in names or layout.names():
             if name == "frames":
-                clip[name] = _decode_frames(layout, values[name])
+                clip[name] = _decode_frames(layout, values[name], layout.frames)
+            elif name == "image":
+                (clip[name],) = _decode_frames(layout, values["frames"], 1)
             elif name in arrays:
                 shape, dtype = arrays[name]
                 clip[name] = np.frombuffer(values[name][0], dtype).reshape(shape)
@@ -115,13 +117,13 @@ def decode_clip(layout: Layout, record: bytes, names: tuple[str, ...] | None = N
     return clip
 
 
-def _decode_frames(layout: Layout, encoded: list[bytes]) -> UInt8[np.ndarray, "T H W 3"]:
+def _decode_frames(layout: Layout, encoded: list[bytes], count: int) -> UInt8[np.ndarray, "n H W 3"]:
     import cv2
 
     if len(encoded) != layout.frames:
         raise ValueError(f"record with {len(encoded)} frames, the dataset has {layout.frames}")
-    frames = np.empty((layout.frames, layout.height, layout.width, 3), np.uint8)
-    for frame, data in zip(frames, encoded, strict=True):
+    frames = np.empty((count, layout.height, layout.width, 3), np.uint8)
+    for frame, data in zip(frames, encoded, strict=False):
         picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
         if picture is None or picture.shape != frame.shape:
             raise ValueError(f"record with a frame of {None if picture is None else picture.shape}, the dataset has {frame.shape}")

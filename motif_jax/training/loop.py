@@ -177,12 +177,14 @@ def _train(config: Config, directory: Path, dataset: pipeline.Dataset, mesh: Mes
     writer = MetricWriter(mirror.local, -1 if restored is None else step, visited) if first_process else None  # -1: nothing was done before
     progress = Progress(writer, config, training_flops(config, networks), restored)
     validation = (
-        pipeline.validation_batches(config.data, config.batch_size, config.eval.batches, tokenizer, rows) if config.eval.every else ()
+        pipeline.validation_batches(config.data, config.batch_size, config.eval.batches, tokenizer, rows, config.image_tokens)
+        if config.eval.every
+        else ()
     )
     if config.eval.every and not validation:
         say(f"no validation: {config.data.path} holds no clip out (docs/data.md), sample sheets show training clips")
     sheets = SampleSheets(config, networks, tokenizer, empty_L, mirror.local, writer, mesh)
-    batches = pipeline.make_iterator(dataset, config.batch_size, config.seed, step, tokenizer, rows)
+    batches = pipeline.make_iterator(dataset, config.batch_size, config.seed, step, tokenizer, rows, config.image_tokens)
     stop = StopSignal()
 
     def due(every: int) -> bool:

@@ -86,7 +86,8 @@ def predict(
     if p > 0:
         context_BLD = jnp.where(draw_B11 < p, nothing["text"], context_BLD)
     if config.image_tokens:
-        image_BSE = networks.embed_image(frozen["image"], batch["frames"][:, 0])
+        image_BHW3 = batch["image"] if "image" in batch else batch["frames"][:, 0]
+        image_BSE = networks.embed_image(frozen["image"], image_BHW3)
         if p > 0:
             image_BSE = jnp.where((draw_B11 - p / 2) % 1.0 < p, nothing["image"], image_BSE)
         context_BLD = jnp.concatenate([context_BLD, networks.image_tokens(params, image_BSE)], axis=1)

@@ -55,6 +55,17 @@ def make(tiny):
     return of
 
 
+def test_the_first_frame_alone_does(make):
+    """Beside latents (here beside the frames, from which the latents are made all the same) the image tower sees `image`."""
+    config, networks, params, frozen, empty_L = make("cx-attn")
+    batch = make_batch(config)
+    schedule, key = diffusion_schedule(config), jax.random.key(0)
+    run = jax.jit(lambda batch: predict(networks, schedule, params, frozen, batch, empty_L, key)[0])
+    alone, other = ({**batch, "image": batch["frames"][:, t]} for t in (0, 1))
+    np.testing.assert_array_equal(run(alone), run(batch))
+    assert np.abs(run(other) - run(batch)).max() > 1e-3
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["cx-attn", "both"])
 def test_train_and_sample(kind, make):
