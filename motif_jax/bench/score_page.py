@@ -114,7 +114,7 @@ def _plots(models: Mapping[str, Any]) -> str:
         axes.set_title(BY_NAME[name].label, fontsize=10)
         axes.set_yticks(range(len(models)), list(models), parse_math=False)
         axes.grid(axis="x", alpha=0.3)
-    figure.axes[0].invert_yaxis()
+    figure.axes[0].set_ylim(len(models) - 0.5, -0.5)
     return html.plot(figure, "value and 95 % interval of every model")
 
 
