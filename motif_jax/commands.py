@@ -7,7 +7,7 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from absl import app, flags, logging
@@ -50,6 +50,7 @@ def share_compiled_programs(directory: str) -> None:
 
 def run(name: str, main: Callable[[list[str]], None]) -> None:
     """Parses the flags and calls `main` with what is left; exits with 1 and "name: reason" on a mistake of the user's."""
+    begin(name, sys.argv)
 
     def parse(arguments: list[str]) -> list[str]:
         try:
@@ -75,12 +76,32 @@ def run(name: str, main: Callable[[list[str]], None]) -> None:
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # Orbax and JAX tell every detail
         try:
-            with memory_errors_reported():
+            with interrupts_reported(name), memory_errors_reported():
                 main(arguments[1:])
         except (UserError, StoreError) as error:
             sys.exit(f"{name}: {error}")
 
     app.run(guarded, flags_parser=parse)
+
+
+def begin(name: str, arguments: Sequence[str]) -> None:
+    """Refuses an argument that is not UTF-8, which no file of ours could hold; what a terminal has no letters for is printed as escapes."""
+    sys.stdout.reconfigure(errors="backslashreplace")
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            sys.exit(f"{name}: {argument!r} is not UTF-8")
+
+
+@contextlib.contextmanager
+def interrupts_reported(name: str) -> Iterator[None]:
+    """Ends the process at Ctrl-C with one line; an orderly exit could wait for a compilation, or crash in it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr, flush=True)
+        os._exit(130)
 
 
 @contextlib.contextmanager

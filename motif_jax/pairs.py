@@ -94,7 +94,7 @@ def _jsonl_rows(text: str) -> tuple[list[tuple[int, dict[str, str]]], list[str]]
             rows.append((number, {key: "" if value is None else str(value) for key, value in row.items()}))
         except KeyError as error:
             bad.append(f"line {number}: no key {error}")
-        except (json.JSONDecodeError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:  # also of numbers that are too long, and of brackets in brackets
             bad.append(f"line {number}: {error}")
     return rows, bad
 

@@ -31,7 +31,6 @@ flags.mark_flag_as_required("output")
 
 def main(argv: list[str]) -> None:
     commands.no_more(argv)
-    sys.stdout.reconfigure(errors="backslashreplace")  # names of files, on a terminal that may not have their letters
     for stop in (signal.SIGTERM, signal.SIGINT):
         signal.signal(stop, lambda *_: sys.exit("motif_jax.prepare: stopped; the same command continues"))
     if VERIFY.value:

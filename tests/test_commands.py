@@ -347,6 +347,14 @@ BAD_CALLS = {
         ["motif_jax.main", CONFIG, "--workdir={tmp}/w", "--steps=4"],
         "motif_jax.main: --steps: did you mean --config.steps?",
     ),
+    "a name of bytes": (
+        ["motif_jax.main", CONFIG, *SMALL, "--workdir={tmp}/\udcff", "--config.data.path={data}"],
+        "\\udcff' is not UTF-8",
+    ),
+    "a name of bytes for bench": (
+        ["motif_jax.bench", "score", "--list={tmp}", "--videos=\udcff={tmp}", "--output={tmp}/out"],
+        "is not UTF-8",
+    ),
     "a store that Orbax does not know as work directory": (
         ["motif_jax.main", CONFIG, *SMALL, "--workdir=s3://bucket/run", "--config.data.path={data}"],
         "s3://bucket/run: checkpoints are written to file systems and gs:// alone; mount the store",
@@ -473,3 +481,18 @@ def test_too_little_memory_is_one_clear_line(module, where):
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert found.returncode == 1 and len(found.stderr.splitlines()) == 1
     assert found.stderr.startswith(f"motif_jax.main: the {where} has too little memory (")
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "out", "err"),
+    [
+        ("print('\u52d5')", 0, "\\u52d5\n", ""),  # on a terminal without the letter
+        ("exec('raise KeyboardInterrupt')", 130, "", "motif_jax.main: interrupted\n"),
+    ],
+)
+def test_what_a_command_leaves_on_a_terminal(environment, body, status, out, err):
+    code = f"from motif_jax import commands; commands.run('motif_jax.main', lambda _: {body})"
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment | {"PYTHONIOENCODING": "ascii"}, capture_output=True, text=True, timeout=120
+    )
+    assert (found.returncode, found.stdout, found.stderr) == (status, out, err)

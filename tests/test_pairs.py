@@ -104,6 +104,14 @@ def test_lists_that_are_none(tmp_path, name, text, message):
         read_pairs(tmp_path / "nothing.csv")
 
 
+@pytest.mark.parametrize("odd", ["[" * 100_000 + "]" * 100_000, "9" * 5000])
+def test_lines_that_json_cannot_hold_are_named(tmp_path, odd):
+    picture(tmp_path / "here.png")
+    (tmp_path / "list.jsonl").write_text('{"image": "here.png", "prompt": "x", "id": ' + odd + "}")
+    with pytest.raises(UserError, match="line 1: "):
+        read_pairs(tmp_path / "list.jsonl")
+
+
 def test_an_empty_sentence_is_refused_unless_it_will_do(tmp_path):
     picture(tmp_path / "here.png")
     (tmp_path / "list.jsonl").write_text('{"image": "here.png", "prompt": " ", "id": "1"}')

@@ -20,6 +20,7 @@ COMMANDS = {
 
 
 def main(argv: list[str]) -> None:
+    commands.begin("motif_jax.bench", argv)
     overview = argparse.ArgumentParser(
         prog="python -m motif_jax.bench",
         description=__doc__,
@@ -36,7 +37,7 @@ def main(argv: list[str]) -> None:
         if not argument or (argument.startswith("--") and argument.endswith("=")):
             sys.exit(f"motif_jax.bench {name}: {argument or 'an argument'} is empty: give it a value, or leave it out")
     try:
-        with commands.memory_errors_reported():
+        with commands.interrupts_reported(f"motif_jax.bench {name}"), commands.memory_errors_reported():
             command.run(parser.parse_args(argv[1:]))
     except (UserError, OSError) as error:  # the latter names a file that cannot be read or written
         sys.exit(f"motif_jax.bench {name}: {error}")

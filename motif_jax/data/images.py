@@ -49,6 +49,8 @@ def read_image(path: str | os.PathLike, height: int | None = None, width: int | 
             picture = on_white(np.asarray(image.convert("RGBA")))
     except FileNotFoundError as error:
         raise MediaError("missing file") from error
+    except Image.DecompressionBombError as error:
+        raise MediaError("too large", f"more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels; make it smaller first") from error
     except Exception as error:  # Pillow's readers share no class of errors for damaged files
         raise MediaError("is no image", str(error)) from error
     return picture if height is None or width is None else cover(picture, height, width)

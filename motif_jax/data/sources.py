@@ -25,7 +25,7 @@ from motif_jax.data.captions import Entry, Problem
 from motif_jax.data.images import MediaError
 from motif_jax.data.shards import Skipped
 
-DEFAULT_SYNTHETIC_CLIPS = 1000
+DEFAULT_SYNTHETIC_CLIPS, MOST_SYNTHETIC_CLIPS = 1000, 9_999_999  # ids have seven digits
 _ATTEMPTS = 8  # clips that are drawn from a video until one crosses no cut
 _END = 2**16  # bytes
 _PIXELS_AT_ONCE = 2**24  # of a synthetic world, which makes many clips in one go
@@ -138,9 +138,10 @@ class SpriteClips:
         name, _, count = source.removeprefix("synthetic:").partition(":")
         if name not in sprites.WORLDS:
             raise UserError(f"source {source!r}: no synthetic world {name!r}; there are {', '.join(sorted(sprites.WORLDS))}")
-        if count and not (count.isdecimal() and int(count) > 0):
+        if count and not (count.isdecimal() and 0 < int(count) <= MOST_SYNTHETIC_CLIPS):
             raise UserError(
-                f"source {source!r}: {count!r} is no number of clips; write for example synthetic:{name}:{DEFAULT_SYNTHETIC_CLIPS}"
+                f"source {source!r}: {count!r} is no number of clips from 1 to {MOST_SYNTHETIC_CLIPS}; "
+                f"write for example synthetic:{name}:{DEFAULT_SYNTHETIC_CLIPS}"
             )
         ids = [f"{name}-{i:07d}" for i in range(int(count) if count else DEFAULT_SYNTHETIC_CLIPS)]
         self._data, self._stride, self._world, self._seed = config.data, config.prepare.flow_stride, name, config.seed

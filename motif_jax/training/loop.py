@@ -226,7 +226,7 @@ def _train(config: Config, directory: Path, dataset: pipeline.Dataset, mesh: Mes
             while True:
                 visited = visited or visit()
                 stopping = stop.check()
-                if step not in (0, kept) and (due(config.checkpoint.every) or stopping):
+                if step != kept and (step or not config.steps) and (due(config.checkpoint.every) or stopping):
                     save()
                     kept = step
                 if stopping or step >= config.steps:

@@ -76,3 +76,10 @@ def test_bad_images(tmp_path):
     (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes().replace(b"\x00\x00\x00\rIHDR", b"\x00\x00\x00\x05IHDR"))
     with pytest.raises(MediaError, match="is no image"):
         read_image(tmp_path / "a.png")
+
+
+def test_an_image_that_is_too_large_is_named(tmp_path, monkeypatch):
+    Image.new("RGB", (30, 30)).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400)
+    with pytest.raises(MediaError, match="too large"):
+        read_image(tmp_path / "a.png")

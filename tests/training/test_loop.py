@@ -269,6 +269,14 @@ def test_fine_tuning_of_random_weights_is_said(config, undisturbed, tmp_path, ca
     assert told == [True, False]
 
 
+def test_no_step_is_a_run_too(config, tmp_path, capsys):
+    """Its checkpoint is of step 0: what sampling and export read, and what more steps continue."""
+    none = changed(config, steps=0, eval={"every": 0})
+    assert loop.train(none, tmp_path) and checkpoint.latest_step(tmp_path) == 0
+    assert loop.train(none, tmp_path) and "nothing to train: 0 of 0 steps are done" in capsys.readouterr().out
+    assert loop.train(changed(none, steps=1), tmp_path) and "continuing at step 0 of 1" in capsys.readouterr().out
+
+
 def test_a_finished_run_needs_no_data_and_more_steps_take_its_mark(config, undisturbed, tmp_path, monkeypatch):
     shutil.copytree(undisturbed, run := tmp_path / "run")
     assert loop.train(changed(config, data={"path": str(tmp_path / "gone")}), run)
@@ -281,9 +289,9 @@ def test_a_sample_sheet_appears_whole(config, undisturbed, tmp_path, monkeypatch
     """The report shows the newest whole one, also where an earlier version left a part of one."""
     shutil.copytree(undisturbed, run := tmp_path / "run")
     (run / "samples" / "5").mkdir()
-    monkeypatch.setattr(samples.pictures, "save_png", lambda *_: 1 / 0)
     clips = np.zeros((1, 2, 8, 8, 3), np.uint8)
-    with pytest.raises(ZeroDivisionError):
+    with monkeypatch.context() as broken, pytest.raises(ZeroDivisionError):
+        broken.setattr(samples.pictures, "save_png", lambda *_: 1 / 0)
         samples.save_comparison(run / "samples" / "6", clips, clips, ["x"], 8.0)
     assert not (run / "samples" / "6").exists()
     assert "after 4 steps" in report.write(run).read_text()
@@ -293,7 +301,6 @@ def test_a_sample_sheet_appears_whole(config, undisturbed, tmp_path, monkeypatch
     for damaged in ({}, {"splits": {"validation": {"model": {}}}}):
         (run / "synthetic.json").write_text(json.dumps(damaged))
         assert "synthetic.json: cannot be read: KeyError" in report.write(run).read_text()
-    monkeypatch.undo()
     for caption in "xy":
         samples.save_comparison(run / "samples" / "6", clips, clips, [caption], 8.0)
     assert sorted(p.name for p in (run / "samples").iterdir()) == ["0", "2", "4", "5", "6"]
