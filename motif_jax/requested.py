@@ -95,8 +95,8 @@ def write_manifest(output: pathlib.Path, requests: Sequence[Request], settings: 
         if differ:
             raise UserError(f"{output} holds videos made otherwise ({'; '.join(differ)}); choose another --output")
     for r in requests:
-        pair = {"id": r.pair.id, "seed": r.seed, "image": str(r.pair.image), "prompt": r.pair.prompt, "scenario": r.pair.scenario}
-        earlier[r.file] = {"file": r.file, **pair}
+        pair = {"id": r.pair.id, "image": str(r.pair.image.absolute()), "prompt": r.pair.prompt, "scenario": r.pair.scenario}
+        earlier[r.file] = {"file": r.file, "seed": r.seed, **pair}
     write_json(path, {"settings": settings, "videos": list(earlier.values())})
 
 
