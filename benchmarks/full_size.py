@@ -75,6 +75,11 @@ def random_weights(shapes: dict) -> dict[str, np.ndarray]:
     return {name: one(7919 * i, s.shape) + np.float32(name.endswith("scale")) for i, (name, s) in enumerate(shapes.items())}
 
 
+def no_tokens(text):
+    """A tokenizer without a vocabulary."""
+    return lambda sentences: np.zeros((len(sentences), text.context_length), np.int32)
+
+
 def seconds_alone(config: Config, weights, batch: dict[str, np.ndarray], steps: int) -> float:
     import jax
     from jax.sharding import NamedSharding, PartitionSpec
@@ -89,11 +94,10 @@ def seconds_alone(config: Config, weights, batch: dict[str, np.ndarray], steps: 
     template, create = loop.make_state(config, networks, mesh, optimizer)
     shardings = jax.tree.map(lambda s: s.sharding, template)
     state = create(place(weights.denoiser, shardings.params))
-    frozen = place(weights.frozen, shard_networks(weights.frozen, mesh))
-    empty = np.zeros(config.text.context_length, np.int32)
     replicated = NamedSharding(mesh, PartitionSpec())
-    frozen["unconditional"] = jax.jit(networks.unconditional, out_shardings=replicated)(frozen, empty)
-    step = jax.jit(make_train_step(networks, optimizer, empty, mesh), donate_argnums=0, out_shardings=(shardings, replicated))
+    placed = place(weights.frozen, shard_networks(weights.frozen, mesh))
+    frozen = networks.with_unconditional(placed, no_tokens(config.text), replicated)
+    step = jax.jit(make_train_step(networks, optimizer, mesh), donate_argnums=0, out_shardings=(shardings, replicated))
     on_devices = global_batch(batch, mesh, config.batch_size)
 
     def run(state, steps: int):
@@ -141,7 +145,7 @@ def main(argv: list[str]) -> None:
         saving = config.checkpoint.every <= config.steps
         if not saving:  # the loop saves its last step whatever `every` is: 23 GB at the paper's size
             loop.checkpoint.Checkpoints.save = lambda *_: None
-        loop.make_tokenizer = lambda text: lambda sentences: np.zeros((len(sentences), text.context_length), np.int32)
+        loop.make_tokenizer = no_tokens
         batches, place_batch = [], loop.global_batch
 
         def kept(batch, *others):

@@ -30,7 +30,7 @@ from motif_jax.data.tokens import make_tokenizer  # noqa: E402
 from motif_jax.models.networks import Networks  # noqa: E402
 from motif_jax.training import state as train_state  # noqa: E402
 from motif_jax.training.optimizer import make_optimizer  # noqa: E402
-from motif_jax.training.step import empty_sentence, make_train_step  # noqa: E402
+from motif_jax.training.step import make_train_step  # noqa: E402
 
 
 def step_seconds(config: Config, batch: pipeline.Batch, tokenizer: pipeline.Tokenizer) -> float:
@@ -38,8 +38,8 @@ def step_seconds(config: Config, batch: pipeline.Batch, tokenizer: pipeline.Toke
     networks, optimizer = Networks.of(config), make_optimizer(config)
     params = networks.denoiser.init(jax.random.key(0))
     state = jax.jit(lambda p: train_state.create(p, optimizer, config.ema.decay > 0))(params)
-    step = jax.jit(make_train_step(networks, optimizer, empty_sentence(config, tokenizer)), donate_argnums=0)
-    frozen, taken = networks.init_frozen(), []
+    step = jax.jit(make_train_step(networks, optimizer), donate_argnums=0)
+    frozen, taken = networks.with_unconditional(networks.init_frozen(), tokenizer), []
     for _ in range(6):
         began = time.perf_counter()
         state, metrics = step(state, frozen, batch)

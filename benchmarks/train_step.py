@@ -106,11 +106,10 @@ class OurStep:
 
     def __init__(self, config: Config, networks: Networks, batch: dict[str, np.ndarray]) -> None:
         self.networks, self.optimizer = networks, make_optimizer(config)
-        self.empty = np.zeros(config.text.context_length, np.int32)
-        step = make_train_step(networks, self.optimizer, self.empty)
+        step = make_train_step(networks, self.optimizer)
         shapes = jax.eval_shape(self._create, networks.denoiser.shapes)
         frozen = {name: network.shapes for name, network in networks.frozen.items()}
-        frozen["unconditional"] = jax.eval_shape(networks.unconditional, frozen, self.empty)
+        frozen["unconditional"] = jax.eval_shape(networks.unconditional, frozen, np.zeros(config.text.context_length, np.int32))
         self.batch = batch
         self.step = jax.jit(step, donate_argnums=0).lower(shapes, frozen, batch).compile()
 
@@ -121,7 +120,7 @@ class OurStep:
         self.state = jax.jit(self._create, donate_argnums=0)(jax.device_put(params))
         # Towers that need a file stand at zero: what they put out is of no consequence here.
         frozen = {name: {k: np.zeros(s.shape, s.dtype) for k, s in n.shapes.items()} for name, n in self.networks.frozen.items()}
-        frozen["unconditional"] = jax.jit(self.networks.unconditional)(frozen, self.empty)
+        frozen = self.networks.with_unconditional(frozen, lambda _: np.zeros((1, self.networks.config.text.context_length)))
         self.frozen, self.batch = jax.device_put((frozen, self.batch))
 
     def __call__(self) -> jax.Array:

@@ -25,7 +25,6 @@ from motif_jax.models.networks import Networks, Params
 from motif_jax.pairs import read_pairs
 from motif_jax.requested import Request, check_images, check_made, make_output, write_manifest, writing
 from motif_jax.training import weights
-from motif_jax.training.step import empty_sentence
 
 SOURCE_FPS = 24.0  # --frame_stride counts frames of a film
 
@@ -47,7 +46,8 @@ class Animator:
         place = None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
         self.params, self.frozen = jax.device_put((self.params, self.frozen), place)  # once, not for every batch
         self._tokenizer = make_tokenizer(self.config.text)
-        self._generate = make_generator(self.networks, empty_sentence(self.config, self._tokenizer), self.mesh)
+        self.frozen = self.networks.with_unconditional(self.frozen, self._tokenizer, place)
+        self._generate = make_generator(self.networks, self.mesh)
 
     @classmethod
     def load(
@@ -93,17 +93,15 @@ class Animator:
         return {**model, "frames": c.data.frames, "height": c.data.height, "width": c.data.width, "fps_condition": self.fps, **sample}
 
     def __call__(self, images: list[UInt8[np.ndarray, "H W 3"]], prompts: list[str], seeds: list[int]) -> UInt8[np.ndarray, "B T H W 3"]:
-        """Clips that start at `images` (any size: covered and centre-cropped) and move as `prompts` say.
-
-        B is a multiple of the mesh's devices.
-        """
+        """Clips that start at `images` (any size: covered and centre-cropped) and move as `prompts` say."""
         height, width = self.config.data.height, self.config.data.width
         batch = np.stack([cover(image, height, width) for image in images])
         fps = np.full(len(images), self.fps, np.float32)
         inputs = (batch, self._tokenizer(prompts), fps, np.asarray(seeds, np.int32))
-        if self.mesh is not None:
-            inputs = jax.device_put(inputs, NamedSharding(self.mesh, BATCH))
-        return np.asarray(self._generate(self.params, self.frozen, *inputs))
+        if self.mesh is not None:  # whose devices take as many each: the last clip makes the batch full
+            full = np.arange(-(-len(images) // self.mesh.size) * self.mesh.size).clip(max=len(images) - 1)
+            inputs = jax.device_put(tuple(x[full] for x in inputs), NamedSharding(self.mesh, BATCH))
+        return np.asarray(self._generate(self.params, self.frozen, *inputs))[: len(images)]
 
     def round_trip(self, clips: UInt8[np.ndarray, "N T H W 3"]) -> UInt8[np.ndarray, "N T H W 3"]:
         """Clips through the autoencoder and back, one at a time: no sample can look better."""

@@ -180,10 +180,9 @@ def lower_step(config: Config, mesh: Mesh) -> tuple[jax.stages.Lowered, int]:
     frozen = jax.tree.map(
         lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), towers, shard_networks(towers, mesh)
     )
-    empty_L = np.zeros(config.text.context_length, np.int32)
-    nothing = jax.eval_shape(networks.unconditional, towers, empty_L)
+    nothing = jax.eval_shape(networks.unconditional, towers, np.zeros(config.text.context_length, np.int32))
     frozen["unconditional"] = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=replicated), nothing)
-    step = make_train_step(networks, optimizer, empty_L, mesh)
+    step = make_train_step(networks, optimizer, mesh)
     shardings = jax.tree.map(lambda s: s.sharding, template)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated))
     with target_platform(mesh.devices.flat[0].platform):

@@ -4,7 +4,6 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, UInt8
 
@@ -16,10 +15,11 @@ from motif_jax.models.placement import use_mesh
 from motif_jax.training.step import diffusion_schedule
 
 
-def make_generator(networks: Networks, empty_L: np.ndarray, mesh: Mesh | None = None) -> Callable[..., Array]:
+def make_generator(networks: Networks, mesh: Mesh | None = None) -> Callable[..., Array]:
     """A jitted function from images and tokens to clips, with `config.sample`'s steps and guidance.
 
     generate(params, frozen, images [B,H,W,3] uint8, tokens [B,L], fps [B], seeds [B]) -> [B,T,H,W,3] uint8.
+    frozen: parameters by network, and "unconditional" (`Networks.with_unconditional`).
     A clip depends on its own seed only, not on its neighbours in the batch. `mesh` says over which devices activations are laid out.
     """
     config: Config = networks.config
@@ -41,10 +41,10 @@ def make_generator(networks: Networks, empty_L: np.ndarray, mesh: Mesh | None = 
         clips, frames = len(images_BHW3), config.data.frames
         image_BThwK = image_condition(z_BhwC, frames, config.condition.image)
         text_BLD = networks.embed(frozen["text"], tokens_BL)
-        null_BLD = jnp.repeat(networks.embed(frozen["text"], jnp.asarray(empty_L)[None]), clips, axis=0)
+        null_BLD = jnp.repeat(frozen["unconditional"]["text"], clips, axis=0)
         if config.image_tokens:  # the pass without text has the tokens of a grey image (DynamiCrafter); x-cat stays in both
             image = networks.image_tokens(params, networks.embed_image(frozen["image"], images_BHW3))
-            grey = networks.image_tokens(params, networks.embed_image(frozen["image"], None))
+            grey = networks.image_tokens(params, frozen["unconditional"]["image"])
             text_BLD = jnp.concatenate([text_BLD, image], axis=1)
             null_BLD = jnp.concatenate([null_BLD, jnp.repeat(grey, clips, axis=0)], axis=1)
 

@@ -8,7 +8,6 @@ import pytest
 from motif_jax.data.tokens import make_tokenizer
 from motif_jax.generation import make_generator
 from motif_jax.models.networks import Networks
-from motif_jax.training.step import empty_sentence
 
 FROZEN = {"autoencoder": {}, "text": {}}
 SEEDS = np.array([3, 2**31 - 1], np.int32)
@@ -25,10 +24,10 @@ def make(tiny, monkeypatch):
         networks, tokenizer = Networks.of(config), make_tokenizer(config.text)
         images = np.random.default_rng(0).integers(100, 150, (2, 16, 24, 3), np.uint8)
         tokens, fps = tokenizer(["the red circle moves left", "a blue square"]), np.array([8, 24], np.float32)
-        empty = empty_sentence(config, tokenizer)
+        frozen = networks.with_unconditional(FROZEN, tokenizer)
         params = networks.denoiser.init(jax.random.key(0))
-        clips = make_generator(networks, empty)(params, FROZEN, images, tokens, fps, seeds)
-        sentences = [np.asarray(networks.embed({}, x), np.float64).sum((1, 2)) for x in (tokens, np.stack([empty, empty]))]
+        clips = make_generator(networks)(params, frozen, images, tokens, fps, seeds)
+        sentences = [np.asarray(networks.embed({}, x), np.float64).sum((1, 2)) for x in (tokens, tokenizer(["", ""]))]
         return networks, np.asarray(clips).astype(int), images, sentences
 
     return of

@@ -17,7 +17,7 @@ from motif_jax.models.networks import Networks
 from motif_jax.training import state as train_state
 from motif_jax.training.evaluation import validate
 from motif_jax.training.optimizer import make_optimizer
-from motif_jax.training.step import empty_sentence, make_eval_step, make_train_step
+from motif_jax.training.step import make_eval_step, make_train_step
 from motif_jax.training.weights import initial_weights
 
 STEPS, BATCH, BUCKETS = 200, 16, 3
@@ -49,16 +49,17 @@ def ratios(tiny):
         eval={"buckets": BUCKETS},
     )
     train, validation = list(batches(config, "train", 50)), list(batches(config, "validation", 4))
-    empty, mesh, optimizer = empty_sentence(config, make_tokenizer(config.text)), make_mesh(config.mesh), make_optimizer(config)
+    mesh, optimizer = make_mesh(config.mesh), make_optimizer(config)
     weights = initial_weights(config, Networks.of(config))
+    frozen = Networks.of(config).with_unconditional(weights.frozen, make_tokenizer(config.text))
     found = {}
     for arm in ("none", "flow", "inverse"):
         networks = Networks.of(dataclasses.replace(config, loss=dataclasses.replace(config.loss, heatmap=arm)))
         state = train_state.create(weights.denoiser, optimizer, with_ema=False)
-        step, evaluate = jax.jit(make_train_step(networks, optimizer, empty)), jax.jit(make_eval_step(networks, empty))
+        step, evaluate = jax.jit(make_train_step(networks, optimizer)), jax.jit(make_eval_step(networks))
         for i in range(STEPS):
-            state, _ = step(state, weights.frozen, train[i % len(train)])
-        result = validate(evaluate, state.params, weights.frozen, validation, config, mesh)
+            state, _ = step(state, frozen, train[i % len(train)])
+        result = validate(evaluate, state.params, frozen, validation, config, mesh)
         found[arm] = np.array([result[f"eval/ratio_t{b}"] for b in range(BUCKETS)])
     return found
 

@@ -29,7 +29,7 @@ from motif_jax.training import loop
 from motif_jax.training.optimizer import make_optimizer
 from motif_jax.training.samples import SampleSheets
 from motif_jax.training.state import create
-from motif_jax.training.step import empty_sentence, make_train_step
+from motif_jax.training.step import make_train_step
 from motif_jax.training.weights import initial_weights
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -86,7 +86,8 @@ def test_a_run_on_latents_is_the_run_on_frames(kl, stored, tmp_path):
     plain, _ = prepare(kl(), tmp_path / "plain")
     networks = Networks.of(plain)
     frozen = initial_weights(plain, networks, trained=False).frozen
-    step = jax.jit(make_train_step(networks, make_optimizer(plain), empty_sentence(plain, make_tokenizer(plain.text))))
+    step = jax.jit(make_train_step(networks, make_optimizer(plain)))
+    complete = networks.with_unconditional(frozen, make_tokenizer(plain.text))
     found = []
     for config in (plain, stored):
         dataset = pipeline.open_dataset(config.data)
@@ -94,7 +95,7 @@ def test_a_run_on_latents_is_the_run_on_frames(kl, stored, tmp_path):
         batch = first_batch(config, dataset)
         state = create(networks.denoiser.init(jax.random.key(0)), make_optimizer(plain), True)
         for _ in range(2):
-            state, metrics = step(state, frozen, batch)
+            state, metrics = step(state, complete, batch)
         found.append((batch, metrics, state))
     (a, m, s), (b, n, t) = found
     assert a.keys() - b.keys() == {"frames", "tokens"} and b.keys() - a.keys() == {"latent_moments", "text_embedding"}
@@ -217,7 +218,7 @@ def test_sheets_and_previews_show_decoded_latents(kl, tmp_path):
     assert len(list((tmp_path / "data" / "preview").glob("*.png"))) == 1
     config = dataclasses.replace(config, sample=dataclasses.replace(config.sample, every=1, count=2))
     networks, tokenizer = Networks.of(config), make_tokenizer(config.text)
-    frozen = initial_weights(config, networks, trained=False).frozen
+    frozen = networks.with_unconditional(initial_weights(config, networks, trained=False).frozen, tokenizer)
 
     class Writer:
         def write(self, step, scalars):
@@ -227,7 +228,7 @@ def test_sheets_and_previews_show_decoded_latents(kl, tmp_path):
             self.picture = picture
 
     writer = Writer()
-    sheets = SampleSheets(config, networks, tokenizer, empty_sentence(config, tokenizer), tmp_path / "run", writer, make_mesh(config.mesh))
+    sheets = SampleSheets(config, networks, tokenizer, tmp_path / "run", writer, make_mesh(config.mesh))
     sheets.write(1, networks.denoiser.init(jax.random.key(0)), frozen)
     assert (tmp_path / "run/samples/1/00.gif").exists() and np.isfinite(writer.scalars["sample/mean_flow_data"])
 

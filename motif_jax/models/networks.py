@@ -9,7 +9,9 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax.sharding import Sharding
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from motif_jax.config import Config
@@ -127,12 +129,14 @@ class Networks:
         return self.image.bind(params)(x_BHW3)
 
     def unconditional(self, frozen: dict[str, Params], empty_L: Int[Array, " L"]) -> Params:
-        """What a dropped condition is replaced by: {"text": embedding of the empty sentence, "image": tokens of no image}, one clip each.
-
-        It never changes: computed once, as `frozen["unconditional"]`, it spares every train step a pass through the towers.
-        """
+        """What replaces a dropped condition: {"text": embedding of the empty sentence, "image": tokens of no image}, one clip each."""
         found = {"text": self.embed(frozen["text"], empty_L[None])}
         return found | ({"image": self.embed_image(frozen["image"], None)} if self.image else {})
+
+    def with_unconditional(self, frozen: dict[str, Params], tokenizer: Callable, sharding: Sharding | None = None) -> dict[str, Params]:
+        """`frozen` with its `unconditional`, which never changes: every step and video takes it from there."""
+        empty_L = np.asarray(tokenizer([""])[0], np.int32)
+        return {**frozen, "unconditional": jax.jit(self.unconditional, out_shardings=sharding)(frozen, empty_L)}
 
     def image_tokens(self, params: Params, image_BSE: Float[Array, "B S E"]) -> Float[Array, "B J D"]:
         """What follows the text in the U-Net's context: 16 tokens for each frame, made by the trained resampler."""

@@ -10,6 +10,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Iterator
 
 import jax
 import optax
@@ -35,7 +36,7 @@ from motif_jax.training.mirror import METRICS, Mirror
 from motif_jax.training.optimizer import make_optimizer
 from motif_jax.training.progress import Progress
 from motif_jax.training.samples import SampleSheets
-from motif_jax.training.step import empty_sentence, make_eval_step, make_train_step
+from motif_jax.training.step import make_eval_step, make_train_step
 from motif_jax.training.weights import initial_weights
 
 
@@ -113,162 +114,175 @@ def train(config: Config, directory: str | Path) -> bool:
         startup.agree({"the data": dataset.fingerprint})
         with workdir.lock(directory) if jax.process_index() == 0 else contextlib.nullcontext():
             restored = find_start(config, directory)
-            return finished(config, directory, restored) or _train(config, directory, dataset, mesh, restored)
+            return finished(config, directory, restored) or _Run(config, directory, dataset, mesh, restored).train()
 
 
-def _train(config: Config, directory: Path, dataset: pipeline.Dataset, mesh: Mesh, restored: int | None) -> bool:
-    first_process = jax.process_index() == 0
+def say(text: str) -> None:
+    """Prints a line, once however many processes there are."""
+    if jax.process_index() == 0:
+        print(text, flush=True)
 
-    def say(text: str) -> None:
-        if first_process:
-            print(text, flush=True)
 
-    tokenizer = make_tokenizer(config.text)
-    empty_L = empty_sentence(config, tokenizer)
-    networks = Networks.of(config)
-    optimizer = make_optimizer(config)
-    template, create = make_state(config, networks, mesh, optimizer)
-    replicated = NamedSharding(mesh, PartitionSpec())
-    shardings = jax.tree.map(lambda s: s.sharding, template)
-    train_step = jax.jit(make_train_step(networks, optimizer, empty_L, mesh), donate_argnums=0, out_shardings=(shardings, replicated))
-    eval_step = jax.jit(make_eval_step(networks, empty_L, mesh), out_shardings=replicated)
+class _Run:
+    """This process's part of a run, from the new or `restored` state to the last step."""
 
-    position = {"global_batch": config.batch_size, "seed": config.seed, "dataset": dataset.fingerprint}
-    weights = initial_weights(config, networks, trained=restored is None)
-    check_towers(config, dataset.manifest, weights.frozen)
-    pretrained = {name: checksum(weights.frozen[name]) for name in networks.pretrained}
-    drawn_or_read = {"denoiser": checksum(weights.denoiser)} if restored is None and jax.process_count() > 1 else {}
-    startup.agree({"the weights to start from": startup.digest(json.dumps(pretrained | drawn_or_read))})
-    meta = {"version": motif_jax.__version__, "settings": workdir.settings(config), "pretrained": pretrained}
-    checkpoints = checkpoint.Checkpoints(directory, config.checkpoint)
-    if restored is None:
-        params = place(finetune.add_updates(config, weights.denoiser, jax.random.key(config.seed)), shardings.params)
-        state, step, visited = create(params), 0, False
-        sizes = [sum(math.prod(s.shape) for s in tree.values()) for tree in (template.params, finetune.trained(config, template.params))]
-        share = f"{sizes[0]:,} parameters"
-        if config.finetune != "all":
-            rest = "" if config.init_from else ", the others as they were drawn (no init_from)"
-            share += f", {sizes[1]:,} of them trained ({config.finetune}){rest}"
-        say(f"starting: {share}, {len(dataset):,} clips, {directory}")
-    else:
-        state, saved, meta_saved = checkpoints.restore(restored, template)
-        source = checkpoints.directory / str(restored)
-        for text in workdir.compare(meta_saved.get("settings", {}), meta["settings"], directory):
-            say(text)
-        workdir.check_position(saved, {"step": restored, **position}, source)
-        workdir.check_pretrained(meta_saved.get("pretrained", {}), pretrained, source)
-        step, visited = restored, meta_saved["visited"]
-        say(f"continuing at step {step} of {config.steps}, {directory}")
-    if first_process:
-        workdir.begin(config, directory)
+    def __init__(self, config: Config, directory: Path, dataset: pipeline.Dataset, mesh: Mesh, restored: int | None) -> None:
+        self.config, self.directory, self.dataset, self.mesh, self.restored = config, directory, dataset, mesh, restored
+        self.tokenizer, self.networks, optimizer = make_tokenizer(config.text), Networks.of(config), make_optimizer(config)
+        template, create = make_state(config, self.networks, mesh, optimizer)
+        shardings = jax.tree.map(lambda s: s.sharding, template)
+        replicated = NamedSharding(mesh, PartitionSpec())
+        step = make_train_step(self.networks, optimizer, mesh)
+        self.train_step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated))
+        self.eval_step = jax.jit(make_eval_step(self.networks, mesh), out_shardings=replicated)
+
+        weights = initial_weights(config, self.networks, trained=restored is None)
+        check_towers(config, dataset.manifest, weights.frozen)
+        pretrained = {name: checksum(weights.frozen[name]) for name in self.networks.pretrained}
+        drawn_or_read = {"denoiser": checksum(weights.denoiser)} if restored is None and jax.process_count() > 1 else {}
+        startup.agree({"the weights to start from": startup.digest(json.dumps(pretrained | drawn_or_read))})
+        self.position = {"global_batch": config.batch_size, "seed": config.seed, "dataset": dataset.fingerprint}
+        self.meta = {"version": motif_jax.__version__, "settings": workdir.settings(config), "pretrained": pretrained}
+        self.checkpoints = checkpoint.Checkpoints(directory, config.checkpoint)
         if restored is None:
-            workdir.write_overview(directory, state.params)
-    checkpoints.prepare(state)
-    shape = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
-    say(f"{jax.device_count()} x {jax.devices()[0].device_kind} ({shape}) in {jax.process_count()} processes; compiling")
-    frozen = place(weights.frozen, shard_networks(weights.frozen, mesh))
-    frozen["unconditional"] = jax.jit(networks.unconditional, out_shardings=replicated)(frozen, empty_L)
-    weights = params = None  # the denoiser's lives on in the state
+            self.state = create(place(finetune.add_updates(config, weights.denoiser, jax.random.key(config.seed)), shardings.params))
+            self.step, self.visited = 0, False  # visited: evaluated and sampled at this step
+            say(f"starting: {_sizes(config, template.params)}, {len(dataset):,} clips, {directory}")
+        else:
+            self._restore(template)
+            say(f"continuing at step {self.step} of {config.steps}, {directory}")
+        self.saved = restored  # the newest step that is
+        if jax.process_index() == 0:
+            workdir.begin(config, directory)
+            if restored is None:
+                workdir.write_overview(directory, self.state.params)
+        self.checkpoints.prepare(self.state)
+        shape = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+        say(f"{jax.device_count()} x {jax.devices()[0].device_kind} ({shape}) in {jax.process_count()} processes; compiling")
+        frozen = place(weights.frozen, shard_networks(weights.frozen, mesh))
+        self.frozen = self.networks.with_unconditional(frozen, self.tokenizer, replicated)
 
-    rows = batch_rows(mesh, config.batch_size)
-    mirror = Mirror(directory)
-    if first_process:
-        mirror.fetch(METRICS)
-    writer = MetricWriter(mirror.local, -1 if restored is None else step, visited) if first_process else None  # -1: nothing was done before
-    progress = Progress(writer, config, training_flops(config, networks), restored)
-    validation = (
-        pipeline.validation_batches(config.data, config.batch_size, config.eval.batches, tokenizer, rows, config.image_tokens)
-        if config.eval.every
-        else ()
-    )
-    if config.eval.every and not validation:
-        say(f"no validation: {config.data.path} holds no clip out (docs/data.md), sample sheets show training clips")
-    sheets = SampleSheets(config, networks, tokenizer, empty_L, mirror.local, writer, mesh)
-    batches = pipeline.make_iterator(dataset, config.batch_size, config.seed, step, tokenizer, rows, config.image_tokens)
-    stop = StopSignal()
+    def _restore(self, template: train_state.TrainState) -> None:
+        """Takes the state of the checkpoint; raises UserError when it is one of other data or weights."""
+        self.state, saved, meta = self.checkpoints.restore(self.restored, template)
+        source = self.checkpoints.directory / str(self.restored)
+        for text in workdir.compare(meta.get("settings", {}), self.meta["settings"], self.directory):
+            say(text)
+        workdir.check_position(saved, {"step": self.restored, **self.position}, source)
+        workdir.check_pretrained(meta.get("pretrained", {}), self.meta["pretrained"], source)
+        self.step, self.visited = self.restored, meta["visited"]
 
-    def due(every: int) -> bool:
-        return every > 0 and (step == config.steps or step % every == 0)
+    def train(self) -> bool:
+        """Steps until the last, or until a signal: then False. Evaluates, samples, saves and logs what is due on the way."""
+        config, first_process = self.config, jax.process_index() == 0
+        inputs = self.tokenizer, batch_rows(self.mesh, config.batch_size), config.image_tokens
+        self.mirror = Mirror(self.directory)
+        if first_process:
+            self.mirror.fetch(METRICS)
+        begin = -1 if self.restored is None else self.step  # -1: nothing was done before
+        self.writer = MetricWriter(self.mirror.local, begin, self.visited) if first_process else None
+        self.progress = Progress(self.writer, config, training_flops(config, self.networks), self.restored)
+        self.validation = ()
+        if config.eval.every:
+            self.validation = pipeline.validation_batches(config.data, config.batch_size, config.eval.batches, *inputs)
+            if not self.validation:
+                say(f"no validation: {config.data.path} holds no clip out (docs/data.md), sample sheets show training clips")
+        self.sheets = SampleSheets(config, self.networks, self.tokenizer, self.mirror.local, self.writer, self.mesh)
+        batches = pipeline.make_iterator(self.dataset, config.batch_size, config.seed, self.step, *inputs)
+        self.stop = StopSignal()
+        with self.stop:
+            try:
+                self._train(batches)
+                self.checkpoints.wait()
+            finally:
+                batches.close()
+                if jax.process_count() == 1 or sys.exc_info()[0] is None:  # else a save would wait for those who fail, too
+                    self.checkpoints.close()
+                if self.writer:
+                    self.writer.close()
+                self.mirror.close()
+        complete = self.step >= config.steps and self.visited
+        if not complete:
+            say(f"stopped by a signal at step {self.step}; " + ("it is saved, " if self.step else "") + "the same command continues")
+        elif first_process:
+            workdir.finish(self.directory, self.step)
+        return complete
 
-    def visit() -> bool:
-        """Evaluates and samples what is due at this step; False when it was interrupted."""
-        work = due(config.eval.every) and validation, due(config.sample.every)
-        if not any(work):
-            return True
-        progress.flush(step)
-        try:
-            if work[0]:
-                scalars = validate(eval_step, state.best, frozen, stop.guard(validation), config, mesh)
-                progress.check(step, scalars)
-                say(f"step {step}/{config.steps}  " + "  ".join(f"{k} {v:.4f}" for k, v in scalars.items() if not k[-1].isdigit()))
-            for _ in stop.guard(range(bool(work[1]))):
-                sheets.write(step, state.best, frozen)
-            if work[0] and writer:  # not before: what is cut short is evaluated again
-                writer.write(step, scalars)
-        except Interrupted:
-            return False
-        progress.restart()
-        return True
-
-    def save() -> None:
-        progress.flush(step)
-        began = time.perf_counter()
-        checkpoints.save(step, state, {"step": step, **position}, meta | {"visited": visited}, before=mirror.copy_first)
-        progress.last = step
-        if writer:
-            writer.write(step, {"save_seconds": time.perf_counter() - began})
-        progress.restart()
-
-    with stop:
-        before, tracing = None, False
-        kept = restored  # the newest step that is saved
-        try:
+    def _train(self, batches: Iterator[pipeline.Batch]) -> None:
+        config, before = self.config, None
+        with contextlib.ExitStack() as trace:
             while True:
-                visited = visited or visit()
-                stopping = stop.check()
-                if step != kept and (step or not config.steps) and (due(config.checkpoint.every) or stopping):
-                    save()
-                    kept = step
-                if stopping or step >= config.steps:
-                    progress.flush(step)
+                self.visited = self.visited or self._visit()
+                stopping = self.stop.check()
+                if self.step != self.saved and (self.step or not config.steps) and (self._due(config.checkpoint.every) or stopping):
+                    self._save()
+                if stopping or self.step >= config.steps:
+                    self.progress.flush(self.step)
                     break
-                if step == config.profile.start and step > 0:
-                    jax.profiler.start_trace(mirror.local)
-                    tracing = True
+                if self.step == config.profile.start and self.step > 0:
+                    jax.profiler.start_trace(self.mirror.local)
+                    trace.callback(jax.profiler.stop_trace)
                 began = time.perf_counter()
                 batch = next(batches)
                 wait = time.perf_counter() - began
                 # A step on CPU that has to wait for its batch would run in another thread (startup.keep_memory).
-                arrays = jax.block_until_ready(global_batch(batch, mesh, config.batch_size))
-                state, metrics = train_step(state, frozen, arrays)
-                step, visited = step + 1, False
-                progress.add(step, metrics, wait)
+                arrays = jax.block_until_ready(global_batch(batch, self.mesh, config.batch_size))
+                self.state, metrics = self.train_step(self.state, self.frozen, arrays)
+                self.step, self.visited = self.step + 1, False
+                self.progress.add(self.step, metrics, wait)
                 if before is None:
                     jax.block_until_ready(metrics)
-                    progress.compiled()
+                    self.progress.compiled()
                 jax.block_until_ready(before)  # the host runs one step ahead, no more
                 before = metrics
-                if tracing and step == config.profile.start + config.profile.steps:
+                if self.step == config.profile.start + config.profile.steps:
                     jax.block_until_ready(metrics)
-                    jax.profiler.stop_trace()
-                    tracing = False
-                if (step - 1) % config.log_every == 0:  # while the device works on this step
-                    progress.flush(step - 1)
-                    checkpoints.check()
-                    mirror.copy_sometimes()
-            checkpoints.wait()
-        finally:
-            if tracing:
-                jax.profiler.stop_trace()
-            batches.close()
-            if jax.process_count() == 1 or sys.exc_info()[0] is None:  # else a save would wait for those who fail, too
-                checkpoints.close()
-            if writer:
-                writer.close()
-            mirror.close()
-    complete = step >= config.steps and visited
-    if not complete:
-        say(f"stopped by a signal at step {step}; " + ("it is saved, " if step else "") + "the same command continues")
-    elif first_process:
-        workdir.finish(directory, step)
-    return complete
+                    trace.close()
+                if (self.step - 1) % config.log_every == 0:  # while the device works on this step
+                    self.progress.flush(self.step - 1)
+                    self.checkpoints.check()
+                    self.mirror.copy_sometimes()
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and (self.step == self.config.steps or self.step % every == 0)
+
+    def _visit(self) -> bool:
+        """Evaluates and samples what is due at this step; False when it was interrupted."""
+        evaluate, sample = self._due(self.config.eval.every) and self.validation, self._due(self.config.sample.every)
+        if not (evaluate or sample):
+            return True
+        self.progress.flush(self.step)
+        try:
+            if evaluate:
+                scalars = validate(self.eval_step, self.state.best, self.frozen, self.stop.guard(self.validation), self.config, self.mesh)
+                self.progress.check(self.step, scalars)
+                shown = "  ".join(f"{name} {value:.4f}" for name, value in scalars.items() if not name[-1].isdigit())
+                say(f"step {self.step}/{self.config.steps}  {shown}")
+            for _ in self.stop.guard(range(bool(sample))):
+                self.sheets.write(self.step, self.state.best, self.frozen)
+            if evaluate and self.writer:  # not before: what is cut short is evaluated again
+                self.writer.write(self.step, scalars)
+        except Interrupted:
+            return False
+        self.progress.restart()
+        return True
+
+    def _save(self) -> None:
+        self.progress.flush(self.step)
+        began = time.perf_counter()
+        data = {"step": self.step, **self.position}
+        self.checkpoints.save(self.step, self.state, data, self.meta | {"visited": self.visited}, before=self.mirror.copy_first)
+        self.saved = self.progress.last = self.step
+        if self.writer:
+            self.writer.write(self.step, {"save_seconds": time.perf_counter() - began})
+        self.progress.restart()
+
+
+def _sizes(config: Config, params: Params) -> str:
+    """How many parameters there are and are trained, for people."""
+    sizes = [sum(math.prod(s.shape) for s in tree.values()) for tree in (params, finetune.trained(config, params))]
+    text = f"{sizes[0]:,} parameters"
+    if config.finetune != "all":
+        rest = "" if config.init_from else ", the others as they were drawn (no init_from)"
+        text += f", {sizes[1]:,} of them trained ({config.finetune}){rest}"
+    return text

@@ -54,7 +54,6 @@ class SampleSheets:
         config: Config,
         networks: Networks,
         tokenizer: Callable,
-        empty_L: np.ndarray,
         workdir: pathlib.Path,
         writer: MetricWriter | None,
         mesh: Mesh,
@@ -62,7 +61,7 @@ class SampleSheets:
         self._config, self._workdir, self._writer, self._mesh = config, workdir, writer, mesh
         self._examples = pipeline.examples(config.data, config.sample.count) if config.sample.every else []
         if self._examples:
-            self._generate = make_generator(networks, empty_L, mesh)
+            self._generate = make_generator(networks, mesh)
             self._tokens = tokenizer([e.caption for e in self._examples])
             self._decode = jax.jit(lambda frozen, moments: networks.decode(frozen["autoencoder"], networks.latents(moments, None)))
             self._truth: np.ndarray | None = None

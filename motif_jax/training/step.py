@@ -8,7 +8,6 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray
@@ -44,18 +43,12 @@ def diffusion_schedule(config: Config) -> Schedule:
     return make_schedule(d.num_timesteps, d.beta_start, d.beta_end, d.zero_terminal_snr, d.base_scale)
 
 
-def empty_sentence(config: Config, tokenizer: Callable[[list[str]], np.ndarray]) -> np.ndarray:
-    """int32 [L]: the tokens of "", which stand for no text."""
-    return np.asarray(tokenizer([""])[0], np.int32)
-
-
 def predict(
     networks: Networks,
     schedule: Schedule,
     params: Params,
     frozen: dict[str, Params],
     batch: Batch,
-    empty_L: Int[Array, " L"],
     key: PRNGKeyArray,
     t_B: Int[Array, " B"] | None = None,
     train: bool = True,
@@ -63,7 +56,7 @@ def predict(
     """Noise a batch and denoise it: (prediction, target, z_0, t), the first two in the space of the loss.
 
     `t_B=None` draws timesteps uniformly. With `train=False` no condition is dropped or noised and no dropout acts. frozen: parameters by
-    network, and "unconditional", where that is known already (`Networks.unconditional`).
+    network, and "unconditional" (`Networks.with_unconditional`).
     """
     config = networks.config
     d = config.diffusion
@@ -79,17 +72,16 @@ def predict(
 
     context_BLD = batch["text_embedding"] if "text_embedding" in batch else networks.embed(frozen["text"], batch["tokens"])
     context_BLD = context_BLD.astype(jnp.float32)
-    nothing = frozen["unconditional"] if "unconditional" in frozen else networks.unconditional(frozen, empty_L)
     # One draw for text and image tokens, as in DynamiCrafter: a share p of each is dropped, p / 2 of both together.
     p = config.condition.text_drop if train else 0.0
     draw_B11 = jax.random.uniform(stream(Stream.CONDITION_DROP), (clips, 1, 1))
     if p > 0:
-        context_BLD = jnp.where(draw_B11 < p, nothing["text"], context_BLD)
+        context_BLD = jnp.where(draw_B11 < p, frozen["unconditional"]["text"], context_BLD)
     if config.image_tokens:
         image_BHW3 = batch["image"] if "image" in batch else batch["frames"][:, 0]
         image_BSE = networks.embed_image(frozen["image"], image_BHW3)
         if p > 0:
-            image_BSE = jnp.where((draw_B11 - p / 2) % 1.0 < p, nothing["image"], image_BSE)
+            image_BSE = jnp.where((draw_B11 - p / 2) % 1.0 < p, frozen["unconditional"]["image"], image_BSE)
         context_BLD = jnp.concatenate([context_BLD, networks.image_tokens(params, image_BSE)], axis=1)
 
     if t_B is None:
@@ -130,7 +122,7 @@ def motion_heatmap(config: Config, batch: Batch, z_BThwC: Array, kind: str) -> F
 
 
 def make_train_step(
-    networks: Networks, optimizer: optax.GradientTransformation, empty_L: np.ndarray, mesh: Mesh | None = None
+    networks: Networks, optimizer: optax.GradientTransformation, mesh: Mesh | None = None
 ) -> Callable[[TrainState, dict[str, Params], Batch], tuple[TrainState, dict[str, Array]]]:
     """(state, frozen parameters, batch) -> (next state, metrics); `mesh` says over which devices activations are laid out."""
     config = networks.config
@@ -139,7 +131,7 @@ def make_train_step(
 
     def loss_fn(trained: Params, params: Params, frozen: dict[str, Params], batch: Batch, key: PRNGKeyArray):
         params = {**params, **trained}
-        prediction, target, z, _ = predict(networks, schedule, params, frozen, batch, jnp.asarray(empty_L), key)
+        prediction, target, z, _ = predict(networks, schedule, params, frozen, batch, key)
         m = motion_heatmap(config, batch, z, config.loss.heatmap)
         loss, parts = losses.motif_loss(prediction, target, m, config.loss.motion_weight)
         return loss, {**parts, "heatmap_mean": jnp.mean(m)}
@@ -178,7 +170,7 @@ def make_train_step(
     return train_step
 
 
-def make_eval_step(networks: Networks, empty_L: np.ndarray, mesh: Mesh | None = None) -> Callable[..., losses.RegionLosses]:
+def make_eval_step(networks: Networks, mesh: Mesh | None = None) -> Callable[..., losses.RegionLosses]:
     """(params, frozen, batch, t_B, key) -> per-clip losses: total, in the moving region, and the region's size.
 
     Moving means m > 0.5 by optical flow, whatever the run's own heatmap (paper figure 6).
@@ -188,7 +180,7 @@ def make_eval_step(networks: Networks, empty_L: np.ndarray, mesh: Mesh | None = 
 
     def eval_step(params: Params, frozen: dict[str, Params], batch: Batch, t_B: Array, key: PRNGKeyArray) -> losses.RegionLosses:
         with use_mesh(mesh):
-            prediction, target, z, _ = predict(networks, schedule, params, frozen, batch, jnp.asarray(empty_L), key, t_B, train=False)
+            prediction, target, z, _ = predict(networks, schedule, params, frozen, batch, key, t_B, train=False)
         return losses.region_losses(prediction, target, motion_heatmap(config, batch, z, "flow"), 0.5)
 
     return eval_step

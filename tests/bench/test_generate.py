@@ -100,9 +100,9 @@ def test_jobs_share_the_list(animator, made, pairs, tmp_path):
     assert contents(tmp_path) == contents(made)
 
 
-def frames_of(animator, pairs, batch):
+def frames_of(animator, pairs, batch, count=4):
     """[4, T, H, W, 3] of two seeds of two pairs, made `batch` at a time."""
-    jobs = [(p, s) for p in pairs[1:] for s in (0, 7)]
+    jobs = [(p, s) for p in pairs[1:] for s in (0, 7)][:count]
     out = []
     for start in range(0, len(jobs), batch):
         part = jobs[start : start + batch]
@@ -119,7 +119,7 @@ def test_the_batch_size_changes_rounding_only(animator, pairs):
 
 @pytest.mark.slow
 def test_devices_change_rounding_only(animator, pairs, tiny, tmp_path):
-    """The same batch of four over two devices, in a process that has two."""
+    """A batch of three over two devices, in a process that has two: as the first of four on one."""
     (tmp_path / "config.json").write_text(to_json(tiny()))
     code = (
         "import sys, jax, numpy as np\n"
@@ -133,14 +133,14 @@ def test_devices_change_rounding_only(animator, pairs, tiny, tmp_path):
         "seen = []\n"
         "inner = animator._generate\n"
         "animator._generate = lambda *a: seen.append((out := inner(*a)).sharding.num_devices) or out\n"
-        "np.save(sys.argv[3], t.frames_of(animator, read_pairs(sys.argv[2]), 4))\n"
+        "np.save(sys.argv[3], t.frames_of(animator, read_pairs(sys.argv[2]), 3, 3))\n"
         "assert seen == [2], seen\n"
     )
     arguments = [tmp_path / "config.json", pairs[0].image.parent, tmp_path / "frames.npy"]
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert np.abs(np.load(tmp_path / "frames.npy") - frames_of(animator, pairs, 4)).max() <= ROUNDING
+    assert np.abs(np.load(tmp_path / "frames.npy") - frames_of(animator, pairs, 4)[:3]).max() <= ROUNDING
 
 
 def test_manifest(pairs, tmp_path):

@@ -39,13 +39,13 @@ class Run:
 
         self.state = create(place(random(finetune.shapes(self.config, networks)), self.shardings.params))
         frozen = {name: random(network.shapes) for name, network in networks.frozen.items()}
-        self.frozen = place(frozen, shard_networks(frozen, self.mesh))
-        empty = np.zeros(self.config.text.context_length, np.int32)
         replicated = NamedSharding(self.mesh, PartitionSpec())
-        step = make_train_step(networks, optimizer, empty, self.mesh)
+        placed = place(frozen, shard_networks(frozen, self.mesh))
+        self.frozen = networks.with_unconditional(placed, lambda _: np.zeros((1, self.config.text.context_length)), replicated)
+        step = make_train_step(networks, optimizer, self.mesh)
         self.train_step = jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, replicated))
-        self.eval_step = jax.jit(make_eval_step(networks, empty, self.mesh), out_shardings=replicated)
-        self.generate = make_generator(networks, empty, self.mesh)
+        self.eval_step = jax.jit(make_eval_step(networks, self.mesh), out_shardings=replicated)
+        self.generate = make_generator(networks, self.mesh)
 
     def batch(self, seed):
         rng, d, n = np.random.default_rng(seed), self.config.data, self.config.batch_size
@@ -103,7 +103,7 @@ def with_towers(config):
         "clips": float(np.mean(np.abs(split.sample() - clips))),
         "contrast": float(np.mean(np.abs(clips - np.roll(clips, 1, axis=0)))),
         "loss": abs(split.step(0)["loss"] / one.step(0)["loss"] - 1),
-        "local": {name: local_share(params) for name, params in split.frozen.items()},
+        "local": {name: local_share(params) for name, params in split.frozen.items() if name != "unconditional"},
     }
     split.evaluate(), split.sample(), split.step(1)
     return result | {"compilations": [f._cache_size() for f in (split.train_step, split.eval_step, split.generate)]}

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.extend import core
 
+from motif_jax.data.tokens import make_tokenizer
 from motif_jax.generation import make_generator
 from motif_jax.models import lora
 from motif_jax.models.networks import Networks
@@ -45,6 +46,10 @@ def test_cast_parameters_are_the_same_network(tiny):
     assert np.abs(expected).max() > 0.1
 
 
+def frozen_of(networks):
+    return networks.with_unconditional(networks.init_frozen(), make_tokenizer(networks.config.text))
+
+
 def test_pixels_come_back(tiny):
     """All 256 levels, through the latents of a pixel autoencoder; black is -1 and white 1."""
     networks = Networks.of(tiny(autoencoder={"scale_factor": 3.0}))
@@ -58,9 +63,9 @@ def test_samples_of_pixels_end_without_noise(tiny):
     """A new network, whose last layer is zero, estimates grey clips; DDIM as VideoCrafter ends it would leave 3.7 grey levels of noise."""
     config = tiny(diffusion={"prediction": "x0"})
     networks = Networks.of(config)
-    generate = make_generator(networks, np.zeros(8, np.int32))
+    generate = make_generator(networks)
     inputs = np.zeros((2, 16, 16, 3), np.uint8), np.zeros((2, 8), np.int32), np.full(2, 8, np.float32), np.arange(2)
-    clips = np.asarray(generate(networks.denoiser.init(jax.random.key(0)), networks.init_frozen(), *inputs))
+    clips = np.asarray(generate(networks.denoiser.init(jax.random.key(0)), frozen_of(networks), *inputs))
     assert set(np.unique(clips)) <= {127, 128}
 
 
@@ -86,7 +91,7 @@ def test_the_sampling_loop_casts_no_kernel(tiny):
         jax.ShapeDtypeStruct((3,), jnp.float32),
         jax.ShapeDtypeStruct((3,), jnp.int32),
     )
-    trace = jax.make_jaxpr(make_generator(networks, np.zeros(8, np.int32)))(params, networks.init_frozen(), *inputs)
+    trace = jax.make_jaxpr(make_generator(networks))(params, frozen_of(networks), *inputs)
     found = set(casts(trace.jaxpr))
     assert found  # activations
     assert not found & {s.shape for k, s in networks.denoiser.shapes.items() if k.endswith("kernel")}

@@ -11,7 +11,7 @@ from motif_jax.generation import make_generator
 from motif_jax.models.networks import Networks
 from motif_jax.training import state as train_state
 from motif_jax.training.optimizer import make_optimizer
-from motif_jax.training.step import diffusion_schedule, empty_sentence, make_train_step, predict
+from motif_jax.training.step import diffusion_schedule, make_train_step, predict
 from motif_jax.training.weights import initial_weights
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -40,7 +40,7 @@ def nonzero(params):
 
 @pytest.fixture(scope="module")
 def make(tiny):
-    """A function from the kind of image condition and other settings to (config, networks, parameters, frozen ones, "")."""
+    """A function from the kind of image condition and other settings to (config, networks, parameters, frozen ones)."""
 
     def of(kind, **overrides):
         image, channels = {"cx-attn": ("none", 48), "both": ("repeat", 96)}[kind]
@@ -50,17 +50,18 @@ def make(tiny):
         config = tiny(condition={"image": image, "text_drop": drop}, unet=unet, **sizes, **overrides)
         networks = Networks.of(config)
         start = initial_weights(config, networks)
-        return config, networks, nonzero(start.denoiser), start.frozen, empty_sentence(config, make_tokenizer(config.text))
+        frozen = networks.with_unconditional(start.frozen, make_tokenizer(config.text))
+        return config, networks, nonzero(start.denoiser), frozen
 
     return of
 
 
 def test_the_first_frame_alone_does(make):
     """Beside latents (here beside the frames, from which the latents are made all the same) the image tower sees `image`."""
-    config, networks, params, frozen, empty_L = make("cx-attn")
+    config, networks, params, frozen = make("cx-attn")
     batch = make_batch(config)
     schedule, key = diffusion_schedule(config), jax.random.key(0)
-    run = jax.jit(lambda batch: predict(networks, schedule, params, frozen, batch, empty_L, key)[0])
+    run = jax.jit(lambda batch: predict(networks, schedule, params, frozen, batch, key)[0])
     alone, other = ({**batch, "image": batch["frames"][:, t]} for t in (0, 1))
     np.testing.assert_array_equal(run(alone), run(batch))
     assert np.abs(run(other) - run(batch)).max() > 1e-3
@@ -69,14 +70,14 @@ def test_the_first_frame_alone_does(make):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["cx-attn", "both"])
 def test_train_and_sample(kind, make):
-    config, networks, params, frozen, empty = make(kind, text_drop=0.1)
+    config, networks, params, frozen = make(kind, text_drop=0.1)
     optimizer, batch = make_optimizer(config), make_batch(config)
     state = train_state.create(params, optimizer, True)
-    after, metrics = jax.jit(make_train_step(networks, optimizer, empty))(state, frozen, batch)
+    after, metrics = jax.jit(make_train_step(networks, optimizer))(state, frozen, batch)
     assert np.isfinite(metrics["loss"])
     moved = {name for name in params if not np.array_equal(after.params[name], params[name])}
     assert {name for name in params if "_ip." in name or name.startswith("image_proj_model.")} <= moved  # trained with the U-Net
-    generate = make_generator(networks, empty)
+    generate = make_generator(networks)
     seeds = np.zeros(4, np.int32)
     images, tokens = batch["frames"][:, 0], np.tile(batch["tokens"][:1], (4, 1))
     clips = np.asarray(generate(params, frozen, images, tokens, batch["fps"], seeds))
@@ -87,27 +88,15 @@ def test_train_and_sample(kind, make):
 
 
 def outputs(setup, batch, key):
-    _, networks, params, frozen, empty = setup
+    _, networks, params, frozen = setup
     schedule = diffusion_schedule(networks.config)
-    return jax.jit(lambda batch: predict(networks, schedule, params, frozen, batch, jnp.asarray(empty), key)[0])(batch)
-
-
-def test_what_stands_for_no_condition_may_be_known(make):
-    """The loop computes it once: the step's program is then without the pass through both towers for it, and its result the same."""
-    setup = make("cx-attn", text_drop=0.4)
-    _, networks, _, frozen, empty = setup
-    known = frozen | {"unconditional": jax.jit(networks.unconditional)(frozen, empty)}
-    batch, key = make_batch(networks.config), jax.random.key(2)
-    found = outputs((*setup[:3], known, empty), batch, key)
-    np.testing.assert_allclose(found, outputs(setup, batch, key), rtol=1e-5, atol=1e-5)
-    nothing = frozen | {"unconditional": jax.tree.map(jnp.zeros_like, known["unconditional"])}
-    assert np.abs(found - outputs((*setup[:3], nothing, empty), batch, key)).max() > 1e-3  # it is what is used
+    return jax.jit(lambda batch: predict(networks, schedule, params, frozen, batch, key)[0])(batch)
 
 
 def test_the_image_counts_through_attention_alone(make):
     """Another first frame, the same latents: x-cat is off, so that only the tower can see the difference."""
     setup = make("cx-attn")
-    config, networks, params, frozen, _ = setup
+    config, networks, params, frozen = setup
     batch = make_batch(config)
     other = batch | {"frames": np.concatenate([255 - batch["frames"][:, :1], batch["frames"][:, 1:]], 1)}
 
@@ -122,7 +111,7 @@ def test_the_image_counts_through_attention_alone(make):
 
 
 def test_the_tower_sees_pixels_between_minus_one_and_one(make):
-    _, networks, _, frozen, _ = make("cx-attn")
+    _, networks, _, frozen = make("cx-attn")
     tower = networks.image.bind(frozen["image"])
     images = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), np.uint8)
     np.testing.assert_allclose(networks.embed_image(frozen["image"], images), tower(images / 127.5 - 1), atol=1e-5)
@@ -137,11 +126,11 @@ def test_conditions_are_dropped_as_in_dynamicrafter(make):
     assert without_text.any() and without_image.any() and not without_text.all() and not without_image.all(), draw
     setup = make("cx-attn", text_drop=p, unet={"temporal_dropout": 0.0})
     never = make("cx-attn", unet={"temporal_dropout": 0.0})
-    config, empty = setup[0], setup[-1]
+    config = setup[0]
     batch = make_batch(config)
     dropped = outputs(setup, batch, key)
     # The same by hand: dropped sentences replaced, and a tower that shows the first frame, or grey where the image is dropped.
-    tokens = np.where(without_text[:, None], empty, batch["tokens"])
+    tokens = np.where(without_text[:, None], make_tokenizer(config.text)([""]), batch["tokens"])
     embed = Networks.embed_image
 
     def by_hand(self, params, images):
@@ -155,7 +144,7 @@ def test_conditions_are_dropped_as_in_dynamicrafter(make):
 
 def test_shared_tokens_and_learnable_scale(make):
     """16 tokens for all frames, as the reference's resampler has by default, weighed by tanh(alpha) + 1 per block (DynamiCrafter-256)."""
-    config, networks, params, frozen, _ = make("both", unet={"image_cross_attention_scale_learnable": True}, resampler={"frames": 1})
+    config, networks, params, frozen = make("both", unet={"image_cross_attention_scale_learnable": True}, resampler={"frames": 1})
     alphas = [name for name in params if name.endswith("attn2.alpha")]
     assert len(alphas) == 4 and params["image_proj_model.latents"].shape == (1, 16, 16)
     batch = make_batch(config)

@@ -11,11 +11,10 @@ from motif_jax.data.tokens import make_tokenizer
 from motif_jax.models.networks import Networks, image_condition
 from motif_jax.training import state as train_state
 from motif_jax.training.optimizer import make_optimizer
-from motif_jax.training.step import Stream, diffusion_schedule, empty_sentence, make_eval_step, make_train_step, motion_heatmap, predict
+from motif_jax.training.step import Stream, diffusion_schedule, make_eval_step, make_train_step, motion_heatmap, predict
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
-FROZEN = {"autoencoder": {}, "text": {}}  # pixel latents and word vectors have no parameters
 CAPTIONS = ["the red circle moves left", "the blue square moves up", "the green circle stays still", "the red square moves down"]
 
 
@@ -33,6 +32,11 @@ def make_batch(config, captions=CAPTIONS, seed=0):
     }
 
 
+def frozen_of(networks):
+    """Pixel latents and word vectors have no parameters."""
+    return networks.with_unconditional({"autoencoder": {}, "text": {}}, make_tokenizer(networks.config.text))
+
+
 def random_params(networks, seed=0):
     """No weight is zero: freshly made networks put out exact zeros, through which no gradient passes."""
     rng = np.random.default_rng(seed)
@@ -43,8 +47,7 @@ def random_params(networks, seed=0):
 def setup(tiny):
     config = tiny()
     networks = Networks.of(config)
-    empty = empty_sentence(config, make_tokenizer(config.text))
-    return config, networks, random_params(networks), empty
+    return config, networks, random_params(networks), frozen_of(networks)
 
 
 @pytest.mark.parametrize("what", ["image", "text", "fps"])
@@ -90,14 +93,14 @@ def test_image_condition_first_marks_the_frame():
 
 
 def test_dropped_text_is_the_empty_sentence(setup):
-    config, _, params, empty = setup
+    config, _, params, frozen = setup
     schedule = diffusion_schedule(config)
     always = dataclasses.replace(config, condition=dataclasses.replace(config.condition, text_drop=1.0))
     batch, key = make_batch(config), jax.random.key(3)
-    none_left = predict(Networks.of(always), schedule, params, FROZEN, batch, jnp.asarray(empty), key)
-    without = {**batch, "tokens": np.tile(empty, (len(CAPTIONS), 1))}
+    none_left = predict(Networks.of(always), schedule, params, frozen, batch, key)
+    without = {**batch, "tokens": make_tokenizer(config.text)([""] * len(CAPTIONS))}
     never = dataclasses.replace(config, condition=dataclasses.replace(config.condition, text_drop=0.0))
-    expected = predict(Networks.of(never), schedule, params, FROZEN, without, jnp.asarray(empty), key)
+    expected = predict(Networks.of(never), schedule, params, frozen, without, key)
     np.testing.assert_array_equal(none_left[0], expected[0])
 
 
@@ -122,7 +125,8 @@ def one_weight(monkeypatch):
     monkeypatch.setattr(Networks, "denoise", denoise)
 
     def of(config):
-        return Networks.of(config), empty_sentence(config, make_tokenizer(config.text)), calls
+        networks = Networks.of(config)
+        return networks, frozen_of(networks), calls
 
     return of
 
@@ -168,9 +172,9 @@ def by_hand(config, batch, key, t=None):
 def test_what_the_network_is_given(tiny, one_weight, train, image_noise):
     """Streams 0 to 2 draw latents, noise and timesteps, 4 dropout, 5 noise on the first frame; evaluation drops and noises nothing."""
     config, batch = oblong(tiny, condition={"text_drop": 0.0 if train else 1.0, "image_noise": image_noise})
-    networks, empty, calls = one_weight(config)
+    networks, frozen, calls = one_weight(config)
     key, given = jax.random.key(9), None if train else np.array([0, 3, 500, 999])
-    predict(networks, diffusion_schedule(config), {"w": 0.5}, FROZEN, batch, jnp.asarray(empty), key, given, train)
+    predict(networks, diffusion_schedule(config), {"w": 0.5}, frozen, batch, key, given, train)
     z, t, _, x_t, _ = by_hand(config, batch, key, given)
     ((x, times, context, fps, image, dropout),) = calls
     np.testing.assert_allclose(x, x_t, atol=1e-5)
@@ -185,10 +189,10 @@ def test_what_the_network_is_given(tiny, one_weight, train, image_noise):
 def test_a_step_by_hand(tiny, one_weight):
     """The paper's loss, its gradient, the averages and what is logged, at step 3 of seed 5, for a network of one weight."""
     config, batch = oblong(tiny, condition={"text_drop": 0.0})
-    networks, empty, _ = one_weight(config)
+    networks, frozen, _ = one_weight(config)
     optimizer, w = make_optimizer(config), {"w": jnp.float32(0.5)}
     state = dataclasses.replace(train_state.create(w, optimizer, True), step=jnp.int32(3), ema={"w": jnp.float32(2.0)})
-    after, metrics = make_train_step(networks, optimizer, empty)(state, FROZEN, batch)
+    after, metrics = make_train_step(networks, optimizer)(state, frozen, batch)
     _, _, _, x_t, v = by_hand(config, batch, jax.random.fold_in(jax.random.key(5), 3))
     speed = np.linalg.norm(batch["flow"].astype(np.float64) / [24, 16], axis=-1)
     speed[:, 3] = speed[:, 2]
@@ -212,12 +216,12 @@ def test_a_step_by_hand(tiny, one_weight):
 
 def test_the_average_warms_up(tiny, one_weight):
     config, batch = oblong(tiny, ema={"decay": 0.9})
-    networks, empty, _ = one_weight(config)
+    networks, frozen, _ = one_weight(config)
     optimizer = make_optimizer(config)
     state = dataclasses.replace(
         train_state.create({"w": jnp.float32(0.5)}, optimizer, True), step=jnp.int32(3), ema={"w": jnp.float32(2.0)}
     )
-    after, _ = make_train_step(networks, optimizer, empty)(state, FROZEN, batch)
+    after, _ = make_train_step(networks, optimizer)(state, frozen, batch)
     assert float(after.ema["w"]) == pytest.approx(2 + 9 / 13 * (float(after.params["w"]) - 2), rel=1e-6)
 
 
@@ -225,9 +229,9 @@ def test_the_average_warms_up(tiny, one_weight):
 def test_the_loss_space_holds_in_evaluation_and_motion_is_that_of_flow(tiny, one_weight, space):
     """Per clip, with timesteps at which no divisor is clamped; the run's own heatmap, the inverse, has no say in what moves."""
     config, batch = oblong(tiny, diffusion={"base_scale": 0.7, "beta_end": 0.02, "zero_terminal_snr": False, "loss_space": space})
-    networks, empty, _ = one_weight(config)
+    networks, frozen, _ = one_weight(config)
     key, t = jax.random.key(9), np.array([100, 200, 300, 400])
-    found = make_eval_step(networks, empty)({"w": jnp.float32(0.5)}, FROZEN, batch, t, key)
+    found = make_eval_step(networks)({"w": jnp.float32(0.5)}, frozen, batch, t, key)
     _, _, _, x_t, v = by_hand(config, batch, key, t)
     ab = np.cumprod(1 - np.linspace(8.5e-4**0.5, 0.02**0.5, 1000) ** 2)[t][:, None, None, None]
     error = np.mean((v - 0.5 * x_t) ** 2, -1) * (ab if space == "eps" else 1 - ab)
@@ -245,15 +249,14 @@ def test_types_stay_float32(tiny, dtype):
     """Parameters, average, moments, noise, target and loss are float32 whatever the activations are."""
     config = tiny(dtype=dtype)
     networks = Networks.of(config)
-    empty = empty_sentence(config, make_tokenizer(config.text))
-    optimizer = make_optimizer(config)
+    optimizer, frozen = make_optimizer(config), frozen_of(networks)
     state = jax.eval_shape(lambda p: train_state.create(p, optimizer, True), networks.denoiser.shapes)
-    after, metrics = jax.eval_shape(make_train_step(networks, optimizer, empty), state, FROZEN, make_batch(config))
+    after, metrics = jax.eval_shape(make_train_step(networks, optimizer), state, frozen, make_batch(config))
     kinds = {str(x.dtype) for x in jax.tree.leaves((after, metrics))}
     assert kinds == {"float32", "int32"}
     assert jax.tree.structure(after) == jax.tree.structure(state)
     out = jax.eval_shape(
-        lambda p: predict(networks, diffusion_schedule(config), p, FROZEN, make_batch(config), empty, jax.random.key(0)),
+        lambda p: predict(networks, diffusion_schedule(config), p, frozen, make_batch(config), jax.random.key(0)),
         networks.denoiser.shapes,
     )
     assert {str(x.dtype) for x in out[:3]} == {"float32"}
@@ -263,11 +266,10 @@ def test_accumulated_gradient_is_the_mean_of_the_micro_batches(tiny):
     """AdamW's first moment after one step is (1 - b1) times the gradient: compare it with gradients taken one micro-batch at a time."""
     config = tiny(grad_accumulation=2, condition={"text_drop": 0.0}, unet={"temporal_dropout": 0.0})
     networks = Networks.of(config)
-    empty = empty_sentence(config, make_tokenizer(config.text))
-    optimizer = make_optimizer(config)
+    optimizer, frozen = make_optimizer(config), frozen_of(networks)
     params, batch = random_params(networks), make_batch(config)
     state = train_state.create(params, optimizer, False)
-    after, _ = jax.jit(make_train_step(networks, optimizer, empty))(state, FROZEN, batch)
+    after, _ = jax.jit(make_train_step(networks, optimizer))(state, frozen, batch)
     moment = next(s.mu for s in jax.tree.leaves(after.opt_state, is_leaf=lambda s: hasattr(s, "mu")) if hasattr(s, "mu"))
 
     from motif_jax import losses
@@ -275,9 +277,7 @@ def test_accumulated_gradient_is_the_mean_of_the_micro_batches(tiny):
     key = jax.random.fold_in(jax.random.key(config.seed), 0)
 
     def loss(params, part, index):
-        prediction, target, z, _ = predict(
-            networks, diffusion_schedule(config), params, FROZEN, part, jnp.asarray(empty), jax.random.fold_in(key, index)
-        )
+        prediction, target, z, _ = predict(networks, diffusion_schedule(config), params, frozen, part, jax.random.fold_in(key, index))
         return losses.motif_loss(prediction, target, motion_heatmap(config, part, z, "flow"), 1.0)[0]
 
     gradient = jax.jit(jax.grad(loss))
@@ -289,12 +289,12 @@ def test_accumulated_gradient_is_the_mean_of_the_micro_batches(tiny):
 
 
 def test_step_compiles_once(setup):
-    config, networks, params, empty = setup
+    config, networks, params, frozen = setup
     optimizer = make_optimizer(config)
-    step = jax.jit(make_train_step(networks, optimizer, empty), donate_argnums=0)
+    step = jax.jit(make_train_step(networks, optimizer), donate_argnums=0)
     state = jax.jit(lambda p: train_state.create(p, optimizer, True))(params)
     for seed in range(3):
-        state, _ = step(state, FROZEN, make_batch(config, seed=seed))
+        state, _ = step(state, frozen, make_batch(config, seed=seed))
     assert step._cache_size() == 1
     assert int(state.step) == 3
 
@@ -304,10 +304,10 @@ def test_motion_weight_zero_and_heatmap_none_agree(tiny, one_weight):
 
     def first_loss(**loss):
         config, batch = oblong(tiny, loss=loss)
-        networks, empty, _ = one_weight(config)
+        networks, frozen, _ = one_weight(config)
         optimizer = make_optimizer(config)
         state = train_state.create({"w": jnp.float32(0.5)}, optimizer, False)
-        return float(make_train_step(networks, optimizer, empty)(state, FROZEN, batch)[1]["loss"])
+        return float(make_train_step(networks, optimizer)(state, frozen, batch)[1]["loss"])
 
     plain = first_loss(heatmap="none")
     assert first_loss(motion_weight=0.0) == pytest.approx(plain, rel=1e-6)
@@ -315,9 +315,9 @@ def test_motion_weight_zero_and_heatmap_none_agree(tiny, one_weight):
 
 
 def test_evaluation_is_repeatable_and_sees_the_moving_region(setup):
-    config, networks, params, empty = setup
-    step = jax.jit(make_eval_step(networks, empty))
-    args = (params, FROZEN, make_batch(config), jnp.array([100, 300, 500, 900]), jax.random.key(7))
+    config, networks, params, frozen = setup
+    step = jax.jit(make_eval_step(networks))
+    args = (params, frozen, make_batch(config), jnp.array([100, 300, 500, 900]), jax.random.key(7))
     a, b = step(*args), step(*args)
     np.testing.assert_array_equal(a.overall, b.overall)
     np.testing.assert_array_equal(a.moving_cells, 4.0)  # one cell in each of the four frames
