@@ -35,6 +35,7 @@ from motif_jax.training.weights import initial_weights
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 KL = {"kind": "kl", "factor": 4, "z_channels": 4, "ch": 32, "ch_mult": [1, 1, 1], "num_res_blocks": 1, "scale_factor": 0.2}
+DIT = {"width": 16, "depth": 1, "num_head_channels": 8}
 SOURCE = "synthetic:shapes:12"
 
 
@@ -59,9 +60,9 @@ def kl(tiny, tmp_path_factory):
     """The tiny configuration with an imported KL autoencoder, latents 4x4x4."""
 
     def make(seed=3, **stored):
-        shape = tiny(autoencoder=KL, unet={"in_channels": 8, "out_channels": 4})
+        shape = tiny(autoencoder=KL, backbone="dit", dit=DIT)
         folder = save_import(shape, tmp_path_factory.mktemp("import") / "weights", seed)
-        return tiny(autoencoder=KL, unet={"in_channels": 8, "out_channels": 4}, init_from=folder, prepare=stored)
+        return tiny(autoencoder=KL, backbone="dit", dit=DIT, init_from=folder, prepare=stored)
 
     return make
 
@@ -117,7 +118,7 @@ def test_image_cross_attention_has_the_first_frame_beside_latents(kl, stored, tm
     assert "frames" not in batch and "latent_moments" in batch
     np.testing.assert_array_equal(batch["image"], frames[:, 0])
     latents, _ = prepare(kl(latents=True), tmp_path / "latents")
-    seeing = dataclasses.replace(latents, unet=dataclasses.replace(latents.unet, image_cross_attention=True))
+    seeing = dataclasses.replace(latents, backbone="unet3d", unet=dataclasses.replace(latents.unet, image_cross_attention=True))
     with pytest.raises(UserError, match=r"looks at the first frame, and this dataset has none: prepare one with prepare\.frames=True"):
         check_towers(seeing, pipeline.open_dataset(latents.data).manifest, {})
 
@@ -236,7 +237,8 @@ def test_sheets_and_previews_show_decoded_latents(kl, tmp_path):
 @pytest.mark.slow
 def test_a_whole_run_on_latents(tiny, tmp_path):
     """Trains, validates, samples and reports without a frame in the dataset; an autoencoder of other blocks is refused."""
-    config = tiny(prepare={"latents": True, "text_embeddings": True, "validation_share": 0.4}, sample={"every": 2}, steps=2)
+    stored = {"latents": True, "text_embeddings": True, "validation_share": 0.4}
+    config = tiny(backbone="dit", dit=DIT, prepare=stored, sample={"every": 2}, steps=2)
     config, _ = prepare(config, tmp_path / "data")
     loop.train(config, tmp_path / "run")
     metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
