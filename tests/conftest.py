@@ -20,8 +20,12 @@ def pytest_configure(config):
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m is looked at
 def pytest_collection_modifyitems(items):
-    """Modules with slow tests first: a process that starts one of them last would leave the others waiting."""
+    """Marks the tests that use `shared`. Modules with slow tests first: a process that starts one last would leave the others waiting."""
+    for item in items:
+        if "shared" in item.fixturenames:
+            item.add_marker("shared")
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
 

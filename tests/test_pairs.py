@@ -170,7 +170,6 @@ def test_file_names(tmp_path):
         find_videos(tmp_path / "none", pairs)
 
 
-@pytest.mark.shared
 def test_the_real_list_and_the_names_of_the_project_page(shared):
     pairs = read_pairs(shared / "ti2v_bench")
     assert len(pairs) == 320 and len({p.image for p in pairs}) == 88 and len({p.scenario for p in pairs}) == 22

@@ -29,7 +29,6 @@ def run(*arguments, expect=0):
     return done.stdout + (done.stderr if expect else "")
 
 
-@pytest.mark.shared
 @pytest.mark.slow
 def test_real_clips(shared, tmp_path):
     data, workdir = tmp_path / "data", tmp_path / "run"

@@ -16,7 +16,6 @@ from motif_jax.config import UserError
 TESTDATA = pathlib.Path(__file__).parents[1] / "testdata"
 
 
-@pytest.mark.shared
 def test_raft_is_the_networks_flow(shared):
     """Against the flow of the authors' code. That took 12 iterations, this takes 20: they agree where the motion is found."""
     flow, described = make_flow("raft_small", str(shared / "raft/raft_small_things.safetensors"))

@@ -315,7 +315,6 @@ def likeness(a, b):
     return structural_similarity(*grey, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=255)
 
 
-@pytest.mark.shared
 def test_real_videos_against_numpy_and_scikit_image(shared):
     """Every flow-free number of one clip of each model."""
     root = shared / "ti2v_bench"
@@ -348,7 +347,6 @@ def test_real_videos_against_numpy_and_scikit_image(shared):
             assert row[name] == pytest.approx(number, abs=1e-3), (model, name)
 
 
-@pytest.mark.shared
 @pytest.mark.slow
 def test_the_known_orders_of_real_models(shared, tmp_path):
     """Every third published group; all 26 give the same orders (docs/evaluate.md)."""

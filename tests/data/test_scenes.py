@@ -84,7 +84,6 @@ def test_a_video_of_cuts_is_left_out(tmp_path):
     assert isinstance(outcome, Skipped) and outcome.kind == "scene cut" and "each of 8" in outcome.reason
 
 
-@pytest.mark.shared
 def test_real_clips_put_together(shared):
     """Eight frames of one clip, then eight of another: 72 ordered pairs, the middle frame is the cut. Alone, a clip has none."""
     clips = {}

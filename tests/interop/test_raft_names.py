@@ -62,7 +62,6 @@ def test_names_of_the_same_tensor(original, torchvision):
     assert interop.names("large", "original")[original] == interop.names("large", "torchvision")[torchvision]
 
 
-@pytest.mark.shared
 @pytest.mark.parametrize(
     ("variant", "file", "prefix"), [("small", "raft_small_things", "module."), ("large", "raft_large_RANDOM_fp16", "")]
 )

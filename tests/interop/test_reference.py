@@ -107,7 +107,6 @@ RUNS = {
 }
 
 
-@pytest.mark.shared
 @pytest.mark.slow
 @pytest.mark.parametrize("run", RUNS)
 def test_sampling_runs_of_the_reference(run, networks, golden):
@@ -143,7 +142,6 @@ def test_sampling_runs_of_the_reference(run, networks, golden):
         assert difference(frames, last(stored["eps_vc_scale/decoded_b0_f01"][0], 0)) <= 1e-4
 
 
-@pytest.mark.shared
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", ["train_v", "train_eps"])
 def test_training_outputs_of_the_reference(objective, networks, golden):
@@ -153,7 +151,6 @@ def test_training_outputs_of_the_reference(objective, networks, golden):
     assert difference(output, last(stored[f"{objective}/model_out"])) <= 1e-5
 
 
-@pytest.mark.shared
 @pytest.mark.slow
 def test_settings_of_both_checkpoints(networks, golden):
     """The schedule that `load_reference` gives is that of the runs above, the text that of its tower."""
@@ -167,7 +164,6 @@ def test_settings_of_both_checkpoints(networks, golden):
         assert difference(loaded.text(jnp.asarray(prompts["tokens"])), prompts["penultimate_ln"]) <= 1e-5
 
 
-@pytest.mark.shared
 def test_the_published_kind_of_file(golden, checkpoints, tmp_path):
     """A PyTorch checkpoint with schedule buffers, as the reference saves it, holds the same weights."""
     pytest.importorskip("torch")

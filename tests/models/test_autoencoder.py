@@ -44,7 +44,6 @@ def test_attention_of_small_inputs(reference, golden, difference):
     assert difference(first(out), golden["autoencoder/attn_small_out"]) < TOLERANCE
 
 
-@pytest.mark.shared
 @pytest.mark.slow
 def test_every_stored_output(reference, shared, difference):
     graph, params = reference

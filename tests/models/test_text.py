@@ -26,7 +26,6 @@ def test_penultimate_output_is_the_reference_s(reference, golden, difference):
     assert difference(block(golden["text/small_in"]), golden["text/small_out"]) < TOLERANCE  # causal: a prefix is enough
 
 
-@pytest.mark.shared
 @pytest.mark.slow
 def test_every_stored_output(reference, shared, difference):
     graph, params = reference

@@ -10,7 +10,7 @@ from motif_jax.interop.tables import unet as interop
 from motif_jax.models.layers import apply, sinusoids
 from motif_jax.models.unet3d import UNet3D
 
-pytestmark = [pytest.mark.shared, pytest.mark.slow, pytest.mark.usefixtures("quick_compile")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compile")]
 TOLERANCE = 1e-5
 
 

@@ -193,7 +193,6 @@ def test_any_number_of_devices_gives_the_same_bytes(weights, tmp_path):
     np.testing.assert_array_equal(np.load(tmp_path / "flow.npy"), [estimator.flow(c) for c in clips])
 
 
-@pytest.mark.shared
 def test_real_weights_on_real_frames(shared):
     """The stored cells, upsampled by numpy, are the flow of the authors' code."""
     estimator = make_flow_estimator("raft_small", shared / "raft/raft_small_things.safetensors")
@@ -203,7 +202,6 @@ def test_real_weights_on_real_frames(shared):
     assert error.mean() <= 1e-4 and error.max() <= 1e-3, f"mean {error.mean():.2e}, max {error.max():.2e} px"
 
 
-@pytest.mark.shared
 def test_small_clips_are_enlarged_for_the_network(shared):
     """Two real frames at 64 x 64 give the flow of the same frames at 512 x 512, which the network sees without help."""
     weights = shared / "raft/raft_small_things.safetensors"
@@ -224,7 +222,6 @@ def test_small_clips_are_enlarged_for_the_network(shared):
     assert error(enlarged) < 0.5 < 1 < error(plain), (error(enlarged), error(plain))
 
 
-@pytest.mark.shared
 @pytest.mark.parametrize("network", ["small", "largeRANDOM"])
 def test_the_mean_is_the_pooling_nearest_to_full_resolution(shared, network):
     """Of what could stand for a cell of 8 x 8 pixels: the heatmap of its flow against the mean of the heatmap of its pixels."""

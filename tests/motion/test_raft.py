@@ -47,7 +47,6 @@ FAST = {*(("small", pair, 12) for pair in PAIRS), ("small", "sintel_0016", 32), 
 CASES = [(variant, pair, n) for variant in SHARED_WEIGHTS for pair in PAIRS for n in GATES]
 
 
-@pytest.mark.shared
 @pytest.mark.parametrize(
     ("variant", "pair", "iterations"), [pytest.param(*case, marks=[] if case in FAST else pytest.mark.slow) for case in CASES]
 )
@@ -60,7 +59,6 @@ def test_equals_the_authors_code_on_real_frames(shared, variant, pair, iteration
     assert error.mean() <= mean and error.max() <= largest, f"mean {error.mean():.2e}, max {error.max():.2e} px"
 
 
-@pytest.mark.shared
 @pytest.mark.parametrize("variant", ["small", pytest.param("large", marks=pytest.mark.slow)])
 def test_equals_the_authors_code_in_torchvisions_layout(shared, tmp_path, variant):
     """The same weights, written under torchvision's names and read again."""
@@ -87,7 +85,6 @@ def test_equals_torchvision_on_formula_weights(variant):
     np.testing.assert_allclose(flow[:: make_raft.STRIDE, :: make_raft.STRIDE], expected, atol=1e-3)
 
 
-@pytest.mark.shared
 def test_float32_on_tensor_cores_equals_the_authors_code(shared, tensor_cores):
     model = load_raft(shared / "raft" / f"{SHARED_WEIGHTS['small']}.safetensors", "small")
     frames = [np.asarray(Image.open(shared / "raft/pairs" / f"dog_{i}.png"))[None] for i in (1, 2)]

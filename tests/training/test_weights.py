@@ -286,7 +286,6 @@ def golden_import(shared, tmp_path_factory):
     return directory / "in"
 
 
-@pytest.mark.shared
 @pytest.mark.slow
 @pytest.mark.parametrize("image", ["repeat", "first"])
 def test_step_0_equals_the_text_to_video_model(shared, golden_import, image):
