@@ -144,7 +144,7 @@ def main(argv: list[str]) -> None:
         loop.check_towers = lambda *_: None
         saving = config.checkpoint.every <= config.steps
         if not saving:  # the loop saves its last step whatever `every` is: 23 GB at the paper's size
-            loop.checkpoint.Checkpoints.save = lambda *_: None
+            loop.checkpoint.Checkpoints.save = lambda *_, **__: None
         loop.make_tokenizer = no_tokens
         batches, place_batch = [], loop.global_batch
 

@@ -235,7 +235,7 @@ class CheckpointConfig:
 class ProfileConfig:
     """An XProf trace of some steps, under <workdir>/plugins/profile."""
 
-    start: int = _f(0, "first step of the trace; 0 is off", low=0)
+    start: int = _f(0, "step after which the trace begins; 0 is off", low=0)
     steps: int = _f(3, "length of the trace", low=1)
 
 
