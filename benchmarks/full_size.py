@@ -58,7 +58,7 @@ def make_data(config: Config, directory: pathlib.Path, clips: int) -> None:
     (directory / "manifests").mkdir(parents=True, exist_ok=True)
     plan = shards.plan_shards({"train": range(clips), "validation": ()}, 8)
     for shard in plan:
-        shards.write_shard(directory, shard, "made up", "made up", map(record, shard.items), layout.pixels)
+        shards.write_shard(directory, shard, "made up", "made up", map(record, shard.items))
     shards.finish(directory, plan, "made up", layout, {})
 
 

@@ -134,7 +134,7 @@ def growth(config: Config) -> None:
         resized = changed(config, **values)
         networks = Networks.of(resized)
         with target_platform("tpu"):  # trace what an accelerator runs
-            flops = training_flops(resized, networks) / 1e12
+            flops = training_flops(resized) / 1e12
             kept, executed = backward_costs(resized, networks)
         kept, executed = kept / GIB, executed / 1e12 / flops
         base = base or (flops, kept)
@@ -147,7 +147,7 @@ def meshes(config: Config) -> None:
     """Every slice of MESHES: memory of a chip and communication against arithmetic, by the model in docs/scaling.md."""
     networks = Networks.of(config)
     with target_platform("tpu"):
-        flops = training_flops(dataclasses.replace(config, batch_size=1), Networks.of(dataclasses.replace(config, batch_size=1)))
+        flops = training_flops(dataclasses.replace(config, batch_size=1))
         kept, _ = backward_costs(config, networks)
     count = parameters(networks)
     print(f"{count / 1e9:.2f} B parameters, {flops / 1e12:.1f} TFLOP a clip, {kept / GIB:.2f} GiB kept of a clip\n")
@@ -224,7 +224,7 @@ def compiled() -> None:
     for name, values in sizes.items():
         config = changed(base, **values)
         step, matmuls = compile_small(config, 1)
-        model = training_flops(config, Networks.of(config))
+        model = training_flops(config)
         temporaries = step.memory_analysis().temp_size_in_bytes
         first = first or temporaries
         counted = step.cost_analysis()["flops"]

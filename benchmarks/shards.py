@@ -108,7 +108,7 @@ def write_dataset(count: int, folder: pathlib.Path) -> list[bytes]:
     (folder / "manifests").mkdir(parents=True)
     plan = shards.plan_shards({"train": made, "validation": []}, per_shard=50)
     for shard in plan:
-        shards.write_shard(folder, shard, "plan", "", shard.items, layout.pixels)
+        shards.write_shard(folder, shard, "plan", "", shard.items)
     shards.finish(folder, plan, "plan", layout, {})
     return made
 

@@ -209,7 +209,7 @@ def apart(name: str, config: Config, arguments: argparse.Namespace) -> None:
         os._exit(1)  # XLA cannot be interrupted
     made[0].start(random_params(networks))
     seconds = median_seconds(made[0], arguments.rounds)
-    rate = training_flops(config, networks) / seconds / 1e12
+    rate = training_flops(config) / seconds / 1e12
     say(f"ours: {seconds:.3f} s a step, {rate:.1f} model TFLOP/s, peak of the device {peak_tflops(jax.devices()[0].device_kind)}")
     for way, theirs in found.items():
         budget = "" if arguments.budget is None or way == "eager" else f", budget {arguments.budget:g}"

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, UInt8
+from jaxtyping import UInt8
 
 from motif_jax.config import Config, UserError
 from motif_jax.data.images import MediaError, cover, read_image
@@ -20,7 +20,7 @@ from motif_jax.data.tokens import make_tokenizer
 from motif_jax.data.videos import save_video
 from motif_jax.dist.mesh import BATCH
 from motif_jax.generation import make_generator
-from motif_jax.models.attention import missing_for
+from motif_jax.models.attention import check_kernel, missing_for
 from motif_jax.models.networks import Networks, Params
 from motif_jax.pairs import read_pairs
 from motif_jax.requested import Request, check_images, check_made, make_output, write_manifest, writing
@@ -48,6 +48,7 @@ class Animator:
         self._tokenizer = make_tokenizer(self.config.text)
         self.frozen = self.networks.with_unconditional(self.frozen, self._tokenizer, place)
         self._generate = make_generator(self.networks, self.mesh)
+        self._round_trip = jax.jit(lambda params, clip: self.networks.decode(params, self.networks.encode(params, clip, None)))
 
     @classmethod
     def load(
@@ -70,6 +71,10 @@ class Animator:
             config = weights.read_config(directory)
             if missing_for(config.attention, jax.default_backend()):  # the run was on other devices
                 config = dataclasses.replace(config, attention="auto")
+        check_kernel(config.attention, jax.default_backend())
+        if frame_stride and config.backbone == "unet3d" and not config.unet.fps_cond:
+            print(f"--frame_stride={frame_stride} changes nothing: this model is not told the frame rate (unet.fps_cond=False)", flush=True)
+            frame_stride = None
         if guidance is not None and not math.isfinite(guidance):
             raise UserError(f"--guidance={guidance}: must be a finite number")
         changed = {k: v for k, v in {"steps": steps, "guidance": guidance}.items() if v is not None}
@@ -106,11 +111,7 @@ class Animator:
     def round_trip(self, clips: UInt8[np.ndarray, "N T H W 3"]) -> UInt8[np.ndarray, "N T H W 3"]:
         """Clips through the autoencoder and back, one at a time: no sample can look better."""
 
-        @jax.jit
-        def both(params: Params, clip: UInt8[Array, "1 T H W 3"]) -> UInt8[Array, "1 T H W 3"]:
-            return self.networks.decode(params, self.networks.encode(params, clip, None))
-
-        return np.concatenate([np.asarray(both(self.frozen["autoencoder"], clip[None])) for clip in clips])
+        return np.concatenate([np.asarray(self._round_trip(self.frozen["autoencoder"], clip[None])) for clip in clips])
 
 
 def noise_seed(seed: int, name: str) -> int:
@@ -140,6 +141,7 @@ def generate(
     and a file that cannot be written.
     """
     todo = [r for r in requests if not (output / r.file).exists()]
+    batch_size = max(1, min(batch_size, len(todo)))  # of a batch that is not full the rest is computed, too
     progress(f"{len(requests)} videos, {len(requests) - len(todo)} done before")
     for start in range(0, len(todo), batch_size):
         part = todo[start : start + batch_size]
@@ -181,5 +183,4 @@ def animate_list(load: Callable[[], Animator], requests_file: str, output: str, 
     animator = load()
     with writing(directory):
         write_manifest(directory, requests, {**animator.settings, "seed": seed})
-    size = min(batch_size, len(requests))  # of a batch that is not full the rest is computed, too
-    generate(animator, requests, directory, animator.config.sample.fps, size, functools.partial(print, flush=True))
+    generate(animator, requests, directory, animator.config.sample.fps, batch_size, functools.partial(print, flush=True))

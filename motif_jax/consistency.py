@@ -112,4 +112,12 @@ def contradictions(c: "Config") -> list[str]:
         c.sample.steps <= c.diffusion.num_timesteps,
         f"sample.steps={c.sample.steps}: at most diffusion.num_timesteps={c.diffusion.num_timesteps}",
     )
+    check(
+        c.sample.eta == 0.0 or not c.diffusion.prediction.startswith("flow"),
+        f"sample.eta={c.sample.eta}: flow matching's steps add no noise; set 0.0",
+    )
+    check(
+        unet or not u.image_cross_attention,
+        "unet.image_cross_attention=True: backbone='dit' has none; use backbone='unet3d', or False",
+    )
     return bad

@@ -66,6 +66,8 @@ def prepare(
         raise UserError("--source and --output must not be empty")
     if preview and not isinstance(location(str(output)), pathlib.Path):
         raise UserError(f"--preview draws on a local disk: leave it out, copy {output} to one and prepare there once more (docs/data.md)")
+    if estimator and beam_options is not None:
+        raise ValueError("Beam's workers make the estimator that config.prepare.flow names: give no other")
     began = time.monotonic()
     job = Job(config, source, output, estimator, log)
     shards.sweep(job.directory)
@@ -152,7 +154,7 @@ class Job:
         outcomes = self.source.outcomes(shard.items)
         fingerprint = shards.digest([self.plan_id, files])
         watched = progress.watch(outcomes) if progress else outcomes
-        shards.write_shard(self.directory, shard, self.plan_id, fingerprint, watched, self.source.layout.pixels)
+        shards.write_shard(self.directory, shard, self.plan_id, fingerprint, watched)
         return True
 
     def _stale(self, shard: Shard, files: list[list[Any]]) -> str:

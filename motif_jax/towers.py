@@ -19,7 +19,7 @@ from motif_jax.data.shards import Manifest
 from motif_jax.data.tokens import make_tokenizer
 from motif_jax.dist.replicas import Replicas
 from motif_jax.models.networks import Networks, Params
-from motif_jax.training.weights import initial_weights
+from motif_jax.training.weights import frozen_weights
 
 NAMES = {"autoencoder": "latents", "text": "text embeddings"}  # network -> what a dataset holds of it
 
@@ -65,7 +65,7 @@ class Towers:
         """Raises UserError when `init_from` does not hold the weights, or the vocabulary cannot be read."""
         p, d = config.prepare, config.data
         networks = Networks.of(config)
-        frozen = initial_weights(config, networks, trained=False).frozen
+        frozen = frozen_weights(networks)
         self._wanted = [name for name, asked in (("autoencoder", p.latents), ("text", p.text_embeddings)) if asked]
         self._settings = {"dtype": config.dtype}
         for name in self._wanted:

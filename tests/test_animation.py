@@ -126,3 +126,8 @@ def test_a_manifest_that_cannot_be_written(folder, tiny):
 def test_noise_depends_on_the_seed_and_the_id():
     """The numbers by which clips that were made can be made again: CRC-32 of "seed:id" (as gzip computes it), in 31 bits."""
     assert [noise_seed(0, "a"), noise_seed(0, "b"), noise_seed(1, "a")] == [1144435509, 1564467855, 1173674242]
+
+
+def test_a_kernel_of_other_machines_is_refused(tiny, tmp_path):
+    with pytest.raises(UserError, match="attention='cudnn': runs on gpu and this is cpu; use 'auto'"):
+        Animator.load(tmp_path, tiny(attention="cudnn"))

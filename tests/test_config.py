@@ -35,6 +35,8 @@ def test_every_mistake_is_named_at_once():
         ({"condition": {"image": "first"}}, "unet.in_channels=8: must be 9"),
         ({"diffusion": {"prediction": "eps"}}, "zero_terminal_snr=True: impossible with prediction='eps'"),
         ({"diffusion": {"loss_space": "flow"}}, "diffusion.loss_space='flow'"),
+        ({"diffusion": {"prediction": "flow"}, "sample": {"eta": 0.5}}, "sample.eta=0.5: flow matching's steps add no noise"),
+        ({"backbone": "dit", "unet": {"image_cross_attention": True}}, "unet.image_cross_attention=True: backbone='dit' has none"),
         ({"text": {"width": 512}}, "unet.context_dim=1024: must equal text.width=512"),
         ({"unet": {"norm_groups": 48}}, "unet.norm_groups=48: must divide the level width 320"),
         ({"unet": {"channel_mult": [1, 0]}}, "unet.channel_mult=(1, 0): must name at least one level, each of 1 or more"),

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import pathlib
 import subprocess
 import sys
 
@@ -11,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from array_record.python.array_record_module import ArrayRecordReader
 from flax import nnx
 
 from motif_jax import preparation
@@ -30,7 +28,7 @@ from motif_jax.training.optimizer import make_optimizer
 from motif_jax.training.samples import SampleSheets
 from motif_jax.training.state import create
 from motif_jax.training.step import make_train_step
-from motif_jax.training.weights import initial_weights
+from motif_jax.training.weights import frozen_weights
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -86,7 +84,7 @@ def test_a_run_on_latents_is_the_run_on_frames(kl, stored, tmp_path):
     """The same clips in the same order, the same noise: two updates differ by the rounding to float16 alone."""
     plain, _ = prepare(kl(), tmp_path / "plain")
     networks = Networks.of(plain)
-    frozen = initial_weights(plain, networks, trained=False).frozen
+    frozen = frozen_weights(networks)
     step = jax.jit(make_train_step(networks, make_optimizer(plain)))
     complete = networks.with_unconditional(frozen, make_tokenizer(plain.text))
     found = []
@@ -126,7 +124,7 @@ def test_image_cross_attention_has_the_first_frame_beside_latents(kl, stored, tm
 def test_stored_moments_are_the_autoencoders(stored):
     clip = pipeline.open_dataset(stored.data)[0]
     networks = Networks.of(stored)
-    frozen = initial_weights(stored, networks, trained=False).frozen
+    frozen = frozen_weights(networks)
     expected = networks.encode(frozen["autoencoder"], clip.frames[None], None)[0]
     mean = clip.latent_moments[..., :4].astype(np.float32) * KL["scale_factor"]
     np.testing.assert_allclose(mean, expected, atol=1e-3 * float(jnp.abs(expected).max()))
@@ -153,17 +151,6 @@ def test_frames_are_dropped_unless_asked_for(kl, stored, tmp_path):
     assert "frames" not in first_batch(config, lean) and "tokens" in first_batch(config, lean)
 
 
-def test_latents_are_compressed_and_frames_not_once_more(kl, stored, tmp_path):
-    """One record a chunk in both: ArrayRecord's `group_size`."""
-    config, _ = prepare(kl(latents=True), tmp_path / "latents")
-
-    def how(directory):
-        return ArrayRecordReader(str(next(pathlib.Path(directory).glob("*train*")))).writer_options_string()
-
-    assert {"group_size:1", "zstd:1"} <= set(how(config.data.path).split(","))
-    assert {"group_size:1", "uncompressed"} <= set(how(stored.data.path).split(","))
-
-
 def test_tfds_reads_latents_without_tensorflow(stored, tmp_path):
     ours = pipeline.open_dataset(stored.data)
     np.savez(tmp_path / "ours.npz", moments=np.stack([ours[i].latent_moments for i in range(len(ours))]))
@@ -187,7 +174,7 @@ def test_other_weights_are_another_dataset(kl, stored, tmp_path):
     other = kl(seed=4, latents=True, text_embeddings=True, frames=True)
     with pytest.raises(UserError, match=r"autoencoder\.sha256 was '[0-9a-f]{64}' and is now"):
         preparation.prepare(other, SOURCE, stored.data.path, log=lambda line: None)
-    frozen = initial_weights(other, Networks.of(other), trained=False).frozen
+    frozen = frozen_weights(Networks.of(other))
     with pytest.raises(UserError, match="latents were made by another network"):
         check_towers(other, shards.read_manifest(stored.data.path), frozen)
     with pytest.raises(UserError, match=r"set --config\.init_from"):
@@ -198,7 +185,7 @@ def test_a_sample_can_look_no_better_than_its_latents(stored):
     """The ceiling of `bench synthetic`: frames through the autoencoder are what the latents of the records decode to, up to float16."""
     networks, records = Networks.of(stored), pipeline.open_dataset(stored.data)
     clips = [records[i] for i in range(3)]
-    animator = Animator(stored, networks, {}, initial_weights(stored, networks, trained=False).frozen, 8.0)
+    animator = Animator(stored, networks, {}, frozen_weights(networks), 8.0)
     back = animator.round_trip(np.stack([clip.frames for clip in clips]))
     z = networks.latents(jnp.stack([clip.latent_moments for clip in clips]), None)
     decoded = np.asarray(networks.decode(animator.frozen["autoencoder"], z))
@@ -219,7 +206,7 @@ def test_sheets_and_previews_show_decoded_latents(kl, tmp_path):
     assert len(list((tmp_path / "data" / "preview").glob("*.png"))) == 1
     config = dataclasses.replace(config, sample=dataclasses.replace(config.sample, every=1, count=2))
     networks, tokenizer = Networks.of(config), make_tokenizer(config.text)
-    frozen = networks.with_unconditional(initial_weights(config, networks, trained=False).frozen, tokenizer)
+    frozen = networks.with_unconditional(frozen_weights(networks), tokenizer)
 
     class Writer:
         def write(self, step, scalars):
@@ -229,8 +216,8 @@ def test_sheets_and_previews_show_decoded_latents(kl, tmp_path):
             self.picture = picture
 
     writer = Writer()
-    sheets = SampleSheets(config, networks, tokenizer, tmp_path / "run", writer, make_mesh(config.mesh))
-    sheets.write(1, networks.denoiser.init(jax.random.key(0)), frozen)
+    sheets = SampleSheets(config, networks, tokenizer, make_mesh(config.mesh))
+    sheets.write(1, networks.denoiser.init(jax.random.key(0)), frozen, tmp_path / "run", writer)
     assert (tmp_path / "run/samples/1/00.gif").exists() and np.isfinite(writer.scalars["sample/mean_flow_data"])
 
 

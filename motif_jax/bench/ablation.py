@@ -96,7 +96,7 @@ def _file(run: pathlib.Path, step: int, split: str, world: str, seed: int, count
 def judge_runs(runs: dict[tuple[str, str], pathlib.Path], world: str, seed: int, count: int) -> None:
     """Samples and judges what `steps_of` says of every run and has not been; writes <run>/judged/*.npz."""
     from motif_jax.animation import Animator
-    from motif_jax.training.checkpoint import read_arrays
+    from motif_jax.training import weights
 
     for (arm, number), path in runs.items():
         steps = steps_of(path)
@@ -105,11 +105,10 @@ def judge_runs(runs: dict[tuple[str, str], pathlib.Path], world: str, seed: int,
         if not todo:
             continue
         animator = Animator.load(path)
-        weights = "ema" if animator.config.ema.decay else "params"
         d = animator.config.data
         (path / "judged").mkdir(exist_ok=True)
         for step, split in todo:
-            animator.params = read_arrays(path / "checkpoints" / str(step), (weights,))[weights]
+            animator.params = weights.load(path / "checkpoints" / str(step))["denoiser"]
             clips = sprites.make_clips(world, seed, range(count), d.frames, d.height, d.width, split)
             made = sample_all(animator, clips, clips["captions"])
             measures = judge(made, clips)

@@ -7,6 +7,7 @@ saved, and a run may continue on another number of hosts. Nothing is filtered he
 import bisect
 import itertools
 import resource
+import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -175,8 +176,15 @@ def make_iterator(
 
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # Grain's workers read absl flags, which only absl's own main parses
-        stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=data.workers, per_worker_buffer_size=2))
+        options = grain.MultiprocessingOptions(num_workers=data.workers, per_worker_buffer_size=2)
+        stream = stream.mp_prefetch(options, worker_init_fn=_leave_signals_to_the_parent)
     return iter(stream)
+
+
+def _leave_signals_to_the_parent(index: int, count: int) -> None:
+    """A worker goes on until its iterator is closed: on its way to a save the loop may need more batches."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def validation_batches(

@@ -135,16 +135,6 @@ def code_version() -> str:
     return json.dumps(sources | {name: importlib.metadata.version(name) for name in VERSIONS})
 
 
-def barrier(name: str) -> None:
-    """Returns when every process of the job has come here."""
-    import jax
-
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices(name)
-
-
 def agree(facts: Mapping[str, str]) -> None:
     """Compares `facts` (name -> hash or short text) over all processes. Raises UserError on each, naming fact and processes that differ."""
     import jax
@@ -174,16 +164,16 @@ def check_shared(directory: pathlib.Path) -> None:
     from jax.experimental import multihost_utils
 
     # A name that no host has asked for before: file systems remember for a while what was not there.
-    number = multihost_utils.broadcast_one_to_all(np.random.default_rng().integers(2**31, dtype=np.int32))
-    mark = directory / f"shared-{number}"
-    if jax.process_index() == 0:
-        mark.write_text("")
+    drawn = np.random.default_rng().integers(2**31, dtype=np.int32)
+    mine = directory / f"shared-{drawn}"
     try:
-        barrier("work directory")
+        if jax.process_index() == 0:
+            mine.write_text("")
+        mark = directory / f"shared-{multihost_utils.broadcast_one_to_all(drawn)}"  # of process 0, whose file is there by now
         agree({f"a new file in {directory} (is it on a file system that all share?)": "it" if mark.exists() else "nothing"})
     finally:
         if jax.process_index() == 0:
-            mark.unlink()
+            mine.unlink(missing_ok=True)
 
 
 def compare(everyone: list[dict[str, str]]) -> list[str]:

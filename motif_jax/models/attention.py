@@ -14,6 +14,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
+from motif_jax.config import UserError
 from motif_jax.models import packed, splash
 from motif_jax.models.layers import Dense, Initializer, gathered, product
 from motif_jax.models.placement import CLIPS, ampere, constrain, platform
@@ -72,6 +73,12 @@ def missing_for(implementation: str, where: str) -> str | None:
         return f"runs on {needed} and this is {where}"
     old = where == "gpu" and implementation in ("cudnn", "packed") and not ampere()
     return "runs on NVIDIA GPUs of compute capability 8.0 and up" if old else None
+
+
+def check_kernel(implementation: str, where: str) -> None:
+    """Raises UserError when `implementation` cannot run on platform `where`."""
+    if missing := missing_for(implementation, where):
+        raise UserError(f"attention={implementation!r}: {missing}; use 'auto'")
 
 
 def _on_each_device(attend: Callable, *arrays: Array) -> Array:

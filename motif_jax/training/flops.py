@@ -40,7 +40,7 @@ def peak_tflops(device_kind: str) -> float | None:
     return PEAK_TFLOPS[max(known, key=len)] if known else None
 
 
-def training_flops(config: Config, networks: Networks) -> int:
+def training_flops(config: Config) -> int:
     """Model FLOPs of one step over the whole batch: three times the denoiser's forward pass, twice when most of it is frozen.
 
     Recomputation, optimizer and frozen networks are left out, so that the number depends on the model alone.

@@ -24,7 +24,7 @@ from motif_jax.data.tokens import make_tokenizer
 from motif_jax.dist import startup
 from motif_jax.dist.mesh import batch_rows, check_fits, global_batch, make_mesh, place, shard_like_params, shard_networks
 from motif_jax.dist.preemption import Interrupted, StopSignal
-from motif_jax.models.attention import missing_for
+from motif_jax.models.attention import check_kernel
 from motif_jax.models.networks import Networks, Params
 from motif_jax.towers import check_towers, checksum
 from motif_jax.training import checkpoint, finetune, workdir
@@ -37,7 +37,7 @@ from motif_jax.training.optimizer import make_optimizer
 from motif_jax.training.progress import Progress
 from motif_jax.training.samples import SampleSheets
 from motif_jax.training.step import make_eval_step, make_train_step
-from motif_jax.training.weights import initial_weights
+from motif_jax.training.weights import Weights, frozen_weights, initial_weights
 
 
 def make_state(config: Config, networks: Networks, mesh: Mesh, optimizer: optax.GradientTransformation):
@@ -51,12 +51,6 @@ def make_state(config: Config, networks: Networks, mesh: Mesh, optimizer: optax.
     shardings = shard_like_params(abstract, set(shapes), mesh)
     template = jax.tree.map(lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh), abstract, shardings)
     return template, jax.jit(create, out_shardings=shardings, donate_argnums=0)
-
-
-def check_kernel(config: Config, platform: str) -> None:
-    """Raises UserError when the attention kernel is not one of `platform`."""
-    if missing := missing_for(config.attention, platform):
-        raise UserError(f"attention={config.attention!r}: {missing}; use 'auto'")
 
 
 def newest_checkpoint(directory: Path) -> int | None:
@@ -97,7 +91,7 @@ def train(config: Config, directory: str | Path) -> bool:
     Raises UserError with the remedy on bad input; then the directory's run is as it was.
     """
     directory = run_location(directory)
-    check_kernel(config, jax.default_backend())
+    check_kernel(config.attention, jax.default_backend())
     workdir.check(config, directory)
     facts = {"the configuration": to_json(config), "the code": startup.code_version()}
     startup.agree({name: startup.digest(text) for name, text in facts.items()})
@@ -127,7 +121,7 @@ class _Run:
     """This process's part of a run, from the new or `restored` state to the last step."""
 
     def __init__(self, config: Config, directory: Path, dataset: pipeline.Dataset, mesh: Mesh, restored: int | None) -> None:
-        self.config, self.directory, self.dataset, self.mesh, self.restored = config, directory, dataset, mesh, restored
+        self.config, self.directory, self.dataset, self.mesh = config, directory, dataset, mesh
         self.tokenizer, self.networks, optimizer = make_tokenizer(config.text), Networks.of(config), make_optimizer(config)
         template, create = make_state(config, self.networks, mesh, optimizer)
         shardings = jax.tree.map(lambda s: s.sharding, template)
@@ -136,7 +130,7 @@ class _Run:
         self.train_step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated))
         self.eval_step = jax.jit(make_eval_step(self.networks, mesh), out_shardings=replicated)
 
-        weights = initial_weights(config, self.networks, trained=restored is None)
+        weights = initial_weights(config, self.networks) if restored is None else Weights({}, frozen_weights(self.networks))
         check_towers(config, dataset.manifest, weights.frozen)
         pretrained = {name: checksum(weights.frozen[name]) for name in self.networks.pretrained}
         drawn_or_read = {"denoiser": checksum(weights.denoiser)} if restored is None and jax.process_count() > 1 else {}
@@ -149,9 +143,15 @@ class _Run:
             self.step, self.visited = 0, False  # visited: evaluated and sampled at this step
             say(f"starting: {_sizes(config, template.params)}, {len(dataset):,} clips, {directory}")
         else:
-            self._restore(template)
+            self._restore(restored, template)
             say(f"continuing at step {self.step} of {config.steps}, {directory}")
         self.saved = restored  # the newest step that is
+        self.inputs = self.tokenizer, batch_rows(mesh, config.batch_size), config.image_tokens
+        self.validation, self.sheets = (), SampleSheets(config, self.networks, self.tokenizer, mesh)
+        if config.eval.every:
+            self.validation = pipeline.validation_batches(config.data, config.batch_size, config.eval.batches, *self.inputs)
+            if not self.validation:
+                say(f"no validation: {config.data.path} holds no clip out (docs/data.md), sample sheets show training clips")
         if jax.process_index() == 0:
             workdir.begin(config, directory)
             if restored is None:
@@ -162,51 +162,45 @@ class _Run:
         frozen = place(weights.frozen, shard_networks(weights.frozen, mesh))
         self.frozen = self.networks.with_unconditional(frozen, self.tokenizer, replicated)
 
-    def _restore(self, template: train_state.TrainState) -> None:
-        """Takes the state of the checkpoint; raises UserError when it is one of other data or weights."""
-        self.state, saved, meta = self.checkpoints.restore(self.restored, template)
-        source = self.checkpoints.directory / str(self.restored)
+    def _restore(self, step: int, template: train_state.TrainState) -> None:
+        """Takes the state of a checkpoint; raises UserError when it is one of other data or weights."""
+        self.state, saved, meta = self.checkpoints.restore(step, template)
+        source = self.checkpoints.directory / str(step)
         for text in workdir.compare(meta.get("settings", {}), self.meta["settings"], self.directory):
             say(text)
-        workdir.check_position(saved, {"step": self.restored, **self.position}, source)
+        workdir.check_position(saved, {"step": step, **self.position}, source)
         workdir.check_pretrained(meta.get("pretrained", {}), self.meta["pretrained"], source)
-        self.step, self.visited = self.restored, meta["visited"]
+        self.step, self.visited = step, meta["visited"]
 
     def train(self) -> bool:
         """Steps until the last, or until a signal: then False. Evaluates, samples, saves and logs what is due on the way."""
         config, first_process = self.config, jax.process_index() == 0
-        inputs = self.tokenizer, batch_rows(self.mesh, config.batch_size), config.image_tokens
-        self.mirror = Mirror(self.directory)
-        if first_process:
-            self.mirror.fetch(METRICS)
-        begin = -1 if self.restored is None else self.step  # -1: nothing was done before
-        self.writer = MetricWriter(self.mirror.local, begin, self.visited) if first_process else None
-        self.progress = Progress(self.writer, config, training_flops(config, self.networks), self.restored)
-        self.validation = ()
-        if config.eval.every:
-            self.validation = pipeline.validation_batches(config.data, config.batch_size, config.eval.batches, *inputs)
-            if not self.validation:
-                say(f"no validation: {config.data.path} holds no clip out (docs/data.md), sample sheets show training clips")
-        self.sheets = SampleSheets(config, self.networks, self.tokenizer, self.mirror.local, self.writer, self.mesh)
-        batches = pipeline.make_iterator(self.dataset, config.batch_size, config.seed, self.step, *inputs)
-        self.stop = StopSignal()
-        with self.stop:
-            try:
-                self._train(batches)
-                self.checkpoints.wait()
-            finally:
-                batches.close()
-                if jax.process_count() == 1 or sys.exc_info()[0] is None:  # else a save would wait for those who fail, too
-                    self.checkpoints.close()
-                if self.writer:
-                    self.writer.close()
-                self.mirror.close()
+        with contextlib.ExitStack() as opened:  # whatever is opened is closed, in the opposite order
+            self.mirror = Mirror(self.directory)
+            opened.callback(self.mirror.close)
+            if first_process:
+                self.mirror.fetch(METRICS)
+            begin = -1 if self.saved is None else self.step  # -1: nothing was done before
+            self.writer = MetricWriter(self.mirror.local, begin, self.visited) if first_process else None
+            if self.writer:
+                opened.callback(self.writer.close)
+            self.progress = Progress(self.writer, config, training_flops(config), self.saved)
+            opened.callback(self._close_checkpoints)
+            batches = pipeline.make_iterator(self.dataset, config.batch_size, config.seed, self.step, *self.inputs)
+            opened.callback(batches.close)
+            self.stop = opened.enter_context(StopSignal())
+            self._train(batches)
+            self.checkpoints.wait()
         complete = self.step >= config.steps and self.visited
         if not complete:
             say(f"stopped by a signal at step {self.step}; " + ("it is saved, " if self.step else "") + "the same command continues")
         elif first_process:
             workdir.finish(self.directory, self.step)
         return complete
+
+    def _close_checkpoints(self) -> None:
+        if jax.process_count() == 1 or sys.exception() is None:  # else a save would wait for those who fail, too
+            self.checkpoints.close()
 
     def _train(self, batches: Iterator[pipeline.Batch]) -> None:
         config, before = self.config, None
@@ -259,7 +253,7 @@ class _Run:
                 shown = "  ".join(f"{name} {value:.4f}" for name, value in scalars.items() if not name[-1].isdigit())
                 say(f"step {self.step}/{self.config.steps}  {shown}")
             for _ in self.stop.guard(range(bool(sample))):
-                self.sheets.write(self.step, self.state.best, self.frozen)
+                self.sheets.write(self.step, self.state.best, self.frozen, self.mirror.local, self.writer)
             if evaluate and self.writer:  # not before: what is cut short is evaluated again
                 self.writer.write(self.step, scalars)
         except Interrupted:

@@ -54,11 +54,9 @@ class SampleSheets:
         config: Config,
         networks: Networks,
         tokenizer: Callable,
-        workdir: pathlib.Path,
-        writer: MetricWriter | None,
         mesh: Mesh,
     ) -> None:
-        self._config, self._workdir, self._writer, self._mesh = config, workdir, writer, mesh
+        self._config, self._mesh = config, mesh
         self._examples = pipeline.examples(config.data, config.sample.count) if config.sample.every else []
         if self._examples:
             self._generate = make_generator(networks, mesh)
@@ -66,7 +64,8 @@ class SampleSheets:
             self._decode = jax.jit(lambda frozen, moments: networks.decode(frozen["autoencoder"], networks.latents(moments, None)))
             self._truth: np.ndarray | None = None
 
-    def write(self, step: int, params: Params, frozen: dict[str, Params]) -> None:
+    def write(self, step: int, params: Params, frozen: dict[str, Params], workdir: pathlib.Path, writer: MetricWriter | None) -> None:
+        """Makes the clips; the process that has a `writer` writes them."""
         if not self._examples:
             return
         if self._truth is None:
@@ -74,16 +73,16 @@ class SampleSheets:
         fps = np.asarray([e.fps for e in self._examples], np.float32)
         inputs = map(self._spread, (self._truth[:, 0], self._tokens, fps, np.arange(len(fps), dtype=np.int32)))
         clips = on_host(self._generate(params, frozen, *inputs))[: len(fps)]
-        if self._writer is None:
+        if writer is None:
             return
         captions = [e.caption for e in self._examples]
-        sheet = save_comparison(self._workdir / "samples" / str(step), self._truth, clips, captions, self._config.sample.fps)
-        self._writer.write_image(step, "samples", sheet)
+        sheet = save_comparison(workdir / "samples" / str(step), self._truth, clips, captions, self._config.sample.fps)
+        writer.write_image(step, "samples", sheet)
         motion = {
             "sample/mean_flow": float(np.mean([mean_flow(c) for c in clips])),
             "sample/mean_flow_data": float(np.mean([mean_flow(c) for c in self._truth])),
         }
-        self._writer.write(step, motion)
+        writer.write(step, motion)
         print(
             f"step {step}  mean flow of samples {motion['sample/mean_flow']:.3f} px, of the data {motion['sample/mean_flow_data']:.3f} px",
             flush=True,

@@ -28,14 +28,12 @@ class Weights:
     frozen: dict[str, Params]
 
 
-def initial_weights(config: Config, networks: Networks, trained: bool = True) -> Weights:
-    """Weights for step 0; with `trained=False` only the frozen networks' (the denoiser is restored by the caller).
+def initial_weights(config: Config, networks: Networks) -> Weights:
+    """Weights for step 0.
 
     Without `init_from` the denoiser is drawn from the seed. Frozen networks that have parameters (the KL autoencoder, the
     OpenCLIP towers) cannot be drawn: they need `init_from`. Raises UserError.
     """
-    if not trained:
-        return Weights({}, frozen_weights(networks))
     key = jax.random.fold_in(jax.random.key(config.seed), WEIGHTS_STREAM)
     if not config.init_from:
         frozen = frozen_weights(networks)

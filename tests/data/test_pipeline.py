@@ -3,9 +3,11 @@
 import copy
 import dataclasses
 import json
+import multiprocessing
 import os
 import resource
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -194,6 +196,23 @@ def test_records_are_counted_when_opening(tmp_path):
     (tmp_path / "dataset.json").write_text(json.dumps(dataset))
     with pytest.raises(UserError, match=r"split train, shard motif-train\S* cannot be read \(\d records of \d\): run the same"):
         pipeline.open_dataset(dataclasses.replace(CONFIG.data, path=str(tmp_path)))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_all_processes_leaves_the_workers_at_work(data, number):
+    """As a terminal or a job scheduler sends it: on its way to a save the loop needs more batches than are there."""
+    dataset = pipeline.open_dataset(dataclasses.replace(data, workers=1))
+    iterator = pipeline.make_iterator(dataset, 4, 0, 0, TOKENIZER)
+    try:
+        next(iterator)
+        workers = multiprocessing.active_children()
+        assert workers
+        for worker in workers:
+            os.kill(worker.pid, number)
+        for _ in range(40):
+            next(iterator)
+    finally:
+        iterator.close()
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from motif_jax.models.networks import Networks
 from motif_jax.models.placement import target_platform
 from motif_jax.training.flops import matmul_flops, peak_tflops, training_flops
 
@@ -36,9 +35,9 @@ def test_a_step_is_three_forward_passes_whatever_is_recomputed(tiny):
     block = 6 * width * width + attention + cross + 8 * width * width * tokens
     ends = patch * width * tokens + 2 * width * width + (width + patch) * out * tokens
     forward = 2 * clips * (embeddings + block + ends)
-    assert training_flops(config, Networks.of(config)) == 3 * forward
+    assert training_flops(config) == 3 * forward
     recomputed = tiny(backbone="dit", dit={"width": 16, "depth": 1, "num_head_channels": 8, "patch": [1, 2, 2]}, remat="block")
-    assert training_flops(recomputed, Networks.of(recomputed)) == 3 * forward
+    assert training_flops(recomputed) == 3 * forward
 
 
 @pytest.mark.parametrize(
@@ -66,6 +65,6 @@ def test_peaks(kind, peak):
 def test_the_platform_s_kernels_do_not_matter(tiny, platform):
     """Products within the functions that a GPU's kernels are part of count as they do elsewhere."""
     config = tiny(dtype="bfloat16", data={"height": 64, "width": 64})
-    expected = training_flops(config, Networks.of(config))
+    expected = training_flops(config)
     with target_platform(platform):
-        assert training_flops(config, Networks.of(config)) == expected
+        assert training_flops(config) == expected

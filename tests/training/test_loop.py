@@ -114,6 +114,20 @@ def test_an_evaluation_that_a_signal_follows_is_written_once(config, undisturbed
     assert counts[0] == counts[1]
 
 
+def test_a_run_whose_validation_clips_cannot_be_read_is_left_as_it_was(config, undisturbed, tmp_path, monkeypatch):
+    def broken(*args):
+        raise UserError("no such shard")
+
+    shutil.copytree(undisturbed, tmp_path / "run")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
+    monkeypatch.setattr(loop.pipeline, "validation_batches", broken)
+    with pytest.raises(UserError, match="no such shard"):
+        loop.train(dataclasses.replace(config, steps=6), tmp_path / "run")
+    after = {path: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
+    assert before.pop(tmp_path / "run/lock") and after.pop(tmp_path / "run/lock") and after == before
+    assert (tmp_path / "run/DONE").exists()
+
+
 def test_a_new_run_does_not_keep_its_initial_weights(config, tmp_path, monkeypatch):
     """They live on in the state; a second copy, on the first device of each process, would last as long as the run."""
     initial, validate, alive, seen = loop.initial_weights, loop.validate, [], []

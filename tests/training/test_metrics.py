@@ -38,6 +38,18 @@ def test_resuming_drops_lines_of_lost_work_and_half_a_line(tmp_path):
     assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [1, 2, 3]
 
 
+def test_tensorboard_drops_lost_work_too(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for start, steps in (-1, range(6)), (3, range(4, 6)):
+        writer = MetricWriter(tmp_path, start)
+        for step in steps:
+            writer.write(step, {"loss": start + step})
+        writer.close()
+    found = EventAccumulator(str(tmp_path)).Reload().Scalars("loss")
+    assert [(e.step, e.value) for e in found] == [(0, -1), (1, 0), (2, 1), (3, 2), (4, 7), (5, 8)]
+
+
 def test_resuming_drops_an_evaluation_that_was_cut_short(tmp_path):
     writer = MetricWriter(tmp_path)
     for line in ({"loss": 1.0}, {"sample/mean_flow": 2.0}, {"eval/loss": 3.0}):
