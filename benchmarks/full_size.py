@@ -88,7 +88,6 @@ def seconds_alone(config: Config, weights, batch: dict[str, np.ndarray], steps: 
     from motif_jax.models.networks import Networks
     from motif_jax.training import loop
     from motif_jax.training.optimizer import make_optimizer
-    from motif_jax.training.step import make_train_step
 
     networks, optimizer, mesh = Networks.of(config), make_optimizer(config), make_mesh(config.mesh)
     template, create = loop.make_state(config, networks, mesh, optimizer)
@@ -97,7 +96,7 @@ def seconds_alone(config: Config, weights, batch: dict[str, np.ndarray], steps: 
     replicated = NamedSharding(mesh, PartitionSpec())
     placed = place(weights.frozen, shard_networks(weights.frozen, mesh))
     frozen = networks.with_unconditional(placed, no_tokens(config.text), replicated)
-    step = jax.jit(make_train_step(networks, optimizer, mesh), donate_argnums=0, out_shardings=(shardings, replicated))
+    step = loop.jit_train_step(networks, optimizer, mesh, template)
     on_devices = global_batch(batch, mesh, config.batch_size)
 
     def run(state, steps: int):

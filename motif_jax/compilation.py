@@ -18,12 +18,12 @@ from motif_jax.collectives import Traffic, collectives
 from motif_jax.config import Config, UserError
 from motif_jax.data.records import Layout
 from motif_jax.dist.mesh import FRAMES, ROWS, check_fits, make_mesh, shard_networks
+from motif_jax.models.attention import check_kernel
 from motif_jax.models.networks import Networks
 from motif_jax.models.placement import target_platform
 from motif_jax.training.flops import jaxpr_flops, peak_tflops, training_flops
-from motif_jax.training.loop import check_kernel, make_state
+from motif_jax.training.loop import jit_train_step, make_state
 from motif_jax.training.optimizer import make_optimizer
-from motif_jax.training.step import make_train_step
 
 # Some of the slices that Cloud TPU offers; chips of a host form 2x2, so every side but the last of a 3D torus is even.
 TOPOLOGIES = (
@@ -182,11 +182,8 @@ def lower_step(config: Config, mesh: Mesh) -> tuple[jax.stages.Lowered, int]:
     )
     nothing = jax.eval_shape(networks.unconditional, towers, np.zeros(config.text.context_length, np.int32))
     frozen["unconditional"] = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=replicated), nothing)
-    step = make_train_step(networks, optimizer, mesh)
-    shardings = jax.tree.map(lambda s: s.sharding, template)
-    jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated))
     with target_platform(mesh.devices.flat[0].platform):
-        traced = jitted.trace(template, frozen, batch_shapes(config, mesh))
+        traced = jit_train_step(networks, optimizer, mesh, template).trace(template, frozen, batch_shapes(config, mesh))
     return traced.lower(), jaxpr_flops(traced.jaxpr.jaxpr)
 
 
@@ -203,7 +200,7 @@ def compile_step(config: Config, devices: list[jax.Device], effort: float = -1.0
 
     effort: XLA's exec_time_optimization_effort, -1 (compiles fastest) to 1. Its default, 0, takes several times as long.
     """
-    check_kernel(config, devices[0].platform)
+    check_kernel(config.attention, devices[0].platform)
     set_effort(effort)
     mesh = make_mesh(config.mesh, devices)
     began = time.perf_counter()

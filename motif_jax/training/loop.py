@@ -53,6 +53,12 @@ def make_state(config: Config, networks: Networks, mesh: Mesh, optimizer: optax.
     return template, jax.jit(create, out_shardings=shardings, donate_argnums=0)
 
 
+def jit_train_step(networks: Networks, optimizer: optax.GradientTransformation, mesh: Mesh, template: train_state.TrainState):
+    """The train step as a run calls it: the state is donated and stays where `make_state`'s template says."""
+    shardings = jax.tree.map(lambda s: s.sharding, template), NamedSharding(mesh, PartitionSpec())
+    return jax.jit(make_train_step(networks, optimizer, mesh), donate_argnums=0, out_shardings=shardings)
+
+
 def newest_checkpoint(directory: Path) -> int | None:
     """The newest checkpoint, once all processes have agreed on it and on whether it ends the run."""
     newest = checkpoint.latest_step(directory)
@@ -124,10 +130,8 @@ class _Run:
         self.config, self.directory, self.dataset, self.mesh = config, directory, dataset, mesh
         self.tokenizer, self.networks, optimizer = make_tokenizer(config.text), Networks.of(config), make_optimizer(config)
         template, create = make_state(config, self.networks, mesh, optimizer)
-        shardings = jax.tree.map(lambda s: s.sharding, template)
         replicated = NamedSharding(mesh, PartitionSpec())
-        step = make_train_step(self.networks, optimizer, mesh)
-        self.train_step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated))
+        self.train_step = jit_train_step(self.networks, optimizer, mesh, template)
         self.eval_step = jax.jit(make_eval_step(self.networks, mesh), out_shardings=replicated)
 
         weights = initial_weights(config, self.networks) if restored is None else Weights({}, frozen_weights(self.networks))
@@ -139,7 +143,8 @@ class _Run:
         self.meta = {"version": motif_jax.__version__, "settings": workdir.settings(config), "pretrained": pretrained}
         self.checkpoints = checkpoint.Checkpoints(directory, config.checkpoint)
         if restored is None:
-            self.state = create(place(finetune.add_updates(config, weights.denoiser, jax.random.key(config.seed)), shardings.params))
+            shardings = jax.tree.map(lambda s: s.sharding, template.params)
+            self.state = create(place(finetune.add_updates(config, weights.denoiser, jax.random.key(config.seed)), shardings))
             self.step, self.visited = 0, False  # visited: evaluated and sampled at this step
             say(f"starting: {_sizes(config, template.params)}, {len(dataset):,} clips, {directory}")
         else:

@@ -15,9 +15,9 @@ from motif_jax.generation import make_generator
 from motif_jax.models.networks import Networks
 from motif_jax.training import finetune
 from motif_jax.training.checkpoint import Checkpoints
-from motif_jax.training.loop import make_state
+from motif_jax.training.loop import jit_train_step, make_state
 from motif_jax.training.optimizer import make_optimizer
-from motif_jax.training.step import make_eval_step, make_train_step
+from motif_jax.training.step import make_eval_step
 
 MESHES = ((8, 1, 1, 1), (1, 8, 1, 1), (2, 2, 2, 1), (1, 2, 1, 4))
 SPLIT = (2, 2, 2, 1)
@@ -42,8 +42,7 @@ class Run:
         replicated = NamedSharding(self.mesh, PartitionSpec())
         placed = place(frozen, shard_networks(frozen, self.mesh))
         self.frozen = networks.with_unconditional(placed, lambda _: np.zeros((1, self.config.text.context_length)), replicated)
-        step = make_train_step(networks, optimizer, self.mesh)
-        self.train_step = jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, replicated))
+        self.train_step = jit_train_step(networks, optimizer, self.mesh, self.template)
         self.eval_step = jax.jit(make_eval_step(networks, self.mesh), out_shardings=replicated)
         self.generate = make_generator(networks, self.mesh)
 
