@@ -41,6 +41,7 @@ class Animator:
     mesh: Mesh | None = None
     directory: Path = pathlib.Path()  # of the run or import that it was loaded from
     step: int | None = None  # of the run
+    weights: str = ""  # checksum of what was loaded
 
     def __post_init__(self) -> None:
         place = None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
@@ -82,18 +83,20 @@ class Animator:
             raise UserError(f"--steps={steps}: at most {config.diffusion.num_timesteps}, the timesteps of training")
         config = dataclasses.replace(config, sample=dataclasses.replace(config.sample, **changed))
         networks = Networks.of(config)
+        for line in weights.other_objective(directory, config):
+            print(line, flush=True)
         path = weights.checkpoint_of(directory)  # once: a run that goes on has another one soon
         loaded, run = weights.load(path), weights.run_directory(path)
         frozen = weights.frozen_weights(networks, loaded, str(directory))
         params = weights.fit(loaded["denoiser"], networks.denoiser.shapes, str(directory))
         fps = SOURCE_FPS / frame_stride if frame_stride else config.sample.fps
-        return cls(config, networks, params, frozen, fps, mesh, run, None if run == path else int(path.name))
+        return cls(config, networks, params, frozen, fps, mesh, run, None if run == path else int(path.name), weights.checksum(path))
 
     @property
     def settings(self) -> dict[str, Any]:
         """What a clip depends on besides its image, sentence and seed."""
         c = self.config
-        model = {"model": str(self.directory.resolve()), "step": self.step, "name": c.name}
+        model = {"model": str(self.directory.resolve()), "step": self.step, "weights": self.weights, "name": c.name}
         sample = {name: value for name, value in dataclasses.asdict(c.sample).items() if name not in ("every", "count")}
         return {**model, "frames": c.data.frames, "height": c.data.height, "width": c.data.width, "fps_condition": self.fps, **sample}
 

@@ -64,6 +64,8 @@ def prepare(
         raise UserError(f"task_index={task_index}: must be in [0, task_count={task_count})")
     if not source or not str(output):
         raise UserError("--source and --output must not be empty")
+    if os.path.isdir(source) and os.path.realpath(source) == os.path.realpath(str(output)):
+        raise UserError(f"--output={output}: is the folder of the videos; choose another, which can be deleted")
     if preview and not isinstance(location(str(output)), pathlib.Path):
         raise UserError(f"--preview draws on a local disk: leave it out, copy {output} to one and prepare there once more (docs/data.md)")
     if estimator and beam_options is not None:
@@ -73,6 +75,13 @@ def prepare(
     shards.sweep(job.directory)
     mine = range(task_index, len(job.plan), task_count)
     clips = sum(len(job.plan[i].items) for i in mine)
+    limit = config.text.context_length
+    captions_of = {item.clip_id: item.caption for shard in job.plan for item in shard.items}
+    if long := [clip for clip, caption in captions_of.items() if len(caption.split()) >= limit]:
+        log(
+            f"{len(long)} of {len(captions_of)} captions have more words than the text tower takes (text.context_length={limit} tokens): "
+            f"their ends are cut off; the first: {long[0]}"
+        )
     share = f", task {task_index} of {task_count}" if task_count > 1 else ""
     log(f"{clips} clips in {len(mine)} shards to {job.directory}{share}")
     if beam_options is None:

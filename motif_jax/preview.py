@@ -39,11 +39,30 @@ def write(
         clip = dataset[i]
         frames = clip.frames if clip.frames is not None else decode(clip.latent_moments)
         heats = {reading: heat(clip.flow, reading) for reading in heatmap.READINGS}
+        drawn = heats[loss.intensity]
+        if loss.heatmap in ("inverse", "mask", "none"):
+            mask = None if clip.motion_mask is None else clip.motion_mask[None]
+            m = heatmap.heatmap(
+                loss.heatmap,
+                flow=clip.flow[None],
+                mask=mask,
+                latents=None,
+                height=manifest.layout.height,
+                width=manifest.layout.width,
+                latent_hw=clip.flow.shape[1:3],
+                reading=loss.intensity,
+                sharpness=loss.sharpness,
+                threshold=loss.threshold,
+            )
+            drawn = np.asarray(m)[0]
         shares.append({reading: pictures.moving_share(h) for reading, h in heats.items()})
         path = folder / f"{clip.clip_id}.png"
-        pictures.save_png(path, pictures.clip_sheet(frames, clip.flow, heats[loss.intensity], clip.caption))
+        pictures.save_png(path, pictures.clip_sheet(frames, clip.flow, drawn, clip.caption))
         sheets.append((path.name, clip.caption))
         log(f"{path}: {100 * shares[-1][loss.intensity]:.1f} % moves: {clip.caption}")
+    if loss.heatmap != "flow":
+        shown = "not drawn, the sheets show that of the flow" if loss.heatmap == "latent_difference" else "what the sheets show"
+        log(f"loss.heatmap={loss.heatmap!r} is {shown}; shares of moving pixels are those of the flow")
     mean = {reading: 100 * sum(s[reading] for s in shares) / len(shares) for reading in heatmap.READINGS}
     log(
         f"share of moving pixels in {len(shares)} clips: {mean[loss.intensity]:.1f} % (flow over {loss.threshold:g} by loss.intensity="

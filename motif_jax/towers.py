@@ -65,8 +65,8 @@ class Towers:
         """Raises UserError when `init_from` does not hold the weights, or the vocabulary cannot be read."""
         p, d = config.prepare, config.data
         networks = Networks.of(config)
-        frozen = frozen_weights(networks)
         self._wanted = [name for name, asked in (("autoencoder", p.latents), ("text", p.text_embeddings)) if asked]
+        frozen = frozen_weights(networks, names=self._wanted)
         self._settings = {"dtype": config.dtype}
         for name in self._wanted:
             self._settings |= describe(config, name, frozen[name])

@@ -482,6 +482,38 @@ def test_previews(tmp_path):
     assert all(p.name in page for p in pictures) and page.count("data:image/svg+xml") == 1
 
 
+@pytest.mark.parametrize("kind", ["mask", "inverse"])
+def test_a_preview_shows_the_configured_heatmap(tmp_path, kind):
+    prepare("synthetic:quickstart:9", tmp_path, preview=1)
+    (path,) = (tmp_path / "preview").glob("*.png")
+    of_flow = np.asarray(Image.open(path)).astype(int)
+    _, lines = prepare(
+        "synthetic:quickstart:9", tmp_path, dataclasses.replace(CONFIG, loss=dataclasses.replace(CONFIG.loss, heatmap=kind)), preview=1
+    )
+    assert f"loss.heatmap={kind!r} is what the sheets show; shares of moving pixels are those of the flow" in lines
+    changed = np.asarray(Image.open(path)).astype(int)
+    share = 0.2 if kind == "inverse" else 0.001  # of the sheet: all of the heatmap's row, or the cells that a sprite touches
+    assert changed.shape == of_flow.shape and (np.abs(changed - of_flow).max(-1) > 20).mean() > share
+
+
+def test_what_a_list_lacks_is_said_before_the_work(tmp_path, clips):
+    config = dataclasses.replace(CONFIG, loss=dataclasses.replace(CONFIG.loss, heatmap="mask"))
+    error, _ = prepare(clips / "list.csv", tmp_path / "out", config, estimator=Still())
+    assert "loss.heatmap='mask': no line names a mask" in error and not (tmp_path / "out").exists()
+    error, _ = prepare(clips, clips, estimator=Still())
+    assert error == f"--output={clips}: is the folder of the videos; choose another, which can be deleted"
+
+
+def test_captions_that_are_cut_off_are_counted(tmp_path, clips):
+    config = dataclasses.replace(CONFIG, text=dataclasses.replace(CONFIG.text, context_length=3))
+    _, lines = prepare(clips / "list.csv", tmp_path / "out", config, estimator=Still())
+    assert any(
+        "captions have more words than the text tower takes (text.context_length=3 tokens): their ends are cut off" in x for x in lines
+    )
+    _, lines = prepare(clips / "list.csv", tmp_path / "whole", estimator=Still())
+    assert not any("cut off" in x for x in lines)
+
+
 def test_a_preview_measures_some_clips_of_many(tmp_path, monkeypatch):
     monkeypatch.setattr("motif_jax.preview._MEASURED", 4)
     prepare("synthetic:quickstart:30", tmp_path)

@@ -221,6 +221,13 @@ def test_sheets_and_previews_show_decoded_latents(kl, tmp_path):
     assert (tmp_path / "run/samples/1/00.gif").exists() and np.isfinite(writer.scalars["sample/mean_flow_data"])
 
 
+def test_embeddings_alone_need_no_autoencoder(tiny, tmp_path):
+    """Whose weights nobody has given here."""
+    config, _ = prepare(tiny(autoencoder=KL, backbone="dit", dit=DIT, prepare={"text_embeddings": True}), tmp_path / "data")
+    layout = pipeline.open_dataset(config.data).layout
+    assert tuple(layout.text) == (8, 16) and not layout.latent
+
+
 @pytest.mark.slow
 def test_a_whole_run_on_latents(tiny, tmp_path):
     """Trains, validates, samples and reports without a frame in the dataset; an autoencoder of other blocks is refused."""

@@ -115,6 +115,7 @@ def _csv_rows(source: str, text: str) -> Iterator[tuple[int, dict[str, str]]]:
 
 
 def _jsonl_rows(source: str, text: str) -> Iterator[tuple[int, dict[str, str]]]:
+    found: set[str] = set()
     for line, content in enumerate(text.split("\n"), 1):
         if not content.strip():
             continue
@@ -124,7 +125,11 @@ def _jsonl_rows(source: str, text: str) -> Iterator[tuple[int, dict[str, str]]]:
             raise UserError(f"source {source!r}, line {line}: not JSON ({error})") from error
         if not isinstance(row, dict) or not all(isinstance(row.get(k) or "", str) for k in ("video", "caption", "mask")):
             raise UserError(f'source {source!r}, line {line}: must be an object like {{"video": "a.mp4", "caption": "a cat walks"}}')
+        row = {name.lower(): value for name, value in row.items()}
+        found |= row.keys()
         yield line, row
+    if found and (missing := [name for name in ("video", "caption") if name not in found]):
+        raise UserError(f"source {source!r}: no line has the key {' or '.join(missing)}; the keys are {', '.join(sorted(found))}")
 
 
 def _read_folder(folder: pathlib.Path) -> tuple[list[Entry], list[Problem]]:

@@ -200,7 +200,8 @@ def finish(directory: Path, shards: Sequence[Shard], plan: str, layout: records.
         skipped = [s for m in manifests for s in m["skipped"]]
         reasons = ", ".join(f"{kind}: {n}" for kind, n in sorted(collections.Counter(s["kind"] for s in skipped).items()))
         first = f"{skipped[0]['video']}: {skipped[0]['reason']}"
-        raise UserError(f"no usable training clip ({reasons}); the first: {first}. Delete {directory} before it takes another list")
+        looked = " (paths in a list are relative to its file)" if any(s["kind"] == "missing file" for s in skipped) else ""
+        raise UserError(f"no usable training clip ({reasons}); the first: {first}{looked}. Delete {directory} before it takes another list")
     for name, text in metadata(manifests, plan, layout, settings).items():
         write_file(directory / name, text)
     return 0
@@ -235,6 +236,8 @@ def read_manifest(directory: str | os.PathLike) -> Manifest:
     if path is None:
         raise UserError(f"data.path={directory}: training reads local files; copy or mount the directory first (docs/data.md)")
     directory = path
+    if directory.is_file():
+        raise UserError(f"data.path={directory}: is a file; give the directory that motif_jax.prepare wrote (its --output)")
     again = "run the same motif_jax.prepare again, which rewrites what is missing or damaged and nothing else"
     try:
         dataset = json.loads((directory / "dataset.json").read_text())

@@ -83,6 +83,8 @@ class VideoClips:
         entries, self.problems = listed
         self._data, self._prepare, self._seed = config.data, config.prepare, config.seed
         masks = any(e.mask for e in entries)
+        if config.loss.heatmap == "mask" and not masks:
+            raise UserError("loss.heatmap='mask': no line names a mask; the captions file needs a column `mask` (docs/data.md)")
         if masks:
             reason = "other lines name one, and a dataset has masks for all clips or for none"
             self.problems = self.problems + [Problem(e.video, "no mask", reason) for e in entries if not e.mask]

@@ -246,7 +246,8 @@ def to_yaml(settings: Settings) -> str:
     params["cond_stage_config"] = _text_yaml(t)
     if u.image_cross_attention:
         params |= {"img_cond_stage_config": _image_yaml(settings.image), "image_proj_stage_config": _resampler_yaml(settings)}
-    head = "# Written with the weights beside it.\n"
+    code = "VideoCrafter's" if videocrafter else "DynamiCrafter's"
+    head = f"# Written with the weights beside it, for {code} code (lvdm).\n"
     if d.prediction not in ("eps", "v", "x0"):
         head += f"# The reference has no parameterization {d.prediction!r}; its networks load the weights all the same.\n"
     target = "lvdm.models.ddpm3d." + ("LatentVisualDiffusion" if u.image_cross_attention else "LatentDiffusion")

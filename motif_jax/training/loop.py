@@ -171,6 +171,8 @@ class _Run:
         """Takes the state of a checkpoint; raises UserError when it is one of other data or weights."""
         self.state, saved, meta = self.checkpoints.restore(step, template)
         source = self.checkpoints.directory / str(step)
+        for text in workdir.other_start(self.config, self.directory):
+            say(text)
         for text in workdir.compare(meta.get("settings", {}), self.meta["settings"], self.directory):
             say(text)
         workdir.check_position(saved, {"step": step, **self.position}, source)

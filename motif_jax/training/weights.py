@@ -1,7 +1,10 @@
 """The weights a run starts from: random, another run's, or an imported checkpoint."""
 
 import dataclasses
+import hashlib
+import json
 import re
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -10,16 +13,17 @@ import numpy as np
 from motif_jax.config import Config, UserError, enumerate_first, read_json
 from motif_jax.data.storage import Path, run_location
 from motif_jax.interop.files import Lazy
-from motif_jax.interop.imported import CONTENTS, is_imported, read_imported
+from motif_jax.interop.imported import CONTENTS, imported_settings, is_imported, read_imported
 from motif_jax.models import lora
 from motif_jax.models.networks import Networks, Params
-from motif_jax.training.checkpoint import latest_step, read_arrays
+from motif_jax.training.checkpoint import latest_step, read_arrays, read_meta
 from motif_jax.training.finetune import PARTS
 
 # What image cross attention adds to a text-to-video model.
 IMAGE_PATH = re.compile(r"image_proj_model\..*|.*\.attn2\.(to_[kv]_ip\.kernel|alpha)")
 FIRST_KERNEL = "input_blocks.0.0.kernel"  # whose input channels grow with the image latent
 WEIGHTS_STREAM = 2**31 - 2  # fold_in number of the initial weights: no training step reaches it
+FROZEN = ("autoencoder", "text", "image")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,12 +56,14 @@ def initial_weights(config: Config, networks: Networks) -> Weights:
     return Weights(fitted, frozen)
 
 
-def frozen_weights(networks: Networks, loaded: dict[str, Params] | None = None, source: str = "") -> dict[str, Params]:
+def frozen_weights(
+    networks: Networks, loaded: dict[str, Params] | None = None, source: str = "", names: Sequence[str] = FROZEN
+) -> dict[str, Params]:
     """The frozen networks' weights: of `loaded`, which came from `source`, and where that lacks one, of the configuration's `init_from`.
 
-    Raises UserError for a pretrained network that neither holds.
+    Raises UserError for a pretrained network, of those called for by `names`, that neither holds.
     """
-    init_from, need = networks.config.init_from, networks.pretrained
+    init_from, need = networks.config.init_from, [name for name in networks.pretrained if name in names]
     found = {name: (source, loaded[name]) for name in need if name in (loaded or {})}
     if found.keys() < set(need):
         found = {name: (init_from, params) for name, params in load_frozen(init_from).items() if name in need} | found
@@ -117,6 +123,24 @@ def load(directory: str | Path, kind: str = "best") -> dict[str, Params]:
     return {"denoiser": lora.merge({**raw, **average}), **load_frozen(config.init_from)}
 
 
+def checksum(directory: Path) -> str:
+    """Of all that a checkpoint, or an import's directory, holds, by the checksums that it keeps of its arrays or files."""
+    kept = (directory / CONTENTS).read_text() if is_imported(directory) else json.dumps(read_meta(directory)["checksums"], sort_keys=True)
+    return hashlib.sha256(kept.encode()).hexdigest()
+
+
+def other_objective(directory: str | Path, config: Config) -> list[str]:
+    """Of an import that is sampled as it is: a line for each setting of the process that its weights were not trained with."""
+    if not is_imported(directory):
+        return []
+    theirs, ours = dataclasses.asdict(imported_settings(directory).diffusion), dataclasses.asdict(config.diffusion)
+    return [
+        f"{directory}: these weights were trained with diffusion.{name}={theirs[name]!r}, and are sampled with {ours[name]!r}"
+        for name in ("prediction", "num_timesteps", "beta_start", "beta_end", "zero_terminal_snr", "base_scale")
+        if theirs[name] != ours[name]
+    ]
+
+
 def _assembled(imported: dict[str, Params]) -> dict[str, Params]:
     """The resampler of an import is a part of the denoiser here, since it is trained with it."""
     resampler = {f"image_proj_model.{name}": value for name, value in imported.pop("resampler", {}).items()}
@@ -126,7 +150,7 @@ def _assembled(imported: dict[str, Params]) -> dict[str, Params]:
 def load_frozen(directory: str | Path) -> dict[str, Params]:
     """The "autoencoder", "text" and "image" of an `init_from`, through the work directories that started from one another."""
     start = origin(directory)
-    return read_imported(start, ("autoencoder", "text", "image")) if start and is_imported(start) else {}
+    return read_imported(start, FROZEN) if start and is_imported(start) else {}
 
 
 def lacking(init_from: str, names: list[str]) -> UserError:

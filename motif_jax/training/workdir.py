@@ -113,6 +113,15 @@ def lock(workdir: Path) -> contextlib.AbstractContextManager:
     return file
 
 
+def other_start(config: Config, workdir: Path) -> list[str]:
+    """A line where a run that goes on names another `init_from` than its config.json, which only frozen networks are read from."""
+    path = workdir / "config.json"
+    before = read_json(path).init_from if path.exists() else config.init_from
+    if before == config.init_from:
+        return []
+    return [f"init_from was {before!r} and is now {config.init_from!r}: the run goes on with the weights of its checkpoint"]
+
+
 def begin(config: Config, workdir: Path) -> None:
     """Writes config.json and takes away DONE, once nothing speaks against the run; for one process of the job."""
     (workdir / "DONE").unlink(missing_ok=True)

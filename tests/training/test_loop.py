@@ -25,7 +25,7 @@ from motif_jax.config import ProfileConfig, UserError
 from motif_jax.dist.preemption import Interrupted, StopSignal
 from motif_jax.interop.files import write_safetensors
 from motif_jax.models.networks import Networks
-from motif_jax.training import checkpoint, loop, samples, workdir
+from motif_jax.training import checkpoint, loop, samples, weights, workdir
 from motif_jax.training.metrics import read_lines
 from motif_jax.training.weights import initial_weights
 
@@ -128,6 +128,13 @@ def test_a_run_whose_validation_clips_cannot_be_read_is_left_as_it_was(config, u
     assert (tmp_path / "run/DONE").exists()
 
 
+def test_weights_are_told_apart_by_their_content(undisturbed, tmp_path):
+    """A model that was trained again into the same directory, to the same step, is another one."""
+    two, four = (weights.checksum(undisturbed / "checkpoints" / step) for step in "24")
+    shutil.copytree(undisturbed / "checkpoints" / "4", tmp_path / "4")
+    assert two != four == weights.checksum(tmp_path / "4")
+
+
 def test_a_new_run_does_not_keep_its_initial_weights(config, tmp_path, monkeypatch):
     """They live on in the state; a second copy, on the first device of each process, would last as long as the run."""
     initial, validate, alive, seen = loop.initial_weights, loop.validate, [], []
@@ -215,7 +222,7 @@ def files(run):
     return {str(p.relative_to(run)): p.read_bytes() for p in run.rglob("*") if p.is_file() and p.name != "lock"}
 
 
-def test_a_run_keeps_its_pretrained_networks_wherever_they_lie(config, tmp_path):
+def test_a_run_keeps_its_pretrained_networks_wherever_they_lie(config, tmp_path, capsys):
     kl = {"kind": "kl", "factor": 1, "z_channels": 4, "ch": 32, "ch_mult": (1,), "num_res_blocks": 1}
     config = changed(config, steps=2, autoencoder=kl, dit={"patch": (4, 8, 8)}, eval={"every": 0}, sample={"every": 0})
     networks, rng = Networks.of(config), np.random.default_rng(0)
@@ -239,6 +246,7 @@ def test_a_run_keeps_its_pretrained_networks_wherever_they_lie(config, tmp_path)
     with pytest.raises(UserError, match=rf"init_from={tmp_path}/one: there is no such directory, from which the autoencoder of"):
         loop.train(changed(config, init_from=str(run), steps=4), tmp_path / "new")
     loop.train(changed(config, init_from=str(tmp_path / "moved"), steps=4), run)
+    assert "/moved': the run goes on with the weights of its checkpoint" in capsys.readouterr().out
     assert (run / "DONE").read_text() == "4\n"
 
 
