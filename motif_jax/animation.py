@@ -113,7 +113,6 @@ class Animator:
 
     def round_trip(self, clips: UInt8[np.ndarray, "N T H W 3"]) -> UInt8[np.ndarray, "N T H W 3"]:
         """Clips through the autoencoder and back, one at a time: no sample can look better."""
-
         return np.concatenate([np.asarray(self._round_trip(self.frozen["autoencoder"], clip[None])) for clip in clips])
 
 

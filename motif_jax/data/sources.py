@@ -102,31 +102,39 @@ class VideoClips:
     def _outcome(self, item: Item) -> bytes | Skipped:
         d = self._data
         try:
-            clip = self._within_a_scene(item)
+            clip, count = self._within_a_scene(item)
         except MediaError as error:
             return Skipped(item.clip_id, item.video, error.kind, str(error))
         values = vars(clip) | {"clip_id": item.clip_id, "video": item.video, "caption": item.caption}
         if item.mask is not None:
+
+            def same_frames(available: int) -> tuple[int, int]:
+                if abs(available - count) > 1 + count // 50:  # containers may disagree about the last ones
+                    raise MediaError("another length", f"{available} frames, the video has {count}")
+                return clip.first_frame, clip.frame_stride
+
             try:
-                same = videos.read_clip(item.mask, d.frames, d.height, d.width, lambda _: (clip.first_frame, clip.frame_stride))
+                same = videos.read_clip(item.mask, d.frames, d.height, d.width, same_frames)
             except MediaError as error:
                 return Skipped(item.clip_id, item.video, "unusable mask", f"mask {item.mask.name}: {error}")
             grey = same.frames.astype(np.float32).mean(-1, keepdims=True)
             values["motion_mask"] = np.rint(pool(grey, self._prepare.flow_stride)[..., 0]).astype(np.uint8)
         return self._recorder.record(values)
 
-    def _within_a_scene(self, item: Item) -> videos.Clip:
-        """The first of a few drawn clips that crosses no cut. Raises MediaError."""
+    def _within_a_scene(self, item: Item) -> tuple[videos.Clip, int]:
+        """The first of a few drawn clips that crosses no cut, and the number of frames of its video. Raises MediaError."""
+        counts = []
         d, p = self._data, self._prepare
         for attempt in range(_ATTEMPTS if p.cut_threshold else 1):
             key = (self._seed, item.video, item.number, *([attempt] if attempt else []))
 
             def choose(available: int, key: tuple = key) -> tuple[int, int]:
+                counts.append(available)
                 return videos.choose_clip(available, d.frames, p.frame_stride_min, p.frame_stride_max, *key)
 
             clip = videos.read_clip(item.path, d.frames, d.height, d.width, choose, thumbnails=p.cut_threshold > 0)
             if clip.thumbnails is None or not len(scenes.cuts(clip.thumbnails, p.cut_threshold)):
-                return clip
+                return clip, counts[-1]
         raise MediaError("scene cut", f"in each of {_ATTEMPTS} clips that were tried")
 
 
