@@ -76,10 +76,9 @@ def prepare(
     mine = range(task_index, len(job.plan), task_count)
     clips = sum(len(job.plan[i].items) for i in mine)
     limit = config.text.context_length
-    captions_of = {item.clip_id: item.caption for shard in job.plan for item in shard.items}
-    if long := [clip for clip, caption in captions_of.items() if len(caption.split()) >= limit]:
+    if long := [item.clip_id for shard in job.plan for item in shard.items if len(item.caption.split()) >= limit]:
         log(
-            f"{len(long)} of {len(captions_of)} captions have more words than the text tower takes (text.context_length={limit} tokens): "
+            f"{len(long)} captions of clips have more words than the text tower takes (text.context_length={limit} tokens): "
             f"their ends are cut off; the first: {long[0]}"
         )
     share = f", task {task_index} of {task_count}" if task_count > 1 else ""

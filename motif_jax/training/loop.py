@@ -182,7 +182,8 @@ class _Run:
     def train(self) -> bool:
         """Steps until the last, or until a signal: then False. Evaluates, samples, saves and logs what is due on the way."""
         config, first_process = self.config, jax.process_index() == 0
-        with contextlib.ExitStack() as opened:  # whatever is opened is closed, in the opposite order
+        with contextlib.ExitStack() as opened:  # whatever is opened is closed, in the opposite order; a signal cuts no closing short
+            self.stop = opened.enter_context(StopSignal())
             self.mirror = Mirror(self.directory)
             opened.callback(self.mirror.close)
             if first_process:
@@ -195,7 +196,6 @@ class _Run:
             opened.callback(self._close_checkpoints)
             batches = pipeline.make_iterator(self.dataset, config.batch_size, config.seed, self.step, *self.inputs)
             opened.callback(batches.close)
-            self.stop = opened.enter_context(StopSignal())
             self._train(batches)
             self.checkpoints.wait()
         complete = self.step >= config.steps and self.visited

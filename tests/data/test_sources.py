@@ -105,13 +105,17 @@ def test_masks(tmp_path):
     mask[10:, :, :48] = 255
     save_video(tmp_path / "m.mp4", mask, 30)
     save_video(tmp_path / "long.mp4", np.concatenate([mask, mask]), 30)
-    lines = "a.mp4,x,m.mp4", "b.mp4,y,", "b.mp4,z,long.mp4", "b.mp4,w,none.mp4"
+    save_video(tmp_path / "short.mp4", mask[:3], 30)
+    lines = "a.mp4,x,m.mp4", "b.mp4,y,", "b.mp4,z,long.mp4", "b.mp4,v,short.mp4", "b.mp4,w,none.mp4"
     source = sources.VideoClips(CONFIG, listed(tmp_path, *lines), Ramp())
     assert [(p.video, p.kind) for p in source.problems] == [("b.mp4", "no mask")]
     clip, *bad = decoded(source)
-    assert [b.kind for b in bad] == ["unusable mask"] * 2
-    reasons = ["mask long.mp4: another length: 50 frames, the video has 25", "mask none.mp4: missing file"]
-    assert [b.reason for b in bad] == reasons
+    assert [b.kind for b in bad] == ["unusable mask"] * 3
+    assert [b.reason for b in bad] == [
+        "mask long.mp4: another length: 50 frames, the video has 25",
+        "mask short.mp4: another length: 3 frames, the video has 25",
+        "mask none.mp4: missing file",
+    ]
     assert clip["motion_mask"].shape == (4, 4, 6)
     lit = clip["first_frame"] + clip["frame_stride"] * np.arange(4) >= 10
     expected = np.where(lit[:, None, None] & (np.arange(6) < 3), 255, 0)

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
@@ -17,7 +18,7 @@ import safetensors.numpy
 import yaml
 from flax import nnx
 
-from motif_jax.config import AutoencoderConfig, TextConfig, UNetConfig, UserError
+from motif_jax.config import AutoencoderConfig, Config, TextConfig, UNetConfig, UserError
 from motif_jax.data import storage
 from motif_jax.interop import files, imported, names, raft, reference
 from motif_jax.interop.buffers import schedule_buffers
@@ -28,6 +29,7 @@ from motif_jax.models.autoencoder import make_autoencoder
 from motif_jax.models.text import make_text_tower
 from motif_jax.models.unet3d import UNet3D
 from motif_jax.training.export import export
+from motif_jax.training.weights import other_objective
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SETTINGS = Settings(
@@ -188,7 +190,12 @@ def test_dynamicrafter_is_told_from_videocrafter(tmp_path, model):
     assert not (tmp_path / "in").exists()
     import_checkpoint("dynamicrafter", tmp_path / "dc.safetensors", tmp_path / "in")
     assert imported_settings(tmp_path / "in").unet == config
-    assert imported_settings(tmp_path / "in").diffusion.prediction == "v"
+    diffusion = imported_settings(tmp_path / "in").diffusion
+    assert diffusion.prediction == "v"
+    config = dataclasses.replace(Config(), diffusion=diffusion)
+    assert other_objective(tmp_path / "in", config) == []
+    (line,) = other_objective(tmp_path / "in", dataclasses.replace(config, diffusion=dataclasses.replace(diffusion, prediction="x0")))
+    assert line == f"{tmp_path}/in: these weights were trained with diffusion.prediction='v', and are sampled with 'x0'"
 
 
 def broken(model, change):
