@@ -40,7 +40,7 @@ class ConfigError(UserError):
 class DataConfig:
     """The clips a run trains on; also the shape that `prepare` writes."""
 
-    path: str = _f("", "dataset directory written by motif_jax.prepare")
+    path: str = _f("", "dataset directory written by motif_jax.prepare, or several with commas between")
     frames: int = _f(16, "frames per clip, T", low=2)
     height: int = _f(320, "clip height in pixels", low=8)
     width: int = _f(512, "clip width in pixels", low=8)

@@ -26,7 +26,7 @@ def write(
     frames of latents where only those are stored; `skipped` counts what was left out by reason.
     """
     manifest, loss = shards.read_manifest(directory), config.loss
-    dataset = pipeline.Dataset(manifest, "train")
+    dataset = pipeline.Dataset([manifest], "train")
     folder = directory / "preview"
     folder.mkdir(exist_ok=True)
 

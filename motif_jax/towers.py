@@ -7,6 +7,7 @@ other frozen weights refuses the dataset (`check_towers`).
 import dataclasses
 import functools
 import hashlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -34,28 +35,27 @@ def checksum(params: Params) -> str:
     return digest.hexdigest()
 
 
-def describe(config: Config, name: str, params: Params) -> dict[str, Any]:
-    """What the output of the network `name` depends on; the vocabulary's place does not count."""
+def describe(config: Config, name: str, sha256: str) -> dict[str, Any]:
+    """What the output of the network `name` depends on, with the `checksum` of its weights; the vocabulary's place does not count."""
     fields = {f"{name}.{k}": v for k, v in dataclasses.asdict(getattr(config, name)).items() if k not in ("tokenizer", "scale_factor")}
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()} | {f"{name}.sha256": checksum(params)}
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()} | {f"{name}.sha256": sha256}
 
 
-def check_towers(config: Config, dataset: Manifest, frozen: dict[str, Params]) -> None:
-    """Raises UserError when a dataset's latents or embeddings are not of the run's own frozen networks."""
-    stored = [name for name, shape in (("autoencoder", dataset.layout.latent), ("text", dataset.layout.text)) if shape]
-    if config.image_tokens and not dataset.layout.pixels:
-        raise UserError(
-            "unet.image_cross_attention looks at the first frame, and this dataset has none: prepare one with prepare.frames=True"
-        )
-    for name in stored:
-        wanted = describe(config, name, frozen[name])
-        settings = dataset.settings
-        differs = [f"{k} was {settings.get(k)!r} and is now {v!r}" for k, v in wanted.items() if settings.get(k) != v]
-        if differs:
+def check_towers(config: Config, datasets: Sequence[Manifest], sums: Mapping[str, str]) -> None:
+    """Raises UserError when the datasets' latents or embeddings are not of the run's own frozen networks; `sums` are their checksums."""
+    for dataset in datasets:
+        if config.image_tokens and not dataset.layout.pixels:
             raise UserError(
-                f"the dataset's {NAMES[name]} were made by another network: {'; '.join(differs)}. Use the init_from and the "
-                f"{name} settings that it was prepared with, or prepare again"
+                "unet.image_cross_attention looks at the first frame, and this dataset has none: prepare one with prepare.frames=True"
             )
+        for name, shape in (("autoencoder", dataset.layout.latent), ("text", dataset.layout.text)):
+            wanted, settings = describe(config, name, sums[name]) if shape else {}, dataset.settings
+            differs = [f"{k} was {settings.get(k)!r} and is now {v!r}" for k, v in wanted.items() if settings.get(k) != v]
+            if differs:
+                raise UserError(
+                    f"dataset {dataset.directory}: its {NAMES[name]} were made by another network: {'; '.join(differs)}. Use the "
+                    f"init_from and the {name} settings that it was prepared with, or prepare again"
+                )
 
 
 class Towers:
@@ -69,7 +69,7 @@ class Towers:
         frozen = frozen_weights(networks, names=self._wanted)
         self._settings = {"dtype": config.dtype}
         for name in self._wanted:
-            self._settings |= describe(config, name, frozen[name])
+            self._settings |= describe(config, name, checksum(frozen[name]))
 
         def moments(params: Params, frames_THW3: jax.Array) -> jax.Array:
             encode = networks.autoencoder.bind(params).encode

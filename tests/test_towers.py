@@ -90,7 +90,7 @@ def test_a_run_on_latents_is_the_run_on_frames(kl, stored, tmp_path):
     found = []
     for config in (plain, stored):
         dataset = pipeline.open_dataset(config.data)
-        check_towers(config, dataset.manifest, frozen)
+        check_towers(config, dataset.manifests, {name: checksum(params) for name, params in frozen.items()})
         batch = first_batch(config, dataset)
         state = create(networks.denoiser.init(jax.random.key(0)), make_optimizer(plain), True)
         for _ in range(2):
@@ -118,7 +118,7 @@ def test_image_cross_attention_has_the_first_frame_beside_latents(kl, stored, tm
     latents, _ = prepare(kl(latents=True), tmp_path / "latents")
     seeing = dataclasses.replace(latents, backbone="unet3d", unet=dataclasses.replace(latents.unet, image_cross_attention=True))
     with pytest.raises(UserError, match=r"looks at the first frame, and this dataset has none: prepare one with prepare\.frames=True"):
-        check_towers(seeing, pipeline.open_dataset(latents.data).manifest, {})
+        check_towers(seeing, pipeline.open_dataset(latents.data).manifests, {})
 
 
 def test_stored_moments_are_the_autoencoders(stored):
@@ -174,9 +174,9 @@ def test_other_weights_are_another_dataset(kl, stored, tmp_path):
     other = kl(seed=4, latents=True, text_embeddings=True, frames=True)
     with pytest.raises(UserError, match=r"autoencoder\.sha256 was '[0-9a-f]{64}' and is now"):
         preparation.prepare(other, SOURCE, stored.data.path, log=lambda line: None)
-    frozen = frozen_weights(Networks.of(other))
-    with pytest.raises(UserError, match="latents were made by another network"):
-        check_towers(other, shards.read_manifest(stored.data.path), frozen)
+    sums = {name: checksum(params) for name, params in frozen_weights(Networks.of(other)).items()}
+    with pytest.raises(UserError, match=rf"dataset {stored.data.path}: its latents were made by another network"):
+        check_towers(other, [shards.read_manifest(stored.data.path)], sums)
     with pytest.raises(UserError, match=r"set --config\.init_from"):
         Towers(dataclasses.replace(other, init_from=""))
 

@@ -1,4 +1,4 @@
-"""Batches for training: a dataset directory and a step in; numpy batches out, the same for any number of processes and workers.
+"""Batches for training: dataset directories and a step in; numpy batches out, the same for any number of processes and workers.
 
 The data state is the step. Batch s of the run is a function of (dataset, global batch, seed, s): nothing of the iterator is
 saved, and a run may continue on another number of hosts. Nothing is filtered here; that is `prepare`'s business.
@@ -6,6 +6,7 @@ saved, and a run may continue on another number of hosts. Nothing is filtered he
 
 import bisect
 import itertools
+import pathlib
 import resource
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,7 +17,7 @@ from jaxtyping import Float16, UInt8
 
 from motif_jax.config import DataConfig, UserError
 from motif_jax.data import records
-from motif_jax.data.shards import Manifest, read_manifest
+from motif_jax.data.shards import Manifest, digest, read_manifest
 
 Batch = dict[str, np.ndarray]
 Tokenizer = Callable[[Sequence[str]], np.ndarray]
@@ -38,33 +39,33 @@ class Example:
 
 
 class _Records(Sequence):
-    """The raw records of one split, by index. Raises UserError that names the shard which cannot be read."""
+    """The raw records of one split of some datasets, by index. Raises UserError that names the shard which cannot be read."""
 
-    def __init__(self, manifest: Manifest, split: str) -> None:
+    def __init__(self, manifests: Sequence[Manifest], split: str) -> None:
         from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-        _allow_open_files(manifest)
-        self._directory, self._split, shards = manifest.directory, split, manifest.shards[split]
-        self._names = [name for name, _, _ in shards]
-        self._ends = list(itertools.accumulate(count for _, count, _ in shards))
-        paths = [str(manifest.directory / name) for name in self._names]
+        _allow_open_files(manifests)
+        self._split = split
+        shards = [(manifest.directory / name, count) for manifest in manifests for name, count, _ in manifest.shards[split]]
+        self._paths = [path for path, _ in shards]
+        self._ends = list(itertools.accumulate(count for _, count in shards))
         try:
-            self._source = ArrayRecordDataSource(paths)
+            self._source = ArrayRecordDataSource([str(path) for path in self._paths])
             if len(self._source) == self._ends[-1]:
                 return
         except RuntimeError:
             pass
-        for path, (name, count, _) in zip(paths, shards, strict=True):
+        for path, count in shards:
             try:
-                found = len(ArrayRecordDataSource([path]))
+                found = len(ArrayRecordDataSource([str(path)]))
             except RuntimeError as error:
-                raise self._fault(name, error) from error
+                raise self._fault(path, error) from error
             if found != count:  # a file that was never closed opens as an empty one, without an error
-                raise self._fault(name, f"{found} records of {count}")
+                raise self._fault(path, f"{found} records of {count}")
 
-    def _fault(self, name: str, reason: Exception | str) -> UserError:
+    def _fault(self, path: pathlib.Path, reason: Exception | str) -> UserError:
         return UserError(
-            f"dataset {self._directory}: split {self._split}, shard {name} cannot be read ({reason}): run the same motif_jax.prepare "
+            f"dataset {path.parent}: split {self._split}, shard {path.name} cannot be read ({reason}): run the same motif_jax.prepare "
             "command again, which repairs it"
         )
 
@@ -75,42 +76,44 @@ class _Records(Sequence):
         try:
             return self._source[index]
         except RuntimeError as error:
-            raise self._fault(self._names[bisect.bisect_right(self._ends, index)], error) from error
+            raise self._fault(self._paths[bisect.bisect_right(self._ends, index)], error) from error
 
 
-def _allow_open_files(manifest: Manifest) -> None:
+def _allow_open_files(manifests: Sequence[Manifest]) -> None:
     """Lets the process and its workers hold all shards open, as reading in random order does; the usual limit is 1,024 files.
 
     Raises UserError where the system does not allow as many.
     """
-    shards = sum(map(len, manifest.shards.values()))
+    shards = sum(len(found) for manifest in manifests for found in manifest.shards.values())
     wanted = shards + _OTHER_OPEN_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= wanted:
         return
     if hard != resource.RLIM_INFINITY and hard < wanted:
         raise UserError(
-            f"dataset {manifest.directory} has {shards} shards, which training holds open, and this process may open {hard} files: "
+            f"dataset {_directories(manifests)} has {shards} shards, which training holds open, and this process may open {hard} files: "
             f"raise the limit (ulimit -Hn) to {wanted}, or prepare with a larger prepare.clips_per_shard"
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-class Dataset:
-    """The records of one split, by index; what `make_iterator` shuffles."""
+def _directories(manifests: Sequence[Manifest]) -> str:
+    return ",".join(str(manifest.directory) for manifest in manifests)
 
-    def __init__(self, manifest: Manifest, split: str, data: DataConfig | None = None) -> None:
-        self.manifest, self.split, self.data = manifest, split, data or DataConfig()
-        self._source = _Records(manifest, split)
+
+class Dataset:
+    """The records of one split of one or several prepared datasets, by index; what `make_iterator` shuffles."""
+
+    def __init__(self, manifests: Sequence[Manifest], split: str, data: DataConfig | None = None) -> None:
+        self.manifests, self.split, self.data = manifests, split, data or DataConfig()
+        self.layout = manifests[0].layout
+        self._source = _Records(manifests, split)
 
     @property
     def fingerprint(self) -> str:
         """sha256 of the layout and of every byte of every shard."""
-        return self.manifest.fingerprint
-
-    @property
-    def layout(self) -> records.Layout:
-        return self.manifest.layout
+        fingerprints = [manifest.fingerprint for manifest in self.manifests]
+        return fingerprints[0] if len(fingerprints) == 1 else digest(fingerprints)
 
     @property
     def source(self) -> Sequence[bytes]:
@@ -127,22 +130,42 @@ class Dataset:
         return Example(clip["clip_id"], clip["caption"], fps, clip.get("frames"), clip["flow"], *optional)
 
 
-def open_dataset(data: DataConfig, split: str = "train") -> Dataset:
-    """Opens a split of the dataset at `data.path` and checks that it is whole and has the configured shape.
-
-    Raises UserError with the remedy when it is missing, unfinished, damaged, of another shape, or has no such split.
-    """
-    manifest = read_manifest(data.path)
-    layout = manifest.layout
-    for name in ("frames", "height", "width"):
-        if getattr(layout, name) != getattr(data, name):
+def _read_manifests(data: DataConfig) -> list[Manifest]:
+    """The datasets at `data.path`, in its order. Raises UserError unless they are whole, of the configured shape and alike in fields."""
+    manifests = [read_manifest(path.strip()) for path in data.path.split(",")]
+    first = manifests[0].layout
+    for manifest in manifests:
+        layout = manifest.layout
+        for name in ("frames", "height", "width"):
+            if getattr(layout, name) != getattr(data, name):
+                raise UserError(
+                    f"dataset {manifest.directory} has clips of {layout.frames} frames of {layout.height}x{layout.width}, the "
+                    f"configuration says data.{name}={getattr(data, name)}; use the one it was prepared with, or prepare again into "
+                    "another directory"
+                )
+        if (layout.names(), layout.arrays()) != (first.names(), first.arrays()):
             raise UserError(
-                f"dataset {manifest.directory} has clips of {layout.frames} frames of {layout.height}x{layout.width}, the configuration "
-                f"says data.{name}={getattr(data, name)}; use the one it was prepared with, or prepare again into another directory"
+                f"data.path={data.path}: the records of {manifest.directory} hold {_fields(layout)}, those of {manifests[0].directory} "
+                f"{_fields(first)}; prepare both with the same settings for masks, latents, text_embeddings, frames and flow_stride"
             )
-    if split not in manifest.shards:
-        raise UserError(f"dataset {manifest.directory} has no split {split!r}; it has {', '.join(manifest.shards)}")
-    return Dataset(manifest, split, data)
+    return manifests
+
+
+def _fields(layout: records.Layout) -> str:
+    shapes = {name: shape for name, (shape, _) in layout.arrays().items()}
+    return ", ".join([*(["frames"] if layout.pixels else []), *(f"{name} {shape}" for name, shape in shapes.items())])
+
+
+def open_dataset(data: DataConfig, split: str = "train") -> Dataset:
+    """Opens a split of the dataset, or datasets, at `data.path` and checks that each is whole and has the configured shape.
+
+    Raises UserError with the remedy when one is missing, unfinished, damaged or of another shape, or none has such a split.
+    """
+    manifests = _read_manifests(data)
+    having = [manifest for manifest in manifests if split in manifest.shards]
+    if not having:
+        raise UserError(f"dataset {_directories(manifests)} has no split {split!r}; it has {', '.join(manifests[0].shards)}")
+    return Dataset(having, split, data)
 
 
 def make_iterator(
@@ -195,7 +218,7 @@ def validation_batches(
     Always the same, with arrays as in `make_iterator`. A split smaller than one batch is repeated to fill it; without a validation split
     the sequence is empty.
     """
-    if "validation" not in read_manifest(data.path).shards:
+    if not _holds_out(data):
         return ()
     dataset = open_dataset(data, "validation")
     total = max(1, min(batches, len(dataset) // batch_size))
@@ -203,10 +226,13 @@ def validation_batches(
     return _Batches(read, [[i % len(dataset) for i in range(b * batch_size, (b + 1) * batch_size)] for b in range(total)])
 
 
+def _holds_out(data: DataConfig) -> bool:
+    return any("validation" in manifest.shards for manifest in _read_manifests(data))
+
+
 def examples(data: DataConfig, count: int) -> list[Example]:
     """The first `count` validation clips, or training clips where nothing is held out; fewer if there are fewer."""
-    shards = read_manifest(data.path).shards
-    dataset = open_dataset(data, "validation" if "validation" in shards else "train")
+    dataset = open_dataset(data, "validation" if _holds_out(data) else "train")
     return [dataset[i] for i in range(min(count, len(dataset)))]
 
 

@@ -135,8 +135,9 @@ class _Run:
         self.eval_step = jax.jit(make_eval_step(self.networks, mesh), out_shardings=replicated)
 
         weights = initial_weights(config, self.networks) if restored is None else Weights({}, frozen_weights(self.networks))
-        check_towers(config, dataset.manifest, weights.frozen)
-        pretrained = {name: checksum(weights.frozen[name]) for name in self.networks.pretrained}
+        sums = {name: checksum(params) for name, params in weights.frozen.items()}
+        check_towers(config, dataset.manifests, sums)
+        pretrained = {name: sums[name] for name in self.networks.pretrained}
         drawn_or_read = {"denoiser": checksum(weights.denoiser)} if restored is None and jax.process_count() > 1 else {}
         startup.agree({"the weights to start from": startup.digest(json.dumps(pretrained | drawn_or_read))})
         self.position = {"global_batch": config.batch_size, "seed": config.seed, "dataset": dataset.fingerprint}

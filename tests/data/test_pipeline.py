@@ -173,6 +173,42 @@ def test_examples_are_held_out(data):
     assert found[0].fps == 8.0 and found[0].frames.shape == (4, 16, 24, 3) and "the" in found[0].caption
 
 
+# Several datasets
+
+
+def test_several_datasets_are_one(data, dataset, tmp_path):
+    """An epoch shows every clip of both once; what is held out of either is held out; order and bytes make the fingerprint."""
+    more = dataclasses.replace(CONFIG, seed=1, prepare=dataclasses.replace(CONFIG.prepare, image_format="jpeg", clips_per_shard=4))
+    preparation.prepare(more, "synthetic:quickstart:9", tmp_path, log=lambda line: None)
+    second = pipeline.open_dataset(dataclasses.replace(data, path=str(tmp_path)))
+    both = pipeline.open_dataset(dataclasses.replace(data, path=f"{data.path}, {tmp_path}"))
+    assert len(both) == len(dataset) + len(second) and both[0].clip_id == dataset[0].clip_id
+    assert both[len(dataset)].clip_id == second[0].clip_id != dataset[0].clip_id
+    shown = names(both, batches(both, len(both), batch_size=1)).ravel()
+    assert sorted(shown) == list(range(len(both)))
+    held_out = [e.clip_id for e in pipeline.examples(both.data, 99)]
+    assert held_out == [e.clip_id for part in (data, second.data) for e in pipeline.examples(part, 99)]
+    other_order = pipeline.open_dataset(dataclasses.replace(data, path=f"{tmp_path},{data.path}"))
+    assert len({d.fingerprint for d in (both, other_order, dataset, second)}) == 4
+
+
+def test_a_split_that_only_one_dataset_has(data, tmp_path):
+    whole = dataclasses.replace(CONFIG, prepare=dataclasses.replace(CONFIG.prepare, validation_share=0.0))
+    preparation.prepare(whole, "synthetic:shapes:3", tmp_path, log=lambda line: None)
+    both = dataclasses.replace(data, path=f"{tmp_path},{data.path}")
+    assert len(pipeline.open_dataset(both)) == 3 + COUNT and len(pipeline.open_dataset(both, "validation")) == VALIDATION
+
+
+def test_datasets_with_other_fields_are_refused(data, tmp_path):
+    finer = dataclasses.replace(CONFIG, prepare=dataclasses.replace(CONFIG.prepare, flow_stride=4))
+    preparation.prepare(finer, "synthetic:shapes:3", tmp_path, log=lambda line: None)
+    fault = rf"{tmp_path} hold frames, flow \(4, 4, 6, 2\), .*, those of {data.path} frames, flow \(4, 2, 3, 2\), .*; prepare both"
+    with pytest.raises(UserError, match=fault):
+        pipeline.open_dataset(dataclasses.replace(data, path=f"{data.path},{tmp_path}"))
+    with pytest.raises(UserError, match="no dataset in '/nowhere'"):
+        pipeline.open_dataset(dataclasses.replace(data, path=f"{data.path},/nowhere"))
+
+
 # Refusals
 
 
@@ -243,7 +279,7 @@ def test_a_record_that_cannot_be_read_is_in_the_shard_that_is_named(data):
 
     dataset = pipeline.open_dataset(data)
     dataset.source._source = Damaged()
-    shards = [name for name, count, _ in dataset.manifest.shards["train"] for _ in range(count)]
+    shards = [name for name, count, _ in dataset.manifests[0].shards["train"] for _ in range(count)]
     assert len(shards) == COUNT and len(set(shards)) > 3
     for index, name in enumerate(shards):
         with pytest.raises(UserError, match=f"shard {name} cannot be read"):
