@@ -135,25 +135,62 @@ def save_clip(path: pathlib.Path, clip: UInt8[np.ndarray, "T H W 3"], fps: float
 
 
 def generate(
-    animator: Callable, requests: Sequence[Request], output: pathlib.Path, fps: float, batch_size: int, progress: Callable[[str], None]
+    animator: Callable,
+    requests: Sequence[Request],
+    output: pathlib.Path,
+    fps: float,
+    batch_size: int,
+    progress: Callable[[str], None],
+    task_index: int = 0,
+    task_count: int = 1,
 ) -> int:
-    """Writes the videos that are not there yet, `batch_size` at a time (one compiled shape), and returns how many.
+    """Writes the videos of every task_count-th batch of `requests` that are not there yet, and returns how many.
 
+    A batch is computed whole, also where it is not full or holds videos that are there, and no larger than the list: what else is in
+    its batch and where it stands there changes the rounding of a video, so that a stop or the number of tasks changes nothing.
     animator: (images, prompts, seeds) -> uint8 [B, T, H, W, 3], as `Animator`. Raises UserError for an image that cannot be read
     and a file that cannot be written.
     """
-    todo = [r for r in requests if not (output / r.file).exists()]
-    batch_size = max(1, min(batch_size, len(todo)))  # of a batch that is not full the rest is computed, too
-    progress(f"{len(requests)} videos, {len(requests) - len(todo)} done before")
-    for start in range(0, len(todo), batch_size):
-        part = todo[start : start + batch_size]
-        full = part + [part[-1]] * (batch_size - len(part))
+    batch_size = max(1, min(batch_size, len(requests)))
+    batches = [requests[i : i + batch_size] for i in range(0, len(requests), batch_size)][task_index::task_count]
+    missing = [[r for r in batch if not (output / r.file).exists()] for batch in batches]
+    mine, todo, done = sum(map(len, batches)), sum(map(len, missing)), 0
+    progress(f"{mine} videos, {mine - todo} done before")
+    for batch, wanted in zip(batches, missing, strict=True):
+        if not wanted:
+            continue
+        full = [*batch, *[batch[-1]] * (batch_size - len(batch))]
         seeds = [noise_seed(r.seed, r.pair.id) for r in full]
         clips = animator([open_image(str(r.pair.image)) for r in full], [r.pair.prompt for r in full], seeds)
-        for request, clip in zip(part, clips, strict=False):
-            save_clip(output / request.file, clip, fps)
-        progress(f"{start + len(part)} of {len(todo)}")
-    return len(todo)
+        for request, clip in zip(batch, clips, strict=False):
+            if request in wanted:
+                save_clip(output / request.file, clip, fps)
+        done += len(wanted)
+        progress(f"{done} of {todo}")
+    return todo
+
+
+def make_videos(
+    load: Callable[[], Animator],
+    requests: Sequence[Request],
+    output: pathlib.Path,
+    batch_size: int,
+    tasks: tuple[int, int],
+    **settings: Any,
+) -> Animator:
+    """Writes a manifest of all requests, with the animator's and these `settings`, and the videos of one of the `tasks` (index, count).
+
+    Returns the animator. Raises UserError, before weights are loaded where it can be, for an image that cannot be read, a directory
+    that cannot be written, and one whose videos were made otherwise.
+    """
+    make_output(output)
+    check_made(output, requests)
+    check_images(output, requests)
+    animator = load()
+    with writing(output):
+        write_manifest(output, requests, {**animator.settings, **settings})
+    generate(animator, requests, output, animator.config.sample.fps, batch_size, functools.partial(print, flush=True), *tasks)
+    return animator
 
 
 def animate_one(load: Callable[[], Animator], image: str, prompt: str, output: str, seed: int) -> None:
@@ -177,12 +214,5 @@ def animate_list(load: Callable[[], Animator], requests_file: str, output: str, 
 
     The noise of a clip depends on (seed, id) alone. Raises UserError where a clip that is there was made otherwise.
     """
-    directory = pathlib.Path(output)
     requests = [Request(pair, seed, f"{pair.id}.{suffix}") for pair in read_pairs(requests_file, "requests", blank=True)]
-    make_output(directory)
-    check_made(directory, requests)
-    check_images(directory, requests)
-    animator = load()
-    with writing(directory):
-        write_manifest(directory, requests, {**animator.settings, "seed": seed})
-    generate(animator, requests, directory, animator.config.sample.fps, batch_size, functools.partial(print, flush=True))
+    make_videos(load, requests, pathlib.Path(output), batch_size, (0, 1), seed=seed)

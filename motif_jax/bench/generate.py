@@ -1,10 +1,12 @@
 """Makes the videos of a list of image-text pairs with a trained run: <output>/<id>_<seed>.mp4 and manifest.json.
 
-Files that are there are kept, so that a stopped run continues. The noise of a video depends on its (seed, id) alone: batch size,
-devices, jobs and the rest of the list change nothing but rounding. --vbench names the files for VBench-I2V (docs/evaluate.md).
+Files that are there are kept, so that a stopped run continues. The noise of a video depends on its (seed, id) alone: stops and jobs
+change nothing, batch size, devices and the rest of the list nothing but rounding. --vbench names the files for VBench-I2V
+(docs/evaluate.md).
 """
 
 import argparse
+import functools
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +15,7 @@ from motif_jax.bench.arguments import at_least
 from motif_jax.config import UserError, load_config
 from motif_jax.data.storage import replacing
 from motif_jax.pairs import read_pairs, vbench_names
-from motif_jax.requested import Pair, Request, check_images, check_made, make_output, write_json, write_manifest, writing
+from motif_jax.requested import Pair, Request, write_json, writing
 
 VBENCH_INFO = "vbench_info.json"
 # Of VBench-I2V: those that need no instruction for the camera in the prompt
@@ -24,9 +26,9 @@ DIMENSIONS = (
 
 
 def requests_of(pairs: Sequence[Pair], seeds: Sequence[int], vbench: bool) -> list[Request]:
-    """One for every pair and seed. Raises UserError when two of them would have one file."""
+    """One for every seed and pair, so that more seeds come last. Raises UserError when two of them would have one file."""
     names = vbench_names(pairs) if vbench else [p.id for p in pairs]
-    made = [Request(p, s, f"{name}{'-' if vbench else '_'}{s}.mp4") for p, name in zip(pairs, names, strict=True) for s in seeds]
+    made = [Request(p, s, f"{name}{'-' if vbench else '_'}{s}.mp4") for s in seeds for p, name in zip(pairs, names, strict=True)]
     by_file: dict[str, Request] = {}
     for r in made:
         other = by_file.setdefault(r.file, r)
@@ -71,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guidance", type=at_least(0, float), help="classifier-free guidance scale (default: the configuration's)")
     parser.add_argument("--frame_stride", type=at_least(1), help="source frames between two frames, at 24 fps (default: 24 / sample.fps)")
     parser.add_argument("--task_index", type=at_least(0), help="number of this job, from 0")
-    parser.add_argument("--task_count", default=1, type=at_least(1), help="jobs that share the list")
+    parser.add_argument("--task_count", default=1, type=at_least(1), help="jobs that share the list, every N-th batch each")
     parser.add_argument("--vbench", action="store_true", help="name files <prompt>-<seed>.mp4 and add images/ and vbench_info.json")
 
 
@@ -89,23 +91,21 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError(f"--seeds={arguments.seeds}: must be different whole numbers from 0, such as 0,1")
     if arguments.task_index is None and arguments.task_count > 1:
         raise UserError(f"--task_count={arguments.task_count} needs --task_index: which share is this job's, or every job makes the first")
-    share = arguments.task_index or 0
-    if share >= arguments.task_count:
-        raise UserError(f"--task_index={share}: must be from 0 to --task_count - 1 = {arguments.task_count - 1}")
+    task = arguments.task_index or 0
+    if task >= arguments.task_count:
+        raise UserError(f"--task_index={task}: must be from 0 to --task_count - 1 = {arguments.task_count - 1}")
     config = load_config(arguments.config) if arguments.config else None
     everything = requests_of(read_pairs(arguments.list), seeds, arguments.vbench)
-    make_output(arguments.output)
-    check_made(arguments.output, everything)
-    check_images(arguments.output, everything)
 
     import jax
 
-    from motif_jax.animation import Animator, generate
+    from motif_jax.animation import Animator, make_videos
     from motif_jax.config import MeshConfig
     from motif_jax.dist.mesh import make_mesh
 
     devices = jax.local_devices()
-    animator = Animator.load(
+    load = functools.partial(
+        Animator.load,
         arguments.workdir or arguments.checkpoint,
         config,
         steps=arguments.steps,
@@ -113,10 +113,8 @@ def run(arguments: argparse.Namespace) -> None:
         frame_stride=arguments.frame_stride,
         mesh=make_mesh(MeshConfig(), devices),
     )
-    c = animator.config
-    with writing(arguments.output):
-        write_manifest(arguments.output, everything, animator.settings)
-        if arguments.vbench:
-            write_vbench(arguments.output, everything, c.data.height, c.data.width)
-    mine = everything[share :: arguments.task_count]
-    generate(animator, mine, arguments.output, c.sample.fps, arguments.batch_size * len(devices), lambda text: print(text, flush=True))
+    batch_size, tasks = arguments.batch_size * len(devices), (task, arguments.task_count)
+    data = make_videos(load, everything, arguments.output, batch_size, tasks).config.data
+    if arguments.vbench:
+        with writing(arguments.output):
+            write_vbench(arguments.output, everything, data.height, data.width)
