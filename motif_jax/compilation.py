@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from motif_jax.collectives import Traffic, collectives
 from motif_jax.config import Config, UserError
 from motif_jax.data.records import Layout
-from motif_jax.dist.mesh import FRAMES, ROWS, check_fits, make_mesh, shard_networks
+from motif_jax.dist.mesh import batch_sharding, check_fits, make_mesh, shard_networks
 from motif_jax.models.attention import check_kernel
 from motif_jax.models.networks import Networks
 from motif_jax.models.placement import target_platform
@@ -136,36 +136,27 @@ def tpu_devices(topology: str) -> list[jax.Device]:
         raise UserError(f"--topology={topology}: {reason}. Known are {', '.join(TOPOLOGIES)}") from error
 
 
-def stored(config: Config) -> tuple[str, ...]:
-    """What of clips the batch is taken to bring, whatever `prepare.latents` and `prepare.text_embeddings` say.
+def stored(config: Config) -> Layout:
+    """What the shards are taken to hold, whatever `prepare.latents` and `prepare.text_embeddings` say: all that pretrained towers make.
 
-    What pretrained towers make: text embeddings with text 'openclip', latents with autoencoder 'kl', beside which the image tower has
-    to see the first frame.
+    That is text embeddings with text 'openclip', and latents with autoencoder 'kl', beside which the image tower has to see frames.
     """
-    latents = ("latents", *["first frames"] * config.image_tokens) if config.autoencoder.kind == "kl" else ("frames",)
-    return *latents, "text embeddings" if config.text.kind == "openclip" else "sentences"
+    d = config.data
+    latent = (config.latent_height, config.latent_width, 2 * config.autoencoder.z_channels) if config.autoencoder.kind == "kl" else ()
+    text = (config.text.context_length, config.text.width) if config.text.kind == "openclip" else ()
+    mask = config.loss.heatmap == "mask"
+    return Layout(d.frames, d.height, d.width, config.prepare.flow_stride, motion_mask=mask, latent=latent, text=text)
 
 
 def batch_shapes(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """The global batch as it comes from shards that hold what is `stored`, placed on `mesh`."""
-    d = config.data
-    latents, text_embeddings = (name in stored(config) for name in ("latents", "text embeddings"))
-    latent = (config.latent_height, config.latent_width, 2 * config.autoencoder.z_channels) if latents else ()
-    text = (config.text.context_length, config.text.width) if text_embeddings else ()
-    layout = Layout(
-        d.frames, d.height, d.width, config.prepare.flow_stride, motion_mask=config.loss.heatmap == "mask", latent=latent, text=text
-    )
-    fields = {**layout.arrays(), "fps": ((), "f4")}
-    if not latent:
-        fields["frames"] = ((d.frames, d.height, d.width, 3), "u1")
-    if "first frames" in stored(config):
-        fields["image"] = ((d.height, d.width, 3), "u1")
-    if not text:
-        fields["tokens"] = ((config.text.context_length,), "i4")
+    layout = stored(config)
+    fields = layout.batch(config.image_tokens)
+    if not layout.text:
+        fields["tokens"] = ((config.text.context_length,), "<i4")
 
     def one(name: str, shape: tuple[int, ...], dtype: str) -> jax.ShapeDtypeStruct:
-        spec = PartitionSpec(ROWS, "context") if name in FRAMES else PartitionSpec(ROWS)
-        return jax.ShapeDtypeStruct((config.batch_size, *shape), np.dtype(dtype), sharding=NamedSharding(mesh, spec))
+        return jax.ShapeDtypeStruct((config.batch_size, *shape), np.dtype(dtype), sharding=batch_sharding(mesh, name))
 
     return {name: one(name, *field) for name, field in fields.items()}
 

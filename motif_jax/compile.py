@@ -31,8 +31,8 @@ def main(argv: list[str]) -> None:
     from motif_jax import compilation
 
     devices = compilation.tpu_devices(TOPOLOGY.value)
-    data = " and ".join(compilation.stored(config))
-    print(f"{config.name} on {TOPOLOGY.value}, from {data} in the shards: compiling, minutes at the paper's size", flush=True)
+    fields = ", ".join(compilation.stored(config).batch(config.image_tokens))
+    print(f"{config.name} on {TOPOLOGY.value}, from shards with {fields}: compiling, minutes at the paper's size", flush=True)
     report = compilation.compile_step(config, devices, EFFORT.value)
     print(report)
     if JSON.value:

@@ -17,6 +17,15 @@ Decode = Callable[[np.ndarray], UInt8[np.ndarray, "T H W 3"]]
 _MEASURED = 10_000  # clips at most, evenly spaced: a dataset may hold a terabyte
 
 
+def clip_heatmap(config: Config, clip: pipeline.Example) -> Float[np.ndarray, "T h w"]:
+    """m' as the configured loss would weigh this clip; for "latent_difference", which the network's own latents make, that of the flow."""
+    from motif_jax.training.step import motion_heatmap
+
+    kind = "flow" if config.loss.heatmap == "latent_difference" else config.loss.heatmap
+    stored = {"flow": clip.flow, "motion_mask": clip.motion_mask}
+    return np.asarray(motion_heatmap(config, {name: x[None] for name, x in stored.items() if x is not None}, kind))[0]
+
+
 def write(
     config: Config, directory: pathlib.Path, count: int, decode: Decode | None, skipped: Mapping[str, int], log: Callable[[str], None]
 ) -> pathlib.Path:
@@ -39,25 +48,9 @@ def write(
         clip = dataset[i]
         frames = clip.frames if clip.frames is not None else decode(clip.latent_moments)
         heats = {reading: heat(clip.flow, reading) for reading in heatmap.READINGS}
-        drawn = heats[loss.intensity]
-        if loss.heatmap in ("inverse", "mask", "none"):
-            mask = None if clip.motion_mask is None else clip.motion_mask[None]
-            m = heatmap.heatmap(
-                loss.heatmap,
-                flow=clip.flow[None],
-                mask=mask,
-                latents=None,
-                height=manifest.layout.height,
-                width=manifest.layout.width,
-                latent_hw=clip.flow.shape[1:3],
-                reading=loss.intensity,
-                sharpness=loss.sharpness,
-                threshold=loss.threshold,
-            )
-            drawn = np.asarray(m)[0]
         shares.append({reading: pictures.moving_share(h) for reading, h in heats.items()})
         path = folder / f"{clip.clip_id}.png"
-        pictures.save_png(path, pictures.clip_sheet(frames, clip.flow, drawn, clip.caption))
+        pictures.save_png(path, pictures.clip_sheet(frames, clip.flow, clip_heatmap(config, clip), clip.caption))
         sheets.append((path.name, clip.caption))
         log(f"{path}: {100 * shares[-1][loss.intensity]:.1f} % moves: {clip.caption}")
     if loss.heatmap != "flow":

@@ -85,7 +85,7 @@ def _heatmaps(config: Config) -> str:
     """Frames, flow and heatmap of the first held-out clips (or training clips, where there are none), if the data is still there."""
     from motif_jax.data import pipeline
     from motif_jax.motion import pictures
-    from motif_jax.motion.heatmap import heatmap
+    from motif_jax.preview import clip_heatmap
 
     try:
         examples = pipeline.examples(config.data, 3)
@@ -95,22 +95,12 @@ def _heatmaps(config: Config) -> str:
     for example in examples:
         if example.frames is None:
             return "<p>The dataset holds latents and no frames; motif_jax.prepare --preview shows its clips.</p>"
-        flow = example.flow.astype(np.float32)
-        heat = heatmap(
-            "flow",
-            flow=flow[None],
-            mask=None,
-            latents=None,
-            height=config.data.height,
-            width=config.data.width,
-            latent_hw=(config.latent_height, config.latent_width),
-            reading=config.loss.intensity,
-            sharpness=config.loss.sharpness,
-            threshold=config.loss.threshold,
-        )[0]
-        pictures.save_png(sheet := io.BytesIO(), pictures.clip_sheet(example.frames, flow, np.asarray(heat), example.caption))
+        sheet = io.BytesIO()
+        pictures.save_png(sheet, pictures.clip_sheet(example.frames, example.flow, clip_heatmap(config, example), example.caption))
         parts.append(html.picture(sheet.getvalue(), "png", f"frames, flow and heatmap: {example.caption}"))
-    return "<p>Rows: frames, optical flow (colour is direction, saturation is speed), heatmap over the frames.</p>" + "".join(parts)
+    kind = config.loss.heatmap
+    heat = f"the heatmap ({'flow; latent_difference is not drawn' if kind == 'latent_difference' else kind}) over the frames"
+    return f"<p>Rows: frames, optical flow (colour is direction, saturation is speed), {heat}.</p>" + "".join(parts)
 
 
 def _samples(workdir: pathlib.Path) -> str:

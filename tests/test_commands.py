@@ -271,11 +271,11 @@ from motif_jax.commands import keep_compiled_programs
 keep_compiled_programs()
 import jax, jax.numpy as jnp
 from motif_jax.models import group_norm
-from motif_jax.models.layers import GroupNorm, Silu
+from motif_jax.models.layers import GroupNorm, silu
 from motif_jax.models.placement import target_platform
 from jax.sharding import AbstractDevice, AbstractMesh
 def loss(x, EDIT):
-    return group_norm.in_kernels([GroupNorm(320, 32, 1e-5, dtype=jnp.bfloat16), Silu()], x)[0].astype(jnp.float32).sum()
+    return group_norm.in_kernels([GroupNorm(320, 32, 1e-5, dtype=jnp.bfloat16), silu], x)[0].astype(jnp.float32).sum()
 h100 = AbstractDevice("NVIDIA H100", None, "cuda")
 with target_platform("gpu"), jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=h100)):
     text = jax.jit(jax.grad(loss)).trace(jax.ShapeDtypeStruct((2, 8, 16, 320), jnp.bfloat16)).lower(lowering_platforms=("cuda",)).as_text()

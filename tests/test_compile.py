@@ -11,7 +11,7 @@ import sys
 import jax
 import pytest
 
-from motif_jax.compilation import Report, batch_shapes, compile_step, stored, too_large
+from motif_jax.compilation import Report, batch_shapes, compile_step, too_large
 from motif_jax.config import MeshConfig, UserError, from_config_dict, to_json
 from motif_jax.dist.mesh import make_mesh
 
@@ -66,7 +66,6 @@ def test_a_kernel_of_another_platform_is_refused(config):
 def test_pretrained_towers_are_not_in_the_step():
     """The paper's batch holds latents and text embeddings; the toy's frames and tokens."""
     mesh = make_mesh(MeshConfig())
-    assert stored(from_config_dict({})) == ("latents", "text embeddings")
     paper = {name: (s.shape, s.dtype.name) for name, s in batch_shapes(from_config_dict({}), mesh).items()}
     assert paper == {
         "latent_moments": ((64, 16, 40, 64, 8), "float16"),

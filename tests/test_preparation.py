@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from motif_jax import preparation
+from motif_jax import preparation, report
 from motif_jax.config import Config, DataConfig, PrepareConfig, UserError
 from motif_jax.data import pipeline, shards
 from motif_jax.data.videos import save_video
@@ -480,6 +480,21 @@ def test_previews(tmp_path):
     assert f": {100 * share:.1f} %" in line and "diagonal" in line
     page = (tmp_path / "preview" / "index.html").read_text()
     assert all(p.name in page for p in pictures) and page.count("data:image/svg+xml") == 1
+
+
+def test_a_report_shows_the_configured_heatmap(tmp_path):
+    """The caption's word and the pictures; where the latents of a network would make it, the flow's and a word about that."""
+    prepare("synthetic:quickstart:9", tmp_path)
+    data = dataclasses.replace(CONFIG.data, path=str(tmp_path))
+
+    def shown(kind):
+        loss = dataclasses.replace(CONFIG.loss, heatmap=kind)
+        return report._heatmaps(dataclasses.replace(CONFIG, data=data, loss=loss)).split("<img", 1)
+
+    found = {kind: shown(kind) for kind in ("flow", "mask", "inverse", "none", "latent_difference")}
+    assert all(f"the heatmap ({kind}" in text for kind, (text, _) in found.items() if kind != "latent_difference")
+    assert "the heatmap (flow; latent_difference is not drawn)" in found["latent_difference"][0]
+    assert len({pictures for _, pictures in found.values()}) == 4 and found["flow"][1] == found["latent_difference"][1]
 
 
 @pytest.mark.parametrize("kind", ["mask", "inverse"])

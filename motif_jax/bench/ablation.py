@@ -138,7 +138,7 @@ def summarise(runs: dict[tuple[str, str], pathlib.Path], world: str, seed: int, 
 
     def measures(arm: str, numbers: list[str], split: str, step: int) -> dict[str, np.ndarray]:
         found = load([runs[arm, n] for n in numbers], step, split, world, seed, count)
-        lost, ghost = found["presence"] < comparison.LOST, found["area_ratio"] > comparison.GHOSTS[1]
+        lost, ghost = found["presence"] < comparison.LOST, found["area_ratio"] > comparison.AREA_RANGE[1]
         return found | {"lost": lost.astype(float), "ghost": ghost.astype(float)}
 
     for arm, numbers in arms.items():

@@ -12,9 +12,9 @@ from motif_jax.data.storage import write_whole
 RULE = (
     "Rule of preference, fixed before the test clips were sampled: the clip wins whose named object keeps nearer to its true path, by more "
     f"than {comparison.MARGIN:.3f} of the width (a clip that shows the object in less than {100 * comparison.LOST:.0f} % of its frames "
-    f"counts as lost). Strict: no win with a background more than {comparison.VETO_DB:g} dB worse, or with a ghost or a smear that "
-    "the other clip has not. Ties count half. Brackets: 95 % bootstrap interval over clips and seeds; of one seed it speaks of clips "
-    "alone, and another seed may differ by more."
+    f"counts as lost). Strict: no win with a background more than {comparison.VETO_DB:g} dB worse, or whose object ends on less than "
+    "half of its true area (it faded) or more than twice of it (ghosts, smears) where the other's does not. Ties count half. "
+    "Brackets: 95 % bootstrap interval over clips and seeds; of one seed it speaks of clips alone, and another seed may differ by more."
 )
 ROWS = {
     "direction_ok": ("direction %", 100, ".0f"),

@@ -13,7 +13,7 @@ import numpy as np
 
 from motif_jax.bench import study
 from motif_jax.bench.arguments import at_least, folders, positive, size
-from motif_jax.config import UserError
+from motif_jax.config import UserError, enumerate_first
 
 SIDES = range(16, 4097, 2)  # pixels: even, for 4:2:0
 
@@ -81,7 +81,7 @@ def run_build(arguments: argparse.Namespace) -> None:
             else:
                 missing.append(f"{name} has none of {pair.id}")
     if missing:
-        raise UserError(f"--videos: {len(missing)} of {len(pairs) * len(systems)} videos are missing: {'; '.join(missing[:5])}")
+        raise UserError(f"--videos: {len(missing)} of {len(pairs) * len(systems)} videos are missing: {enumerate_first(missing, 5)}")
     if len(pairs) < len(listed):
         print(f"{len(listed) - len(pairs)} of {len(listed)} pairs are left out: there is no video of them")
 

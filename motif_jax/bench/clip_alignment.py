@@ -9,10 +9,7 @@ from jaxtyping import Float, UInt8
 from motif_jax.config import UserError
 from motif_jax.data.images import cover
 from motif_jax.data.storage import sha256
-
-# CLIP's normalisation, RGB in 0..1 (Radford et al. 2021)
-MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
-STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+from motif_jax.models.image import DEVIATION, MEAN
 
 
 class ClipAlignment:
@@ -46,7 +43,8 @@ class ClipAlignment:
         import torch
 
         side = self._model.config.vision_config.image_size
-        batch = np.stack([(cover(p, side, side) / np.float32(255) - MEAN) / STD for p in pictures]).transpose(0, 3, 1, 2)
+        mean, deviation = np.float32(MEAN), np.float32(DEVIATION)
+        batch = np.stack([(cover(p, side, side) / np.float32(255) - mean) / deviation for p in pictures]).transpose(0, 3, 1, 2)
         with torch.inference_mode():
             vision = self._model.vision_model(pixel_values=torch.from_numpy(batch).to(self._model.device))
             return _unit(self._model.visual_projection(vision.pooler_output))

@@ -15,7 +15,7 @@ from motif_jax.bench.preference import cluster_weights, share_interval
 MARGIN = 1 / 64  # path errors (over the width) that differ by less are a tie
 LOST = 0.9  # a clip that shows the object in a smaller share of its frames has the path error 1
 VETO_DB = 3.0  # strict: a background this much worse wins nothing
-GHOSTS = (0.5, 2.0)  # strict: nor does an object whose colour covers less or more of its true area in the last frame
+AREA_RANGE = (0.5, 2.0)  # strict: nor does an object whose colour covers less or more of its true area in the last frame
 
 Measures = dict[str, Float[np.ndarray, "S N"]]
 
@@ -29,15 +29,16 @@ def prefer(a: Measures, b: Measures, strict: bool = False) -> Float[np.ndarray, 
     """1 where a is preferred to b, 0 where b is, 0.5 for a tie.
 
     The clip wins whose named object keeps nearer to its true path by more than MARGIN. strict: no win with a background more
-    than VETO_DB worse than the other's, or with ghosts that the other clip does not have; such a win becomes a tie.
+    than VETO_DB worse than the other's, or with an area of the object outside AREA_RANGE (it faded, or left ghosts) where the other's
+    is inside; such a win becomes a tie.
     """
     difference = path_error(b) - path_error(a)
     wins_a, wins_b = difference > MARGIN, difference < -MARGIN
     if strict:
         worse = b["background_psnr"] - a["background_psnr"]
-        ghost_a, ghost_b = (~((m["area_ratio"] >= GHOSTS[0]) & (m["area_ratio"] <= GHOSTS[1])) for m in (a, b))
-        wins_a &= (worse <= VETO_DB) & ~(ghost_a & ~ghost_b)
-        wins_b &= (worse >= -VETO_DB) & ~(ghost_b & ~ghost_a)
+        wrong_a, wrong_b = (~((m["area_ratio"] >= AREA_RANGE[0]) & (m["area_ratio"] <= AREA_RANGE[1])) for m in (a, b))
+        wins_a &= (worse <= VETO_DB) & ~(wrong_a & ~wrong_b)
+        wins_b &= (worse >= -VETO_DB) & ~(wrong_b & ~wrong_a)
     return 0.5 + 0.5 * wins_a - 0.5 * wins_b
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from motif_jax.config import UserError
+from motif_jax.config import UserError, enumerate_first
 from motif_jax.data import images, videos
 
 # A frame rate this close to a whole multiple of the study's is taken for it: GIFs round their delays to 1/100 s.
@@ -47,7 +47,7 @@ def parallel(function: Callable, jobs: list, progress: Callable[[str], None]) ->
             if n % 100 == 0 or n == len(jobs):
                 progress(f"{n} of {len(jobs)}")
     if faults:
-        raise UserError(f"{len(faults)} of {len(jobs)} files cannot be used: " + "; ".join(faults[:5]) + (" ..." if faults[5:] else ""))
+        raise UserError(f"{len(faults)} of {len(jobs)} files cannot be used: {enumerate_first(faults, 5)}")
     return results
 
 
@@ -74,7 +74,7 @@ def common_format(lengths: dict[pathlib.Path, tuple[int, float]], height: int, w
     faults = [f"{path} has {rate:g}" for path, (_, rate) in lengths.items() if abs(rate / fps - stride(rate, fps)) > RATE_TOLERANCE]
     if faults:
         raise UserError(
-            f"--fps={fps:g}: {len(faults)} videos run at no whole multiple of it ({'; '.join(faults[:3])}); "
+            f"--fps={fps:g}: {len(faults)} videos run at no whole multiple of it ({enumerate_first(faults, 3)}); "
             "choose a common divisor with --fps, or convert them first"
         )
     usable = {path: (count - 1) // stride(rate, fps) + 1 for path, (count, rate) in lengths.items()}

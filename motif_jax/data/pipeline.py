@@ -240,23 +240,17 @@ class Collate:
     """Records of one batch -> its arrays. Every record goes into its row as soon as it is read, while it is in the processor's cache."""
 
     def __init__(self, layout: records.Layout, tokenizer: Tokenizer, image: bool = False) -> None:
-        self._layout, self._tokenizer = layout, tokenizer
-        self._arrays = layout.arrays()
-        picture = layout.height, layout.width, 3
-        if not layout.latent:
-            self._arrays["frames"] = (layout.frames, *picture), "|u1"
-        elif image:
-            self._arrays["image"] = picture, "|u1"
+        self._layout, self._tokenizer, self._fields = layout, tokenizer, layout.batch(image)
 
     def __call__(self, found: Iterable[bytes], count: int) -> Batch:
-        names = ("caption", "fps", "frame_stride", *self._arrays)
-        batch = {name: np.empty((count, *shape), dtype) for name, (shape, dtype) in self._arrays.items()}
-        captions, batch["fps"] = [], np.empty(count, np.float32)
+        names = ("caption", "frame_stride", *self._fields)
+        batch = {name: np.empty((count, *shape), dtype) for name, (shape, dtype) in self._fields.items()}
+        captions = []
         for row, record in enumerate(found):
             clip = records.decode_clip(self._layout, record, names)
-            for name in self._arrays:
+            for name in self._fields:
                 batch[name][row] = clip[name]
-            batch["fps"][row] = clip["fps"] / clip["frame_stride"]
+            batch["fps"][row] /= clip["frame_stride"]
             captions.append(clip["caption"])
         if "text_embedding" not in batch:
             batch["tokens"] = np.asarray(self._tokenizer(captions), np.int32)

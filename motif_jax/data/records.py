@@ -51,6 +51,15 @@ class Layout:
             fields["text_embedding"] = (tuple(self.text), "<f2")
         return fields
 
+    def batch(self, image: bool = False) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Name -> (shape, type) of what a clip brings into a batch, tokens aside: latents for frames, of which `image` keeps the first."""
+        fields = self.arrays() | {"fps": ((), "<f4")}
+        if not self.latent:
+            fields["frames"] = ((self.frames, self.height, self.width, 3), "|u1")
+        elif image:
+            fields["image"] = ((self.height, self.width, 3), "|u1")
+        return fields
+
     def names(self) -> tuple[str, ...]:
         """Every field of a record."""
         return (*TEXTS, *INTEGERS, "fps", *(("frames",) if self.pixels else ()), *self.arrays())

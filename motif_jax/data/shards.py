@@ -5,7 +5,6 @@ asked for), and, once every shard is there, TFDS's metadata and dataset.json. Re
 """
 
 import collections
-import contextlib
 import hashlib
 import json
 import os
@@ -13,12 +12,12 @@ import pathlib
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from motif_jax.config import UserError
+from motif_jax.config import UserError, enumerate_first
 from motif_jax.data import records, storage
 from motif_jax.data.storage import Path, local_path, machine, replacing, size
 
@@ -96,8 +95,7 @@ def write_file(path: Path, text: str) -> None:
             return
     except (FileNotFoundError, UnicodeDecodeError):
         pass
-    with _replacing(path) as temporary:
-        temporary.write_text(text)
+    storage.write_whole(path, text)
 
 
 def write_object(path: Path, values: Mapping[str, Any]) -> None:
@@ -129,7 +127,7 @@ def write_shard(directory: Path, shard: Shard, plan: str, fingerprint: str, outc
 
     path = directory / shard.name
     skipped, count = [], 0
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         writer = _disk(ArrayRecordWriter, str(temporary), _WRITER_OPTIONS)
         try:
             for outcome in outcomes:
@@ -264,7 +262,7 @@ def _opened(directory: pathlib.Path, dataset: dict[str, Any], again: str) -> Man
         if fault:
             bad.append(f"{shard['shard']} is {fault}")
     if bad:
-        raise UserError(f"dataset {directory}: {'; '.join(bad[:5])}{f' and {len(bad) - 5} more' if len(bad) > 5 else ''}; {again}")
+        raise UserError(f"dataset {directory}: {enumerate_first(bad, 5)}; {again}")
     shards = {
         split: tuple((s["shard"], s["records"], s["bytes"]) for s in found if s["records"]) for split, found in dataset["splits"].items()
     }
@@ -311,24 +309,6 @@ def _tfds_metadata(layout: records.Layout, splits: Mapping[str, Sequence[Mapping
 
 def _manifest_path(directory: Path, name: str) -> Path:
     return directory / "manifests" / f"{name}.json"
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[pathlib.Path]:
-    """`replacing` that renames once the bytes are on the disk, and waits until the new name is, too."""
-    with replacing(path) as temporary:
-        yield temporary
-        _sync(temporary)
-    if isinstance(path, pathlib.Path):
-        _sync(path.parent)
-
-
-def _sync(path: pathlib.Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _disk(call: Callable[..., Any], *arguments: Any) -> Any:

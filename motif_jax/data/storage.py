@@ -151,6 +151,7 @@ def machine() -> str:
 def replacing(path: str | Path) -> Iterator[pathlib.Path]:
     """An absolute path on a disk to write to: when the block succeeds the file gets the name `path`, or is uploaded, else it is removed.
 
+    It has the name once its bytes are on the disk, and this returns once the name is, too: a power cut leaves no part of a file.
     .tmp-PID@MACHINE@ and the end of the name: nothing that reads a directory by names, nor a task elsewhere, takes it for its own.
     """
     path = path if isinstance(path, RemotePath) else pathlib.Path(path).absolute()
@@ -161,9 +162,19 @@ def replacing(path: str | Path) -> Iterator[pathlib.Path]:
         if isinstance(path, RemotePath):
             upload(temporary, path)
         else:
+            _sync(temporary)
             temporary.replace(path)
+            _sync(directory)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _sync(path: pathlib.Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int
 
 from motif_jax.diffusion.objective import to_eps, to_x0
 from motif_jax.diffusion.schedule import Schedule
@@ -87,7 +87,6 @@ def ddim(
     timesteps: Int[np.ndarray, " S"],
     prediction: str,
     eta: float = 0.0,
-    key: PRNGKeyArray | None = None,
     *,
     final: str = "reference",
     unscale: bool = True,
@@ -99,8 +98,8 @@ def ddim(
     x_prev = sqrt(ab_prev) x_0 scale_prev / scale_t + sqrt(1 - ab_prev - sigma^2) eps + sigma z. x_0 is never clipped.
     denoise: (x_t [B, ...], t [B] int32) -> the network's output, guidance applied.
     timesteps: ascending, concrete; see `ddim_timesteps`. prediction: "v", "eps" or "x0".
-    eta, key: with eta > 0 fresh noise enters every step, the last included, from `key`, or from `noise` (one array per step, in
-    running order). final, unscale: see `ddim_steps`.
+    eta, noise: with eta > 0 fresh `noise` enters every step, the last included: one array per step, in running order.
+    final, unscale: see `ddim_steps`.
     trajectory: also return x after each step and each step's estimate of x_0, the dynamic rescale divided out.
     Raises ValueError where the run is undefined: eta without noise, or "eps" at a timestep of pure noise.
     """
@@ -112,26 +111,22 @@ def ddim(
             f"prediction='eps' at timestep {steps.t[0]}, where alpha_bar is 0: x_0 is undefined; "
             "predict 'v', turn zero terminal SNR off, or use 'uniform' spacing"
         )
-    if eta > 0.0 and key is None and noise is None:
-        raise ValueError(f"eta={eta} adds noise at every step: pass key (or noise)")
+    if eta > 0.0 and noise is None:
+        raise ValueError(f"eta={eta} adds noise at every step: pass noise")
     if noise is not None and len(noise) != len(steps.t):
         raise ValueError(f"noise holds {len(noise)} arrays for {len(steps.t)} steps: one per step is needed")
 
-    def draw(i: Int[Array, ""], x: Float[Array, "B *rest"]) -> Float[Array, "B *rest"]:
-        return jax.random.normal(jax.random.fold_in(key, i), x.shape) if noise is None else jnp.asarray(noise)[i]
-
-    def body(x: Float[Array, "B *rest"], inputs: tuple[Int[Array, ""], Steps]):
-        i, step = inputs
+    def body(x: Float[Array, "B *rest"], inputs: tuple[Steps, Float[Array, "B *rest"] | None]):
+        step, z = inputs
         t_B = jnp.full(x.shape[0], step.t)
         output = denoise(x, t_B)
         x0 = to_x0(schedule, x, output, t_B, prediction) / step.scale
         x = step.alpha_prev * step.scale_prev * x0 + step.direction * to_eps(schedule, x, output, t_B, prediction)
         if eta > 0.0:
-            x = x + step.sigma * draw(i, x)
+            x = x + step.sigma * z
         return x, (x, x0) if trajectory else None
 
-    count = jnp.arange(len(steps.t))
-    x, path = jax.lax.scan(body, x_T.astype(jnp.float32), (count, jax.tree.map(jnp.asarray, steps)))
+    x, path = jax.lax.scan(body, x_T.astype(jnp.float32), jax.tree.map(jnp.asarray, (steps, noise)))
     return (x, *path) if trajectory else x
 
 

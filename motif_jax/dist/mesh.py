@@ -1,6 +1,5 @@
 """The device mesh (data, fsdp, context, tensor) and where each array lives on it."""
 
-import functools
 import math
 import re
 from collections.abc import Mapping
@@ -101,7 +100,6 @@ def place(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(one, tree, shardings)
 
 
-@functools.lru_cache(maxsize=8)  # asked for at every step
 def batch_rows(mesh: Mesh, batch_size: int) -> tuple[int, ...]:
     """The rows of a global batch that this process' devices work on, in order; what its input pipeline has to read."""
     sharding = NamedSharding(mesh, BATCH)
@@ -109,19 +107,16 @@ def batch_rows(mesh: Mesh, batch_size: int) -> tuple[int, ...]:
     return tuple(sorted({row for (part,) in parts for row in range(batch_size)[part]}))
 
 
+def batch_sharding(mesh: Mesh, name: str) -> NamedSharding:
+    """Of a field of the batch: clips over (data, fsdp), frames over context."""
+    return NamedSharding(mesh, PartitionSpec(ROWS, "context") if name in FRAMES else BATCH)
+
+
 def global_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, batch_size: int) -> dict[str, jax.Array]:
-    """The rows `batch_rows` of a batch (numpy) -> one global array per field: clips over (data, fsdp), frames over context."""
-    rows = batch_rows(mesh, batch_size)
+    """The rows `batch_rows` of a batch (numpy) -> one global array per field, placed by `batch_sharding`."""
 
     def one(name: str, x: np.ndarray) -> jax.Array:
-        sharding = NamedSharding(mesh, PartitionSpec(ROWS, "context") if name in FRAMES else BATCH)
-
-        def part(index: tuple[slice, ...]) -> np.ndarray:
-            start, stop, _ = index[0].indices(batch_size)
-            first = rows.index(start)
-            return x[(slice(first, first + stop - start), *index[1:])]
-
-        return jax.make_array_from_callback((batch_size, *x.shape[1:]), sharding, part)
+        return jax.make_array_from_process_local_data(batch_sharding(mesh, name), x, (batch_size, *x.shape[1:]))
 
     return {name: one(name, x) for name, x in batch.items()}
 

@@ -18,7 +18,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, UInt
 
-from motif_jax.models.layers import Dropout, Silu, apply, random_bits
+from motif_jax.models.layers import Dropout, apply, random_bits, silu
 from motif_jax.models.placement import interpreted, kernel_rows, on_each_device
 
 COLUMNS, ELEMENTS = 256, 8192  # channels, and positions times channels, of one program at most
@@ -43,7 +43,7 @@ def normalised(
     shift: Float[Array, "*N C"] | None = None,
     by_pixel: bool = False,
 ) -> tuple[Float[Array, "N *s C"], Float[Array, "N *s C"]]:
-    """(`layers`(x + shift), x): a GroupNorm, and the Silu and the Dropout with key `rng` where they follow it.
+    """(`layers`(x + shift), x): a GroupNorm, and `silu` and the Dropout with key `rng` where they follow it.
 
     The second result is x itself. Where x is needed again, use that: its gradient then joins the norm's without a pass of its own.
     by_pixel: x is [N, T, h, w, C] and the first result [N, h w, T, C], as attention along time reads it.
@@ -72,9 +72,8 @@ def in_kernels(
     norm, *rest = layers
     N, *_, C = x.shape
     dropout = next((layer for layer in rest if isinstance(layer, Dropout) and layer.rate > 0 and rng is not None), None)
-    silu = any(isinstance(layer, Silu) for layer in rest)
     rate, frames = 0.0 if dropout is None else dropout.rate, x.shape[1] if by_pixel else 0
-    chain = Chain(norm.groups, norm.epsilon, silu, rate, jnp.dtype(norm.dtype).name, frames)
+    chain = Chain(norm.groups, norm.epsilon, silu in rest, rate, jnp.dtype(norm.dtype).name, frames)
     shift_NC = jnp.broadcast_to(jnp.zeros(C) if shift is None else shift.astype(jnp.float32), (N, C))
     key_2 = jnp.zeros(2, jnp.uint32) if dropout is None else dropout.key(rng)
     y, x_NSC = _on_each_device(chain, rows)(x.reshape(N, -1, C), shift_NC, norm.scale[...], norm.bias[...], key_2)

@@ -284,10 +284,12 @@ class GroupNorm(nnx.Module):
 class LayerNorm(nnx.Module):
     """Normalises the last axis; statistics in float32 (`_moments`)."""
 
-    def __init__(self, channels: int, epsilon: float = 1e-5, *, dtype=jnp.float32):
+    epsilon = 1e-5
+
+    def __init__(self, channels: int, *, dtype=jnp.float32):
         self.scale = nnx.Param(jnp.ones((channels,), jnp.float32))
         self.bias = nnx.Param(jnp.zeros((channels,), jnp.float32))
-        self.epsilon, self.dtype = epsilon, dtype
+        self.dtype = dtype
 
     def __call__(self, x: Float[Array, "*n C"]) -> Float[Array, "*n C"]:
         x = x.astype(jnp.float32)
@@ -296,25 +298,16 @@ class LayerNorm(nnx.Module):
         return (y * self.scale[...] + self.bias[...]).astype(self.dtype)
 
 
-class Silu(nnx.Module):
-    """x * sigmoid(x); a module so that the layers after it keep the numbers they have in the reference's sequences."""
-
-    def __call__(self, x: Array) -> Array:
-        # XLA's CPU backend would round half precision after every operation. The others' fusions do not, and this form costs a GPU memory.
-        return jax.nn.silu(x.astype(jnp.float32)).astype(x.dtype) if platform() == "cpu" else jax.nn.silu(x)
+def silu(x: Float[Array, "*n"]) -> Float[Array, "*n"]:
+    """x * sigmoid(x)."""
+    # XLA's CPU backend would round half precision after every operation. The others' fusions do not, and this form costs a GPU memory.
+    return jax.nn.silu(x.astype(jnp.float32)).astype(x.dtype) if platform() == "cpu" else jax.nn.silu(x)
 
 
 def gelu(x: Float[Array, "*n"]) -> Float[Array, "*n"]:
     """The exact (erf) GELU, computed in float32; jax.nn's uses erfc, which costs several times as much."""
     x32 = x.astype(jnp.float32)
     return (0.5 * x32 * (1 + jax.lax.erf(x32 * 0.5**0.5))).astype(x.dtype)
-
-
-class Gelu(nnx.Module):
-    """`gelu` as a module, for the same reason as Silu."""
-
-    def __call__(self, x: Array) -> Array:
-        return gelu(x)
 
 
 class Dropout(nnx.Module):

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from motif_jax.config import ResamplerConfig
 from motif_jax.models.attention import IMAGE_TOKENS, attention
-from motif_jax.models.layers import Dense, Gelu, Initializer, LayerNorm, apply
+from motif_jax.models.layers import Dense, Initializer, LayerNorm, apply, gelu
 
 
 class PerceiverAttention(nnx.Module):
@@ -52,7 +52,7 @@ class Resampler(nnx.Module):
 
         def feed_forward() -> nnx.List:
             inner = Dense(width, 4 * width, bias=False, **kwargs)
-            return nnx.List([LayerNorm(width, dtype=dtype), inner, Gelu(), Dense(4 * width, width, bias=False, **kwargs)])
+            return nnx.List([LayerNorm(width, dtype=dtype), inner, gelu, Dense(4 * width, width, bias=False, **kwargs)])
 
         def perceive() -> PerceiverAttention:
             return PerceiverAttention(width, config.heads, config.head_width, implementation=attention, **kwargs)

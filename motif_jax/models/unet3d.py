@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Num
 
 from motif_jax.config import UNetConfig
 from motif_jax.models.group_norm import normalised
-from motif_jax.models.layers import REMAT, Conv, Dense, Dropout, GroupNorm, Initializer, Silu, apply, recompute, sinusoids
+from motif_jax.models.layers import REMAT, Conv, Dense, Dropout, GroupNorm, Initializer, apply, recompute, silu, sinusoids
 from motif_jax.models.placement import CLIPS, constrain
 from motif_jax.models.transformer import SpatialTransformer, TemporalTransformer
 
@@ -28,7 +28,7 @@ class TemporalConv(nnx.Module):
         def stage(dropouts: list[Dropout], zero: bool = False) -> nnx.List:
             norm = GroupNorm(channels, groups, NORM_EPSILON, dtype=dtype)
             conv = Conv(channels, channels, (3, 1, 1), zero=zero, init=init, dtype=dtype)
-            return nnx.List([norm, Silu(), *dropouts, conv])
+            return nnx.List([norm, silu, *dropouts, conv])
 
         self.conv1 = stage([])
         self.conv2 = stage([Dropout(dropout, next(streams))])
@@ -54,13 +54,13 @@ class ResBlock(nnx.Module):
         kwargs = {"init": init, "dtype": dtype}
         groups = config.norm_groups
         self.in_layers = nnx.List(
-            [GroupNorm(channels_in, groups, NORM_EPSILON, dtype=dtype), Silu(), Conv(channels_in, channels, (3, 3), **kwargs)]
+            [GroupNorm(channels_in, groups, NORM_EPSILON, dtype=dtype), silu, Conv(channels_in, channels, (3, 3), **kwargs)]
         )
-        self.emb_layers = nnx.List([Silu(), Dense(emb_width, channels, **kwargs)])
+        self.emb_layers = nnx.List([silu, Dense(emb_width, channels, **kwargs)])
         self.out_layers = nnx.List(
             [
                 GroupNorm(channels, groups, NORM_EPSILON, dtype=dtype),
-                Silu(),
+                silu,
                 Dropout(config.dropout, next(streams)),
                 Conv(channels, channels, (3, 3), zero=True, **kwargs),
             ]
@@ -127,7 +127,7 @@ class UNet3D(nnx.Module):
         def embedding() -> nnx.List:
             # A few numbers per clip: float32 costs nothing here.
             options = {**kwargs, "dtype": jnp.float32}
-            return nnx.List([Dense(base, emb_width, **options), Silu(), Dense(emb_width, emb_width, **options)])
+            return nnx.List([Dense(base, emb_width, **options), silu, Dense(emb_width, emb_width, **options)])
 
         self.time_embed = embedding()
         if config.fps_cond:
@@ -192,7 +192,7 @@ class UNet3D(nnx.Module):
         self.output_blocks = nnx.List(blocks)
         # Both ends are float32: few channels, so it costs little.
         norm = GroupNorm(channels, config.norm_groups, NORM_EPSILON)
-        self.out = nnx.List([norm, Silu(), Conv(channels, config.out_channels, (3, 3), zero=True, init=kwargs["init"])])
+        self.out = nnx.List([norm, silu, Conv(channels, config.out_channels, (3, 3), zero=True, init=kwargs["init"])])
 
     def __call__(
         self,

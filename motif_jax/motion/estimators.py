@@ -124,21 +124,13 @@ class DisEstimator:
 
 
 def make_flow_estimator(
-    name: str,
-    weights: str | pathlib.Path = "",
-    iterations: int = 12,
-    stride: int = CELL,
-    pairs: int = 0,
-    enlarge_below: int = ENLARGE_BELOW,
-    dtype: str = "float32",
+    name: str, weights: str | pathlib.Path = "", iterations: int = 12, stride: int = CELL, **options: Any
 ) -> RaftEstimator | DisEstimator:
-    """The estimator `name`: "raft_small" or "raft_large" with weights from a file (see `RaftEstimator`), or "dis".
+    """The estimator `name`: "raft_small" or "raft_large" with weights from a file (see `RaftEstimator`, also for `options`), or "dis".
 
     Raises ValueError for an unknown name, weights that do not fit it or settings out of range, FileNotFoundError for a missing file.
     """
-    if name == "dis":
-        return DisEstimator(stride)
-    return RaftEstimator(name, weights, iterations, stride, pairs, enlarge_below, dtype)
+    return DisEstimator(stride) if name == "dis" else RaftEstimator(name, weights, iterations, stride, **options)
 
 
 def _clip_flow(graph: Any, state: Any, frames_THW3: Array, *, iterations: int, stride: int, pairs: int, enlarge_below: int) -> Array:

@@ -135,6 +135,8 @@ def clip_sheet(
     Flow is in pixels at the frames' size; `largest` is the length of the most saturated colour, by default the clip's 99.5th
     percentile, at least one pixel, so that noise in a still clip stays pale. Both are written into the sheet.
     """
+    import cv2
+
     frames, flow = np.asarray(frames_THW3), np.asarray(flow_Thw2, np.float64)
     if len(flow) != len(frames):
         raise ValueError(f"{len(frames)} frames need as many flow fields, got {len(flow)}")
@@ -142,7 +144,7 @@ def clip_sheet(
     largest = max(1.0, float(np.quantile(length, 0.995))) if largest is None else largest
     chosen = _spaced(len(frames), columns)
     size = frames.shape[1:3]
-    colours = [_tile(flow_colours(_resize_smooth(flow[t], *size), largest)) for t in chosen]
+    colours = [_tile(flow_colours(cv2.resize(flow[t], size[::-1], interpolation=cv2.INTER_LINEAR), largest)) for t in chosen]
     side = min(72, colours[0].shape[0] // 2)
     colours[0] = colours[0].copy()
     _inset(colours[0], wheel(side))
@@ -180,11 +182,6 @@ def _resize_cells(x_hw: np.ndarray, height: int, width: int) -> np.ndarray:
     y = (np.arange(height) + 0.5) * x_hw.shape[0] / height
     x = (np.arange(width) + 0.5) * x_hw.shape[1] / width
     return x_hw[y.astype(int)[:, None], x.astype(int)]
-
-
-def _resize_smooth(x_hwC: np.ndarray, height: int, width: int) -> np.ndarray:
-    channels = [Image.fromarray(np.ascontiguousarray(c, np.float32)) for c in np.moveaxis(x_hwC, -1, 0)]
-    return np.stack([np.asarray(c.resize((width, height), Image.Resampling.BILINEAR)) for c in channels], -1)
 
 
 def _tile(picture: Picture) -> Picture:

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from motif_jax.config import CheckpointConfig, UserError
+from motif_jax.config import CheckpointConfig, UserError, enumerate_first
 from motif_jax.data.storage import Path
 
 FIELDS = ("step", "params", "ema", "opt_state")  # of the state
@@ -319,8 +319,8 @@ class Checkpoints:
             if differs := _differences(directory, template):
                 fit = not any(name.startswith("params") for name in differs)
                 raise CheckpointError(
-                    f"checkpoint {directory} holds another training state than this code makes ({', '.join(differs[:3])}"
-                    f"{', ...' * (len(differs) > 3)}): it was written by another version of motif_jax "
+                    f"checkpoint {directory} holds another training state than this code makes ({enumerate_first(differs, 3, ', ')}): it "
+                    f"was written by another version of motif_jax "
                     f"({read_meta(directory).get('version', 'unknown')}) or another optimizer. Continue with that, or use another --workdir"
                     + (f"; --config.init_from={self.directory.parent} takes over its weights there" if fit else "")
                 ) from error

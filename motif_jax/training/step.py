@@ -105,8 +105,11 @@ def predict(
     return prediction, objective.target(schedule, z_BThwC, noise, t_B, d.prediction, space), z_BThwC, t_B
 
 
-def motion_heatmap(config: Config, batch: Batch, z_BThwC: Array, kind: str) -> Float[Array, "B T h w"]:
-    """m' of a batch on the latent grid (the paper's sigma of the flow intensity, and the heatmaps of its ablations)."""
+def motion_heatmap(config: Config, batch: Batch, kind: str, z_BThwC: Array | None = None) -> Float[Array, "B T h w"]:
+    """m' of a batch on the latent grid (the paper's sigma of the flow intensity, and the heatmaps of its ablations).
+
+    Raises ValueError where the batch lacks what the kind is made of; "latent_difference" is made of the latents z.
+    """
     return heatmap(
         kind,
         flow=batch.get("flow"),
@@ -114,7 +117,7 @@ def motion_heatmap(config: Config, batch: Batch, z_BThwC: Array, kind: str) -> F
         latents=z_BThwC,
         height=config.data.height,
         width=config.data.width,
-        latent_hw=z_BThwC.shape[2:4],
+        latent_hw=(config.latent_height, config.latent_width),
         reading=config.loss.intensity,
         sharpness=config.loss.sharpness,
         threshold=config.loss.threshold,
@@ -132,7 +135,7 @@ def make_train_step(
     def loss_fn(trained: Params, params: Params, frozen: dict[str, Params], batch: Batch, key: PRNGKeyArray):
         params = {**params, **trained}
         prediction, target, z, _ = predict(networks, schedule, params, frozen, batch, key)
-        m = motion_heatmap(config, batch, z, config.loss.heatmap)
+        m = motion_heatmap(config, batch, config.loss.heatmap, z)
         loss, parts = losses.motif_loss(prediction, target, m, config.loss.motion_weight)
         return loss, {**parts, "heatmap_mean": jnp.mean(m)}
 
@@ -180,7 +183,7 @@ def make_eval_step(networks: Networks, mesh: Mesh | None = None) -> Callable[...
 
     def eval_step(params: Params, frozen: dict[str, Params], batch: Batch, t_B: Array, key: PRNGKeyArray) -> losses.RegionLosses:
         with use_mesh(mesh):
-            prediction, target, z, _ = predict(networks, schedule, params, frozen, batch, key, t_B, train=False)
-        return losses.region_losses(prediction, target, motion_heatmap(config, batch, z, "flow"), 0.5)
+            prediction, target, *_ = predict(networks, schedule, params, frozen, batch, key, t_B, train=False)
+        return losses.region_losses(prediction, target, motion_heatmap(config, batch, "flow"), 0.5)
 
     return eval_step

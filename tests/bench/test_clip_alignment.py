@@ -5,8 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from motif_jax.bench.clip_alignment import MEAN, STD, ClipAlignment
+from motif_jax.bench.clip_alignment import ClipAlignment
 from motif_jax.config import UserError
+from motif_jax.models.image import DEVIATION, MEAN
 
 WORDS = [
     "a</w>",
@@ -47,7 +48,7 @@ def test_cosines_equal_transformers(model):
 
     frames = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
     row = ClipAlignment(str(model))(frames[1:], frames[0], "a dog runs")
-    pixels = torch.from_numpy(((frames / 255 - MEAN) / STD).astype(np.float32)).permute(0, 3, 1, 2)
+    pixels = torch.from_numpy(((frames / 255 - MEAN) / DEVIATION).astype(np.float32)).permute(0, 3, 1, 2)
     with torch.no_grad():
         out = CLIPModel.from_pretrained(model)(input_ids=torch.tensor([[4, 0, 1, 2, 5]]), pixel_values=pixels)
     images, text = out.image_embeds.numpy(), out.text_embeds.numpy()[0]

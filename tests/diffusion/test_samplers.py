@@ -200,7 +200,8 @@ def test_stochastic_sampling_keeps_the_distribution():
     """Mean and variance after each affine step plus its noise, in closed form as above."""
     schedule, t = make_schedule(), ddim_timesteps(1000, 20, "trailing")
     x = jax.random.normal(jax.random.key(0), (4, 5000))
-    got = ddim(gaussian_output(schedule, "v"), schedule, x, t, "v", 1.0, jax.random.key(1), final="exact")
+    noise = jax.random.normal(jax.random.key(1), (len(t), *x.shape))
+    got = ddim(gaussian_output(schedule, "v"), schedule, x, t, "v", 1.0, noise=noise, final="exact")
     alpha, sigma = path(schedule, t, "v")
     variance = 1.0
     for a, s, a_next, s_next in zip(alpha[:-1], sigma[:-1], alpha[1:], sigma[1:], strict=True):
@@ -217,7 +218,8 @@ def test_fresh_noise_at_every_step():
     x_T = jax.random.normal(jax.random.key(0), (2, 5000))
 
     def run(seed):
-        _, x, _ = ddim(lambda x, t: 0 * x, schedule, x_T, t, "x0", 1.0, jax.random.key(seed), trajectory=True)
+        noise = jax.random.normal(jax.random.key(seed), (len(t), *x_T.shape))
+        _, x, _ = ddim(lambda x, t: 0 * x, schedule, x_T, t, "x0", 1.0, noise=noise, trajectory=True)
         return np.asarray(x)
 
     x, steps = run(3), ddim_steps(schedule, t, 1.0)
@@ -237,7 +239,7 @@ def test_no_nan_at_zero_terminal_snr_with_full_noise(steps):
     schedule, t = make_schedule(), ddim_timesteps(1000, steps, "trailing")
     tables = ddim_steps(schedule, t, eta=1.0)
     assert all(np.isfinite(table).all() for table in tables) and tables.direction[0] < 1e-3
-    got = ddim(lambda x, t: 0.1 * x, schedule, jnp.ones((1, 4)), t, "v", 1.0, jax.random.key(0))
+    got = ddim(lambda x, t: 0.1 * x, schedule, jnp.ones((1, 4)), t, "v", 1.0, noise=jax.random.normal(jax.random.key(0), (len(t), 1, 4)))
     assert np.isfinite(got).all()
 
 
@@ -285,7 +287,7 @@ def test_one_trace_for_all_steps_and_float32_throughout():
     [
         ({"prediction": "eps"}, "alpha_bar is 0"),
         ({"prediction": "flow"}, "flow_euler"),
-        ({"eta": 0.5}, "pass key"),
+        ({"eta": 0.5}, "pass noise"),
         ({"eta": 0.5, "noise": np.zeros((3, 1, 4))}, "3 arrays for 10 steps"),
         ({"final": "textbook"}, "'reference' or 'exact'"),
         ({"timesteps": np.array([5, 1000])}, "must ascend within"),

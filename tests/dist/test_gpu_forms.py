@@ -13,7 +13,7 @@ from motif_jax.config import MeshConfig
 from motif_jax.dist.mesh import make_mesh, partition
 from motif_jax.models import attention, group_norm, packed
 from motif_jax.models.transformer import TransformerBlock
-from motif_jax.models.layers import Dense, Dropout, GroupNorm, Initializer, Silu, recompute
+from motif_jax.models.layers import Dense, Dropout, GroupNorm, Initializer, recompute, silu
 from motif_jax.models.placement import target_platform, use_mesh
 from motif_jax.models.residual import Residual
 from motif_jax.training.optimizer import as_stored
@@ -56,7 +56,7 @@ def norm(rows, x, scale, shift):
     layer = GroupNorm(64, 8, 1e-5, dtype=jnp.bfloat16)
     layer.scale = nnx.Param(scale)
     with use_mesh(mesh if rows else None):
-        return group_norm.in_kernels([layer, Silu(), Dropout(0.1, 3)], x, jax.random.key(5), shift, rows)[0]
+        return group_norm.in_kernels([layer, silu, Dropout(0.1, 3)], x, jax.random.key(5), shift, rows)[0]
 
 def gradients(rows, *given):
     once_more = recompute(lambda *given: norm(rows, *given), "convs" if rows else "none")  # as the paper's mesh has it

@@ -9,8 +9,8 @@ import pytest
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType
 
-from motif_jax.models import group_norm
-from motif_jax.models.layers import Dropout, GroupNorm, Silu
+from motif_jax.models import group_norm, layers
+from motif_jax.models.layers import Dropout, GroupNorm
 from motif_jax.models.placement import target_platform, use_kernels
 
 KEY = jax.random.key(5)
@@ -19,7 +19,7 @@ KEY = jax.random.key(5)
 def chain(scale, bias, dtype=jnp.bfloat16, silu: bool = True, rate: float = 0.0) -> list[nnx.Module]:
     norm = GroupNorm(scale.size, 8, 1e-5, dtype=dtype)
     norm.scale, norm.bias = nnx.Param(scale), nnx.Param(bias)
-    return [norm, *[Silu()] * silu, *[Dropout(rate, 3)] * (rate > 0)]
+    return [norm, *[layers.silu] * silu, *[Dropout(rate, 3)] * (rate > 0)]
 
 
 def inputs(shape: tuple[int, ...], dtype) -> tuple[list[jax.Array], list[jax.Array]]:
