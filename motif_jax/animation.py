@@ -90,7 +90,7 @@ class Animator:
         frozen = weights.frozen_weights(networks, loaded, str(directory))
         params = weights.fit(loaded["denoiser"], networks.denoiser.shapes, str(directory))
         fps = SOURCE_FPS / frame_stride if frame_stride else config.sample.fps
-        return cls(config, networks, params, frozen, fps, mesh, run, None if run == path else int(path.name), weights.checksum(path))
+        return cls(config, networks, params, frozen, fps, mesh, run, None if run == path else int(path.name), weights.source_checksum(path))
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -6,7 +6,6 @@ other frozen weights refuses the dataset (`check_towers`).
 
 import dataclasses
 import functools
-import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,23 +19,13 @@ from motif_jax.data.shards import Manifest
 from motif_jax.data.tokens import make_tokenizer
 from motif_jax.dist.replicas import Replicas
 from motif_jax.models.networks import Networks, Params
-from motif_jax.training.weights import frozen_weights
+from motif_jax.training.weights import frozen_weights, params_checksum
 
 NAMES = {"autoencoder": "latents", "text": "text embeddings"}  # network -> what a dataset holds of it
 
 
-def checksum(params: Params) -> str:
-    """sha256 over names, shapes and float32 values, in the order of the names."""
-    digest = hashlib.sha256()
-    for name in sorted(params):
-        value = np.ascontiguousarray(params[name], np.float32)
-        digest.update(f"{name} {value.shape}\n".encode())
-        digest.update(value)
-    return digest.hexdigest()
-
-
 def describe(config: Config, name: str, sha256: str) -> dict[str, Any]:
-    """What the output of the network `name` depends on, with the `checksum` of its weights; the vocabulary's place does not count."""
+    """What the output of the network `name` depends on, and the `params_checksum` of its weights; not where the vocabulary is."""
     fields = {f"{name}.{k}": v for k, v in dataclasses.asdict(getattr(config, name)).items() if k not in ("tokenizer", "scale_factor")}
     return {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()} | {f"{name}.sha256": sha256}
 
@@ -69,7 +58,7 @@ class Towers:
         frozen = frozen_weights(networks, names=self._wanted)
         self._settings = {"dtype": config.dtype}
         for name in self._wanted:
-            self._settings |= describe(config, name, checksum(frozen[name]))
+            self._settings |= describe(config, name, params_checksum(frozen[name]))
 
         def moments(params: Params, frames_THW3: jax.Array) -> jax.Array:
             encode = networks.autoencoder.bind(params).encode

@@ -22,13 +22,13 @@ from motif_jax.interop.imported import import_checkpoint
 from motif_jax.interop.tables import autoencoder
 from motif_jax.models.autoencoder import make_autoencoder
 from motif_jax.models.networks import Networks
-from motif_jax.towers import Towers, check_towers, checksum
+from motif_jax.towers import Towers, check_towers
 from motif_jax.training import loop
 from motif_jax.training.optimizer import make_optimizer
 from motif_jax.training.samples import SampleSheets
 from motif_jax.training.state import create
 from motif_jax.training.step import make_train_step
-from motif_jax.training.weights import frozen_weights
+from motif_jax.training.weights import frozen_weights, params_checksum
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -90,7 +90,7 @@ def test_a_run_on_latents_is_the_run_on_frames(kl, stored, tmp_path):
     found = []
     for config in (plain, stored):
         dataset = pipeline.open_dataset(config.data)
-        check_towers(config, dataset.manifests, {name: checksum(params) for name, params in frozen.items()})
+        check_towers(config, dataset.manifests, {name: params_checksum(params) for name, params in frozen.items()})
         batch = first_batch(config, dataset)
         state = create(networks.denoiser.init(jax.random.key(0)), make_optimizer(plain), True)
         for _ in range(2):
@@ -174,7 +174,7 @@ def test_other_weights_are_another_dataset(kl, stored, tmp_path):
     other = kl(seed=4, latents=True, text_embeddings=True, frames=True)
     with pytest.raises(UserError, match=r"autoencoder\.sha256 was '[0-9a-f]{64}' and is now"):
         preparation.prepare(other, SOURCE, stored.data.path, log=lambda line: None)
-    sums = {name: checksum(params) for name, params in frozen_weights(Networks.of(other)).items()}
+    sums = {name: params_checksum(params) for name, params in frozen_weights(Networks.of(other)).items()}
     with pytest.raises(UserError, match=rf"dataset {stored.data.path}: its latents were made by another network"):
         check_towers(other, [shards.read_manifest(stored.data.path)], sums)
     with pytest.raises(UserError, match=r"set --config\.init_from"):
@@ -196,8 +196,10 @@ def test_a_sample_can_look_no_better_than_its_latents(stored):
 def test_the_checksum_knows_names_shapes_and_values():
     one = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(2, np.float32)}
     others = [one | {"a": one["a"].reshape(3, 2)}, one | {"b": np.array([1, 2], np.float32)}, {"a": one["a"], "c": one["b"]}]
-    assert checksum(one) == checksum(dict(reversed(one.items()))) == checksum({k: jnp.asarray(v) for k, v in one.items()})
-    assert len({checksum(x) for x in (one, *others)}) == 4
+    assert (
+        params_checksum(one) == params_checksum(dict(reversed(one.items()))) == params_checksum({k: jnp.asarray(v) for k, v in one.items()})
+    )
+    assert len({params_checksum(x) for x in (one, *others)}) == 4
 
 
 def test_sheets_and_previews_show_decoded_latents(kl, tmp_path):

@@ -26,7 +26,7 @@ from motif_jax.dist.mesh import batch_rows, check_fits, global_batch, make_mesh,
 from motif_jax.dist.preemption import Interrupted, StopSignal
 from motif_jax.models.attention import check_kernel
 from motif_jax.models.networks import Networks, Params
-from motif_jax.towers import check_towers, checksum
+from motif_jax.towers import check_towers
 from motif_jax.training import checkpoint, finetune, workdir
 from motif_jax.training import state as train_state
 from motif_jax.training.evaluation import validate
@@ -37,7 +37,7 @@ from motif_jax.training.optimizer import make_optimizer
 from motif_jax.training.progress import Progress
 from motif_jax.training.samples import SampleSheets
 from motif_jax.training.step import make_eval_step, make_train_step
-from motif_jax.training.weights import Weights, frozen_weights, initial_weights
+from motif_jax.training.weights import Weights, frozen_weights, initial_weights, params_checksum
 
 
 def make_state(config: Config, networks: Networks, mesh: Mesh, optimizer: optax.GradientTransformation):
@@ -135,10 +135,10 @@ class _Run:
         self.eval_step = jax.jit(make_eval_step(self.networks, mesh), out_shardings=replicated)
 
         weights = initial_weights(config, self.networks) if restored is None else Weights({}, frozen_weights(self.networks))
-        sums = {name: checksum(params) for name, params in weights.frozen.items()}
+        sums = {name: params_checksum(params) for name, params in weights.frozen.items()}
         check_towers(config, dataset.manifests, sums)
         pretrained = {name: sums[name] for name in self.networks.pretrained}
-        drawn_or_read = {"denoiser": checksum(weights.denoiser)} if restored is None and jax.process_count() > 1 else {}
+        drawn_or_read = {"denoiser": params_checksum(weights.denoiser)} if restored is None and jax.process_count() > 1 else {}
         startup.agree({"the weights to start from": startup.digest(json.dumps(pretrained | drawn_or_read))})
         self.position = {"global_batch": config.batch_size, "seed": config.seed, "dataset": dataset.fingerprint}
         self.meta = {"version": motif_jax.__version__, "settings": workdir.settings(config), "pretrained": pretrained}

@@ -123,10 +123,20 @@ def load(directory: str | Path, kind: str = "best") -> dict[str, Params]:
     return {"denoiser": lora.merge({**raw, **average}), **load_frozen(config.init_from)}
 
 
-def checksum(directory: Path) -> str:
+def source_checksum(directory: Path) -> str:
     """Of all that a checkpoint, or an import's directory, holds, by the checksums that it keeps of its arrays or files."""
     kept = (directory / CONTENTS).read_text() if is_imported(directory) else json.dumps(read_meta(directory)["checksums"], sort_keys=True)
     return hashlib.sha256(kept.encode()).hexdigest()
+
+
+def params_checksum(params: Params) -> str:
+    """sha256 over names, shapes and float32 values, in the order of the names."""
+    digest = hashlib.sha256()
+    for name in sorted(params):
+        value = np.ascontiguousarray(params[name], np.float32)
+        digest.update(f"{name} {value.shape}\n".encode())
+        digest.update(value)
+    return digest.hexdigest()
 
 
 def other_objective(directory: str | Path, config: Config) -> list[str]:
