@@ -109,93 +109,96 @@ def _shape_iou(clips: dict[str, Any], i: int, offsets_T2: np.ndarray, pixels_THW
     return float(np.mean(both)) if both else 0.0
 
 
-def _judge_one(frames: np.ndarray, clips: dict[str, Any], i: int, ceiling: dict[str, float] | None) -> dict[str, float]:
-    height, width = frames.shape[1:3]
-    side = min(height, width)
-    spec = sprites.WORLDS[clips["world"]]
+def _tracks(colours_THW: np.ndarray, clips: dict[str, Any], i: int) -> tuple[np.ndarray, np.ndarray]:
+    """Centres [K, T, 2] of the clip's objects, the named one first, NaN where one is not found, and the named one's pixels [T, H, W].
+
+    Truth and clip go through this alike: what it gets wrong about a shape cancels.
+    """
+    smallest = MIN_AREA * sprites.MOVING_SHARE * math.prod(colours_THW.shape[1:])
     objects = np.flatnonzero(clips["present"][i])
-    palette = np.array([sprites.COLOURS[c] for c in spec.colours])
-    area = sprites.MOVING_SHARE * height * width
-    truth = clips["frames"][i]
-    true_colours, colours = colour_masks(truth, palette), colour_masks(frames, palette)
+    found = [locate(colours_THW == clips["colour"][i, k], clips["positions"][i, k, 0], smallest) for k in objects]
+    return np.stack([centres for centres, _ in found]), found[0][1]
 
-    # The same locator on truth and clip: what it gets wrong about a shape cancels.
-    true_centres, true_pixels, centres, pixels = [], [], [], []
-    for k in objects:
-        colour, start = clips["colour"][i, k], clips["positions"][i, k, 0]
-        for found, centre, where in ((true_colours, true_centres, true_pixels), (colours, centres, pixels)):
-            at, on = locate(found == colour, start, MIN_AREA * area)
-            centre.append(at)
-            where.append(on)
-    true_centres, centres = np.stack(true_centres), np.stack(centres)  # [K, T, 2]; object 0 is the named one
-    if ceiling is None:
-        ceiling = {"background_mae": 0.0, "shape_iou": _shape_iou(clips, i, np.zeros_like(true_centres[0]), true_pixels[0])}
 
-    grey, true_grey = frames.mean(-1), truth.mean(-1)
-    around = np.ones((1, 3, 3))  # outlines are mixtures, neither object nor background
-    true_background, background_THW = (~ndimage.binary_dilation(found >= 0, around) for found in (true_colours[:1], colours))
-    shift = background_shift(true_grey[0], true_background[0], grey, background_THW)
-    moved = centres - true_centres[:, :1] - shift
-    true_way = true_centres[0, -1] - true_centres[0, 0]
+def _motion(
+    true_KT2: np.ndarray, centres_KT2: np.ndarray, shift_T2: np.ndarray, still: bool, side: int, width: int, travel: float
+) -> dict[str, float]:
+    """The measures of `judge` that follow from where the objects are and how far the background shifted."""
+    moved = centres_KT2 - true_KT2[:, :1] - shift_T2
+    true_way = true_KT2[0, -1] - true_KT2[0, 0]
     true_length = float(np.hypot(*true_way))
-    still = clips["direction"][i] == sprites.STILL
-    far = MAX_DRIFT * side
-
-    presence = float(np.isfinite(centres[0, :, 0]).mean())
     way = moved[0, -1]
     here = bool(np.isfinite(way).all())
     length = float(np.hypot(*way)) if here else 0.0
     drifts = np.hypot(moved[1:, :, 0], moved[1:, :, 1])
-    others_present = float(np.isfinite(centres[1:, :, 0]).mean()) if len(objects) > 1 else 1.0
-    others_drift = float(np.nanmax(np.append(drifts, 0.0)))
-    others_way = float(np.nansum(drifts[:, -1])) if len(objects) > 1 else 0.0
+    others_way = float(np.nansum(drifts[:, -1]))
     if still:
-        direction_ok, speed_ratio, selectivity = here and length < far, math.nan, math.nan
+        direction_ok, speed_ratio, selectivity = here and length < MAX_DRIFT * side, math.nan, math.nan
     else:
         along = float(way @ true_way) / true_length if here else 0.0
         direction_ok = length > MIN_WAY * true_length and along > length * math.cos(math.radians(MAX_ANGLE))
         speed_ratio = along / true_length
         selectivity = length / (length + others_way) if length + others_way > 0 else 0.0
-    path = np.hypot(*(centres[0] - shift - true_centres[0]).T) / width
-    path_error = float(np.nanmean(path)) if presence else 1.0
+    presence = float(np.isfinite(centres_KT2[0, :, 0]).mean())
+    path = np.hypot(*(centres_KT2[0] - shift_T2 - true_KT2[0]).T) / width
+    return {
+        "direction_ok": float(direction_ok),
+        "way_x": float(way[0]),
+        "way_y": float(way[1]),
+        "speed_ratio": speed_ratio,
+        "path_error": float(np.nanmean(path)) if presence else 1.0,
+        "presence": presence,
+        "selectivity": selectivity,
+        "wrong_object": float(others_way > MIN_WAY * travel * side and others_way > length),
+        "others_drift": float(np.nanmax(np.append(drifts, 0.0))),
+        "others_presence": float(np.isfinite(centres_KT2[1:, :, 0]).mean()) if len(centres_KT2) > 1 else 1.0,
+        "background_shift": float(np.hypot(*shift_T2.T).max()),
+    }
+
+
+def _judge_one(frames: np.ndarray, clips: dict[str, Any], i: int, ceiling: dict[str, float] | None) -> dict[str, float]:
+    height, width = frames.shape[1:3]
+    side = min(height, width)
+    spec = sprites.WORLDS[clips["world"]]
+    palette = np.array([sprites.COLOURS[c] for c in spec.colours])
+    truth, named = clips["frames"][i], clips["colour"][i, 0]
+    true_colours, colours = colour_masks(truth, palette), colour_masks(frames, palette)
+    true_centres, true_pixels = _tracks(true_colours, clips, i)
+    centres, pixels = _tracks(colours, clips, i)
+    if ceiling is None:
+        ceiling = {"background_mae": 0.0, "shape_iou": _shape_iou(clips, i, np.zeros_like(true_centres[0]), true_pixels)}
+
+    around = np.ones((1, 3, 3))  # outlines are mixtures, neither object nor background
+    true_background, background_THW = (~ndimage.binary_dilation(found >= 0, around) for found in (true_colours[:1], colours))
+    shift = background_shift(truth[0].mean(-1), true_background[0], frames.mean(-1), background_THW)
+    still = bool(clips["direction"][i] == sprites.STILL)
+    motion = _motion(true_centres, centres, shift, still, side, width, spec.travel)
 
     # Pixels that no object ever covers, one pixel beyond their outlines included.
     covered = ndimage.binary_dilation((true_colours >= 0).any(0), np.ones((3, 3)), iterations=1)
     difference = frames.astype(np.float32) - truth.astype(np.float32)
     background = difference[:, ~covered]
-    seen = frames[pixels[0]].astype(np.float32)
-    named = clips["colour"][i, 0]
+    seen = frames[pixels].astype(np.float32)
     leak = np.square(frames.astype(np.float32) - truth[0]).mean((1, 2, 3))
-
-    row = {
-        "still": float(still),
-        "direction_ok": float(direction_ok),
-        "way_x": float(way[0]),
-        "way_y": float(way[1]),
-        "speed_ratio": speed_ratio,
-        "path_error": path_error,
-        "presence": presence,
-        "selectivity": selectivity,
-        "wrong_object": float(others_way > MIN_WAY * spec.travel * side and others_way > length),
-        "others_drift": others_drift,
-        "others_presence": others_present,
-        "background_shift": float(np.hypot(*shift.T).max()),
+    row = {"still": float(still)} | motion
+    row |= {
         "background_mae": float(np.abs(background).mean()),
         "background_psnr": _psnr(float(np.square(background).mean())),
-        "colour_error": float(np.sqrt(np.square(seen.mean(0) - palette[clips["colour"][i, 0]]).sum())) if len(seen) else 441.0,
-        "shape_iou": _shape_iou(clips, i, np.nan_to_num(centres[0] - true_centres[0]), pixels[0]),
+        "colour_error": float(np.sqrt(np.square(seen.mean(0) - palette[named]).sum())) if len(seen) else 441.0,
+        "shape_iou": _shape_iou(clips, i, np.nan_to_num(centres[0] - true_centres[0]), pixels),
         "area_ratio": float((colours[-1] == named).sum() / max((true_colours[-1] == named).sum(), 1)),
         "leak": float((leak[1:] <= leak[0] * LEAK + 1e-6).mean()),
         "psnr": _psnr(float(np.square(difference).mean())),
         "psnr_to_first": _psnr(float(np.square(frames.astype(np.float32) - truth[0]).mean())),
     }
+    far = MAX_DRIFT * side
     row["success"] = float(
-        direction_ok
-        and (still or (SPEED_RATIO[0] <= speed_ratio <= SPEED_RATIO[1] and selectivity > MIN_SELECTIVITY))
-        and path_error < MAX_PATH_ERROR
-        and presence > MIN_PRESENCE
-        and others_present > MIN_PRESENCE
-        and others_drift < far
+        row["direction_ok"]
+        and (still or (SPEED_RATIO[0] <= row["speed_ratio"] <= SPEED_RATIO[1] and row["selectivity"] > MIN_SELECTIVITY))
+        and row["path_error"] < MAX_PATH_ERROR
+        and row["presence"] > MIN_PRESENCE
+        and row["others_presence"] > MIN_PRESENCE
+        and row["others_drift"] < far
         and row["background_shift"] < far
         and row["background_mae"] < ceiling["background_mae"] + MAX_BACKGROUND_MAE
         and row["colour_error"] < MAX_COLOUR_ERROR
