@@ -109,6 +109,10 @@ def contradictions(c: "Config") -> list[str]:
     )
     check(0 not in (c.mesh.data, c.mesh.fsdp, c.mesh.context, c.mesh.tensor), "mesh: an axis of 0 devices is impossible; use 1")
     check(
+        c.profile.start == 0 or c.profile.start < c.steps,
+        f"profile.start={c.profile.start}: no step comes after it, steps={c.steps}; use a smaller one, or 0 (off)",
+    )
+    check(
         c.sample.steps <= c.diffusion.num_timesteps,
         f"sample.steps={c.sample.steps}: at most diffusion.num_timesteps={c.diffusion.num_timesteps}",
     )

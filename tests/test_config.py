@@ -36,6 +36,7 @@ def test_every_mistake_is_named_at_once():
         ({"diffusion": {"prediction": "eps"}}, "zero_terminal_snr=True: impossible with prediction='eps'"),
         ({"diffusion": {"loss_space": "flow"}}, "diffusion.loss_space='flow'"),
         ({"diffusion": {"prediction": "flow"}, "sample": {"eta": 0.5}}, "sample.eta=0.5: flow matching's steps add no noise"),
+        ({"steps": 100, "profile": {"start": 100}}, "profile.start=100: no step comes after it, steps=100"),
         ({"backbone": "dit", "unet": {"image_cross_attention": True}}, "unet.image_cross_attention=True: backbone='dit' has none"),
         ({"text": {"width": 512}}, "unet.context_dim=1024: must equal text.width=512"),
         ({"unet": {"norm_groups": 48}}, "unet.norm_groups=48: must divide the level width 320"),
