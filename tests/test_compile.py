@@ -196,4 +196,4 @@ class TestForTpu:
         assert report["chip"] == "TPU v5 lite" and report["chips"] == 4 and report["peak_tflops"] == 197.0
         assert 0 < report["memory_bytes"] < report["hbm_bytes"] and report["collectives"]
         assert 0 < report["mfu_bound"] < 1
-        assert "from frames and sentences in the shards" in done.stdout and "% of 197 TFLOP/s" in done.stdout
+        assert "from shards with flow, fps, frames: compiling" in done.stdout and "% of 197 TFLOP/s" in done.stdout
