@@ -274,8 +274,10 @@ class Config:
         "what the backward pass recomputes: nothing, blocks, blocks but for convolutions, blocks but for all products",
         choices=("none", "block", "convs", "dots"),
     )
-    attention: str = _f("auto", "attention kernel", choices=("auto", "reference", "xla", "cudnn", "packed", "splash"))
-    kernels: str = _f("auto", "norms, gates and dropout on a GPU: auto takes Triton kernels in half precision", choices=("auto", "xla"))
+    attention: str = _f("auto", "attention kernel", choices=("auto", "reference", "xla", "cudnn", "splash"))
+    kernels: str = _f(
+        "auto", "norms, gates, few tokens' attention on a GPU: auto has Triton kernels for half precision", choices=("auto", "xla")
+    )
     finetune: str = _f("all", "which of the denoiser's parameters are trained", choices=("all", "temporal", "input", "lora"))
     lora_rank: int = _f(16, "finetune='lora': rank of the updates of the attention projections", low=1)
     log_every: int = _f(10, "steps between log lines", low=1)

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from motif_jax.config import UserError
 from motif_jax.models import packed, splash
 from motif_jax.models.layers import Dense, Initializer, gathered, product
-from motif_jax.models.placement import CLIPS, ampere, constrain, platform
+from motif_jax.models.placement import CLIPS, ampere, constrain, kernels_on, platform
 
 IMAGE_TOKENS = 16  # per frame, from DynamiCrafter's resampler
 BLOCKWISE_FROM = 2**22  # query-key pairs of one head: 2560 pixels (a 320x512 frame) are beyond it, 1280 are not
@@ -34,16 +34,16 @@ def attention(
 ) -> Float[Array, "N L H K"]:
     """softmax(q k^T / sqrt(K)) v per head, softmax in float32; `causal` hides the keys after a query.
 
-    implementation: "reference" is written out here; "xla" and "cudnn" are those of `jax.nn.dot_product_attention`; "packed" is cudnn here,
-    and `models.packed` in an `Attention` among few tokens; "splash" is TPU's kernel of that name where both sequences are long, else
-    "xla"; "auto" takes packed on an NVIDIA GPU (`placement.ampere`) for half precision and head widths that cuDNN supports, reference on
-    CPU, xla elsewhere.
+    implementation: "reference" is written out here; "xla" and "cudnn" are those of `jax.nn.dot_product_attention` (an `Attention` with
+    "cudnn" takes `models.packed` among few tokens); "splash" is TPU's kernel of that name where both sequences are long, else "xla";
+    "auto" takes cudnn on an NVIDIA GPU (`placement.ampere`) for half precision and head widths that cuDNN supports, reference on CPU,
+    xla elsewhere.
     Where L * S is large, "reference" and "xla" take the queries in blocks and recompute each block's weights in the backward
     pass, so that memory does not grow with L * S. Raises ValueError for a name it does not know, or a kernel of another platform.
     """
     if implementation == "auto":
         implementation = _choose(q_NLHK.shape[-1], q_NLHK.dtype)
-    if implementation in ("cudnn", "packed"):
+    if implementation == "cudnn":
         return _with_cudnn(q_NLHK, k_NSHK, v_NSHK, causal)
     if implementation == "splash":
         if platform() != "tpu":
@@ -53,7 +53,7 @@ def attention(
     if implementation == "splash":
         return _on_each_device(splash.attend, q_NLHK, k_NSHK, v_NSHK)
     if implementation not in ("reference", "xla"):
-        raise ValueError(f"attention={implementation!r}: must be one of 'auto', 'reference', 'xla', 'cudnn', 'packed', 'splash'")
+        raise ValueError(f"attention={implementation!r}: must be one of 'auto', 'reference', 'xla', 'cudnn', 'splash'")
     old = platform() == "gpu" and not ampere()  # without the products in bfloat16 that "xla" asks for
     by_hand = implementation == "reference" or old
     attend = _reference if by_hand else functools.partial(jax.nn.dot_product_attention, implementation="xla")
@@ -68,10 +68,10 @@ def attention(
 
 def missing_for(implementation: str, where: str) -> str | None:
     """Why `implementation` cannot run on platform `where`, the target of tracing; None if it can."""
-    needed = {"splash": "tpu", "cudnn": "gpu", "packed": "gpu"}.get(implementation, where)
+    needed = {"splash": "tpu", "cudnn": "gpu"}.get(implementation, where)
     if needed != where:
         return f"runs on {needed} and this is {where}"
-    old = where == "gpu" and implementation in ("cudnn", "packed") and not ampere()
+    old = where == "gpu" and implementation == "cudnn" and not ampere()
     return "runs on NVIDIA GPUs of compute capability 8.0 and up" if old else None
 
 
@@ -180,7 +180,7 @@ _heads_first.defvjp(_attend, _attend_backward)
 
 def _choose(width: int, dtype: Any) -> str:
     if ampere() and jnp.dtype(dtype).itemsize == 2 and width % 8 == 0 and width <= 128:
-        return "packed"
+        return "cudnn"
     return "reference" if platform() == "cpu" else "xla"
 
 
@@ -248,7 +248,7 @@ class Attention(nnx.Module):
     def _packed(self, shape: tuple[int, ...]) -> bool:
         head_width, dtype = self.to_q.kernel.shape[-1] // self.heads, self.to_q.dtype
         chosen = _choose(head_width, dtype) if self.implementation == "auto" else self.implementation
-        return chosen == "packed" and packed.fits(_sequences_of_a_device(shape[0])[1], shape[1], head_width)
+        return chosen == "cudnn" and kernels_on(dtype) and packed.fits(_sequences_of_a_device(shape[0])[1], shape[1], head_width)
 
     def _heads(self, products: list[Array], context_NSD: Array | None, image_MID: Array | None) -> Float[Array, "N L I"]:
         """The heads' results side by side."""

@@ -54,7 +54,7 @@ def target_platform(name: str, interpret: bool = False) -> Iterator[None]:
 
 @contextlib.contextmanager
 def use_kernels(on: bool) -> Iterator[None]:
-    """Trace with the Triton kernels that `kernel_rows` admits inside the block, or without them."""
+    """Trace with Triton kernels inside the block, where `kernels_on` and what they take allow it, or without them."""
     token = _kernels.set(on)
     try:
         yield
@@ -82,13 +82,18 @@ def constrain(x: Array, *axes: Axis) -> Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
 
 
+def kernels_on(dtype: Any) -> bool:
+    """Whether Triton kernels are to be run: on such a GPU (`ampere`), in half precision, unless `use_kernels(False)`."""
+    return ampere() and jnp.dtype(dtype).itemsize == 2 and _kernels.get()
+
+
 def kernel_rows(rows: int, dtype: Any, frames_apart: bool = True) -> tuple[str, ...] | None:
     """The axes of the mesh that `rows` leading entries of activations lie over, for a Triton kernel, which XLA cannot partition.
 
-    None where it is not to be run: not on such a GPU (`ampere`), not in half precision, `use_kernels(False)`, entries that do not divide,
-    channels split over `tensor`, or (not `frames_apart`) an entry is a clip and its frames are split over `context`.
+    None where it is not to be run: not `kernels_on`, entries that do not divide, channels split over `tensor`, or (not `frames_apart`) an
+    entry is a clip and its frames are split over `context`.
     """
-    if not ampere() or jnp.dtype(dtype).itemsize != 2 or not _kernels.get():
+    if not kernels_on(dtype):
         return None
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:

@@ -133,7 +133,7 @@ def test_the_choice_of_kernel():
     for where in ("cpu", "tpu", "gpu"):
         with placement.target_platform(where):
             choices[where] = [module._choose(width, dtype) for width, dtype in heads]
-    assert choices == {"cpu": ["reference"] * 3, "tpu": ["xla"] * 3, "gpu": ["packed", "xla", "xla"]}
+    assert choices == {"cpu": ["reference"] * 3, "tpu": ["xla"] * 3, "gpu": ["cudnn", "xla", "xla"]}
 
 
 @pytest.mark.parametrize(("capability", "new"), [("7.5", False), ("gfx942", False), ("8.0", True), ("12.0", True)])
@@ -141,10 +141,9 @@ def test_the_choice_of_kernel_on_other_gpus(capability, new, monkeypatch):
     """Neither cuDNN's attention nor XLA's Triton is there before compute capability 8.0, nor on AMD's."""
     monkeypatch.setattr(jax, "devices", lambda *_: [types.SimpleNamespace(compute_capability=capability)])
     with placement.target_platform("gpu"):
-        assert module._choose(64, jnp.bfloat16) == ("packed" if new else "xla")
+        assert module._choose(64, jnp.bfloat16) == ("cudnn" if new else "xla")
         assert placement.kernel_rows(8, jnp.bfloat16) == (() if new else None)
-        for implementation in ("cudnn", "packed"):
-            assert module.missing_for(implementation, "gpu") == (None if new else "runs on NVIDIA GPUs of compute capability 8.0 and up")
+        assert module.missing_for("cudnn", "gpu") == (None if new else "runs on NVIDIA GPUs of compute capability 8.0 and up")
         program = str(jax.make_jaxpr(lambda x: attention(x, x, x, "xla"))(jnp.ones((1, 2, 1, 8), jnp.bfloat16)))
         assert ("BF16_BF16_F32" in program) == new  # XLA has no such product for the older
         assert module.missing_for("auto", "gpu") is None and module.missing_for("xla", "gpu") is None

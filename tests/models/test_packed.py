@@ -10,7 +10,7 @@ from jax.sharding import AbstractMesh
 from motif_jax.models import packed
 from motif_jax.models.attention import Attention, attention
 from motif_jax.models.layers import Initializer
-from motif_jax.models.placement import target_platform
+from motif_jax.models.placement import target_platform, use_kernels
 
 
 def inputs(N: int, L: int, H: int = 3, K: int = 16) -> list[np.ndarray]:
@@ -60,6 +60,8 @@ def test_a_layer_takes_it():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 16, 64)), jnp.bfloat16)
     with target_platform("gpu"):
         traced = str(jax.make_jaxpr(layer)(x))
+        with use_kernels(False):  # --config.kernels=xla
+            assert not layer._packed(x.shape)
     assert "attention_forward" in traced and traced.count("dot_general[") == 4  # two of the kernel, one before and one after
     wanted = layer(x)
     with target_platform("gpu", interpret=True):
@@ -70,7 +72,7 @@ def test_a_layer_takes_it():
 @pytest.mark.parametrize("devices, taken", [(1, True), (4, True), (8, False), (3, True)])
 def test_a_device_must_have_whole_programs(devices, taken):
     """16 sequences of 16 tokens are four programs: eight devices would leave results unwritten. What does not divide, all compute."""
-    layer = Attention(64, 64, 4, 16, init=Initializer(nnx.Rngs(0)), dtype=jnp.bfloat16, implementation="packed")
+    layer = Attention(64, 64, 4, 16, init=Initializer(nnx.Rngs(0)), dtype=jnp.bfloat16, implementation="auto")
     mesh = AbstractMesh((1, 1, devices, 1), ("data", "fsdp", "context", "tensor"))
-    with jax.sharding.use_abstract_mesh(mesh):
+    with target_platform("gpu"), jax.sharding.use_abstract_mesh(mesh):
         assert layer._packed((16, 16, 64)) == taken
