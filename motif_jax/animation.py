@@ -89,6 +89,7 @@ class Animator:
         loaded, run = weights.load(path), weights.run_directory(path)
         frozen = weights.frozen_weights(networks, loaded, str(directory))
         params = weights.fit(loaded["denoiser"], networks.denoiser.shapes, str(directory))
+        weights.check_untold(config, directory, "denoiser")
         fps = SOURCE_FPS / frame_stride if frame_stride else config.sample.fps
         return cls(config, networks, params, frozen, fps, mesh, run, None if run == path else int(path.name), weights.source_checksum(path))
 

@@ -176,11 +176,16 @@ def read_imported(directory: str | pathlib.Path, names: Iterable[str] = tuple(_C
     return found
 
 
+def recorded(directory: str | pathlib.Path) -> dict[str, dict[str, Any]]:
+    """{network: its settings}, as they were when it was imported, of those that a directory holds or that need no weights."""
+    contents = _contents(pathlib.Path(directory))
+    return contents.get("weightless", {}) | {name: part["config"] for name, part in contents["networks"].items()}
+
+
 def imported_settings(directory: str | pathlib.Path) -> Settings:
     """What the networks of a directory are; defaults for those that it does not hold."""
-    contents = _contents(pathlib.Path(directory))
+    contents, given = _contents(pathlib.Path(directory)), recorded(directory)
     errors: list[str] = []
-    given = contents.get("weightless", {}) | {name: part["config"] for name, part in contents["networks"].items()}
     found = [build(cls, given.get(name, {}), f"{name}.", errors) for name, cls in _CONFIGS.items()]
     diffusion = build(DiffusionConfig, contents.get("diffusion", {}), "diffusion.", errors)
     if errors:

@@ -13,7 +13,7 @@ import numpy as np
 from motif_jax.config import Config, UserError, enumerate_first, read_json
 from motif_jax.data.storage import Path, run_location
 from motif_jax.interop.files import Lazy
-from motif_jax.interop.imported import CONTENTS, imported_settings, is_imported, read_imported
+from motif_jax.interop.imported import CONTENTS, imported_settings, is_imported, read_imported, recorded
 from motif_jax.models import lora
 from motif_jax.models.networks import Networks, Params
 from motif_jax.training.checkpoint import latest_step, read_arrays, read_meta
@@ -24,6 +24,15 @@ IMAGE_PATH = re.compile(r"image_proj_model\..*|.*\.attn2\.(to_[kv]_ip\.kernel|al
 FIRST_KERNEL = "input_blocks.0.0.kernel"  # whose input channels grow with the image latent
 WEIGHTS_STREAM = 2**31 - 2  # fold_in number of the initial weights: no training step reaches it
 FROZEN = ("autoencoder", "text", "image")
+# What a network computes with, and no shape of its weights tells. Latents' scale is part of what the denoiser was trained on.
+UNTOLD = {
+    "denoiser": (
+        *("unet.num_head_channels", "unet.norm_groups", "dit.num_head_channels", "dit.patch"),
+        *("resampler.heads", "resampler.head_width", "autoencoder.scale_factor"),
+    ),
+    "text": ("text.heads",),
+    "image": ("image.heads",),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +56,7 @@ def initial_weights(config: Config, networks: Networks) -> Weights:
     given = loaded["denoiser"]
     new = {} if any(IMAGE_PATH.fullmatch(name) for name in given) else _new_image_path(networks, key)
     fitted = fit({**given, **new}, networks.denoiser.shapes, f"{config.init_from} (denoiser)", inflate=FIRST_KERNEL)
+    check_untold(config, config.init_from, "denoiser")
     grown = {FIRST_KERNEL} if FIRST_KERNEL in given and given[FIRST_KERNEL].shape != fitted[FIRST_KERNEL].shape else set()
     if untrained := sorted(name for name in grown | new.keys() if not re.fullmatch(PARTS[config.finetune], name)):
         raise UserError(
@@ -77,7 +87,33 @@ def frozen_weights(
             f"checkpoint (docs/weights.md), or use {' and '.join(small[name] for name in missing)}"
         )
     fitted = {name: fit(params, networks.frozen[name].shapes, f"{source} ({name})") for name, (source, params) in found.items()}
+    for name, (source, _) in found.items():
+        check_untold(networks.config, origin(source), name)
     return networks.init_frozen() | fitted
+
+
+def check_untold(config: Config, source: str | Path, network: str) -> None:
+    """Raises UserError where a network of an import or a run was made with another setting that its shapes do not tell (`UNTOLD`)."""
+    source = run_location(source)
+    if is_imported(source):
+        groups = {"unet" if name == "denoiser" else name: fields for name, fields in recorded(source).items()}
+    else:
+        run = read_config(source)
+        groups = dataclasses.asdict(run)
+        del groups["dit" if run.backbone == "unet3d" else "unet"]
+        if not run.image_tokens:
+            del groups["resampler"]
+    unused = {"dit" if config.backbone == "unet3d" else "unet", *([] if config.image_tokens else ["resampler"])}
+    for name in UNTOLD.get(network, ()):
+        group, _, field = name.partition(".")
+        theirs, ours = groups.get(group, {}).get(field), getattr(getattr(config, group), field)
+        theirs = tuple(theirs) if isinstance(theirs, list) else theirs
+        if theirs and theirs != ours and group not in unused:  # 0 heads: nothing said how many
+            raise UserError(
+                f"{source}: its {network} was made with {name}={theirs!r}, and the configuration says {ours!r}, with which these weights "
+                f"compute something else: use --config.{name}={theirs}"
+                + (f", or if {CONTENTS} is mistaken, import again with a --yaml" if is_imported(source) else "")
+            )
 
 
 def _new_image_path(networks: Networks, key: jax.Array) -> Params:
@@ -140,10 +176,9 @@ def params_checksum(params: Params) -> str:
 
 
 def other_objective(directory: str | Path, config: Config) -> list[str]:
-    """Of an import that is sampled as it is: a line for each setting of the process that its weights were not trained with."""
-    if not is_imported(directory):
-        return []
-    theirs, ours = dataclasses.asdict(imported_settings(directory).diffusion), dataclasses.asdict(config.diffusion)
+    """A line for each setting of the process that the weights of an import or a run were not trained with, for who samples from them."""
+    trained = imported_settings(directory) if is_imported(directory) else read_config(directory)
+    theirs, ours = dataclasses.asdict(trained.diffusion), dataclasses.asdict(config.diffusion)
     return [
         f"{directory}: these weights were trained with diffusion.{name}={theirs[name]!r}, and are sampled with {ours[name]!r}"
         for name in ("prediction", "num_timesteps", "beta_start", "beta_end", "zero_terminal_snr", "base_scale")

@@ -252,6 +252,30 @@ def test_an_import_of_another_size_is_refused(run, tmp_path, tiny):
         weights.initial_weights(wider, Networks.of(wider))
 
 
+@pytest.mark.parametrize(
+    ("group", "field"), [("unet", {"num_head_channels": 4}), ("unet", {"norm_groups": 8}), ("autoencoder", {"scale_factor": 0.5})]
+)
+def test_what_no_shape_tells_is_compared(run, tmp_path, tiny, group, field):
+    """With an import's and a run's own word; with other heads, groups or another scale of latents the weights compute something else."""
+    ((name, ours),) = field.items()
+    theirs = getattr(getattr(tiny(), group), name)
+    export(run[0], tmp_path / "x.safetensors")
+    import_checkpoint("videocrafter", tmp_path / "x.safetensors", tmp_path / "in", tmp_path / "x.yaml")
+    for source, more in ((tmp_path / "in", r", or if imported\.json is mistaken"), (run[0], "")):
+        config = changed(tiny(**{group: field}), init_from=str(source))
+        wrong, remedy = rf"made with {group}\.{name}={theirs}, .* says {ours}, ", rf"use --config\.{group}\.{name}={theirs}{more}"
+        fault = f"{source}: its denoiser was {wrong}.*{remedy}"
+        with pytest.raises(UserError, match=fault):
+            weights.initial_weights(config, Networks.of(config))
+        with pytest.raises(UserError, match=fault):
+            Animator.load(source, dataclasses.replace(config, init_from=""))
+
+
+def test_a_run_sampled_with_another_objective_is_told_of(run, tiny, capsys):
+    Animator.load(run[0], tiny(diffusion={"base_scale": 0.7}))
+    assert f"{run[0]}: these weights were trained with diffusion.base_scale=1.0, and are sampled with 0.7" in capsys.readouterr().out
+
+
 def test_new_input_channels_start_at_zero(run, tmp_path, tiny):
     """4 -> 8 of the paper, here 48 -> 96: old columns copied, new ones zero, nothing else changed."""
     kernel = "input_blocks.0.0.kernel"
