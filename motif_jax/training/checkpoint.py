@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import pathlib
+import re
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -22,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from motif_jax.config import CheckpointConfig, UserError, enumerate_first
+from motif_jax.config import CheckpointConfig, StoreError, UserError, enumerate_first
 from motif_jax.data.storage import Path
 
 FIELDS = ("step", "params", "ema", "opt_state")  # of the state
@@ -136,15 +137,20 @@ def unfinished(workdir: Path) -> list[str]:
 def set_damaged_aside(workdir: Path) -> list[str]:
     """Moves the newest checkpoints that cannot be read to `<workdir>/damaged`, down to one that can; returns why, one line each.
 
-    For one process of the job, before `Checkpoints` opens the directory. Raises CheckpointError, and moves nothing, when none can be read.
+    For one process of the job, before `Checkpoints` opens the directory. Raises CheckpointError, and moves nothing, when none can be read,
+    or when one cannot for a reason that says nothing about it, such as too little memory.
     """
     workdir = workdir.absolute()
     damaged: dict[int, CheckpointError] = {}
     for step in reversed(_steps(workdir / "checkpoints")):
         try:
-            read_arrays(workdir / "checkpoints" / str(step), FIELDS, np.ndarray)
+            for name in FIELDS:  # one after the other: together they may not fit into a host's memory
+                read_arrays(workdir / "checkpoints" / str(step), (name,), np.ndarray)
             break
         except CheckpointError as error:
+            if _is_no_damage(error.__cause__):
+                reason = f"could not be read ({_reason(error.__cause__)}), which is no damage: none is set aside; try again"
+                raise CheckpointError(f"checkpoint {step} in {workdir} {reason}") from error
             damaged[step] = error
     else:
         if damaged:
@@ -157,6 +163,12 @@ def set_damaged_aside(workdir: Path) -> list[str]:
         aside = (workdir / "checkpoints" / str(step)).replace(next(name for name in names if not name.exists()))
         reasons.append(f"{error}; moved to {aside}")
     return reasons
+
+
+def _is_no_damage(error: BaseException | None) -> bool:
+    """Whether what kept a checkpoint from being read is this process's or a store's trouble, by TensorStore's codes where it was its."""
+    codes = "PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED"
+    return isinstance(error, MemoryError | PermissionError | TimeoutError | StoreError) or re.search(codes, str(error)) is not None
 
 
 def read_arrays(directory: Path, names: tuple[str, ...], kind: type = jax.Array) -> dict[str, Any]:
@@ -174,6 +186,8 @@ def read_arrays(directory: Path, names: tuple[str, ...], kind: type = jax.Array)
         tree = handler.metadata(state).tree
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         wanted = {n: jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=device), tree[n]) for n in names if tree.get(n)}
+        if not wanted:
+            return {}
         if kind is np.ndarray:
             restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
         else:

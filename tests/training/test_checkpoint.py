@@ -157,6 +157,33 @@ def test_nothing_is_left_to_fall_back_to(saved):
     assert checkpoint.latest_step(workdir) == 30 and not (workdir / "damaged").exists()
 
 
+@pytest.mark.parametrize(
+    ("trouble", "damage"),
+    [
+        (MemoryError("Unable to allocate 22 GiB"), False),
+        (PermissionError(13, "Permission denied"), False),
+        (ValueError("UNAVAILABLE: Error reading the store"), False),
+        (ValueError("DATA_LOSS: Error reading the store"), True),
+        (OSError(5, "Input/output error"), True),
+    ],
+)
+def test_a_whole_checkpoint_is_not_set_aside_for_trouble_elsewhere(saved, monkeypatch, trouble, damage):
+    workdir, _ = saved
+    sums = checkpoint.checksums
+
+    def once(state):
+        monkeypatch.setattr(checkpoint, "checksums", sums)
+        raise trouble
+
+    monkeypatch.setattr(checkpoint, "checksums", once)
+    if damage:
+        assert len(checkpoint.set_damaged_aside(workdir)) == 1
+    else:
+        with pytest.raises(CheckpointError, match=r"checkpoint 30 in .* could not be read \(.*\), which is no damage: none is set aside"):
+            checkpoint.set_damaged_aside(workdir)
+    assert (workdir / "damaged").exists() == damage and checkpoint.latest_step(workdir) == (20 if damage else 30)
+
+
 def test_unfinished_saves_are_no_checkpoints(saved):
     workdir, _ = saved
     (workdir / "checkpoints" / "40.orbax-checkpoint-tmp-1").mkdir()
