@@ -212,18 +212,19 @@ def _leave_signals_to_the_parent(index: int, count: int) -> None:
 
 def validation_batches(
     data: DataConfig, batch_size: int, batches: int, tokenizer: Tokenizer, rows: Sequence[int] | None = None, image: bool = False
-) -> Sequence[Batch]:
+) -> "_Batches | tuple[()]":
     """The rows `rows` (default: all) of the first `batches` whole batches of the validation split, decoded when asked for.
 
     Always the same, with arrays as in `make_iterator`. A split smaller than one batch is repeated to fill it; without a validation split
-    the sequence is empty.
+    the sequence is empty. `distinct` of it says how many clips of the whole batches are different ones, which come first.
     """
     if not _holds_out(data):
         return ()
     dataset = open_dataset(data, "validation")
     total = max(1, min(batches, len(dataset) // batch_size))
     read = _Read(dataset, tokenizer, range(batch_size) if rows is None else rows, image)
-    return _Batches(read, [[i % len(dataset) for i in range(b * batch_size, (b + 1) * batch_size)] for b in range(total)])
+    indices = [[i % len(dataset) for i in range(b * batch_size, (b + 1) * batch_size)] for b in range(total)]
+    return _Batches(read, indices, min(len(dataset), total * batch_size))
 
 
 def _holds_out(data: DataConfig) -> bool:
@@ -268,8 +269,8 @@ class _Read:
 
 
 class _Batches(Sequence):
-    def __init__(self, read: _Read, indices: list[list[int]]) -> None:
-        self._read, self._indices = read, indices
+    def __init__(self, read: _Read, indices: list[list[int]], distinct: int) -> None:
+        self._read, self._indices, self.distinct = read, indices, distinct
 
     def __len__(self) -> int:
         return len(self._indices)

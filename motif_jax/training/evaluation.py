@@ -1,6 +1,6 @@
 """Validation: loss overall, in the moving region and their ratio, over the whole range of timesteps (paper figure 6) and of motion."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
@@ -17,20 +17,30 @@ DECILES = 10
 
 
 def timesteps(config: Config, bucket: int, clips: int) -> np.ndarray:
-    """int32 [clips], spread evenly over timestep bucket `bucket`, the same at every validation."""
+    """int32 [clips], spread evenly over timestep bucket `bucket`, the same at every validation.
+
+    From bucket to bucket they are handed on to other clips, so that no clip has the least noise in all of them.
+    """
     n, count = config.diffusion.num_timesteps, config.eval.buckets
     low, high = bucket * n / count, (bucket + 1) * n / count
-    return (low + (np.arange(clips) + 0.5) / clips * (high - low)).astype(np.int32)
+    place = (np.arange(clips) + bucket * clips // count) % clips
+    return (low + (place + 0.5) / clips * (high - low)).astype(np.int32)
 
 
 def validate(
-    eval_step: Callable, params: Params, frozen: dict[str, Params], batches: Sequence[dict[str, np.ndarray]], config: Config, mesh: Mesh
+    eval_step: Callable,
+    params: Params,
+    frozen: dict[str, Params],
+    batches: Iterable[dict[str, np.ndarray]],
+    config: Config,
+    mesh: Mesh,
+    distinct: int | None = None,
 ) -> dict[str, float]:
     """{"eval/loss", "eval/loss_moving", "eval/ratio", the same per bucket as "eval/ratio_t0" ..., "eval/loss_motion_d0" ... "_d9"}.
 
     Same clips, timesteps and noise at every call, so that two calls differ by the weights alone. A clip's moving region
     weighs by its size; `ratio` is (mean loss where m > 0.5) / (mean loss), missing when nothing moves. The deciles order the
-    clips by their mean flow, from still to fast; missing with fewer than ten clips.
+    clips by their mean flow, from still to fast; missing with fewer than ten clips. Clips after the first `distinct` repeat them.
     """
     key = jax.random.fold_in(jax.random.key(config.seed), VALIDATION_STREAM)
     overall = np.zeros((config.eval.buckets, 2))  # sum of losses, clips
@@ -54,7 +64,7 @@ def validate(
         if m[1] > 0:
             result[f"eval/loss_moving{suffix}"] = m[0] / m[1]
             result[f"eval/ratio{suffix}"] = (m[0] / m[1]) / (o[0] / o[1])
-    order = np.argsort(np.concatenate(clip_motion), kind="stable")
+    order = np.argsort(np.concatenate(clip_motion)[:distinct], kind="stable")
     if len(order) >= DECILES:
         losses = np.concatenate(clip_losses)
         result |= {f"eval/loss_motion_d{i}": losses[part].mean() for i, part in enumerate(np.array_split(order, DECILES))}

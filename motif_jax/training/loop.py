@@ -256,7 +256,8 @@ class _Run:
         self.progress.flush(self.step)
         try:
             if evaluate:
-                scalars = validate(self.eval_step, self.state.best, self.frozen, self.stop.guard(self.validation), self.config, self.mesh)
+                batches, best = self.stop.guard(self.validation), self.state.best
+                scalars = validate(self.eval_step, best, self.frozen, batches, self.config, self.mesh, self.validation.distinct)
                 self.progress.check(self.step, scalars)
                 shown = "  ".join(f"{name} {value:.4f}" for name, value in scalars.items() if not name[-1].isdigit())
                 say(f"step {self.step}/{self.config.steps}  {shown}")

@@ -154,6 +154,7 @@ def test_a_small_validation_split_fills_one_batch(data):
     held_out = pipeline.open_dataset(data, "validation")
     found = pipeline.validation_batches(data, 8, 4, TOKENIZER)
     np.testing.assert_array_equal(names(held_out, found), [[0, 1, 2, 3, 4, 0, 1, 2]])
+    assert found.distinct == 5 and pipeline.validation_batches(data, 2, 4, TOKENIZER).distinct == 4
 
 
 def test_no_validation_split(tmp_path):
