@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from motif_jax.towers import Towers
 
 _SECONDS_BETWEEN_LINES = 5.0
+_TOKENS_PER_WORD = {"openclip": 1.3, "words": 1}  # in English
 
 Log = Callable[[str], None]
 
@@ -75,11 +76,11 @@ def prepare(
     shards.sweep(job.directory)
     mine = range(task_index, len(job.plan), task_count)
     clips = sum(len(job.plan[i].items) for i in mine)
-    limit = config.text.context_length
-    if long := [item.clip_id for shard in job.plan for item in shard.items if len(item.caption.split()) >= limit]:
+    limit, per_word = config.text.context_length, _TOKENS_PER_WORD[config.text.kind]
+    if long := [item.clip_id for shard in job.plan for item in shard.items if len(item.caption.split()) * per_word >= limit]:
         log(
-            f"{len(long)} captions of clips have more words than the text tower takes (text.context_length={limit} tokens): "
-            f"their ends are cut off; the first: {long[0]}"
+            f"{len(long)} captions of clips have more words than the text tower takes (text.context_length={limit} tokens, "
+            f"about {per_word:g} to a word): their ends may be cut off; the first: {long[0]}"
         )
     share = f", task {task_index} of {task_count}" if task_count > 1 else ""
     log(f"{clips} clips in {len(mine)} shards to {job.directory}{share}")

@@ -16,8 +16,8 @@ import numpy as np
 from motif_jax.bench.arguments import at_least
 from motif_jax.bench.judge import MIN_WAY, judge
 from motif_jax.bench.preference import rate
-from motif_jax.config import UserError
-from motif_jax.data import sprites
+from motif_jax.config import DataConfig, UserError, enumerate_first
+from motif_jax.data import pipeline, sprites
 from motif_jax.data.storage import run_location
 
 # images uint8 [N,H,W,3], sentences, seeds [N] -> clips uint8 [N,T,H,W,3]
@@ -197,9 +197,25 @@ def table(result: dict[str, Any]) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workdir", required=True, help="work directory of a run; gets synthetic.json and the report")
-    parser.add_argument("--world", default="quickstart", choices=sprites.WORLDS, help="name of the synthetic world")
+    parser.add_argument(
+        "--world", choices=sprites.WORLDS, help="name of the synthetic world (default: the one that the run was trained on)"
+    )
     parser.add_argument("--count", default=128, type=at_least(1), help="clips per split")
     parser.add_argument("--seed", default=0, type=int, help="seed of the world")
+
+
+def trained_world(data: DataConfig) -> str:
+    """The world that a run's clips are of. Raises UserError where they are of none, or of several, or are gone."""
+    try:
+        sources = sorted({str(manifest.settings["source"]) for manifest in pipeline.read_manifests(data)})
+    except UserError as error:
+        raise UserError(f"which world was the run trained on? Its clips cannot be read ({error}): name it with --world") from error
+    worlds = {source.split(":")[1] if source.startswith("synthetic:") else "" for source in sources}
+    if len(worlds) > 1 or worlds - sprites.WORLDS.keys():
+        raise UserError(
+            f"the run was trained on {enumerate_first(sources, 3, ', ')}, no world of its own: name one to judge it in with --world"
+        )
+    return worlds.pop()
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -208,12 +224,13 @@ def run(arguments: argparse.Namespace) -> None:
     from motif_jax.training.mirror import mirrored
     from motif_jax.training.samples import save_comparison
 
-    world, seed = arguments.world, arguments.seed
+    seed = arguments.seed
     workdir = run_location(arguments.workdir)
     if not (workdir / "config.json").exists():
         raise UserError(f"--workdir={workdir}: no config.json there; expected a work directory of motif_jax.main")
     animator = animation.Animator.load(workdir)
     d = animator.config.data
+    world = arguments.world or trained_world(d)
     result = evaluate(
         lambda images, prompts, seeds: animator(list(images), prompts, list(seeds)),
         world,

@@ -130,7 +130,7 @@ class Dataset:
         return Example(clip["clip_id"], clip["caption"], fps, clip.get("frames"), clip["flow"], *optional)
 
 
-def _read_manifests(data: DataConfig) -> list[Manifest]:
+def read_manifests(data: DataConfig) -> list[Manifest]:
     """The datasets at `data.path`, in its order. Raises UserError unless they are whole, of the configured shape and alike in fields."""
     manifests = [read_manifest(path.strip()) for path in data.path.split(",")]
     first = manifests[0].layout
@@ -161,7 +161,7 @@ def open_dataset(data: DataConfig, split: str = "train") -> Dataset:
 
     Raises UserError with the remedy when one is missing, unfinished, damaged or of another shape, or none has such a split.
     """
-    manifests = _read_manifests(data)
+    manifests = read_manifests(data)
     having = [manifest for manifest in manifests if split in manifest.shards]
     if not having:
         raise UserError(f"dataset {_directories(manifests)} has no split {split!r}; it has {', '.join(manifests[0].shards)}")
@@ -228,7 +228,7 @@ def validation_batches(
 
 
 def _holds_out(data: DataConfig) -> bool:
-    return any("validation" in manifest.shards for manifest in _read_manifests(data))
+    return any("validation" in manifest.shards for manifest in read_manifests(data))
 
 
 def examples(data: DataConfig, count: int) -> list[Example]:

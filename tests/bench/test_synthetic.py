@@ -1,14 +1,16 @@
 """The synthetic benchmark with stand-in models whose score is known beforehand."""
 
 import argparse
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 
 from motif_jax.bench import synthetic
-from motif_jax.config import UserError
+from motif_jax.config import Config, DataConfig, PrepareConfig, UserError
 from motif_jax.data.sprites import COLOURS, STILL, UNIT, coverage, make_clips
+from motif_jax.preparation import prepare
 
 SIZE = {"frames": 8, "height": 32, "width": 32}
 
@@ -98,6 +100,21 @@ def test_result_is_json_and_a_table():
 def test_no_clips_is_an_error():
     with pytest.raises(ValueError, match="at least one clip"):
         synthetic.evaluate(Oracle(1, obey=True), "quickstart", 5, 0, **SIZE)
+
+
+def test_the_world_is_the_one_of_the_runs_clips(tmp_path):
+    config = Config(
+        data=DataConfig(frames=2, height=16, width=16), prepare=PrepareConfig(flow="exact", image_format="png", clips_per_shard=9)
+    )
+    for name in ("quickstart", "shapes"):
+        prepare(config, f"synthetic:{name}:3", tmp_path / name, log=lambda line: None)
+        assert synthetic.trained_world(dataclasses.replace(config.data, path=str(tmp_path / name))) == name
+    for path, message in (
+        (f"{tmp_path}/shapes,{tmp_path}/quickstart", "trained on synthetic:quickstart, synthetic:shapes, no world of its own: name one"),
+        (f"{tmp_path}/gone", r"clips cannot be read \(no dataset in .*\): name it with --world"),
+    ):
+        with pytest.raises(UserError, match=message):
+            synthetic.trained_world(dataclasses.replace(config.data, path=path))
 
 
 def test_only_a_work_directory_gets_the_results(tmp_path):
