@@ -17,25 +17,23 @@ import math
 import os
 import pathlib
 import re
-import sys
 import time
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.experimental import topologies
+from jax.sharding import AbstractDevice, AbstractMesh
+
+from motif_jax.compilation import set_effort, tpu_devices
+from motif_jax.config import load_config
+from motif_jax.models.layers import Initializer, recompute
+from motif_jax.models.placement import target_platform, use_kernels
+from motif_jax.models.transformer import SpatialTransformer, TemporalTransformer
+from motif_jax.models.unet3d import ResBlock
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-from flax import nnx  # noqa: E402
-from jax.experimental import topologies  # noqa: E402
-from jax.sharding import AbstractDevice, AbstractMesh  # noqa: E402
-
-from motif_jax.compilation import set_effort, tpu_devices  # noqa: E402
-from motif_jax.config import load_config  # noqa: E402
-from motif_jax.models.layers import Initializer, recompute  # noqa: E402
-from motif_jax.models.placement import target_platform, use_kernels  # noqa: E402
-from motif_jax.models.transformer import SpatialTransformer, TemporalTransformer  # noqa: E402
-from motif_jax.models.unet3d import ResBlock  # noqa: E402
 
 BLOCKS, REMAT = ["residual", "spatial", "temporal"], ["block", "convs", "dots"]
 

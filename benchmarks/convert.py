@@ -20,7 +20,7 @@ from functools import partial
 import numpy as np
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+
 
 SECONDS, MEMORY = 300, 1.5
 

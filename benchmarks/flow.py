@@ -12,7 +12,6 @@ Exits with 1 when JAX on the same pairs is slower than PyTorch (on a GPU: less t
 
 import argparse
 import os
-import pathlib
 import statistics
 import sys
 import tempfile
@@ -20,9 +19,6 @@ import time
 from collections.abc import Callable
 
 import numpy as np
-
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 
 def frames(count: int, height: int, width: int) -> np.ndarray:

@@ -14,23 +14,19 @@ import os
 import pathlib
 import platform
 import statistics
-import sys
 import tempfile
 import time
 
 import jax
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from motif_jax import preparation  # noqa: E402
-from motif_jax.config import Config, load_config  # noqa: E402
-from motif_jax.data import pipeline  # noqa: E402
-from motif_jax.data.tokens import make_tokenizer  # noqa: E402
-from motif_jax.models.networks import Networks  # noqa: E402
-from motif_jax.training import state as train_state  # noqa: E402
-from motif_jax.training.optimizer import make_optimizer  # noqa: E402
-from motif_jax.training.step import make_train_step  # noqa: E402
+from motif_jax import preparation
+from motif_jax.config import Config, load_config
+from motif_jax.data import pipeline
+from motif_jax.data.tokens import make_tokenizer
+from motif_jax.models.networks import Networks
+from motif_jax.training import state as train_state
+from motif_jax.training.optimizer import make_optimizer
+from motif_jax.training.step import make_train_step
 
 
 def step_seconds(config: Config, batch: pipeline.Batch, tokenizer: pipeline.Tokenizer) -> float:

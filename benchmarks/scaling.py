@@ -13,7 +13,6 @@ import argparse
 import dataclasses
 import math
 import os
-import pathlib
 import sys
 from typing import NamedTuple
 
@@ -21,9 +20,6 @@ FAKE = 8
 if sys.argv[1:2] == ["compiled"]:  # before JAX starts
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={FAKE} --xla_backend_optimization_level=0"
-
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402

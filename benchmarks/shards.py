@@ -31,8 +31,6 @@ import numpy as np
 if TYPE_CHECKING:
     from motif_jax.data import records
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 
 FRAMES, HEIGHT, WIDTH = 16, 320, 512
 SHUFFLE = 50  # elements of the shuffle buffers

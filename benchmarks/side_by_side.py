@@ -3,7 +3,6 @@
 import datetime
 import inspect
 import os
-import pathlib
 import platform
 import statistics
 import sys
@@ -13,14 +12,11 @@ from collections.abc import Callable
 import jax
 import numpy as np
 import torch
+from torch_unet import UNet
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from benchmarks.torch_unet import UNet  # noqa: E402
-from motif_jax.config import Config  # noqa: E402
-from motif_jax.interop.names import to_torch  # noqa: E402
-from motif_jax.models.networks import Networks, Params  # noqa: E402
+from motif_jax.config import Config
+from motif_jax.interop.names import to_torch
+from motif_jax.models.networks import Networks, Params
 
 LIMIT = 1e-5  # relative L2 between the two networks before anything is timed; float32 sums in another order reach some 1e-6
 

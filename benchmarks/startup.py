@@ -20,7 +20,7 @@ import time
 import numpy as np
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+
 ENTRY_POINTS = ("main", "prepare", "sample", "convert", "compile", "bench")
 
 

@@ -36,13 +36,12 @@ import torch._functorch.config
 from side_by_side import alternate, machine, random_params, torch_twin, torch_unet
 
 from motif_jax.config import Config, load_config
-from motif_jax.diffusion.schedule import make_schedule
 from motif_jax.dist import startup
 from motif_jax.models.networks import Networks, Params
 from motif_jax.training import state as train_state
 from motif_jax.training.flops import peak_tflops, training_flops
 from motif_jax.training.optimizer import make_optimizer
-from motif_jax.training.step import make_train_step
+from motif_jax.training.step import diffusion_schedule, make_train_step
 
 
 def make_batch(config: Config) -> dict[str, np.ndarray]:
@@ -69,8 +68,7 @@ class TorchStep:
         self.optimizer = torch.optim.AdamW(
             unet.parameters(), lr=config.learning_rate, betas=(o.b1, o.b2), eps=o.eps, weight_decay=o.weight_decay, **kind
         )
-        d = config.diffusion
-        schedule = make_schedule(d.num_timesteps, d.beta_start, d.beta_end, d.zero_terminal_snr, d.base_scale)
+        schedule = diffusion_schedule(config)
         z = config.autoencoder.z_channels
         latents = config.autoencoder.scale_factor * batch["latent_moments"][..., :z].astype(np.float32)
         tables = tuple(np.array(table) for table in (schedule.sqrt_alphas_cumprod, schedule.sqrt_one_minus_alphas_cumprod, schedule.scale))

@@ -30,7 +30,7 @@ LAST = {"checkpoint.every": STEPS, "checkpoint.keep_every": STEPS, "eval.every":
 
 # The loss on v, as in the paper; the network puts out the clean latent all the same. Steps of much noise, which decide where things go,
 # weigh a hundredth of those of little noise then, and it takes longer until anything moves.
-ON_V = {"diffusion.loss_space": "v", "steps": 1200, "checkpoint.every": 400, "checkpoint.keep_every": 400, "eval.every": 400}
+ON_V = {"diffusion.loss_space": "v", "steps": 3600, "checkpoint.every": 1200, "checkpoint.keep_every": 1200, "eval.every": 1200}
 
 ARMS = {
     "none": {"loss.heatmap": "none"},

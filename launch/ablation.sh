@@ -2,7 +2,7 @@
 # The laptop-size ablation: trains and judges the U-Net's arms of configs/ablation.py on the synthetic world, two runs at a time on
 # one core each, and writes runs/ablation/report.{html,md,json}. Run it again to continue after a stop; a run that is done is kept.
 # Environment: RUNS (default runs/ablation), SEEDS (of the arms none, flow and inverse; default "0 1 2"), ARMS (default all
-# others but the transformer's dit_none, dit_flow and dit_inverse), ARM_SEEDS (of those; default 0), JOBS (default: number of cores),
+# others but the transformer's dit_none, dit_flow and dit_inverse, and v_none and v_flow), ARM_SEEDS (of those; default 0), JOBS (default: number of cores),
 # VENV (default .venv), PYTHON.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -29,7 +29,7 @@ one_run() ( # ARM/SEED: on one core where there is taskset, so that the numbers 
 )
 export -f one_run
 
-others=$(python -c "import runpy; print(*(a for a in runpy.run_path('$config')['ARMS'] if a not in ('none', 'flow', 'inverse') and not a.startswith('dit_')))")
+others=$(python -c "import runpy; print(*(a for a in runpy.run_path('$config')['ARMS'] if a not in ('none', 'flow', 'inverse') and not a.startswith(('dit_', 'v_'))))")
 taskset=$(command -v taskset || true) # Linux has it, and the xargs that numbers its slots; macOS neither
 export cores="${taskset:+$(python -c 'import os; print(*sorted(os.sched_getaffinity(0)))')}"
 # shellcheck disable=SC2016  # the inner shell expands it
