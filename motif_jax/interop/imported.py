@@ -60,6 +60,7 @@ def import_checkpoint(
             contents = _contents(output) if (output / CONTENTS).exists() else {"networks": {}}
             _check_output(output, contents["networks"], networks)
             about = {"kind": kind, "source": source.name, "source_sha256": storage.sha256(source)}
+            about |= {"yaml": pathlib.Path(yaml).name} if yaml else {}
             for name, tensors in networks.items():
                 path = output / f"{name}.safetensors"
                 made.insert(0, path)
@@ -177,9 +178,16 @@ def read_imported(directory: str | pathlib.Path, names: Iterable[str] = tuple(_C
 
 
 def recorded(directory: str | pathlib.Path) -> dict[str, dict[str, Any]]:
-    """{network: its settings}, as they were when it was imported, of those that a directory holds or that need no weights."""
+    """{network: its settings} of those that a directory holds, or that need no weights."""
     contents = _contents(pathlib.Path(directory))
     return contents.get("weightless", {}) | {name: part["config"] for name, part in contents["networks"].items()}
+
+
+def described(directory: str | pathlib.Path) -> set[str]:
+    """Those of the networks that a YAML described when they were imported; of the others `recorded` has `assumptions`, too."""
+    contents = _contents(pathlib.Path(directory))
+    named = {name for name, part in contents["networks"].items() if part.get("yaml")}
+    return named | (contents.get("weightless", {}).keys() if "denoiser" in named else set())
 
 
 def imported_settings(directory: str | pathlib.Path) -> Settings:

@@ -13,7 +13,7 @@ import numpy as np
 from motif_jax.config import Config, UserError, enumerate_first, read_json
 from motif_jax.data.storage import Path, run_location
 from motif_jax.interop.files import Lazy
-from motif_jax.interop.imported import CONTENTS, imported_settings, is_imported, read_imported, recorded
+from motif_jax.interop.imported import CONTENTS, described, imported_settings, is_imported, read_imported, recorded
 from motif_jax.models import lora
 from motif_jax.models.networks import Networks, Params
 from motif_jax.training.checkpoint import latest_step, read_arrays, read_meta
@@ -26,12 +26,13 @@ WEIGHTS_STREAM = 2**31 - 2  # fold_in number of the initial weights: no training
 FROZEN = ("autoencoder", "text", "image")
 # What a network computes with, and no shape of its weights tells. Latents' scale is part of what the denoiser was trained on.
 UNTOLD = {
-    "denoiser": (
-        *("unet.num_head_channels", "unet.norm_groups", "dit.num_head_channels", "dit.patch"),
-        *("resampler.heads", "resampler.head_width", "autoencoder.scale_factor"),
-    ),
-    "text": ("text.heads",),
-    "image": ("image.heads",),
+    "denoiser": {
+        "denoiser": ("num_head_channels", "norm_groups", "patch"),
+        "resampler": ("heads", "head_width"),
+        "autoencoder": ("scale_factor",),
+    },
+    "text": {"text": ("heads",)},
+    "image": {"image": ("heads",)},
 }
 
 
@@ -93,27 +94,36 @@ def frozen_weights(
 
 
 def check_untold(config: Config, source: str | Path, network: str) -> None:
-    """Raises UserError where a network of an import or a run was made with another setting that its shapes do not tell (`UNTOLD`)."""
+    """Raises UserError where a network of an import or a run was made with another setting that its shapes do not tell (`UNTOLD`).
+
+    Where an import only assumed it, since there was no YAML to say it, a line says that the configuration's is taken.
+    """
     source = run_location(source)
     if is_imported(source):
-        groups = {"unet" if name == "denoiser" else name: fields for name, fields in recorded(source).items()}
+        groups, known = recorded(source), described(source)
     else:
         run = read_config(source)
         groups = dataclasses.asdict(run)
-        del groups["dit" if run.backbone == "unet3d" else "unet"]
+        groups["denoiser"] = groups["unet" if run.backbone == "unet3d" else "dit"]
         if not run.image_tokens:
             del groups["resampler"]
-    unused = {"dit" if config.backbone == "unet3d" else "unet", *([] if config.image_tokens else ["resampler"])}
-    for name in UNTOLD.get(network, ()):
-        group, _, field = name.partition(".")
-        theirs, ours = groups.get(group, {}).get(field), getattr(getattr(config, group), field)
-        theirs = tuple(theirs) if isinstance(theirs, list) else theirs
-        if theirs and theirs != ours and group not in unused:  # 0 heads: nothing said how many
-            raise UserError(
-                f"{source}: its {network} was made with {name}={theirs!r}, and the configuration says {ours!r}, with which these weights "
-                f"compute something else: use --config.{name}={theirs}"
-                + (f", or if {CONTENTS} is mistaken, import again with a --yaml" if is_imported(source) else "")
-            )
+        known = groups.keys()
+    backbone = "unet" if config.backbone == "unet3d" else "dit"
+    for part, fields in UNTOLD.get(network, {}).items():
+        group = backbone if part == "denoiser" else part
+        for field in fields:
+            theirs, ours = groups.get(part, {}).get(field), getattr(getattr(config, group), field, None)
+            theirs = tuple(theirs) if isinstance(theirs, list) else theirs
+            if not theirs or ours in (None, theirs) or (part == "resampler" and not config.image_tokens):
+                continue
+            name = f"{group}.{field}"
+            if part in known:
+                raise UserError(
+                    f"{source}: its {network} was made with {name}={theirs!r}, and the configuration says {ours!r}, with which "
+                    f"these weights compute something else: use --config.{name}={theirs}"
+                )
+            if jax.process_index() == 0:
+                print(f"{source}: {name}={theirs!r} was assumed when it was imported, the configuration says {ours!r}", flush=True)
 
 
 def _new_image_path(networks: Networks, key: jax.Array) -> Params:
