@@ -1,11 +1,11 @@
-"""The paper's ablations on the synthetic world, one arm a run; `launch/ablation.sh` trains and judges all but the transformer's.
+"""The paper's ablations on the synthetic world, one arm a run; `launch/ablation.sh` trains and judges most.
 
 python -m motif_jax.prepare --config=configs/ablation.py --source=synthetic:shapes:8000 --output=runs/ablation/data
 python -m motif_jax.main    --config=configs/ablation.py:flow --workdir=runs/ablation/flow/0 --config.seed=0 \
     --config.data.path=runs/ablation/data
 python -m motif_jax.bench ablation --runs=runs/ablation
 
-All arms of a seed share initial weights, data order, timesteps and noise: those follow from the seed alone.
+All arms of a seed share initial weights, but for the cx-attn arms, data order, timesteps and noise: those follow from the seed alone.
 """
 
 import pathlib

@@ -34,7 +34,7 @@ taskset=$(command -v taskset || true) # Linux has it, and the xargs that numbers
 export cores="${taskset:+$(python -c 'import os; print(*sorted(os.sched_getaffinity(0)))')}"
 # shellcheck disable=SC2016  # the inner shell expands it
 {
-  for seed in ${SEEDS:-0 1 2}; do printf '%s\n' "none/$seed" "flow/$seed" "inverse/$seed"; done
+  for seed in ${SEEDS-0 1 2}; do printf '%s\n' "none/$seed" "flow/$seed" "inverse/$seed"; done
   for seed in ${ARM_SEEDS:-0}; do for arm in ${ARMS-$others}; do echo "$arm/$seed"; done; done
 } | xargs -P "$jobs" ${taskset:+--process-slot-var=SLOT} -I{} bash -c 'one_run "$1"' _ {}
 python -m motif_jax.bench ablation --runs="$runs"
