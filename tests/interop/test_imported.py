@@ -29,7 +29,7 @@ from motif_jax.models.autoencoder import make_autoencoder
 from motif_jax.models.text import make_text_tower
 from motif_jax.models.unet3d import UNet3D
 from motif_jax.training.export import export
-from motif_jax.training.weights import other_objective
+from motif_jax.training.weights import check_untold, other_objective
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SETTINGS = Settings(
@@ -91,6 +91,10 @@ def test_there_and_back(tmp_path, networks, model, with_yaml):
     found = imported_settings(tmp_path / "in")
     assert (found.unet, found.diffusion) == (SETTINGS.unet, SETTINGS.diffusion)
     assert found.autoencoder == SETTINGS.autoencoder and found.text.width == 8 and found.text.heads == (2 if with_yaml else 0)
+
+    other = dataclasses.replace(Config(), text=dataclasses.replace(SETTINGS.text, heads=4))
+    with pytest.raises(UserError, match=r"its text was made with text\.heads=2, ") if with_yaml else contextlib.nullcontext():
+        check_untold(other, tmp_path / "in", "text")
 
     _, count, remarks = export(tmp_path / "in", tmp_path / "out/all.safetensors", frozen=True)
     whole = networks["denoiser"] | networks["autoencoder"] | networks["text"] | schedule_buffers(SETTINGS.diffusion)
