@@ -22,6 +22,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+from common import run
 from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh
@@ -34,7 +35,6 @@ from motif_jax.models.transformer import SpatialTransformer, TemporalTransformer
 from motif_jax.models.unet3d import ResBlock
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-
 BLOCKS, REMAT = ["residual", "spatial", "temporal"], ["block", "convs", "dots"]
 
 
@@ -166,4 +166,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

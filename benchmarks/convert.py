@@ -18,9 +18,7 @@ import zlib
 from functools import partial
 
 import numpy as np
-
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-
+from common import run
 
 SECONDS, MEMORY = 300, 1.5
 
@@ -56,7 +54,7 @@ def random_checkpoint(path: pathlib.Path, scale: str) -> tuple[int, int]:
 def measured(*command: str) -> tuple[float, float]:
     """(seconds, peak resident GB) of a command that must succeed."""
     start = time.perf_counter()
-    process = subprocess.Popen([sys.executable, "-m", "motif_jax.convert", *command], cwd=ROOT, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, "-m", "motif_jax.convert", *command], stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         sys.exit(f"convert {command[0]} failed")
@@ -103,4 +101,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -15,24 +15,10 @@ import os
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 
 import numpy as np
-
-
-def frames(count: int, height: int, width: int) -> np.ndarray:
-    """A texture under a moving window, uint8 [T,H,W,3]."""
-    random = np.random.default_rng(0)
-    cells = random.integers(0, 256, ((height + 3 * count) // 8 + 1, (width + 5 * count) // 8 + 1, 3), np.uint8).repeat(8, 0).repeat(8, 1)
-    return np.stack([cells[3 * t : 3 * t + height, 5 * t : 5 * t + width] for t in range(count)])
-
-
-def timed(call: Callable[[], object]) -> tuple[float, float]:
-    """(wall-clock, CPU) seconds."""
-    wall, cpu = time.perf_counter(), time.process_time()
-    call()
-    return time.perf_counter() - wall, time.process_time() - cpu
+from common import run, texture, timed
 
 
 def compare(variant: str, dtype: str, weights: str | None, options: argparse.Namespace) -> list[str]:
@@ -58,7 +44,7 @@ def compare(variant: str, dtype: str, weights: str | None, options: argparse.Nam
         estimator = make_flow_estimator(f"raft_{variant}", file, options.iterations, enlarge_below=0, dtype=dtype)
     device = "cuda" if torch.cuda.is_available() and jax.default_backend() == "gpu" else "cpu"
     theirs = theirs.to(device)
-    clip = frames(options.clip, options.height, options.width)
+    clip = texture(options.clip, options.height, options.width, motion=(3, 5))
     on_device = torch.from_numpy(clip.transpose(0, 3, 1, 2).astype(np.float32)).to(device)
     given = {pairs: jax.device_put((clip[:pairs], clip[1 : pairs + 1])) for pairs in options.pairs}
     ours = jax.jit(lambda state, a, b: nnx.merge(graph, state)(a, b, options.iterations))
@@ -130,4 +116,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -18,6 +18,7 @@ import time
 import kernels
 import numpy as np
 from absl import flags
+from common import random_weights, write_dataset
 from ml_collections import config_flags
 
 from motif_jax import commands
@@ -28,51 +29,6 @@ DATA = flags.DEFINE_string("data", None, "directory of the made-up dataset; defa
 CLIPS = flags.DEFINE_integer("clips", 24, "clips of the dataset")
 PROFILE = flags.DEFINE_string("profile", None, "directory for a trace of three steps")
 flags.mark_flags_as_required(["config"])
-
-
-def make_data(config: Config, directory: pathlib.Path, clips: int) -> None:
-    from motif_jax.data import records, shards
-
-    d, channels = config.data, 2 * config.autoencoder.z_channels
-    latent = (config.latent_height, config.latent_width, channels)
-    layout = records.Layout(
-        d.frames,
-        d.height,
-        d.width,
-        config.prepare.flow_stride,
-        pixels=False,
-        latent=latent,
-        text=(config.text.context_length, config.text.width),
-    )
-    rng = np.random.default_rng(0)
-
-    def record(index: int) -> bytes:
-        clip = {name: rng.normal(size=shape) for name, (shape, _) in layout.arrays().items()}
-        clip["latent_moments"][..., channels // 2 :] = -20.0  # log-variance
-        clip["flow"] *= 20
-        name = f"clip{index}"
-        return records.encode_clip(
-            layout, clip | {"clip_id": name, "video": name, "caption": name, "fps": 24.0, "frame_stride": 3, "first_frame": 0}
-        )
-
-    (directory / "manifests").mkdir(parents=True, exist_ok=True)
-    plan = shards.plan_shards({"train": range(clips), "validation": ()}, 8)
-    for shard in plan:
-        shards.write_shard(directory, shard, "made up", "made up", map(record, shard.items))
-    shards.finish(directory, plan, "made up", layout, {})
-
-
-def random_weights(shapes: dict) -> dict[str, np.ndarray]:
-    """Normal values; one pool of numbers serves all weights, each from a place of its own."""
-    pool = np.random.default_rng(0).standard_normal(2**24, np.float32)
-    pool = np.concatenate([pool, pool])
-
-    def one(start: int, shape: tuple[int, ...]) -> np.ndarray:
-        size = int(np.prod(shape))
-        fan_in = max(1, int(np.prod(shape[:-1])))
-        return np.resize(pool[start % 2**24 :][: max(size, 1)], shape) / np.float32(np.sqrt(fan_in)) + np.float32(0)
-
-    return {name: one(7919 * i, s.shape) + np.float32(name.endswith("scale")) for i, (name, s) in enumerate(shapes.items())}
 
 
 def no_tokens(text):
@@ -132,7 +88,7 @@ def main(argv: list[str]) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         data, workdir = pathlib.Path(DATA.value or f"{scratch}/data"), pathlib.Path(scratch) / "run"
         if not (data / "dataset.json").exists():
-            make_data(config, data, CLIPS.value)
+            write_dataset(config, data, CLIPS.value, 8)
         off = {part: dataclasses.replace(getattr(config, part), every=0) for part in ("eval", "sample")}
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(data)), **off)
         networks = Networks.of(config)

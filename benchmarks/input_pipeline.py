@@ -18,6 +18,7 @@ import tempfile
 import time
 
 import jax
+from common import run
 
 from motif_jax import preparation
 from motif_jax.config import Config, load_config
@@ -84,4 +85,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -18,7 +18,8 @@ import jax
 import kernels
 import numpy as np
 import torch
-from side_by_side import alternate, machine, random_params, torch_twin, torch_unet
+from common import random_weights, run
+from side_by_side import alternate, machine, torch_twin, torch_unet
 
 from motif_jax.config import load_config
 from motif_jax.diffusion import samplers
@@ -39,7 +40,7 @@ def main() -> None:
     arguments = parser.parse_args()
     config = load_config(arguments.config)
     networks = Networks.of(config)
-    params = random_params(networks)
+    params = random_weights(networks.denoiser.shapes)
     exact, device = config.dtype == "float32", "cuda" if torch.cuda.is_available() else "cpu"
     theirs = (torch_twin(config, networks, params) if exact else torch_unet(config, params)).to(device)
     torch.set_float32_matmul_precision("highest" if exact else "high")
@@ -110,4 +111,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

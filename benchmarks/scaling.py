@@ -13,23 +13,19 @@ import argparse
 import dataclasses
 import math
 import os
-import sys
 from typing import NamedTuple
 
-FAKE = 8
-if sys.argv[1:2] == ["compiled"]:  # before JAX starts
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={FAKE} --xla_backend_optimization_level=0"
+import jax
+import jax.numpy as jnp
+from common import run
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-
-from motif_jax.config import Config, MeshConfig, from_config_dict, load_config  # noqa: E402
-from motif_jax.models.networks import Networks, image_condition  # noqa: E402
-from motif_jax.models.placement import target_platform  # noqa: E402
-from motif_jax.training.flops import jaxpr_flops, training_flops  # noqa: E402
+from motif_jax.config import Config, MeshConfig, from_config_dict, load_config
+from motif_jax.models.networks import Networks, image_condition
+from motif_jax.models.placement import target_platform
+from motif_jax.training.flops import jaxpr_flops, training_flops
 
 GIB = 2**30
+FAKE = 8
 
 
 class Chip(NamedTuple):
@@ -207,6 +203,8 @@ def compiled() -> None:
     """XLA's counts of the reduced network: one device as it grows, then eight devices by mesh axis."""
     from motif_jax.collectives import collectives
 
+    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={FAKE} --xla_backend_optimization_level=0"
+    jax.config.update("jax_platforms", "cpu")  # as the flags, before JAX looks for devices
     base = from_config_dict(REDUCED)
     sizes = {
         "reduced network": {},
@@ -252,4 +250,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -24,13 +24,12 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING
 
 import numpy as np
+from common import run, texture, timed, write_dataset
 
-if TYPE_CHECKING:
-    from motif_jax.data import records
-
+from motif_jax.config import Config, DataConfig, PrepareConfig
+from motif_jax.data import records, shards
 
 FRAMES, HEIGHT, WIDTH = 16, 320, 512
 SHUFFLE = 50  # elements of the shuffle buffers
@@ -39,25 +38,14 @@ BATCH = 8  # clips
 
 def seconds(call: Callable[[], object], rounds: int = 3, parts: int = 1) -> tuple[float, float]:
     """Median (wall-clock, CPU) time of a call, over its number of parts."""
-    taken = []
-    for _ in range(rounds):
-        began = time.perf_counter(), time.process_time()
-        call()
-        taken.append((time.perf_counter() - began[0], time.process_time() - began[1]))
+    taken = [timed(call) for _ in range(rounds)]
     wall, cpu = (statistics.median(column) / parts for column in zip(*taken, strict=True))
     return wall, cpu
 
 
-def texture(frames: int, height: int, width: int, seed: int = 0) -> np.ndarray:
-    """A moving window on a picture of coarse cells, uint8 [T,H,W,3]."""
-    cells = np.random.default_rng(seed).integers(0, 256, (height // 8 + 2, (width + 2 * frames) // 8 + 2, 3), np.uint8)
-    cells = cells.repeat(8, 0).repeat(8, 1)
-    return np.stack([cells[:height, 2 * t : 2 * t + width] for t in range(frames)])
-
-
 def steps(video: pathlib.Path, weights: str, folder: pathlib.Path) -> float:
     """Prints the table of steps; returns the seconds of decoding and flow on the fly, by the fastest estimator."""
-    from motif_jax.data import records, shards, videos
+    from motif_jax.data import videos
     from motif_jax.motion.estimators import make_flow_estimator
 
     def decode() -> videos.Clip:
@@ -92,25 +80,6 @@ def steps(video: pathlib.Path, weights: str, folder: pathlib.Path) -> float:
     return rows["decode a clip"][0] + rows["flow by DIS"][0]
 
 
-def write_dataset(count: int, folder: pathlib.Path) -> list[bytes]:
-    """A dataset of shards of 50 clips as `prepare.latents` and `prepare.text_embeddings` make them at paper size; its records."""
-    from motif_jax.data import records, shards
-
-    layout = records.Layout(FRAMES, HEIGHT, WIDTH, 8, pixels=False, latent=(40, 64, 8), text=(77, 1024))
-    random = np.random.default_rng(0)
-    made = []
-    for i in range(count):
-        arrays = {name: random.standard_normal(shape, np.float32) for name, (shape, _) in layout.arrays().items()}
-        named = {"clip_id": str(i), "video": "v", "caption": "c", "fps": 24.0, "frame_stride": 2, "first_frame": 0}
-        made.append(records.encode_clip(layout, named | arrays))
-    (folder / "manifests").mkdir(parents=True)
-    plan = shards.plan_shards({"train": made, "validation": []}, per_shard=50)
-    for shard in plan:
-        shards.write_shard(folder, shard, "plan", "", shard.items)
-    shards.finish(folder, plan, "plan", layout, {})
-    return made
-
-
 def write_tfrecord(path: str, made: list[bytes]) -> None:
     """The records as a TFRecord file: length, its checksum, content, its checksum."""
     import crc32c
@@ -125,7 +94,7 @@ def write_tfrecord(path: str, made: list[bytes]) -> None:
             file.write(length + masked(length) + record + masked(record))
 
 
-def tf_data(path: str, layout: "records.Layout") -> Iterator[dict]:
+def tf_data(path: str, layout: records.Layout) -> Iterator[dict]:
     """The same batches by TensorFlow's input pipeline, parsed by its own operations on all cores."""
     import tensorflow as tf
 
@@ -145,11 +114,11 @@ def tf_data(path: str, layout: "records.Layout") -> Iterator[dict]:
 
 def reading(count: int, folder: pathlib.Path, on_the_fly: float | None) -> list[str]:
     """Prints the table of containers; returns what falls short. Every way gives the same batches of BATCH clips."""
-    from motif_jax.config import DataConfig
     from motif_jax.data import pipeline
 
-    made = write_dataset(count, folder / "dataset")
-    dataset = pipeline.open_dataset(DataConfig(path=str(folder / "dataset"), frames=FRAMES, height=HEIGHT, width=WIDTH))
+    config = Config()  # the paper's sizes
+    made = write_dataset(config, folder / "dataset", count, 50)
+    dataset = pipeline.open_dataset(dataclasses.replace(config.data, path=str(folder / "dataset")))
     collate = pipeline.Collate(dataset.layout, len)  # captions are stored as embeddings: nothing is tokenized
 
     def ours() -> Iterator[dict]:
@@ -207,13 +176,12 @@ def reading(count: int, folder: pathlib.Path, on_the_fly: float | None) -> list[
 def memory(count: int, folder: pathlib.Path) -> list[str]:
     """Prints resident memory while `prepare` makes `count` clips of videos; returns a complaint when it grows."""
     from motif_jax import preparation
-    from motif_jax.config import Config, DataConfig, PrepareConfig
     from motif_jax.data.videos import save_video
     from motif_jax.motion.estimators import make_flow_estimator
 
     lines = ["video,caption"]
     for i in range(10):
-        save_video(folder / f"{i}.mp4", texture(60, 128, 128, i), 24)
+        save_video(folder / f"{i}.mp4", texture(60, 128, 128, seed=i), 24)
         lines.append(f"{i}.mp4,texture {i}")
     (folder / "list.csv").write_text("\n".join(lines) + "\n")
     at: dict[int, float] = {}
@@ -259,7 +227,7 @@ def main() -> None:
     print(f"{len(os.sched_getaffinity(0))} cores, load {os.getloadavg()[0]:.1f}\n")
     with tempfile.TemporaryDirectory() as scratch:
         folder = pathlib.Path(scratch)
-        video = pathlib.Path(options.video) if options.video else folder / "video.mp4"
+        video = pathlib.Path(options.video).resolve(strict=True) if options.video else folder / "video.mp4"
         if not options.video:
             save_video(video, texture(200, 720, 1280), 24)
         short = memory(options.memory_clips, folder) if "memory" in options.tables else []  # first, in a small process
@@ -270,4 +238,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -1,4 +1,4 @@
-"""Ours and PyTorch's U-Net with equal weights, and timing that alternates between two sides; what the benchmarks here share."""
+"""Ours and PyTorch's U-Net with equal weights, and timing that alternates between two sides."""
 
 import datetime
 import inspect
@@ -19,17 +19,6 @@ from motif_jax.interop.names import to_torch
 from motif_jax.models.networks import Networks, Params
 
 LIMIT = 1e-5  # relative L2 between the two networks before anything is timed; float32 sums in another order reach some 1e-6
-
-
-def random_params(networks: Networks) -> Params:
-    """Weights of which none is zero: a fresh network puts out zeros and would not show a difference."""
-    pool = np.random.default_rng(0).standard_normal(2**22, np.float32)  # one for all: a billion draws would take a minute
-
-    def one(number: int, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        fan_in = max(1, int(np.prod(shape[:-1])))
-        return np.resize(np.roll(pool, 7919 * number), shape) / np.float32(fan_in**0.5) + np.float32(name.endswith("scale"))
-
-    return {name: one(i, name, s.shape) for i, (name, s) in enumerate(networks.denoiser.shapes.items())}
 
 
 def torch_unet(config: Config, params: Params) -> UNet:

@@ -20,7 +20,6 @@ import time
 import numpy as np
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-
 ENTRY_POINTS = ("main", "prepare", "sample", "convert", "compile", "bench")
 
 
@@ -40,7 +39,8 @@ def first_steps(config: str, directory: pathlib.Path) -> list[float]:
     flags = [f"--config={config}", "--config.steps=1", "--config.eval.every=0", "--config.sample.every=0", f"--config.data.path={data}"]
     environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(directory / "cache")}
     prepare = [f"--config={config}", "--config.prepare.flow=exact", "--source=synthetic:quickstart:64", f"--output={data}"]
-    subprocess.run([sys.executable, "-m", "motif_jax.prepare", *prepare], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    if subprocess.run([sys.executable, "-m", "motif_jax.prepare", *prepare], cwd=ROOT, stdout=subprocess.DEVNULL).returncode:
+        sys.exit(1)  # it has said why
     found = []
     for number in range(2):
         command = [sys.executable, "-u", "-m", "motif_jax.main", *flags, f"--workdir={directory / f'run{number}'}"]

@@ -33,7 +33,8 @@ import kernels
 import numpy as np
 import torch
 import torch._functorch.config
-from side_by_side import alternate, machine, random_params, torch_twin, torch_unet
+from common import random_weights, run
+from side_by_side import alternate, machine, torch_twin, torch_unet
 
 from motif_jax.config import Config, load_config
 from motif_jax.dist import startup
@@ -68,8 +69,7 @@ class TorchStep:
         self.optimizer = torch.optim.AdamW(
             unet.parameters(), lr=config.learning_rate, betas=(o.b1, o.b2), eps=o.eps, weight_decay=o.weight_decay, **kind
         )
-        schedule = diffusion_schedule(config)
-        z = config.autoencoder.z_channels
+        schedule, z = diffusion_schedule(config), config.autoencoder.z_channels
         latents = config.autoencoder.scale_factor * batch["latent_moments"][..., :z].astype(np.float32)
         tables = tuple(np.array(table) for table in (schedule.sqrt_alphas_cumprod, schedule.sqrt_one_minus_alphas_cumprod, schedule.scale))
         arrays = (*tables, np.ascontiguousarray(np.moveaxis(latents, -1, 1)))
@@ -147,7 +147,7 @@ def torch_side(config: Config, arguments: argparse.Namespace) -> None:
     compiled = arguments.side == "torch.compile"
     if arguments.budget is not None:
         torch._functorch.config.activation_memory_budget = arguments.budget
-    step = TorchStep(config, torch_unet(config, random_params(Networks.of(config))), make_batch(config), compiled, device)
+    step = TorchStep(config, torch_unet(config, random_weights(Networks.of(config).denoiser.shapes)), make_batch(config), compiled, device)
     float(step())
     print("ready", flush=True)
     sys.stdin.readline()
@@ -205,7 +205,7 @@ def apart(name: str, config: Config, arguments: argparse.Namespace) -> None:
         say("our step is not compiled; it is left out")
         sys.stdout.flush()
         os._exit(1)  # XLA cannot be interrupted
-    made[0].start(random_params(networks))
+    made[0].start(random_weights(networks.denoiser.shapes))
     seconds = median_seconds(made[0], arguments.rounds)
     rate = training_flops(config) / seconds / 1e12
     say(f"ours: {seconds:.3f} s a step, {rate:.1f} model TFLOP/s, peak of the device {peak_tflops(jax.devices()[0].device_kind)}")
@@ -232,7 +232,7 @@ def row(name: str, config: Config, ours: float, theirs: float, way: str) -> str:
 def by_turns(name: str, config: Config, arguments: argparse.Namespace) -> None:
     """Prints the row of both sides in one process, by turns, after a comparison of the outputs."""
     networks = Networks.of(config)
-    params, batch = random_params(networks), make_batch(config)
+    params, batch = random_weights(networks.denoiser.shapes), make_batch(config)
     theirs = TorchStep(config, torch_twin(config, networks, params), batch, arguments.compile)
     began = time.perf_counter()
     ours = OurStep(config, networks, batch)
@@ -278,4 +278,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)
