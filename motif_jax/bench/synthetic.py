@@ -221,6 +221,7 @@ def trained_world(data: DataConfig) -> str:
 def run(arguments: argparse.Namespace) -> None:
     """Judges the samples of a trained run; writes <workdir>/synthetic.json, strips of the first clips and the report."""
     from motif_jax import animation, report
+    from motif_jax.training import weights
     from motif_jax.training.mirror import mirrored
     from motif_jax.training.samples import save_comparison
 
@@ -228,9 +229,9 @@ def run(arguments: argparse.Namespace) -> None:
     workdir = run_location(arguments.workdir)
     if not (workdir / "config.json").exists():
         raise UserError(f"--workdir={workdir}: no config.json there; expected a work directory of motif_jax.main")
+    d = weights.read_config(workdir).data
+    world = arguments.world or trained_world(d)  # before weights are loaded
     animator = animation.Animator.load(workdir)
-    d = animator.config.data
-    world = arguments.world or trained_world(d)
     result = evaluate(
         lambda images, prompts, seeds: animator(list(images), prompts, list(seeds)),
         world,
