@@ -1,6 +1,7 @@
 """Checkpoints: back bit for bit, whole or parts; damage is found, named and set aside only on request; a full disk loses nothing."""
 
 import dataclasses
+import json
 import os
 import pathlib
 import subprocess
@@ -182,6 +183,21 @@ def test_a_whole_checkpoint_is_not_set_aside_for_trouble_elsewhere(saved, monkey
         with pytest.raises(CheckpointError, match=r"checkpoint 30 in .* could not be read \(.*\), which is no damage: none is set aside"):
             checkpoint.set_damaged_aside(workdir)
     assert (workdir / "damaged").exists() == damage and checkpoint.latest_step(workdir) == (20 if damage else 30)
+
+
+def test_a_field_that_is_not_there_must_have_been_empty(tiny, tmp_path):
+    """A run without an average has none; one whose meta knows of an average has lost it."""
+    state = train_state.create(make_state(tiny, 1).params, make_optimizer(tiny()), False)
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig())
+    checkpoints.save(1, state, {"step": 1}, {})
+    checkpoints.close()
+    path = tmp_path / "checkpoints" / "1"
+    assert checkpoint.read_arrays(path, ("ema",)) == {}
+    meta = json.loads((path / "meta" / "metadata").read_text())
+    meta["checksums"]["ema"] = meta["checksums"]["params"]
+    (path / "meta" / "metadata").write_text(json.dumps(meta))
+    with pytest.raises(CheckpointError, match="the content of ema is not what was saved"):
+        checkpoint.read_arrays(path, ("ema",))
 
 
 def test_unfinished_saves_are_no_checkpoints(saved):
