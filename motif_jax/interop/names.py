@@ -5,7 +5,7 @@ may be any pytree whose key path spells the dotted name: a flat dict, a nested d
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,14 @@ from motif_jax.config import UserError
 from motif_jax.interop.files import Lazy
 
 # Last part of our path -> last part of the PyTorch name; everything else keeps its name.
-LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "in_proj_kernel": "in_proj_weight"}
+LEAVES = {
+    "kernel": "weight",
+    "scale": "weight",
+    "embedding": "weight",
+    "in_proj_kernel": "in_proj_weight",
+    "mean": "running_mean",
+    "var": "running_var",
+}
 
 
 def torch_name(path: str) -> str:
@@ -40,18 +47,27 @@ def dotted(key_path: tuple) -> str:
     return ".".join(parts)
 
 
-def to_jax(tensors: Mapping[str, Any], template: Any, *, what: str = "network", ignored: Iterable[str] = (), lazy: bool = False) -> Any:
-    """The tree `template` filled from `tensors` (PyTorch names, no prefix), as float32 NumPy arrays in our layout.
+def to_jax(
+    tensors: Mapping[str, Any],
+    template: Any,
+    what: str,
+    *,
+    ignored: Iterable[str] = (),
+    rename: Callable[[str], str] = str,
+    lazy: bool = False,
+) -> Any:
+    """The tree `template` filled from `tensors` (PyTorch names, no prefix), as NumPy arrays of its types in our layout.
 
-    tensors: arrays, or `files.Lazy`. template: a pytree whose leaves have a shape. ignored: regular expressions of tensor
-    names that may be left over. lazy: leaves are `files.Lazy`, read and converted when asked for.
+    tensors: arrays, or `files.Lazy`. template: a pytree whose leaves have a shape and a type. what: the network and a
+    remedy, for the message. ignored: regular expressions of tensor names that may be left over. rename: from the PyTorch name
+    by the rule to that in `tensors`. lazy: leaves are `files.Lazy`, read and converted when asked for.
     Raises UserError listing every tensor that is missing, left over or of another shape.
     """
     missing, misshapen, used = [], [], set()
 
     def fill(key_path, leaf) -> Lazy | None:
         path = dotted(key_path)
-        name, shape = torch_name(path), torch_shape(path, leaf.shape)
+        name, shape = rename(torch_name(path)), torch_shape(path, leaf.shape)
         used.add(name)
         if name not in tensors:
             missing.append(f"{name} {list(shape)}")
@@ -60,22 +76,22 @@ def to_jax(tensors: Mapping[str, Any], template: Any, *, what: str = "network", 
         if tuple(tensor.shape) != shape:
             misshapen.append(f"{name}: {list(tensor.shape)} in the file, {list(shape)} in the model")
             return None
-        return Lazy(tuple(leaf.shape), np.dtype(np.float32), partial(_our_layout, path, tensor))
+        return Lazy(tuple(leaf.shape), np.dtype(leaf.dtype), partial(_our_layout, path, tensor, leaf.dtype))
 
     filled = jax.tree_util.tree_map_with_path(fill, template)
     extra = [name for name in tensors if name not in used and not any(re.fullmatch(pattern, name) for pattern in ignored)]
     problems = [("missing", missing), ("left over", sorted(extra)), ("of another shape", misshapen)]
     if any(names for _, names in problems):
         lines = [f"  {len(names)} {kind}: " + "; ".join(names) for kind, names in problems if names]
-        raise UserError(f"these weights are not those of the configured {what}; check its configuration\n" + "\n".join(lines))
+        raise UserError(f"these weights are not those of {what}\n" + "\n".join(lines))
     return filled if lazy else jax.tree.map(np.asarray, filled)
 
 
-def _our_layout(path: str, tensor: Any) -> np.ndarray:
+def _our_layout(path: str, tensor: Any, dtype: Any) -> np.ndarray:
     array = np.asarray(tensor)
     if _is_kernel(path):
         array = array.transpose(*range(2, array.ndim), 1, 0)
-    return np.asarray(array, np.float32, order="C")
+    return np.asarray(array, dtype, order="C")
 
 
 def to_torch(params: Any, *, lazy: bool = False) -> dict[str, Any]:

@@ -8,17 +8,14 @@ import pathlib
 import re
 from collections.abc import Mapping
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from motif_jax.interop import files
+from motif_jax.interop.names import dotted, to_jax, to_torch, torch_name
 from motif_jax.motion.raft import RAFT
-
-LAYOUTS = ("original", "torchvision")
-
-# Flax leaf -> PyTorch leaf.
-_LEAVES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
 
 # The authors' names -> torchvision's; every name matches exactly one row.
 _TORCHVISION = (
@@ -37,16 +34,17 @@ _TORCHVISION = (
     (r"update_block\.mask\.0\.(.*)", r"mask_predictor.convrelu.0.\1"),
     (r"update_block\.mask\.2\.(.*)", r"mask_predictor.conv.\1"),
 )
-_ENCODERS = (("fnet.", "feature_encoder."), ("cnet.", "context_encoder."))
 
 
 def _torchvision(name: str) -> str:
     matches = [re.fullmatch(pattern, name).expand(to) for pattern, to in _TORCHVISION if re.fullmatch(pattern, name)]
     if len(matches) != 1:
         raise ValueError(f"{name}: {len(matches)} rows of the torchvision table match, must be 1")
-    for ours, theirs in _ENCODERS:
-        matches[0] = re.sub("^" + re.escape(ours), theirs, matches[0])
-    return matches[0]
+    return matches[0].replace("fnet.", "feature_encoder.").replace("cnet.", "context_encoder.")
+
+
+# Layout -> function from the authors' name of a tensor to its name there.
+LAYOUTS = {"original": str, "torchvision": _torchvision}
 
 
 @functools.cache
@@ -55,23 +53,20 @@ def _abstract(variant: str, precision: str = "highest", dtype: str = "float32") 
     return nnx.split(nnx.eval_shape(lambda: RAFT(variant, rngs=nnx.Rngs(0), precision=precision, dtype=dtype)))
 
 
-def names(variant: str, layout: str = "original") -> dict[str, tuple]:
-    """Reference name -> path of the parameter in `nnx.state(RAFT(variant))`, one row per parameter.
+def names(variant: str, layout: str = "original") -> dict[str, str]:
+    """Reference name -> dotted path of the parameter in `nnx.state(RAFT(variant))`, one row per parameter.
 
     Raises ValueError for an unknown variant or layout.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"RAFT layout {layout!r}: must be one of {', '.join(LAYOUTS)}")
-    table = {}
-    for path, _ in nnx.to_flat_state(_abstract(variant)[1]):
-        name = ".".join(map(str, (*path[:-1], _LEAVES.get(path[-1], path[-1]))))
-        table[_torchvision(name) if layout == "torchvision" else name] = path
-    return table
+    paths = [dotted(path) for path, _ in jax.tree_util.tree_leaves_with_path(_abstract(variant)[1])]
+    return {LAYOUTS[layout](torch_name(path)): path for path in paths}
 
 
-def _duplicate(name: str) -> str | None:
+def _duplicate(name: str, layout: str) -> str | None:
     """The authors' second name of a shortcut's norm: `layer2.0.norm3` (batch-norm encoder) is `layer2.0.downsample.1`."""
-    return name.replace(".downsample.1.", ".norm3.") if ".downsample.1." in name else None
+    return name.replace(".downsample.1.", ".norm3.") if layout == "original" and ".downsample.1." in name else None
 
 
 def detect(tensors: Mapping[str, np.ndarray]) -> tuple[str, str, str]:
@@ -102,30 +97,17 @@ def from_reference(
     if variant is not None and found != variant:
         raise ValueError(f"these are weights of RAFT {found}, but RAFT {variant} was asked for; choose raft_{found} or another file")
     left = {name.removeprefix(prefix): np.asarray(tensor) for name, tensor in tensors.items()}
-    graph, state = _abstract(found, precision, dtype)
-    flat = dict(nnx.to_flat_state(state))
-    bad, filled = [], {}
-    for name, path in names(found, layout).items():
+    for name in names(found, layout):
         if name.endswith("num_batches_tracked"):
             left.setdefault(name, np.zeros((), np.int64))
-        if name not in left:
-            bad.append(f"missing: {name}")
-            continue
-        tensor, wanted = left.pop(name), flat[path]
-        twin = left.pop(_duplicate(name), None) if layout == "original" and _duplicate(name) else None
-        if twin is not None and not np.array_equal(twin, tensor):
-            bad.append(f"contradicting: {name} differs from its duplicate {_duplicate(name)}")
-        # PyTorch stores convolutions as (out, in, height, width).
-        if tensor.ndim == 4:
-            tensor = tensor.transpose(2, 3, 1, 0)
-        if tensor.shape != wanted.shape:
-            bad.append(f"misshapen: {name} has {_torch_shape(tensor.shape)}, must be {_torch_shape(wanted.shape)}")
-            continue
-        filled[path] = wanted.replace(jnp.asarray(tensor, wanted.dtype))
-    bad += [f"left over: {name}" for name in left]
-    if bad:
-        raise ValueError("RAFT {} weights ({} layout) do not fit, {} mistakes:\n  {}".format(found, layout, len(bad), "\n  ".join(bad)))
-    return nnx.merge(graph, nnx.from_flat_state(filled))
+        twin = _duplicate(name, layout)
+        if twin in left and name in left:
+            tensor = left.pop(twin)
+            if not np.array_equal(tensor, left[name]):
+                left[f"{twin} (differs from its duplicate {name})"] = tensor
+    graph, state = _abstract(found, precision, dtype)
+    what = f"RAFT {found} ({layout} layout); take the authors' file of it, or torchvision's"
+    return nnx.merge(graph, jax.tree.map(jnp.array, to_jax(left, state, what, rename=LAYOUTS[layout])))
 
 
 def to_reference(model: RAFT, layout: str = "original", prefix: str = "") -> dict[str, np.ndarray]:
@@ -133,17 +115,14 @@ def to_reference(model: RAFT, layout: str = "original", prefix: str = "") -> dic
 
     The original layout repeats the norm of a shortcut under both of its names; loads with strict=True in the reference code.
     """
-    flat = dict(nnx.to_flat_state(nnx.state(model)))
-    tensors = {}
+    found, tensors = to_torch(nnx.state(model)), {}
     for name, path in names(model.variant, layout).items():
-        tensor = np.asarray(flat[path][...])
-        if tensor.ndim == 4:
-            tensor = np.ascontiguousarray(tensor.transpose(3, 2, 0, 1))
-        elif name.endswith("num_batches_tracked"):
+        tensor = found[torch_name(path)]
+        if name.endswith("num_batches_tracked"):
             tensor = tensor.astype(np.int64)
         tensors[prefix + name] = tensor
-        if layout == "original" and _duplicate(name):
-            tensors[prefix + _duplicate(name)] = tensor.copy()
+        if twin := _duplicate(name, layout):
+            tensors[prefix + twin] = tensor.copy()
     return tensors
 
 
@@ -159,7 +138,3 @@ def load_raft(path: str | pathlib.Path, variant: str | None = None, precision: s
         return from_reference(tensors, variant, precision, dtype)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-
-
-def _torch_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return (shape[3], shape[2], shape[0], shape[1]) if len(shape) == 4 else shape

@@ -20,7 +20,8 @@ class Table:
         """`template` filled from tensors named as in the checkpoint without `prefix`; see `names.to_jax`."""
         for old, new in self.renamed:
             tensors = {new + name.removeprefix(old) if name.startswith(old) else name: tensor for name, tensor in tensors.items()}
-        return names.to_jax(tensors, template, what=self.what, ignored=self.ignored, lazy=lazy)
+        what = f"the configured {self.what}; check its configuration"
+        return names.to_jax(tensors, template, what, ignored=self.ignored, lazy=lazy)
 
     def to_torch(self, params: Any, *, lazy: bool = False) -> dict[str, Any]:
         """The checkpoint's names without `prefix` -> arrays."""

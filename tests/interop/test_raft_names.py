@@ -87,11 +87,11 @@ def test_every_mistake_is_listed_in_one_error():
     with pytest.raises(ValueError) as error:
         interop.from_reference(broken)
     for line in (
-        "RAFT large weights (original layout) do not fit, 4 mistakes:",
-        "missing: update_block.mask.2.bias",
-        "misshapen: fnet.conv1.weight has (64, 1, 7, 7), must be (64, 3, 7, 7)",
-        "cnet.layer3.0.downsample.1.bias differs from its duplicate cnet.layer3.0.norm3.bias",
-        "left over: fnet.layer4.0.conv1.weight",
+        "these weights are not those of RAFT large (original layout); take the authors' file of it, or torchvision's\n",
+        "\n  1 missing: update_block.mask.2.bias [576]\n",
+        "\n  2 left over: cnet.layer3.0.norm3.bias (differs from its duplicate cnet.layer3.0.downsample.1.bias); ",
+        "; fnet.layer4.0.conv1.weight\n",
+        "\n  1 of another shape: fnet.conv1.weight: [64, 1, 7, 7] in the file, [64, 3, 7, 7] in the model",
     ):
         assert line in str(error.value)
 
