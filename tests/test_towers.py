@@ -19,6 +19,7 @@ from motif_jax.data import pipeline, shards
 from motif_jax.data.tokens import make_tokenizer
 from motif_jax.dist.mesh import make_mesh
 from motif_jax.interop.imported import import_checkpoint
+from motif_jax.interop.names import to_torch
 from motif_jax.interop.tables import autoencoder
 from motif_jax.models.autoencoder import make_autoencoder
 from motif_jax.models.networks import Networks
@@ -40,7 +41,7 @@ SOURCE = "synthetic:shapes:12"
 def save_import(config, folder, seed):
     """A random autoencoder in the authors' names, imported as a real one would be."""
     module = make_autoencoder(config.autoencoder, nnx.Rngs(seed))
-    tensors = autoencoder.to_torch(nnx.to_pure_dict(nnx.state(module, nnx.Param)))
+    tensors = to_torch(nnx.to_pure_dict(nnx.state(module, nnx.Param)))
     path = folder.with_suffix(".safetensors")
     safetensors.numpy.save_file({autoencoder.prefix + k: np.ascontiguousarray(v, np.float32) for k, v in tensors.items()}, path)
     import_checkpoint("autoencoder", path, folder)

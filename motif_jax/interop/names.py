@@ -47,20 +47,12 @@ def dotted(key_path: tuple) -> str:
     return ".".join(parts)
 
 
-def to_jax(
-    tensors: Mapping[str, Any],
-    template: Any,
-    what: str,
-    *,
-    ignored: Iterable[str] = (),
-    rename: Callable[[str], str] = str,
-    lazy: bool = False,
-) -> Any:
-    """The tree `template` filled from `tensors` (PyTorch names, no prefix), as NumPy arrays of its types in our layout.
+def to_jax(tensors: Mapping[str, Any], template: Any, what: str, ignored: Iterable[str] = (), rename: Callable[[str], str] = str) -> Any:
+    """The tree `template` filled from `tensors` (PyTorch names, no prefix): `files.Lazy` of its types in our layout.
 
     tensors: arrays, or `files.Lazy`. template: a pytree whose leaves have a shape and a type. what: the network and a
     remedy, for the message. ignored: regular expressions of tensor names that may be left over. rename: from the PyTorch name
-    by the rule to that in `tensors`. lazy: leaves are `files.Lazy`, read and converted when asked for.
+    by the rule to that in `tensors`.
     Raises UserError listing every tensor that is missing, left over or of another shape.
     """
     missing, misshapen, used = [], [], set()
@@ -84,7 +76,7 @@ def to_jax(
     if any(names for _, names in problems):
         lines = [f"  {len(names)} {kind}: " + "; ".join(names) for kind, names in problems if names]
         raise UserError(f"these weights are not those of {what}\n" + "\n".join(lines))
-    return filled if lazy else jax.tree.map(np.asarray, filled)
+    return filled
 
 
 def _our_layout(path: str, tensor: Any, dtype: Any) -> np.ndarray:
@@ -94,14 +86,14 @@ def _our_layout(path: str, tensor: Any, dtype: Any) -> np.ndarray:
     return np.asarray(array, dtype, order="C")
 
 
-def to_torch(params: Any, *, lazy: bool = False) -> dict[str, Any]:
-    """The inverse of `to_jax`: {PyTorch name: contiguous array in PyTorch's layout}, or `files.Lazy` ones."""
+def to_torch(params: Any) -> dict[str, Lazy]:
+    """The inverse of `to_jax`: {PyTorch name: contiguous array in PyTorch's layout, not yet read}."""
     tensors = {}
     for key_path, leaf in jax.tree_util.tree_leaves_with_path(params):
         path = dotted(key_path)
         shape = torch_shape(path, tuple(leaf.shape))
         tensors[torch_name(path)] = Lazy(shape, np.dtype(leaf.dtype), partial(_torch_layout, path, leaf))
-    return tensors if lazy else jax.tree.map(np.asarray, tensors)
+    return tensors
 
 
 def _torch_layout(path: str, leaf: Any) -> np.ndarray:

@@ -172,7 +172,7 @@ def read_checkpoint(path: str | pathlib.Path, yaml: str | pathlib.Path | None = 
     make = constructors(settings, jnp.float32)
 
     def fill(name: str) -> dict[str, Lazy]:
-        return TABLES[name].to_jax(parts[name], Network.of(make[name]).shapes, lazy=True)
+        return TABLES[name].to_jax(parts[name], Network.of(make[name]).shapes)
 
     described = [name for name in parts if inferred.get(name, name) is not None]
     weights = {name: attempt(fill, name, name) for name in described}

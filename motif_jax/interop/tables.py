@@ -9,23 +9,19 @@ from motif_jax.interop import names
 
 @dataclass(frozen=True)
 class Table:
-    """Weights of one network <-> tensors that begin with `prefix` in a checkpoint."""
+    """Tensors that begin with `prefix` in a checkpoint -> weights of one network; `names.to_torch` is the way back."""
 
     prefix: str
     what: str  # for messages
     ignored: tuple[str, ...] = ()  # regular expressions of tensors that may be left over
     renamed: tuple[tuple[str, str], ...] = ()  # beginnings of names that are read as others, which are those written
 
-    def to_jax(self, tensors: Mapping[str, Any], template: Any, *, lazy: bool = False) -> Any:
+    def to_jax(self, tensors: Mapping[str, Any], template: Any) -> Any:
         """`template` filled from tensors named as in the checkpoint without `prefix`; see `names.to_jax`."""
         for old, new in self.renamed:
             tensors = {new + name.removeprefix(old) if name.startswith(old) else name: tensor for name, tensor in tensors.items()}
         what = f"the configured {self.what}; check its configuration"
-        return names.to_jax(tensors, template, what, ignored=self.ignored, lazy=lazy)
-
-    def to_torch(self, params: Any, *, lazy: bool = False) -> dict[str, Any]:
-        """The checkpoint's names without `prefix` -> arrays."""
-        return names.to_torch(params, lazy=lazy)
+        return names.to_jax(tensors, template, what, self.ignored)
 
 
 # DynamiCrafter-256 calls the frame-rate MLP `framestride_embed`.

@@ -8,7 +8,7 @@ from motif_jax.data.storage import Path, replacing
 from motif_jax.interop import files
 from motif_jax.interop.buffers import schedule_buffers
 from motif_jax.interop.imported import imported_settings, is_imported
-from motif_jax.interop.names import select
+from motif_jax.interop.names import select, to_torch
 from motif_jax.interop.reference import TABLES
 from motif_jax.interop.settings import Settings, to_yaml
 from motif_jax.interop.tables import resampler as resampler_table
@@ -55,8 +55,7 @@ def export(
         raise UserError(f"{directory}: holds no weights of the {' and '.join(missing)}")
     tensors: dict[str, Any] = {}
     for name in names:
-        table = TABLES[name]
-        tensors |= {table.prefix + key: tensor for key, tensor in table.to_torch(found[name], lazy=True).items()}
+        tensors |= {TABLES[name].prefix + key: tensor for key, tensor in to_torch(found[name]).items()}
     if frozen and settings.diffusion.prediction == "eps":  # what VideoCrafter's own loader asks for
         tensors |= schedule_buffers(settings.diffusion)
     yaml = output.with_suffix(".yaml")

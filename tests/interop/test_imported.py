@@ -154,7 +154,7 @@ def test_an_autoencoder_within_a_model_of_another_kind(tmp_path, networks, besid
     state = networks["autoencoder"] | {name: np.zeros((2, 2), np.float32) for name in beside}
     source = save(tmp_path / "x.safetensors", state)
     import_checkpoint("autoencoder", source, tmp_path / "in")
-    found = autoencoder.to_torch(read_imported(tmp_path / "in")["autoencoder"])
+    found = names.to_torch(read_imported(tmp_path / "in")["autoencoder"])
     same({autoencoder.prefix + name: tensor for name, tensor in found.items()}, networks["autoencoder"])
     for kind in ("videocrafter", "openclip"):
         with pytest.raises(UserError, match=r"in the layout of transformers \(cond.*take the OpenCLIP file"):

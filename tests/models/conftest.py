@@ -68,7 +68,7 @@ def with_reference_weights(reference_tensors):
     def load(make, prefix: str, table):
         graph, template = nnx.split(nnx.eval_shape(make), nnx.Param)
         template = nnx.to_pure_dict(template)
-        return graph, table.to_jax(reference_tensors(prefix, template), template)
+        return graph, jax.tree.map(np.asarray, table.to_jax(reference_tensors(prefix, template), template))
 
     return load
 

@@ -9,7 +9,8 @@ import pytest
 from flax import nnx
 
 from motif_jax.config import ImageConfig
-from motif_jax.interop.tables import image as interop
+from motif_jax.interop.names import to_torch
+from motif_jax.interop.tables import image
 from motif_jax.models.image import ImageTower, preprocess
 from motif_jax.models.networks import Network
 
@@ -41,7 +42,7 @@ def test_no_image_is_grey():
 
 def test_tokens_before_pooling(expected, difference):
     network = Network.of(lambda rngs: ImageTower(CONFIG, rngs=rngs))
-    tower = network.bind(interop.to_jax(make.weights(), network.shapes))
+    tower = network.bind(jax.tree.map(np.asarray, image.to_jax(make.weights(), network.shapes)))
     with jax.default_matmul_precision("highest"):
         tokens = nnx.jit(lambda tower, x: tower(x))(tower, make.images(40, 64))
     assert tokens.shape == (2, 17, 32) and tokens.dtype == np.float32
@@ -53,6 +54,6 @@ def test_published_size():
     network = Network.of(lambda rngs: ImageTower(ImageConfig(), rngs=rngs))
     assert sum(int(np.prod(leaf.shape)) for leaf in network.shapes.values()) == 632_076_800
     published = make.shapes(size=224, patch=14, width=1280, layers=32, heads=16, projection=1024)
-    assert {name: tensor.shape for name, tensor in interop.to_torch(network.shapes, lazy=True).items()} == published
+    assert {name: tensor.shape for name, tensor in to_torch(network.shapes).items()} == published
     out = jax.eval_shape(lambda params, x: network.bind(params)(x), network.shapes, jax.ShapeDtypeStruct((2, 320, 512, 3), np.float32))
     assert out.shape == (2, 257, 1280)

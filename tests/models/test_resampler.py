@@ -7,7 +7,7 @@ import numpy as np
 from scipy.special import erf
 
 from motif_jax.config import ResamplerConfig
-from motif_jax.interop.tables import resampler as interop
+from motif_jax.interop.names import to_torch
 from motif_jax.models.networks import Network
 from motif_jax.models.resampler import Resampler
 
@@ -49,7 +49,7 @@ def test_transcription(difference):
         with jax.default_matmul_precision("highest"):
             found = jax.jit(lambda params, x: network.bind(params)(x))(params, x)
         assert found.shape == (2, 3 * 16, 12)
-        assert difference(found, transcription(interop.to_torch(params), x, SMALL.heads)) < 1e-5
+        assert difference(found, transcription(jax.tree.map(np.asarray, to_torch(params)), x, SMALL.heads)) < 1e-5
 
 
 def test_published_size():
@@ -58,7 +58,7 @@ def test_published_size():
     assert sum(int(np.prod(leaf.shape)) for leaf in network.shapes.values()) == 48_787_456
     out = jax.eval_shape(lambda params, x: network.bind(params)(x), network.shapes, jax.ShapeDtypeStruct((2, 257, 1280), np.float32))
     assert out.shape == (2, 256, 1024)
-    names = interop.to_torch(network.shapes, lazy=True)
+    names = to_torch(network.shapes)
     layer = ["0.norm1", "0.norm2", "1.0"]
     expected = {f"{n}.{leaf}" for n in ("proj_in", "proj_out", "norm_out") for leaf in ("weight", "bias")} | {"latents"}
     expected |= {f"layers.{i}.{n}.{leaf}" for i in range(4) for n in layer for leaf in ("weight", "bias")}

@@ -13,7 +13,6 @@ from flax import nnx
 
 from motif_jax.config import UNetConfig
 from motif_jax.interop import names
-from motif_jax.interop.tables import unet as interop
 from motif_jax.models.layers import Dropout
 from motif_jax.models.unet3d import UNet3D
 
@@ -54,7 +53,7 @@ def test_gradients_are_the_reference_s(evaluated, golden):
     """The norm of every one of the 956 gradients."""
     value, _, gradient = evaluated
     np.testing.assert_allclose(value, golden["unet/grad_loss"], rtol=1e-5)
-    norms = {name: np.linalg.norm(tensor) for name, tensor in interop.to_torch(gradient).items()}
+    norms = {name: np.linalg.norm(tensor) for name, tensor in names.to_torch(gradient).items()}
     # Biases in front of a norm of one channel per group have gradients of rounding noise alone: they are compared absolutely.
     np.testing.assert_allclose([norms[name] for name in sorted(norms)], golden["unet/grad_norms"], rtol=1e-3, atol=1e-5)
 

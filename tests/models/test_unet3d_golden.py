@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from motif_jax.interop.names import to_torch
 from motif_jax.interop.tables import unet as interop
 from motif_jax.models.layers import apply, sinusoids
 from motif_jax.models.unet3d import UNet3D
@@ -83,7 +84,7 @@ def test_activations(reference_unet, published, difference, monkeypatch):
 def test_gradients(reference_unet, published, difference):
     _, params, evaluate = reference_unet
     gradient = evaluate(params, *arguments(published, published["x8"]), last(published["grad_target"]))[2]
-    gradient = interop.to_torch(jax.device_get(gradient))
+    gradient = to_torch(jax.device_get(gradient))
     full = [key.removeprefix("grad/") for key in published.files if key.startswith("grad/")]
     assert len(full) == 8
     for name in full:

@@ -177,7 +177,7 @@ def test_64_channels(wide, difference):
     theirs = Transcription(WIDE, tensors)(x, t, context, fps)
     with jax.default_matmul_precision("highest"):
         run = jax.jit(lambda params: nnx.merge(graph, params)(np.moveaxis(x, 1, -1).astype(np.float32), t, context.astype(np.float32), fps))
-        ours = run(interop.to_jax(tensors, shapes))
+        ours = run(jax.tree.map(np.asarray, interop.to_jax(tensors, shapes)))
     assert difference(np.moveaxis(np.asarray(ours), -1, 1), theirs) < 1e-5
 
 

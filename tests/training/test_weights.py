@@ -18,6 +18,7 @@ import yaml
 from motif_jax.animation import Animator
 from motif_jax.config import CheckpointConfig, UserError, from_config_dict, to_dict, to_json
 from motif_jax.interop.imported import import_checkpoint, imported_settings
+from motif_jax.interop.names import to_torch
 from motif_jax.interop.settings import Settings, read_yaml, to_yaml
 from motif_jax.interop.tables import autoencoder, unet
 from motif_jax.models.networks import Networks
@@ -71,7 +72,7 @@ def assert_same(found, expected):
 
 
 def torch_layout(params):
-    return {unet.prefix + name: tensor for name, tensor in unet.to_torch(params).items()}
+    return {unet.prefix + name: np.asarray(tensor) for name, tensor in to_torch(params).items()}
 
 
 def test_a_checkpoint_of_its_own(make_run, monkeypatch):
@@ -358,7 +359,7 @@ def test_sampling_takes_the_frozen_networks_of_the_import(tmp_path, tiny):
     denoiser = random_params(networks, 1)
     rng = np.random.default_rng(2)
     kl = {path: rng.normal(size=leaf.shape).astype(np.float32) for path, leaf in networks.autoencoder.shapes.items()}
-    files = {"unet": torch_layout(denoiser), "kl": {autoencoder.prefix + name: x for name, x in autoencoder.to_torch(kl).items()}}
+    files = {"unet": torch_layout(denoiser), "kl": {autoencoder.prefix + name: np.asarray(x) for name, x in to_torch(kl).items()}}
     (tmp_path / "x.yaml").write_text(to_yaml(Settings.of(config)))
     for name, tensors in {**files, "whole": files["unet"] | files["kl"]}.items():
         safetensors.numpy.save_file(tensors, tmp_path / f"{name}.safetensors")
