@@ -20,7 +20,7 @@ from motif_jax.config import AutoencoderConfig, DiffusionConfig, ImageConfig, Re
 from motif_jax.data import storage
 from motif_jax.fields import build
 from motif_jax.interop import files, raft
-from motif_jax.interop.reference import Weights, read_checkpoint
+from motif_jax.interop.reference import LazyWeights, read_checkpoint
 from motif_jax.interop.settings import Settings, read_yaml
 
 CONTENTS = "imported.json"
@@ -106,7 +106,7 @@ def _locked(directory: pathlib.Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _networks(kind: str, source: pathlib.Path, yaml: str | pathlib.Path | None) -> tuple[Weights, dict[str, Any]]:
+def _networks(kind: str, source: pathlib.Path, yaml: str | pathlib.Path | None) -> tuple[LazyWeights, dict[str, Any]]:
     settings, weights = read_checkpoint(source, yaml, _ONE.get(kind))
     if kind in _ONE:
         if _ONE[kind] not in weights:
@@ -161,7 +161,7 @@ def is_imported(directory: str | pathlib.Path) -> bool:
     return "://" not in str(directory) and (pathlib.Path(directory) / CONTENTS).exists()
 
 
-def read_imported(directory: str | pathlib.Path, names: Iterable[str] = tuple(_CONFIGS)) -> Weights:
+def read_imported(directory: str | pathlib.Path, names: Iterable[str] = tuple(_CONFIGS)) -> LazyWeights:
     """{network: {dotted path: array, not yet read}} of those of `names` that a directory holds.
 
     Raises UserError, also for a file that is no longer what was imported.

@@ -57,7 +57,7 @@ VIDEOCRAFTER = DiffusionConfig(prediction="eps", zero_terminal_snr=False, base_s
 DYNAMICRAFTER = DiffusionConfig(prediction="v", zero_terminal_snr=True, base_scale=0.7)
 DYNAMICRAFTER_256 = DiffusionConfig(prediction="eps", zero_terminal_snr=False, base_scale=1.0)  # its YAML has none of the other's keys
 
-Weights = dict[str, dict[str, Lazy]]
+LazyWeights = dict[str, dict[str, Lazy]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +135,9 @@ def constructors(settings: Settings, dtype: Any) -> dict[str, Callable]:
     }
 
 
-def read_checkpoint(path: str | pathlib.Path, yaml: str | pathlib.Path | None = None, only: str | None = None) -> tuple[Settings, Weights]:
+def read_checkpoint(
+    path: str | pathlib.Path, yaml: str | pathlib.Path | None = None, only: str | None = None
+) -> tuple[Settings, LazyWeights]:
     """({network: {our path: array}}, not yet read, of the networks that a file holds) and what they are.
 
     The file may be a whole model or one network with or without its prefix. Every tensor's name and shape is checked against
