@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from motif_jax.config import Config, UserError, enumerate_first
 from motif_jax.data import captions, shards, verification
 from motif_jax.data.shards import Shard, Skipped
-from motif_jax.data.sources import FlowEstimator, Source, SpriteClips, VideoClips, gone, identity
+from motif_jax.data.sources import FlowEstimator, Source, SpriteClips, VideoClips, gone, identities
 from motif_jax.data.storage import Path, location
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def prepare(
         raise UserError(f"task_index={task_index}: must be in [0, task_count={task_count})")
     if not source or not str(output):
         raise UserError("--source and --output must not be empty")
-    if os.path.isdir(source) and os.path.realpath(source) == os.path.realpath(str(output)):
+    if _same_folder(source, str(output)):
         raise UserError(f"--output={output}: is the folder of the videos; choose another, which can be deleted")
     if preview and not isinstance(location(str(output)), pathlib.Path):
         raise UserError(f"--preview draws on a local disk: leave it out, copy {output} to one and prepare there once more (docs/data.md)")
@@ -107,6 +107,12 @@ def prepare(
 
         pages.write(config, job.directory, preview, job.towers.decode if job.towers else None, summary.skipped, log)
     return summary
+
+
+def _same_folder(source: str, output: str) -> bool:
+    if "://" in source:
+        return source.rstrip("/") == output.rstrip("/")
+    return os.path.isdir(source) and os.path.realpath(source) == os.path.realpath(output)
 
 
 def verify(output: str | os.PathLike, log: Log = _say) -> None:
@@ -151,7 +157,7 @@ class Job:
     def run(self, index: int, progress: "_Progress | None" = None) -> bool:
         """Writes shard `index` unless it is there and whole; whether it did."""
         shard = self.plan[index]
-        files = [identity(item) for item in shard.items]
+        files = identities(shard.items)
         wrong = verification.check_shard(self.directory, shard, self.source.layout) or self._stale(shard, files)
         if not wrong:
             if progress:

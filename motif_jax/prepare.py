@@ -1,10 +1,10 @@
 """Makes a dataset: python -m motif_jax.prepare --config=configs/X.py[:args] --source=SRC --output=DIR
 
-SRC is a captions file (.csv with the columns video,caption, or .jsonl with the same keys; paths relative to it), a folder of
-videos with same-named .txt captions, or `synthetic:NAME[:count]`, the built-in world. Run it again after an interruption: it
-continues. Many machines share the work with --task_index=I --task_count=N; SLURM arrays and TPU pods say both
-themselves, Kubernetes indexed jobs with MOTIF_TASK_COUNT set. --preview=N draws N clips with their flow. --verify reads
-everything again and names what is broken.
+SRC is a captions file (.csv with the columns video,caption, or .jsonl with the same keys; paths relative to it, or URLs), a
+folder of videos with same-named .txt captions, or `synthetic:NAME[:count]`, the built-in world. SRC and DIR may lie in gs:// or
+s3://. Run it again after an interruption: it continues. Many machines share the work with --task_index=I --task_count=N; SLURM
+arrays and TPU pods say both themselves, Kubernetes indexed jobs with MOTIF_TASK_COUNT set. --preview=N draws N clips with their
+flow. --verify reads everything again and names what is broken.
 """
 
 import os
@@ -19,7 +19,7 @@ from motif_jax import commands
 from motif_jax.config import UserError
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "configs/X.py[:args]", lock_config=True)
-SOURCE = flags.DEFINE_string("source", None, "captions file, folder of videos, or synthetic:NAME[:count]")
+SOURCE = flags.DEFINE_string("source", None, "captions file or folder of videos, also gs:// or s3://, or synthetic:NAME[:count]")
 OUTPUT = flags.DEFINE_string("output", None, "dataset directory, also gs:// or s3://; data.path of a training run")
 TASK_INDEX = flags.DEFINE_integer("task_index", None, "which share of the shards this call makes, from 0 (default: as the cluster says)")
 TASK_COUNT = flags.DEFINE_integer("task_count", None, "number of shares (default: as the cluster says, or 1)", lower_bound=1)

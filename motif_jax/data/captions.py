@@ -8,15 +8,17 @@ import os
 import pathlib
 import posixpath
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from motif_jax.config import UserError
+from motif_jax.config import StoreError, UserError
+from motif_jax.data.storage import Path, RemotePath, beside, local_copy, location
 
 VIDEO_ENDINGS = frozenset(
     ".3gp .asf .avi .flv .gif .h264 .hevc .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .mxf .nut .ogv .ts .vob .webm .wmv .y4m".split()
 )
 
-
+_FILES_AT_ONCE = 32
 _UNREADABLE_NAME = ("unreadable name", "it is not UTF-8; rename the file")
 
 
@@ -25,9 +27,9 @@ class Entry:
     """A video and its sentence. `video` names it in the list (stable wherever the list lies), `path` finds it."""
 
     video: str
-    path: pathlib.Path
+    path: Path
     caption: str
-    mask: pathlib.Path | None = None
+    mask: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,31 +45,33 @@ def read_source(source: str) -> tuple[list[Entry], list[Problem]]:
     """Entries in the order of the list (a folder: of the names), and lines or files that give none.
 
     `source` is a .csv with the columns video, caption and optionally mask (a video of the same frames, white where the loss shall
-    look), a .jsonl with the same keys, or a folder of videos with same-named .txt captions, searched with its subfolders. Paths
-    are relative to the list. Raises UserError when the source as a whole cannot be used.
+    look), a .jsonl with the same keys, or a folder of videos with same-named .txt captions, searched with its subfolders; a file or
+    a URL (gs://, s3://). Videos are named by paths relative to the list, or by URLs. Raises UserError when the source as a whole
+    cannot be used.
     """
-    path = pathlib.Path(source)
-    if os.path.isdir(path):
+    path = location(source) if "://" in source else pathlib.Path(source)
+    if path.is_dir() if isinstance(path, RemotePath) else os.path.isdir(path):
         return _read_folder(path)
     kinds = "a .csv or .jsonl file, a folder of videos, or synthetic:NAME[:count]"
-    if not os.path.exists(path):
+    if not (path.exists() if isinstance(path, RemotePath) else os.path.exists(path)):
         raise UserError(f"source {source!r} does not exist; give {kinds}")
-    if path.suffix.lower() not in (".csv", ".jsonl"):
+    ending = posixpath.splitext(path.name)[1].lower()
+    if ending not in (".csv", ".jsonl"):
         raise UserError(f"source {source!r}: must be {kinds}")
     try:
-        text = path.read_text(encoding="utf-8-sig")  # spreadsheets put a mark in front
+        text = _read_text(path)
     except UnicodeDecodeError as error:
         raise UserError(f"source {source!r} cannot be read: {error}; save it as UTF-8") from error
     except OSError as error:
         raise UserError(f"source {source!r} cannot be read: {error}") from error
-    rows = _csv_rows(source, text) if path.suffix.lower() == ".csv" else _jsonl_rows(source, text)
+    rows = _csv_rows(source, text) if ending == ".csv" else _jsonl_rows(source, text)
     entries, problems, seen = [], [], set()
     for line, row in rows:
         video, caption, mask = (
             " ".join((row.get(key) or "").split()) if key == "caption" else (row.get(key) or "").strip()
             for key in ("video", "caption", "mask")
         )
-        name = printable(posixpath.normpath(video)) if video else f"line {line}"
+        name = printable(video if "://" in video else posixpath.normpath(video)) if video else f"line {line}"
         if printable(video + mask) != video + mask:
             problems.append(Problem(name, *_UNREADABLE_NAME))
         elif not video:
@@ -79,7 +83,7 @@ def read_source(source: str) -> tuple[list[Entry], list[Problem]]:
         else:
             seen.add((name, caption))
             caption = caption.encode(errors="replace").decode()  # JSON can escape halves of characters
-            entries.append(Entry(name, path.parent / video, caption, path.parent / mask if mask else None))
+            entries.append(Entry(name, beside(path.parent, video), caption, beside(path.parent, mask) if mask else None))
     if not entries and all(p.kind == "no video" for p in problems):
         raise UserError(f"source {source!r} lists no videos: no line has a value for 'video'")
     return entries, problems
@@ -132,42 +136,43 @@ def _jsonl_rows(source: str, text: str) -> Iterator[tuple[int, dict[str, str]]]:
         raise UserError(f"source {source!r}: no line has the key {' or '.join(missing)}; the keys are {', '.join(sorted(found))}")
 
 
-def _read_folder(folder: pathlib.Path) -> tuple[list[Entry], list[Problem]]:
-    files, problems = _search(folder)
-    videos = [p for p in files if p.suffix.lower() in VIDEO_ENDINGS]
-    texts = {p.with_suffix(""): p for p in files if p.suffix.lower() == ".txt" and os.path.isfile(p)}
-    entries = []
-    for path in videos:
-        name = path.relative_to(folder).as_posix()
-        text = texts.get(path.with_suffix(""))
+def _read_text(path: Path) -> str:
+    with local_copy(path) as file:
+        return file.read_text(encoding="utf-8-sig")  # spreadsheets put a mark in front
+
+
+def _read_folder(folder: Path) -> tuple[list[Entry], list[Problem]]:
+    files, problems = _search(folder) if isinstance(folder, pathlib.Path) else _search_store(folder)
+    videos = [name for name in files if name.suffix.lower() in VIDEO_ENDINGS]
+    texts = {name.with_suffix(""): name for name in files if name.suffix.lower() == ".txt"}
+
+    def read(video: pathlib.PurePosixPath) -> Entry | Problem:
+        name, text = str(video), texts.get(video.with_suffix(""))
         if printable(name) != name:
-            problems.append(Problem(printable(name), *_UNREADABLE_NAME))
-            continue
+            return Problem(printable(name), *_UNREADABLE_NAME)
         if text is None:
-            problems.append(Problem(name, "no caption", f"there is no {path.stem}.txt beside it"))
-            continue
+            return Problem(name, "no caption", f"there is no {video.stem}.txt beside it")
         try:
-            caption = " ".join(text.read_text(encoding="utf-8-sig").split())
+            caption = " ".join(_read_text(folder / str(text)).split())
+        except StoreError:
+            raise
         except (OSError, UnicodeDecodeError) as error:
-            problems.append(Problem(name, "unreadable caption", str(error)))
-            continue
-        if caption:
-            entries.append(Entry(name, path, caption))
-        else:
-            problems.append(Problem(name, "empty caption", f"{text.name} is empty"))
-    stems = {p.with_suffix("") for p in videos}
-    problems += [
-        Problem(printable(p.relative_to(folder).as_posix()), "caption without video", "no video has this name")
-        for stem, p in texts.items()
-        if stem not in stems
-    ]
+            return Problem(name, "unreadable caption", str(error))
+        return Entry(name, folder / name, caption) if caption else Problem(name, "empty caption", f"{text.name} is empty")
+
+    with ThreadPoolExecutor(_FILES_AT_ONCE) as threads:
+        found = list(threads.map(read, videos))
+    entries = [entry for entry in found if isinstance(entry, Entry)]
+    problems += [problem for problem in found if isinstance(problem, Problem)]
+    lonely = texts.keys() - {video.with_suffix("") for video in videos}
+    problems += [Problem(printable(str(texts[stem])), "caption without video", "no video has this name") for stem in sorted(lonely)]
     if not entries and not problems:
         raise UserError(f"source {str(folder)!r} holds no videos ({', '.join(sorted(VIDEO_ENDINGS))})")
     return entries, problems
 
 
-def _search(folder: pathlib.Path) -> tuple[list[pathlib.Path], list[Problem]]:
-    """The files under a folder in the order of their names, without hidden ones, and folders that cannot be read.
+def _search(folder: pathlib.Path) -> tuple[list[pathlib.PurePosixPath], list[Problem]]:
+    """The names of the files under a folder, in their order, without hidden ones, and folders that cannot be read.
 
     Linked folders come last, so that a file has the name that it has without them, and each folder once, so that a loop ends.
     """
@@ -185,12 +190,18 @@ def _search(folder: pathlib.Path) -> tuple[list[pathlib.Path], list[Problem]]:
             continue
         for path in (parent / name for name in names if not name.startswith(".")):
             if not os.path.isdir(path):
-                files.append(path)
+                if path.suffix.lower() != ".txt" or os.path.isfile(path):
+                    files.append(pathlib.PurePosixPath(path.relative_to(folder).as_posix()))
             elif os.path.islink(path):
                 waiting.append(path)
             else:
                 waiting.appendleft(path)
     return sorted(files), problems
+
+
+def _search_store(folder: RemotePath) -> tuple[list[pathlib.PurePosixPath], list[Problem]]:
+    names = [pathlib.PurePosixPath(name) for name in folder.find()]
+    return sorted(name for name in names if not any(part.startswith(".") for part in name.parts)), []
 
 
 def printable(name: str) -> str:

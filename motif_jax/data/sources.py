@@ -4,6 +4,7 @@ Everything a record holds is a function of its item and the source's settings, w
 """
 
 import collections
+import contextlib
 import dataclasses
 import hashlib
 import math
@@ -19,8 +20,8 @@ from typing import Any, Protocol
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from motif_jax.config import Config, UserError
-from motif_jax.data import records, scenes, sprites, videos
+from motif_jax.config import Config, StoreError, UserError
+from motif_jax.data import records, scenes, sprites, storage, videos
 from motif_jax.data.captions import Entry, Problem
 from motif_jax.data.images import MediaError
 from motif_jax.data.shards import Skipped
@@ -28,6 +29,7 @@ from motif_jax.data.shards import Skipped
 DEFAULT_SYNTHETIC_CLIPS, MOST_SYNTHETIC_CLIPS = 1000, 9_999_999  # ids have seven digits
 _ATTEMPTS = 8  # clips that are drawn from a video until one crosses no cut
 _END = 2**16  # bytes
+_FILES_AT_ONCE = 32
 _PIXELS_AT_ONCE = 2**24  # of a synthetic world, which makes many clips in one go
 
 
@@ -39,8 +41,8 @@ class Item:
     video: str
     caption: str
     number: int
-    path: pathlib.Path | None = None
-    mask: pathlib.Path | None = None
+    path: storage.Path | None = None
+    mask: storage.Path | None = None
 
 
 class FlowEstimator(Protocol):
@@ -102,7 +104,8 @@ class VideoClips:
     def _outcome(self, item: Item) -> bytes | Skipped:
         d = self._data
         try:
-            clip, count = self._within_a_scene(item)
+            with _on_disk(item.path) as video:
+                clip, count = self._within_a_scene(item, video)
         except MediaError as error:
             return Skipped(item.clip_id, item.video, error.kind, str(error))
         values = vars(clip) | {"clip_id": item.clip_id, "video": item.video, "caption": item.caption}
@@ -114,14 +117,15 @@ class VideoClips:
                 return clip.first_frame, clip.frame_stride
 
             try:
-                same = videos.read_clip(item.mask, d.frames, d.height, d.width, same_frames)
+                with _on_disk(item.mask) as mask:
+                    same = videos.read_clip(mask, d.frames, d.height, d.width, same_frames)
             except MediaError as error:
                 return Skipped(item.clip_id, item.video, "unusable mask", f"mask {item.mask.name}: {error}")
             grey = same.frames.astype(np.float32).mean(-1, keepdims=True)
             values["motion_mask"] = np.rint(pool(grey, self._prepare.flow_stride)[..., 0]).astype(np.uint8)
         return self._recorder.record(values)
 
-    def _within_a_scene(self, item: Item) -> tuple[videos.Clip, int]:
+    def _within_a_scene(self, item: Item, video: pathlib.Path) -> tuple[videos.Clip, int]:
         """The first of a few drawn clips that crosses no cut, and the number of frames of its video. Raises MediaError."""
         counts = []
         d, p = self._data, self._prepare
@@ -132,7 +136,7 @@ class VideoClips:
                 counts.append(available)
                 return videos.choose_clip(available, d.frames, p.frame_stride_min, p.frame_stride_max, *key)
 
-            clip = videos.read_clip(item.path, d.frames, d.height, d.width, choose, thumbnails=p.cut_threshold > 0)
+            clip = videos.read_clip(video, d.frames, d.height, d.width, choose, thumbnails=p.cut_threshold > 0)
             if clip.thumbnails is None or not len(scenes.cuts(clip.thumbnails, p.cut_threshold)):
                 return clip, counts[-1]
         raise MediaError("scene cut", f"in each of {_ATTEMPTS} clips that were tried")
@@ -242,11 +246,27 @@ def pool(field: Float[np.ndarray, "*B H W C"], stride: int) -> Float[np.ndarray,
     return field.reshape(*batch, height // stride, stride, width // stride, stride, channels).mean((-4, -2), dtype=np.float32)
 
 
-def identity(item: Item) -> list[Any]:
-    """What a shard's fingerprint knows of a clip: a file that was replaced, or has arrived at last, makes its shard stale.
+@contextlib.contextmanager
+def _on_disk(path: storage.Path) -> Iterator[pathlib.Path]:
+    """The file, or a copy of it for the time of the block. Raises MediaError where there is none; StoreError."""
+    with contextlib.ExitStack() as kept:
+        try:
+            local = kept.enter_context(storage.local_copy(path))
+        except FileNotFoundError as error:
+            raise MediaError("missing file") from error
+        yield local
 
-    A file is known by its size and the sha256 of its first and last 64 KiB.
+
+def identities(items: Sequence[Item]) -> list[list[Any]]:
+    """What a shard's fingerprint knows of its clips: a file that was replaced, or has arrived at last, makes the shard stale.
+
+    A file is known by its size and the sha256 of its first and last 64 KiB, wherever it lies. Raises StoreError.
     """
+    with ThreadPoolExecutor(_FILES_AT_ONCE) as threads:
+        return list(threads.map(_identity, items))
+
+
+def _identity(item: Item) -> list[Any]:
     return [item.clip_id, item.caption, *(p and _ends(p) for p in (item.path, item.mask))]
 
 
@@ -255,15 +275,15 @@ def gone(item: Item) -> bool:
     return any(p and _ends(p) is None for p in (item.path, item.mask))
 
 
-def _ends(path: pathlib.Path) -> list[Any] | None:
-    if not os.path.isfile(path):
+def _ends(path: storage.Path) -> list[Any] | None:
+    if isinstance(path, pathlib.Path) and not os.path.isfile(path):
         return None
     try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            ends = file.read(_END)
-            file.seek(max(0, size - _END))
-            return [size, hashlib.sha256(ends + file.read(_END)).hexdigest()]
+        size = storage.size(path)
+        first = storage.read_part(path, 0, min(size, _END))
+        return [size, hashlib.sha256(first + storage.read_part(path, max(0, size - _END), size)).hexdigest()]
+    except StoreError:
+        raise
     except OSError:
         return None
 

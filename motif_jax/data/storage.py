@@ -62,6 +62,10 @@ class RemotePath:
         except FileNotFoundError:  # not even a bucket
             return []
 
+    def find(self) -> list[str]:
+        """The names of all objects below, from here."""
+        return [path.removeprefix(self.path + "/") for path in _ask(self.files.find, self.path)]
+
     def read_text(self, errors: str = "strict") -> str:
         return _ask(self.files.cat_file, self.path).decode(errors=errors)
 
@@ -117,10 +121,10 @@ def run_location(name: str | Path) -> Path:
     return location(name)
 
 
-def location(name: str) -> Path:
-    """The directory `name`, a path or a URL.
+def location(name: str, look: bool = True) -> Path:
+    """The directory or file `name`, a path or a URL.
 
-    Raises UserError when it is not UTF-8, the store's package is missing, or the store cannot be reached.
+    Raises UserError when it is not UTF-8, the store's package is missing, or, with `look`, the store cannot be reached.
     """
     if name.encode(errors="replace").decode() != name:
         raise UserError(f"{name!a}: its name is not UTF-8, which the shards' writer needs; use another directory")
@@ -133,7 +137,8 @@ def location(name: str) -> Path:
     fsspec.config.conf.setdefault(name.partition("://")[0], {})["use_listings_cache"] = False
     try:
         files, path = fsspec.core.url_to_fs(name)
-        files.exists(path)
+        if look:
+            files.exists(path)
     except (ImportError, ValueError) as error:
         raise UserError(f"{name}: {error}; pip install -e '.[gs]' or '.[s3]'") from error
     except Exception as error:  # the stores' clients share no class of errors (no credentials, no such host, ...)
@@ -194,6 +199,24 @@ def sha256(path: str | pathlib.Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def read_part(path: Path, start: int, end: int) -> bytes:
+    """The bytes from `start` up to `end` of a file, fewer where it ends before. Raises OSError."""
+    if isinstance(path, RemotePath):
+        return _ask(functools.partial(path.files.cat_file, start=start, end=end), path.path)
+    with path.open("rb") as file:
+        file.seek(start)
+        return file.read(end - start)
+
+
+def beside(directory: Path, name: str) -> Path:
+    """The file that a list in `directory` calls `name`: by its URL, or its path from there. Raises UserError, as `location` does."""
+    if "://" in name:
+        return location(name, look=False)
+    if isinstance(directory, pathlib.Path):
+        return directory / name
+    return pathlib.Path(name) if name.startswith("/") else RemotePath(directory.files, posixpath.normpath(f"{directory.path}/{name}"))
+
+
 def upload(local: pathlib.Path, path: RemotePath) -> None:
     """Copies a local file into the store."""
     _ask(lambda target: path.files.put_file(str(local), target), path.path)
@@ -212,6 +235,6 @@ def local_copy(path: Path) -> Iterator[pathlib.Path]:
         yield path
         return
     with tempfile.TemporaryDirectory() as scratch:
-        copy = pathlib.Path(scratch) / path.name
+        copy = pathlib.Path(scratch) / path.name[-40:]
         download(path, copy)
         yield copy

@@ -224,4 +224,4 @@ def test_a_file_that_cannot_be_opened_is_not_there(tmp_path, monkeypatch, name):
     (tmp_path / "locked.mp4").touch()
     monkeypatch.setattr(type(tmp_path), "open", lambda *_: (_ for _ in ()).throw(PermissionError(13, "locked")))
     item = sources.Item("id", name, "x", 0, tmp_path / name)
-    assert sources.identity(item) == ["id", "x", None, None] and sources.gone(item)
+    assert sources.identities([item]) == [["id", "x", None, None]] and sources.gone(item)

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import json
 import os
 import pathlib
 import threading
@@ -9,13 +10,15 @@ import time
 import uuid
 
 import fsspec
+import numpy as np
 import pytest
 
 from motif_jax import preparation
-from motif_jax.config import Config, DataConfig, PrepareConfig, UserError
+from motif_jax.config import Config, DataConfig, PrepareConfig, StoreError, UserError
 from motif_jax.data import pipeline, shards
 from motif_jax.data.storage import location
 from motif_jax.data.verification import verify
+from motif_jax.data.videos import save_video
 
 CONFIG = Config(
     data=DataConfig(frames=2, height=16, width=16),
@@ -78,6 +81,53 @@ def test_an_object_store_holds_what_a_disk_would(tmp_path, kind, request):
     (store / name).unlink()
     (store / name).unlink(missing_ok=True)
     assert verify(store) == [f"{name} is missing"]
+
+
+@pytest.mark.parametrize("kind", ["memory", "gs", "s3"])
+def test_videos_in_an_object_store_give_what_those_on_a_disk_give(tmp_path, kind, request):
+    """Byte for byte: by a list, by a folder, and continued by the other. One that is named but not there is a skipped clip."""
+    config = dataclasses.replace(CONFIG, prepare=dataclasses.replace(CONFIG.prepare, flow="dis", clips_per_shard=2, validation_share=0.0))
+    disk, url = tmp_path / "disk", f"{request.getfixturevalue(kind)}/{uuid.uuid4().hex}"
+    (disk / "more").mkdir(parents=True)
+    for i, name in enumerate(("a.mp4", "b.mp4", "more/c.mp4")):
+        frames = np.zeros((8, 24, 24, 3), np.uint8)
+        for t in range(8):
+            frames[t, 4:12, 2 * t : 2 * t + 8, i] = 255
+        save_video(disk / name, frames, 8)
+        (disk / name).with_suffix(".txt").write_text(f"number {i}")
+    (disk / "more/left.txt").write_text("without a video")
+    (disk / "list.csv").write_text("video,caption\na.mp4,number 0\nmore/c.mp4,number 2\ngone.mp4,number 3\n")
+    store = location(url)
+    store.files.put(f"{disk}/", f"{store.path}/", recursive=True)
+
+    def prepared(source, name):
+        lines = []
+        preparation.prepare(config, source, tmp_path / name, log=lines.append)
+        files = {p.name: p.read_bytes() for p in (tmp_path / name).rglob("*") if p.is_file()}
+        return files, [line for line in lines if line.startswith("skipped")], lines[-1]
+
+    for source in ("", "/list.csv"):
+        here = prepared(f"{disk}{source}", f"here{len(source)}")
+        there = prepared(f"{url}{source}", f"there{len(source)}")
+        assert here[:2] == there[:2] and len(here[1]) == 1
+        assert "0 shards written" in prepared(f"{url}{source}", f"here{len(source)}")[2]
+    lines = json.dumps({"video": f"{url}/b.mp4", "caption": "by its URL"}), json.dumps({"video": str(disk / "b.mp4"), "caption": "a path"})
+    (tmp_path / "urls.jsonl").write_text("\n".join(lines))
+    prepared(str(tmp_path / "urls.jsonl"), "urls")
+    clips = pipeline.open_dataset(DataConfig(path=str(tmp_path / "urls"), frames=2, height=16, width=16))
+    assert sorted(clips[i].caption for i in range(2)) == ["a path", "by its URL"]
+
+
+@pytest.mark.parametrize("request_name", ["info", "cat_file", "get_file"])
+def test_videos_whose_store_goes_away_are_not_taken_for_missing(tmp_path, monkeypatch, request_name):
+    store = location(f"memory://{uuid.uuid4().hex}")
+    store.files.pipe_file(f"{store.path}/a.mp4", b"video")
+    (tmp_path / "list.csv").write_text(f"video,caption\n{store}/a.mp4,x\n")
+    monkeypatch.setattr(type(store.files), request_name, lambda *_, **__: (_ for _ in ()).throw(KeyError("gone")))
+    config = dataclasses.replace(CONFIG, prepare=PrepareConfig(flow="dis"))
+    with pytest.raises(StoreError, match=r"a\.mp4: KeyError: 'gone'"):
+        preparation.prepare(config, str(tmp_path / "list.csv"), tmp_path / "data", log=str)
+    assert not list((tmp_path / "data").glob("manifests/*"))
 
 
 def test_what_a_task_asks_of_a_store_about_the_shards_of_others(monkeypatch):
