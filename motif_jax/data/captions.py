@@ -3,16 +3,20 @@
 import collections
 import csv
 import io
+import itertools
 import json
 import os
 import pathlib
 import posixpath
+import tarfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from motif_jax.config import StoreError, UserError
-from motif_jax.data.storage import Path, RemotePath, beside, local_copy, location
+from motif_jax.data.storage import File, RemotePath, beside, location, members, read_part
+
+Files = dict[pathlib.PurePosixPath, File]  # by name, relative to the source
 
 VIDEO_ENDINGS = frozenset(
     ".3gp .asf .avi .flv .gif .h264 .hevc .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .mxf .nut .ogv .ts .vob .webm .wmv .y4m".split()
@@ -27,9 +31,9 @@ class Entry:
     """A video and its sentence. `video` names it in the list (stable wherever the list lies), `path` finds it."""
 
     video: str
-    path: Path
+    path: File
     caption: str
-    mask: Path | None = None
+    mask: File | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,14 +49,14 @@ def read_source(source: str) -> tuple[list[Entry], list[Problem]]:
     """Entries in the order of the list (a folder: of the names), and lines or files that give none.
 
     `source` is a .csv with the columns video, caption and optionally mask (a video of the same frames, white where the loss shall
-    look), a .jsonl with the same keys, or a folder of videos with same-named .txt captions, searched with its subfolders; a file or
-    a URL (gs://, s3://). Videos are named by paths relative to the list, or by URLs. Raises UserError when the source as a whole
-    cannot be used.
+    look), a .jsonl with the same keys, or a folder of videos with same-named .txt captions, searched with its subfolders and .tar
+    files; a path or a URL (gs://, s3://). Lists name videos by paths relative to them, or by URLs. Raises UserError when the source
+    as a whole cannot be used.
     """
     path = location(source) if "://" in source else pathlib.Path(source)
     if path.is_dir() if isinstance(path, RemotePath) else os.path.isdir(path):
-        return _read_folder(path)
-    kinds = "a .csv or .jsonl file, a folder of videos, or synthetic:NAME[:count]"
+        return _read_pairs(source, *(_search(path) if isinstance(path, pathlib.Path) else _search_store(path)))
+    kinds = "a .csv or .jsonl file, a folder of videos or of .tar files with videos, or synthetic:NAME[:count]"
     if not (path.exists() if isinstance(path, RemotePath) else os.path.exists(path)):
         raise UserError(f"source {source!r} does not exist; give {kinds}")
     ending = posixpath.splitext(path.name)[1].lower()
@@ -136,14 +140,15 @@ def _jsonl_rows(source: str, text: str) -> Iterator[tuple[int, dict[str, str]]]:
         raise UserError(f"source {source!r}: no line has the key {' or '.join(missing)}; the keys are {', '.join(sorted(found))}")
 
 
-def _read_text(path: Path) -> str:
-    with local_copy(path) as file:
-        return file.read_text(encoding="utf-8-sig")  # spreadsheets put a mark in front
+def _read_text(file: File) -> str:
+    """The text of a UTF-8 file, with line ends of any system. Raises OSError, UnicodeDecodeError."""
+    return io.TextIOWrapper(io.BytesIO(read_part(file)), encoding="utf-8-sig").read()  # spreadsheets put a mark in front
 
 
-def _read_folder(folder: Path) -> tuple[list[Entry], list[Problem]]:
-    files, problems = _search(folder) if isinstance(folder, pathlib.Path) else _search_store(folder)
-    videos = [name for name in files if name.suffix.lower() in VIDEO_ENDINGS]
+def _read_pairs(source: str, files: Files, problems: list[Problem]) -> tuple[list[Entry], list[Problem]]:
+    """Videos and the captions beside them, in the order of their names."""
+    files = _open_archives(files, problems)
+    videos = sorted(name for name in files if name.suffix.lower() in VIDEO_ENDINGS)
     texts = {name.with_suffix(""): name for name in files if name.suffix.lower() == ".txt"}
 
     def read(video: pathlib.PurePosixPath) -> Entry | Problem:
@@ -153,12 +158,12 @@ def _read_folder(folder: Path) -> tuple[list[Entry], list[Problem]]:
         if text is None:
             return Problem(name, "no caption", f"there is no {video.stem}.txt beside it")
         try:
-            caption = " ".join(_read_text(folder / str(text)).split())
+            caption = " ".join(_read_text(files[text]).split())
         except StoreError:
             raise
         except (OSError, UnicodeDecodeError) as error:
             return Problem(name, "unreadable caption", str(error))
-        return Entry(name, folder / name, caption) if caption else Problem(name, "empty caption", f"{text.name} is empty")
+        return Entry(name, files[video], caption) if caption else Problem(name, "empty caption", f"{text.name} is empty")
 
     with ThreadPoolExecutor(_FILES_AT_ONCE) as threads:
         found = list(threads.map(read, videos))
@@ -167,16 +172,36 @@ def _read_folder(folder: Path) -> tuple[list[Entry], list[Problem]]:
     lonely = texts.keys() - {video.with_suffix("") for video in videos}
     problems += [Problem(printable(str(texts[stem])), "caption without video", "no video has this name") for stem in sorted(lonely)]
     if not entries and not problems:
-        raise UserError(f"source {str(folder)!r} holds no videos ({', '.join(sorted(VIDEO_ENDINGS))})")
+        raise UserError(f"source {source!r} holds no videos ({', '.join(sorted(VIDEO_ENDINGS))})")
     return entries, problems
 
 
-def _search(folder: pathlib.Path) -> tuple[list[pathlib.PurePosixPath], list[Problem]]:
-    """The names of the files under a folder, in their order, without hidden ones, and folders that cannot be read.
+def _open_archives(files: Files, problems: list[Problem]) -> Files:
+    """The files with those inside .tar files, as of folders of these names, instead of the .tar files."""
+    archives = [name for name in files if name.suffix.lower() == ".tar"]
+
+    def inside(archive: pathlib.PurePosixPath) -> Files | Problem:
+        try:
+            return {archive / member.name.lstrip("/"): member for member in members(files[archive])}
+        except StoreError:
+            raise
+        except (OSError, tarfile.TarError) as error:
+            return Problem(printable(str(archive)), "unreadable archive", str(error))
+
+    with ThreadPoolExecutor(_FILES_AT_ONCE) as threads:
+        opened = list(threads.map(inside, archives))
+    problems += [found for found in opened if isinstance(found, Problem)]
+    everything = [files, *(found for found in opened if not isinstance(found, Problem))]
+    pairs = itertools.chain.from_iterable(found.items() for found in everything)
+    return {name: file for name, file in pairs if not any(part.startswith(".") for part in name.parts)}
+
+
+def _search(folder: pathlib.Path) -> tuple[Files, list[Problem]]:
+    """The files under a folder, without hidden ones, and folders that cannot be read.
 
     Linked folders come last, so that a file has the name that it has without them, and each folder once, so that a loop ends.
     """
-    files, problems, seen, waiting = [], [], set(), collections.deque([folder])
+    files, problems, seen, waiting = {}, [], set(), collections.deque([folder])
     while waiting:
         parent = waiting.popleft()
         real = os.path.realpath(parent)
@@ -190,18 +215,17 @@ def _search(folder: pathlib.Path) -> tuple[list[pathlib.PurePosixPath], list[Pro
             continue
         for path in (parent / name for name in names if not name.startswith(".")):
             if not os.path.isdir(path):
-                if path.suffix.lower() != ".txt" or os.path.isfile(path):
-                    files.append(pathlib.PurePosixPath(path.relative_to(folder).as_posix()))
+                if path.suffix.lower() in VIDEO_ENDINGS or os.path.isfile(path):
+                    files[pathlib.PurePosixPath(path.relative_to(folder).as_posix())] = path
             elif os.path.islink(path):
                 waiting.append(path)
             else:
                 waiting.appendleft(path)
-    return sorted(files), problems
+    return files, problems
 
 
-def _search_store(folder: RemotePath) -> tuple[list[pathlib.PurePosixPath], list[Problem]]:
-    names = [pathlib.PurePosixPath(name) for name in folder.find()]
-    return sorted(name for name in names if not any(part.startswith(".") for part in name.parts)), []
+def _search_store(folder: RemotePath) -> tuple[Files, list[Problem]]:
+    return {pathlib.PurePosixPath(name): folder / name for name in folder.find()}, []
 
 
 def printable(name: str) -> str:

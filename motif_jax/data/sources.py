@@ -41,8 +41,8 @@ class Item:
     video: str
     caption: str
     number: int
-    path: storage.Path | None = None
-    mask: storage.Path | None = None
+    path: storage.File | None = None
+    mask: storage.File | None = None
 
 
 class FlowEstimator(Protocol):
@@ -247,7 +247,7 @@ def pool(field: Float[np.ndarray, "*B H W C"], stride: int) -> Float[np.ndarray,
 
 
 @contextlib.contextmanager
-def _on_disk(path: storage.Path) -> Iterator[pathlib.Path]:
+def _on_disk(path: storage.File) -> Iterator[pathlib.Path]:
     """The file, or a copy of it for the time of the block. Raises MediaError where there is none; StoreError."""
     with contextlib.ExitStack() as kept:
         try:
@@ -275,7 +275,7 @@ def gone(item: Item) -> bool:
     return any(p and _ends(p) is None for p in (item.path, item.mask))
 
 
-def _ends(path: storage.Path) -> list[Any] | None:
+def _ends(path: storage.File) -> list[Any] | None:
     if isinstance(path, pathlib.Path) and not os.path.isfile(path):
         return None
     try:

@@ -12,10 +12,11 @@ import os
 import pathlib
 import posixpath
 import socket
+import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 from motif_jax.config import StoreError, UserError
 
@@ -90,11 +91,24 @@ class RemotePath:
 Path = pathlib.Path | RemotePath
 
 
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A file inside an uncompressed tar archive: `size` bytes from `offset` on."""
+
+    archive: Path
+    name: str
+    offset: int
+    size: int
+
+
+File = Path | Member
+
+
 def _ask(request: Callable[..., Any], path: str, *arguments: Any) -> Any:
-    """What a store answers. Raises FileNotFoundError, and StoreError for whatever else its client raises."""
+    """What a store answers. Raises FileNotFoundError, tarfile.TarError, and StoreError for whatever else its client raises."""
     try:
         return request(path, *arguments)
-    except FileNotFoundError:
+    except (FileNotFoundError, tarfile.TarError):
         raise
     except Exception as error:
         raise StoreError(f"{path}: {type(error).__name__}: {' '.join(str(error).split())}") from error
@@ -188,8 +202,10 @@ def write_whole(path: Path, text: str) -> None:
         temporary.write_text(text)
 
 
-def size(path: Path) -> int:
+def size(path: File) -> int:
     """Bytes of a file. Raises FileNotFoundError."""
+    if isinstance(path, Member):
+        return path.size
     return path.stat().st_size if isinstance(path, pathlib.Path) else _ask(path.files.info, path.path)["size"]
 
 
@@ -199,13 +215,27 @@ def sha256(path: str | pathlib.Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_part(path: Path, start: int, end: int) -> bytes:
-    """The bytes from `start` up to `end` of a file, fewer where it ends before. Raises OSError."""
+def read_part(path: File, start: int = 0, end: int | None = None) -> bytes:
+    """The bytes of a file from `start` up to `end` (default: its own), fewer where it ends before. Raises OSError."""
+    if isinstance(path, Member):
+        return read_part(path.archive, path.offset + start, path.offset + min(path.size, path.size if end is None else end))
     if isinstance(path, RemotePath):
         return _ask(functools.partial(path.files.cat_file, start=start, end=end), path.path)
     with path.open("rb") as file:
         file.seek(start)
-        return file.read(end - start)
+        return file.read(-1 if end is None else end - start)
+
+
+def members(archive: Path) -> list[Member]:
+    """The files in an uncompressed tar archive, of which only the headers are read. Raises tarfile.TarError, OSError."""
+
+    def read(file: BinaryIO) -> list[Member]:
+        with file, tarfile.open(fileobj=file, mode="r:") as tar:
+            return [Member(archive, found.name, found.offset_data, found.size) for found in tar if found.isreg()]
+
+    if isinstance(archive, pathlib.Path):
+        return read(archive.open("rb"))
+    return _ask(lambda path: read(archive.files.open(path, block_size=2**16)), archive.path)
 
 
 def beside(directory: Path, name: str) -> Path:
@@ -229,12 +259,15 @@ def download(path: RemotePath, local: pathlib.Path) -> None:
 
 
 @contextlib.contextmanager
-def local_copy(path: Path) -> Iterator[pathlib.Path]:
+def local_copy(path: File) -> Iterator[pathlib.Path]:
     """The file on a disk: itself, or a copy for the time of the block."""
     if isinstance(path, pathlib.Path):
         yield path
         return
     with tempfile.TemporaryDirectory() as scratch:
-        copy = pathlib.Path(scratch) / path.name[-40:]
-        download(path, copy)
+        copy = pathlib.Path(scratch) / posixpath.basename(path.name)[-40:]
+        if isinstance(path, Member):
+            copy.write_bytes(read_part(path))
+        else:
+            download(path, copy)
         yield copy

@@ -2,6 +2,7 @@
 
 import json
 import os
+import tarfile
 
 import pytest
 
@@ -45,6 +46,20 @@ def test_lines_that_give_no_clip_are_named(tmp_path):
         "d.mp4": "repeated line",
     }
     assert listed(path) == [("d.mp4", "x"), ("d.mp4", "y")]
+
+
+def test_archives_that_cannot_be_read_are_named(tmp_path):
+    """Cut off, compressed, no archive at all: what others hold is used."""
+    (tmp_path / "x.mp4").write_bytes(bytes(3000))
+    (tmp_path / "x.txt").write_text("a cat")
+    for name, mode in (("good.tar", "w"), ("zipped.TAR", "w:gz"), ("cut.tar", "w")):
+        with tarfile.open(tmp_path / name, mode) as archive:
+            for member in ("x.txt", "x.mp4"):
+                archive.add(tmp_path / member, member)
+    (tmp_path / "cut.tar").write_bytes((tmp_path / "cut.tar").read_bytes()[:2500])
+    (tmp_path / "none.tar").write_text("no archive")
+    assert listed(tmp_path) == [("good.tar/x.mp4", "a cat"), ("x.mp4", "a cat")]
+    assert reasons(tmp_path) == dict.fromkeys(("zipped.TAR", "cut.tar", "none.tar"), "unreadable archive")
 
 
 def test_spaces_before_quotes_and_empty_cells_behind(tmp_path):

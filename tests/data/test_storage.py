@@ -5,6 +5,8 @@ import dataclasses
 import json
 import os
 import pathlib
+import shutil
+import tarfile
 import threading
 import time
 import uuid
@@ -39,8 +41,9 @@ def s3(monkeypatch):
     host, port = server.get_host_and_port()
     for name, value in (("ENDPOINT_URL", f"http://{host}:{port}"), ("ACCESS_KEY_ID", "x"), ("SECRET_ACCESS_KEY", "x")):
         monkeypatch.setenv(f"AWS_{name}", value)
-    fsspec.filesystem("s3", skip_instance_cache=True).mkdir("bucket")
+    fsspec.filesystem("s3", skip_instance_cache=True).makedirs("bucket", exist_ok=True)
     yield "s3://bucket"
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
     server.stop()
 
 
@@ -116,6 +119,35 @@ def test_videos_in_an_object_store_give_what_those_on_a_disk_give(tmp_path, kind
     prepared(str(tmp_path / "urls.jsonl"), "urls")
     clips = pipeline.open_dataset(DataConfig(path=str(tmp_path / "urls"), frames=2, height=16, width=16))
     assert sorted(clips[i].caption for i in range(2)) == ["a path", "by its URL"]
+
+
+@pytest.mark.parametrize("kind", ["disk", "memory", "gs"])
+def test_a_tar_archive_is_a_folder_of_its_name(tmp_path, kind, request):
+    config = dataclasses.replace(CONFIG, prepare=dataclasses.replace(CONFIG.prepare, flow="dis"))
+    folder, packed = tmp_path / "folder", tmp_path / "packed"
+    (folder / "0.tar/sub").mkdir(parents=True)
+    packed.mkdir()
+    for i, name in enumerate(("a", "0.tar/b", "0.tar/sub/c")):
+        save_video(folder / f"{name}.mp4", np.full((9, 24, 32, 3), 60 * i, np.uint8), 8)
+        (folder / f"{name}.txt").write_text(f"number {i}")
+    for name in ("a.mp4", "a.txt"):
+        shutil.copy(folder / name, packed / name)
+    with tarfile.open(packed / "0.tar", "w") as archive:  # in an order of its own, with what is no file and what is hidden
+        for name in ("sub", "b.txt", "b.mp4"):
+            archive.add(folder / "0.tar" / name, f"./{name}")
+        archive.add(folder / "0.tar/b.mp4", ".hidden.mp4")
+    source = str(packed)
+    if kind != "disk":
+        source = f"{request.getfixturevalue(kind)}/{uuid.uuid4().hex}"
+        location(source).files.put(f"{packed}/", f"{location(source).path}/", recursive=True)
+
+    def prepared(source, name):
+        summary = preparation.prepare(config, source, tmp_path / name, log=str)
+        assert sum(summary.clips.values()) == 3 and not summary.skipped
+        return {p.name: p.read_bytes() for p in (tmp_path / name).rglob("*") if p.is_file()}, summary.written
+
+    assert prepared(str(folder), "one")[0] == prepared(source, "two")[0]
+    assert prepared(source, "one")[1] == 0
 
 
 @pytest.mark.parametrize("request_name", ["info", "cat_file", "get_file"])
