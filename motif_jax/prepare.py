@@ -2,9 +2,9 @@
 
 SRC is a captions file (.csv with the columns video,caption, or .jsonl with the same keys; paths relative to it, or URLs), a
 folder of videos with same-named .txt captions or of .tar files with such pairs, or `synthetic:NAME[:count]`, the built-in world.
-SRC and DIR may lie in gs:// or s3://. Run it again after an interruption: it continues. Many machines share the work with --task_index=I --task_count=N; SLURM
-arrays and TPU pods say both themselves, Kubernetes indexed jobs with MOTIF_TASK_COUNT set. --preview=N draws N clips with their
-flow. --verify reads everything again and names what is broken.
+SRC and DIR may lie in gs:// or s3://. Run it again after an interruption: it continues. Many machines share the work with
+--task_index=I --task_count=N; SLURM arrays and TPU pods say both themselves, Kubernetes indexed jobs with MOTIF_TASK_COUNT set.
+--preview=N draws N clips with their flow. --verify reads everything again and names what is broken.
 """
 
 import os
