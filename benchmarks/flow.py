@@ -93,6 +93,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--profile", help="on a GPU: directory for traces, of which kernels.py says what the network took")
     options = parser.parse_args()
+    if wrong := [item for item in options.weights if item.partition("=")[0] not in ("small", "large") or not item.partition("=")[2]]:
+        parser.error(f"--weights={wrong[0]}: must be small=FILE or large=FILE")
     given = dict(item.split("=", 1) for item in options.weights)
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a GPU's memory is PyTorch's, too
 

@@ -73,6 +73,8 @@ class _Records(Sequence):
         return self._ends[-1]
 
     def __getitem__(self, index: int) -> bytes:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
         try:
             return self._source[index]
         except RuntimeError as error:
@@ -101,7 +103,7 @@ def _directories(manifests: Sequence[Manifest]) -> str:
     return ",".join(str(manifest.directory) for manifest in manifests)
 
 
-class Dataset:
+class Dataset(Sequence):
     """The records of one split of one or several prepared datasets, by index; what `make_iterator` shuffles."""
 
     def __init__(self, manifests: Sequence[Manifest], split: str, data: DataConfig | None = None) -> None:

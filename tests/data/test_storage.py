@@ -118,7 +118,7 @@ def test_videos_in_an_object_store_give_what_those_on_a_disk_give(tmp_path, kind
     (tmp_path / "urls.jsonl").write_text("\n".join(lines))
     prepared(str(tmp_path / "urls.jsonl"), "urls")
     clips = pipeline.open_dataset(DataConfig(path=str(tmp_path / "urls"), frames=2, height=16, width=16))
-    assert sorted(clips[i].caption for i in range(2)) == ["a path", "by its URL"]
+    assert sorted(clip.caption for clip in clips) == ["a path", "by its URL"]
 
 
 @pytest.mark.parametrize("kind", ["disk", "memory", "gs"])
