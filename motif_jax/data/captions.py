@@ -131,9 +131,9 @@ def _jsonl_rows(source: str, text: str) -> Iterator[tuple[int, dict[str, str]]]:
             row = json.loads(content)
         except (ValueError, RecursionError) as error:
             raise UserError(f"source {source!r}, line {line}: not JSON ({error})") from error
-        if not isinstance(row, dict) or not all(isinstance(row.get(k) or "", str) for k in ("video", "caption", "mask")):
+        row = {name.lower(): value for name, value in row.items()} if isinstance(row, dict) else None
+        if row is None or not all(isinstance(row.get(k) or "", str) for k in ("video", "caption", "mask")):
             raise UserError(f'source {source!r}, line {line}: must be an object like {{"video": "a.mp4", "caption": "a cat walks"}}')
-        row = {name.lower(): value for name, value in row.items()}
         found |= row.keys()
         yield line, row
     if found and (missing := [name for name in ("video", "caption") if name not in found]):

@@ -6,9 +6,12 @@ saved, and a run may continue on another number of hosts. Nothing is filtered he
 
 import bisect
 import itertools
+import multiprocessing
+import os
 import pathlib
 import resource
 import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -207,7 +210,9 @@ def make_iterator(
 
 
 def _leave_signals_to_the_parent(index: int, count: int) -> None:
-    """A worker goes on until its iterator is closed: on its way to a save the loop may need more batches."""
+    """A worker goes on until its iterator is closed, or the parent is gone: on its way to a save the loop may need more batches."""
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 

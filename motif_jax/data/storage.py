@@ -198,6 +198,9 @@ def _sync(path: pathlib.Path) -> None:
 
 def write_whole(path: Path, text: str) -> None:
     """Writes a text file that is there whole, or as it was before."""
+    if isinstance(path, RemotePath):
+        path.write_text(text)
+        return
     with replacing(path) as temporary:
         temporary.write_text(text)
 
@@ -231,7 +234,11 @@ def members(archive: Path) -> list[Member]:
 
     def read(file: BinaryIO) -> list[Member]:
         with file, tarfile.open(fileobj=file, mode="r:") as tar:
-            return [Member(archive, found.name, found.offset_data, found.size) for found in tar if found.isreg()]
+            inside = [Member(archive, found.name, found.offset_data, found.size) for found in tar if found.isreg()]
+            file.seek(tar.offset)
+            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # or the last ones would be left out without a word
+                raise tarfile.ReadError("cut off")
+            return inside
 
     if isinstance(archive, pathlib.Path):
         return read(archive.open("rb"))

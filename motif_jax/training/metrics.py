@@ -39,8 +39,8 @@ class MetricWriter:
         name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{time.time_ns()}"
         self._events = RecordWriter((pathlib.Path(workdir) / name).open("wb"))
         self._add(Event(wall_time=time.time(), file_version="brain.Event:2"))
-        if start_step > 0:  # TensorBoard then drops what earlier files say of later steps
-            self._add(Event(wall_time=time.time(), step=start_step + 1, session_log=SessionLog(status=SessionLog.START)))
+        # TensorBoard then drops what earlier files say of later steps.
+        self._add(Event(wall_time=time.time(), step=start_step + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def _add(self, event: Any) -> None:
         self._events.write(event.SerializeToString())

@@ -48,6 +48,12 @@ def test_lines_that_give_no_clip_are_named(tmp_path):
     assert listed(path) == [("d.mp4", "x"), ("d.mp4", "y")]
 
 
+def test_a_value_that_is_no_text_is_refused_whatever_case_its_key_has(tmp_path):
+    (tmp_path / "list.jsonl").write_text('{"Video": "a.mp4", "Caption": 5}')
+    with pytest.raises(UserError, match="line 1: must be an object like"):
+        read_source(str(tmp_path / "list.jsonl"))
+
+
 def test_archives_that_cannot_be_read_are_named(tmp_path):
     """Cut off, compressed, no archive at all: what others hold is used."""
     (tmp_path / "x.mp4").write_bytes(bytes(3000))
@@ -56,10 +62,12 @@ def test_archives_that_cannot_be_read_are_named(tmp_path):
         with tarfile.open(tmp_path / name, mode) as archive:
             for member in ("x.txt", "x.mp4"):
                 archive.add(tmp_path / member, member)
-    (tmp_path / "cut.tar").write_bytes((tmp_path / "cut.tar").read_bytes()[:2500])
+    whole = (tmp_path / "cut.tar").read_bytes()
+    (tmp_path / "cut.tar").write_bytes(whole[:5000])  # within the video
+    (tmp_path / "cut2.tar").write_bytes(whole[:2500])  # within a header
     (tmp_path / "none.tar").write_text("no archive")
     assert listed(tmp_path) == [("good.tar/x.mp4", "a cat"), ("x.mp4", "a cat")]
-    assert reasons(tmp_path) == dict.fromkeys(("zipped.TAR", "cut.tar", "none.tar"), "unreadable archive")
+    assert reasons(tmp_path) == dict.fromkeys(("zipped.TAR", "cut.tar", "cut2.tar", "none.tar"), "unreadable archive")
 
 
 def test_spaces_before_quotes_and_empty_cells_behind(tmp_path):
@@ -148,7 +156,7 @@ def test_a_folder_with_what_cannot_be_read(tmp_path, monkeypatch):
     for name in ("locked.mp4", "locked.txt", os.fsdecode(b"caf\xe9.txt"), os.fsdecode(b"\xe9.txt")):
         (tmp_path / name).touch()
     (tmp_path / "shut").mkdir()
-    monkeypatch.setattr(type(tmp_path), "read_text", lambda *_, **__: (_ for _ in ()).throw(PermissionError(13, "locked")))
+    monkeypatch.setattr(type(tmp_path), "open", lambda *_, **__: (_ for _ in ()).throw(PermissionError(13, "locked")))
     listdir = os.listdir
     monkeypatch.setattr(os, "listdir", lambda p: listdir(p if p == tmp_path else tmp_path / "nowhere"))
     assert reasons(tmp_path) == {

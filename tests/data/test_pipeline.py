@@ -8,6 +8,8 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -250,6 +252,30 @@ def test_a_signal_to_all_processes_leaves_the_workers_at_work(data, number):
             next(iterator)
     finally:
         iterator.close()
+
+
+_KILLED = """
+import sys
+from motif_jax.config import DataConfig, TextConfig
+from motif_jax.data import pipeline
+from motif_jax.data.tokens import make_tokenizer
+
+data = DataConfig(path=sys.argv[1], frames=4, height=16, width=24, workers=2)
+tokenizer = make_tokenizer(TextConfig(kind="words", vocab_size=999, context_length=8, width=8))
+iterator = pipeline.make_iterator(pipeline.open_dataset(data), 4, 0, 0, tokenizer)
+next(iterator)
+print("a batch", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_workers_end_with_a_process_that_is_killed(data):
+    process = subprocess.Popen([sys.executable, "-c", _KILLED, data.path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "a batch\n"
+    finally:
+        process.kill()
+    process.communicate(timeout=60)  # the workers have its standard output, too, which ends with the last of them
 
 
 @pytest.mark.parametrize("workers", [0, 1])
