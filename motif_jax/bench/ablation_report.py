@@ -47,11 +47,11 @@ Table = tuple[str, list[str], list[list[str]]]
 
 
 def cell(e: dict[str, Any], scale: float, form: str, interval: bool = True) -> str:
-    """The mean of an estimate and its interval as text; "-" where nothing was counted."""
+    """The mean of an estimate and its interval, where it has one, as text; "-" where nothing was counted."""
     if e["mean"] is None:
         return "-"
     text = format(scale * e["mean"], form)
-    return text + (f" [{scale * e['low']:{form}}, {scale * e['high']:{form}}]" if interval else "")
+    return text + (f" [{scale * e['low']:{form}}, {scale * e['high']:{form}}]" if interval and e["low"] is not None else "")
 
 
 def claims(result: dict[str, Any]) -> list[list[str]]:
@@ -84,7 +84,7 @@ def claims(result: dict[str, Any]) -> list[list[str]]:
         for measure, (what, unit, scale, form, good) in costs.items():
             for split, name in SPLIT_NAMES.items():
                 e = ablation.difference(result, better, worse, split, measure)
-                costly = e["mean"] is not None and (e["high"] < 0 if good > 0 else e["low"] > 0)
+                costly = e["low"] is not None and (e["high"] < 0 if good > 0 else e["low"] > 0)
                 claim = f"cost of {better} over {worse}: {what}, {name}, {unit}"
                 rows.append([claim, cell(e, scale, form), "costs" if costly else "no cost shown"])
     return rows
@@ -94,6 +94,8 @@ def verdict(e: dict[str, Any], bound: float) -> str:
     """Whether an estimate lies above a bound with its whole interval."""
     if e["mean"] is None or e["mean"] <= bound:
         return "no"
+    if e["low"] is None:
+        return "not shown: fewer than five clips"
     return "yes" if e["low"] > bound else "not shown: the interval reaches it"
 
 

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from scipy import optimize, special, stats
 
 CONFIDENCE = 0.95
+MIN_CLUSTERS = 5  # fewer say nothing of those that were not drawn: no interval
 
 
 def finite(tree: Any) -> Any:
@@ -76,16 +77,36 @@ def interval(values_B: np.ndarray, confidence: float = CONFIDENCE) -> tuple[floa
 
 
 def share_interval(
-    hits_N: Float[np.ndarray, "N"], totals_N: Float[np.ndarray, "N"], weights_BN: Int[np.ndarray, "B N"]
+    hits_N: Float[np.ndarray, "N"],
+    totals_N: Float[np.ndarray, "N"],
+    weights_BN: Int[np.ndarray, "B N"],
+    clusters: int,
+    bounds: tuple[float, float] | None = (0.0, 1.0),
 ) -> tuple[float, float, float]:
-    """sum(hits) / sum(totals) with its bootstrap interval: (share, low, high); nan where nothing was counted."""
+    """sum(hits) / sum(totals) with its bootstrap interval: (share, low, high); nan where nothing was counted.
+
+    clusters: how many `weights_BN` draw from; the interval of fewer than MIN_CLUSTERS is nan. bounds: between which hits / totals must
+    lie. Where they are all alike no draw differs, but what was not seen may: so many of the clusters as Wilson's interval for none of
+    them allows lie at one of the bounds (of a rate of 0 or 1 this is Wilson's interval).
+    """
     hits, totals = np.asarray(hits_N, float), np.asarray(totals_N, float)
     if not totals.sum() > 0:
         return float("nan"), float("nan"), float("nan")
+    share = float(hits.sum() / totals.sum())
+    if clusters < MIN_CLUSTERS:
+        return share, float("nan"), float("nan")
+    if bounds is not None and np.ptp(hits[totals > 0] / totals[totals > 0]) == 0:
+        unseen = wilson(0, clusters)[1]
+        return share, share - unseen * (share - bounds[0]), share + unseen * (bounds[1] - share)
     drawn = weights_BN @ np.stack([hits, totals], 1)
     with np.errstate(invalid="ignore", divide="ignore"):
         low, high = interval(drawn[:, 0] / drawn[:, 1])
-    return float(hits.sum() / totals.sum()), low, high
+    return share, low, high
+
+
+def known(*limits: float) -> list[float] | None:
+    """The limits of an interval, or None when it has none (nan)."""
+    return None if any(map(math.isnan, limits)) else list(limits)
 
 
 def design_effect(hits_N: Float[np.ndarray, "N"], weights_BN: Int[np.ndarray, "B N"]) -> float:

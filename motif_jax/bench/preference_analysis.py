@@ -4,6 +4,7 @@ Win rates are majority verdicts per pair (the paper's TI2V score) and shares of 
 votes (its figure 4). Only votes of kind "pair" count for them; repeats, gold and training items tell about annotators.
 """
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -11,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from motif_jax.bench import preference
+from motif_jax.bench.preference import MIN_CLUSTERS, known
 from motif_jax.bench.study import REASONS
 from motif_jax.bench.votes import Vote
 from motif_jax.config import UserError
 
-MIN_CLUSTERS = 5  # below that a bootstrap over them says nothing
 LOW_AGREEMENT = 0.2  # below that a majority is hardly more than a coin
 
 
@@ -86,18 +87,17 @@ def compare(a: str, b: str, votes: Sequence[Vote], samples: int, seed: int) -> d
     clusters = [group[0].image or group[0].pair for group in pairs]
     scenarios = [group[0].scenario for group in pairs] if all(group[0].scenario for group in pairs) else []
     weights = preference.cluster_weights(clusters, samples, seed)
-    drawn = weights if len(set(clusters)) >= MIN_CLUSTERS else weights[:0]  # without samples every interval is unknown
-    by_scenario = preference.cluster_weights(scenarios, samples, seed) if len(set(scenarios)) >= MIN_CLUSTERS else None
+    images = len(set(clusters))
+    by_scenario = preference.cluster_weights(scenarios, samples, seed) if scenarios else None
 
     def rate(hits: np.ndarray, counts: np.ndarray) -> dict[str, Any]:
-        share, *bootstrap = preference.share_interval(hits, counts, weights)
+        share, *over_images = preference.share_interval(hits, counts, weights, images)
+        over_scenarios = preference.share_interval(hits, counts, by_scenario, len(set(scenarios)))[1:] if scenarios else (math.nan,)
         return {
             "rate": share,
             "wilson": preference.wilson(float(hits.sum()), int(counts.sum())),
-            "bootstrap": bootstrap if len(set(clusters)) >= MIN_CLUSTERS else None,
-            "bootstrap_scenarios": preference.share_interval(hits, counts, by_scenario)[1:]
-            if len(set(scenarios)) >= MIN_CLUSTERS
-            else None,
+            "bootstrap": known(*over_images),
+            "bootstrap_scenarios": known(*over_scenarios),
         }
 
     wins, losses = int((verdicts == 1).sum()), int((verdicts == 0).sum())
@@ -107,7 +107,7 @@ def compare(a: str, b: str, votes: Sequence[Vote], samples: int, seed: int) -> d
         "a": a,
         "b": b,
         "pairs": len(pairs),
-        "images": len(set(clusters)),
+        "images": images,
         "scenarios": len(set(scenarios)),
         "votes": int(totals.sum()),
         "annotators": len({v.annotator for v in votes}),
@@ -115,8 +115,8 @@ def compare(a: str, b: str, votes: Sequence[Vote], samples: int, seed: int) -> d
         | {"wins": wins, "losses": losses, "even": len(pairs) - wins - losses, "p": preference.binomial_p(wins, wins + losses)},
         "vote_share": rate(for_a, totals),
         # Votes none of which has a reason are of a study that did not ask for any.
-        "reasons": {name: _reason(name, a, pairs, totals, drawn) for name in REASONS} if any(v.reasons for v in votes) else {},
-        "agreement": agreement(a, pairs, drawn[: max(1, samples // 4)]),
+        "reasons": {name: _reason(name, a, pairs, totals, weights, images) for name in REASONS} if any(v.reasons for v in votes) else {},
+        "agreement": agreement(a, pairs, weights[: max(1, samples // 4) if images >= MIN_CLUSTERS else 0]),
         "detectable": {
             "independent": independent,
             "clustered": clustered and max(independent, clustered),  # exact tests move in steps: fewer pairs may seem to do better
@@ -125,7 +125,7 @@ def compare(a: str, b: str, votes: Sequence[Vote], samples: int, seed: int) -> d
     }
 
 
-def _reason(name: str, a: str, pairs: list[list[Vote]], totals: np.ndarray, weights: np.ndarray) -> dict[str, Any]:
+def _reason(name: str, a: str, pairs: list[list[Vote]], totals: np.ndarray, weights: np.ndarray, images: int) -> dict[str, Any]:
     """Shares of single votes: `a` chosen for this reason, `b` chosen for it, neither; and how often who chose a system ticked it."""
     outcome = [[_score(v, a) if name in v.reasons else 0.5 for v in group] for group in pairs]  # a tie has no reasons
     chose = [[_score(v, a) for v in group] for group in pairs]
@@ -137,7 +137,7 @@ def _reason(name: str, a: str, pairs: list[list[Vote]], totals: np.ndarray, weig
     (won, chose_a), (lost, chose_b) = share(1.0), share(0.0)
     found = {}
     for label, hits in (("win", won), ("none", totals - won - lost), ("lose", lost)):
-        rate, low, high = preference.share_interval(hits, totals, weights)
+        rate, low, high = preference.share_interval(hits, totals, weights, images)
         found[label] = {"rate": rate, "low": low, "high": high}
     given = {"a": won.sum() / chose_a.sum() if chose_a.sum() else None, "b": lost.sum() / chose_b.sum() if chose_b.sum() else None}
     return found | {"given_choice": given, "alpha": preference.krippendorff_alpha(np.stack([won, totals - won - lost, lost], 1))}

@@ -157,7 +157,7 @@ def _beside(found: dict[str, Any]) -> str:
         for metric in shown:
             m = measures[metric.name]
             value, low, high = (_number(m and m[k] and m[k] * metric.scale, f".{metric.digits}f") for k in ("value", "low", "high"))
-            cells.append(f"{value} [{low}, {high}]" if m else "-")
+            cells.append(value if m is None or m["low"] is None else f"{value} [{low}, {high}]")
         rows.append((system, _percent(against.get(system)), *cells))
     return (
         "<h3>Beside what can be measured</h3>"

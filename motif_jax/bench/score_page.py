@@ -54,7 +54,7 @@ def write(
     body = [
         "<h1>Scores of videos</h1>",
         f"<p>{len(models) - (STATIC in models)} models, {result['pairs']} pairs in the list; {shown}; optical flow: {html.escape(flow)}. "
-        "In brackets 95&nbsp;% bootstrap intervals over images.</p>",
+        "In brackets 95&nbsp;% bootstrap intervals over images, none of fewer than five.</p>",
         "<p><b>A video that does not move wins all likeness and steadiness columns</b>: the row <i>static</i> is the image repeated. "
         "Read them beside the flow. No column knows whether the prompt was followed.</p>",
         "<h2>Motion and steadiness</h2>",
@@ -84,7 +84,8 @@ def _number(name: str, value: float) -> str:
 def _cell(name: str, found: Mapping[str, float] | None) -> str:
     if found is None:
         return "<td>-"
-    return f"<td>{_number(name, found['value'])}<small>[{_number(name, found['low'])}, {_number(name, found['high'])}]</small>"
+    limits = "" if found["low"] is None else f"<small>[{_number(name, found['low'])}, {_number(name, found['high'])}]</small>"
+    return f"<td>{_number(name, found['value'])}{limits}"
 
 
 def _table(models: Mapping[str, Any], names: Sequence[str]) -> str:
@@ -107,10 +108,10 @@ def _plots(models: Mapping[str, Any]) -> str:
         for y, (model, found) in enumerate(models.items()):
             m = found["metrics"].get(name)
             if m is not None:
-                value, low, high = (scale * m[k] for k in ("value", "low", "high"))
                 colour = "0.5" if model == STATIC else f"C{y % 10}"
-                axes.plot([low, high], [y, y], color=colour, linewidth=2)
-                axes.plot(value, y, "o", color=colour, markersize=6)
+                if m["low"] is not None:
+                    axes.plot([scale * m["low"], scale * m["high"]], [y, y], color=colour, linewidth=2)
+                axes.plot(scale * m["value"], y, "o", color=colour, markersize=6)
         axes.set_title(BY_NAME[name].label, fontsize=10)
         axes.set_yticks(range(len(models)), list(models), parse_math=False)
         axes.grid(axis="x", alpha=0.3)

@@ -57,7 +57,17 @@ def test_seeds_that_differ_widen_the_interval():
 
 
 def test_missing_values_and_chosen_clips():
-    x = np.array([[1.0, np.nan, 3.0, 100.0]])
-    got = comparison.estimate(x, np.array([True, True, True, False]))
-    assert got["mean"] == 2.0 and got["clips"] == 3 and 1.0 <= got["low"] <= got["high"] <= 3.0
+    x = np.array([[1.0, np.nan, 3.0, 1.0, 3.0, 2.0, 100.0]])
+    got = comparison.estimate(x, np.arange(7) < 6)
+    assert got["mean"] == 2.0 and got["clips"] == 6 and 1.0 <= got["low"] < got["high"] <= 3.0
+    got = comparison.estimate(x, np.arange(7) < 5)  # four known values
+    assert got["mean"] == 2.0 and got["clips"] == 5 and got["low"] is got["high"] is None
     assert comparison.estimate(np.full((2, 3), np.nan))["mean"] is None
+
+
+def test_none_of_many_clips_is_not_none_of_all():
+    """Two seeds do not double the clips: Wilson's interval of 0 of 90, and of 90 of 90, from scipy."""
+    for value in (0, 1):
+        want = stats.binomtest(90 * value, 90).proportion_ci(0.95, method="wilson")
+        got = comparison.estimate(np.full((2, 90), value), bounds=comparison.RATE)
+        np.testing.assert_allclose((got["low"], got["high"]), (want.low, want.high), atol=1e-12)

@@ -124,7 +124,7 @@ def test_intervals_cover_the_truth():
     weights = preference.cluster_weights(np.repeat(np.arange(80), 4), 500, seed=3)
     for _ in range(studies):
         verdicts, _clusters = clustered_verdicts(rng, 80, 4, rate, 0.3)
-        _, low, high = preference.share_interval(verdicts, np.ones(320), weights)
+        _, low, high = preference.share_interval(verdicts, np.ones(320), weights, 80)
         hits["bootstrap"] += low <= rate <= high
         low, high = wilson(verdicts.sum(), 320)
         hits["wilson"] += low <= rate <= high
@@ -134,6 +134,18 @@ def test_intervals_cover_the_truth():
     assert 0.95 - 0.027 - 0.01 <= coverage["bootstrap"] <= 0.95 + 0.027
     assert abs(coverage["wilson_independent"] - 0.95) <= 0.027
     assert coverage["wilson"] < 0.90  # design effect 1 + 3 * 0.3: 1.96 / sqrt(1.9) standard errors, 84.5 %
+
+
+@pytest.mark.parametrize(("value", "bounds"), [(0.0, (0, 1)), (1.0, (0, 1)), (0.5, (0, 1)), (0.0, (-1, 1))])
+def test_values_that_are_all_alike_leave_room_for_what_was_not_seen(value, bounds):
+    """90 of them: Wilson's interval for a rate; for others, as many at a bound as scipy's Wilson interval for 0 of 90 allows."""
+    unseen = stats.binomtest(0, 90).proportion_ci(0.95, method="wilson").high
+    weights = preference.cluster_weights(range(90), 100, seed=0)
+    low, high = preference.share_interval(np.full(90, value), np.ones(90), weights, 90, bounds)[1:]
+    np.testing.assert_allclose((low, high), (value - unseen * (value - bounds[0]), value + unseen * (bounds[1] - value)), atol=1e-12)
+    if value in (0, 1) and bounds == (0, 1):
+        np.testing.assert_allclose((low, high), wilson(90 * value, 90), atol=1e-12)
+    assert preference.share_interval(np.full(90, value), np.ones(90), weights, 90, None)[1:] == (value, value)
 
 
 def test_the_design_effect_is_that_of_the_clusters(rng):

@@ -104,7 +104,7 @@ def test_the_still_video_stands_beside_them(scored):
     _, result = scored
     for metric, expected in (("mean_flow", 0), ("dynamic_degree", 0), ("flicker", 1), ("ssim_image", 1), ("ssim_first_5", 1)):
         still = result["models"]["static"]["metrics"][metric]
-        assert (still["value"], still["low"], still["high"]) == (expected,) * 3
+        assert (still["value"], still["low"], still["high"]) == (expected, None, None)  # three images are no sample
     assert "ssim_first_10" not in result["models"]["static"]["metrics"]
 
 
@@ -112,7 +112,7 @@ def test_differences_are_of_pairs(scored):
     _, result = scored
     (found,) = [d for d in result["differences"] if (d["a"], d["b"], d["metric"]) == ("slow", "fast", "mean_flow")]
     assert found["value"] == pytest.approx(value(result, "slow", "mean_flow") - value(result, "fast", "mean_flow"))
-    assert (found["a_larger"], found["b_larger"], found["pairs"]) == (0, 1, 4) and found["low"] <= found["value"] <= found["high"] < 0
+    assert (found["a_larger"], found["b_larger"], found["pairs"]) == (0, 1, 4)
 
 
 def test_tables(scored):
@@ -124,8 +124,8 @@ def test_tables(scored):
     mean = np.mean([float(r["mean_flow"]) for r in rows if r["model"] == "slow"])
     assert mean == pytest.approx(value(result, "slow", "mean_flow"))
     with (output / "scores.csv").open() as file:
-        table = {(r["model"], r["metric"]): float(r["value"]) for r in csv.DictReader(file)}
-    assert table["slow", "mean_flow"] == value(result, "slow", "mean_flow")
+        table = {(r["model"], r["metric"]): r for r in csv.DictReader(file)}
+    assert float(table["slow", "mean_flow"]["value"]) == value(result, "slow", "mean_flow") and table["slow", "mean_flow"]["low"] == ""
 
 
 class Page(html.parser.HTMLParser):
@@ -293,12 +293,32 @@ def test_seeds_are_averaged_and_gaps_left_out():
     ]
     rows += [{"model": "n", "id": "b", "mean_flow": 5.0}, {"model": "n", "id": "c", "mean_flow": math.nan}]
     result = standings(rows, dict.fromkeys("abc", "image"))
-    assert result["models"]["m"]["metrics"]["mean_flow"] == {"value": 5, "low": 5, "high": 5, "pairs": 2}  # one image: nothing to draw
+    assert result["models"]["m"]["metrics"]["mean_flow"] == {"value": 5, "low": None, "high": None, "pairs": 2}  # one image
     assert result["models"]["n"]["metrics"]["mean_flow"]["pairs"] == 1
     (gap,) = result["differences"]
     assert (gap["value"], gap["pairs"], gap["a_larger"], gap["b_larger"]) == (3, 1, 1, 0)
     lamps = [{"model": "m", "id": i, "luma_flicker": v} for i, v in zip("abc", (1.0, 2.0, 300.0), strict=True)]
     assert standings(lamps, dict(zip("abc", "abc", strict=True)))["models"]["m"]["metrics"]["luma_flicker"]["value"] == 2
+
+
+@pytest.mark.parametrize("images", [4, 5])
+def test_a_few_images_have_no_interval(images):
+    rows = [{"model": m, "id": str(n), "mean_flow": x * n, "luma_flicker": x * n} for m, x in (("m", 1), ("n", 2)) for n in range(12)]
+    result = standings(rows, {str(n): str(n % images) for n in range(12)})
+    for found in (*result["models"]["m"]["metrics"].values(), *result["differences"]):
+        assert (found["low"] is None) == (found["high"] is None) == (images < 5)
+        assert images < 5 or found["low"] < found["value"] < found["high"]
+
+
+def test_no_video_that_moves_is_not_none_of_all():
+    """0 of 20 images, twice each: Wilson's interval of 0 of 20 from scipy, but 0 for the still video, which cannot move."""
+    rows = [{"model": m, "id": str(n), "dynamic_degree": 0.0, "mean_flow": 0.0} for m in ("m", "n", "static") for n in range(40)]
+    result = standings(rows, {str(n): str(n // 2) for n in range(40)})
+    high = stats.binomtest(0, 20).proportion_ci(0.95, method="wilson").high
+    limits = {m: [v["metrics"]["dynamic_degree"][k] for k in ("low", "high")] for m, v in result["models"].items()}
+    assert limits == {"m": [0, pytest.approx(high)], "n": [0, pytest.approx(high)], "static": [0, 0]}
+    (gap,) = [d for d in result["differences"] if (d["a"], d["b"], d["metric"]) == ("m", "n", "dynamic_degree")]
+    assert [gap["low"], gap["high"]] == [pytest.approx(-high), pytest.approx(high)]
 
 
 def decoded(path):
