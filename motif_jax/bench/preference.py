@@ -49,6 +49,20 @@ def binomial_p(wins: int, count: int) -> float:
     return float(stats.binomtest(wins, count).pvalue) if count else 1.0
 
 
+def sign_flip_p(leads_N: Sequence[int] | np.ndarray, clusters_N: Sequence) -> float:
+    """Two-sided exact p of pairs won (1), lost (-1) or even (0), when the names of the two systems mean nothing: all pairs of a cluster
+    exchange them together or not, in all 2^clusters ways. Where no two pairs share a cluster it is `binomial_p` without the even pairs.
+    """
+    _, index = np.unique(np.asarray(clusters_N), return_inverse=True)
+    leads = np.bincount(index, np.asarray(leads_N, float)).astype(int)
+    chances = np.ones(1)  # of all sums from the lowest to the highest
+    for lead in np.abs(leads):
+        more = np.zeros(2 * lead)
+        chances = (np.append(chances, more) + np.append(more, chances)) / 2
+    highest = np.abs(leads).sum()
+    return min(1.0, float(chances[np.abs(np.arange(-highest, highest + 1)) >= abs(leads.sum())].sum()))
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's step-down adjustment of a family of p values, in their order. Source: Holm, Scand. J. Statist. 6 (1979) 65-70."""
     p = np.asarray(p_values, float)

@@ -74,7 +74,8 @@ def _score(vote: Vote, model: str) -> float:
 def compare(a: str, b: str, votes: Sequence[Vote], samples: int, seed: int) -> dict[str, Any]:
     """`a` against `b`: rates of `a` with intervals, reasons, agreement, and what a study of this size can detect.
 
-    A pair whose votes are split evenly is half a win for both in the rate, and left out of the exact test.
+    A pair whose votes are split evenly is half a win for both in the rate, and counts for neither in the test. p is exact and takes the
+    pairs of an image for one; p_independent is the binomial test of pairs that are not even, as if they had nothing in common.
     """
     by_pair = defaultdict(list)
     for v in votes:
@@ -112,7 +113,8 @@ def compare(a: str, b: str, votes: Sequence[Vote], samples: int, seed: int) -> d
         "votes": int(totals.sum()),
         "annotators": len({v.annotator for v in votes}),
         "majority": rate(verdicts, np.ones(len(pairs)))
-        | {"wins": wins, "losses": losses, "even": len(pairs) - wins - losses, "p": preference.binomial_p(wins, wins + losses)},
+        | {"wins": wins, "losses": losses, "even": len(pairs) - wins - losses}
+        | {"p": preference.sign_flip_p(2 * verdicts - 1, clusters), "p_independent": preference.binomial_p(wins, wins + losses)},
         "vote_share": rate(for_a, totals),
         # Votes none of which has a reason are of a study that did not ask for any.
         "reasons": {name: _reason(name, a, pairs, totals, weights, images) for name in REASONS} if any(v.reasons for v in votes) else {},

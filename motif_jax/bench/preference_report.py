@@ -137,8 +137,9 @@ def _win_table(found: dict[str, Any]) -> str:
     return (
         "<h3>Majority of each pair</h3>"
         + html.table(("", "won / even / lost", "win rate %", *intervals, "p", "p, Holm", *detectable), majorities)
-        + "<p>An even split is half a win for both, and not in the test. p: exact, two-sided, against one half; Holm: adjusted for all "
-        "comparisons here. Detectable: the true win rate that this number of pairs shows with 80 % probability, first as if they were "
+        + "<p>An even split is half a win for both, and for neither in the test. p: exact, two-sided, against one half, the pairs of an "
+        "image taken as one; Holm: adjusted for all comparisons here. Detectable: the true win rate that this number of pairs shows with "
+        "80 % probability, first as if they were "
         "independent, then (clustered) given how alike pairs of one image are.</p><h3>Single votes</h3>"
         + html.table(("", "votes", "for the first %", *intervals), single)
         + "<p>A tie is half a vote for both.</p>"

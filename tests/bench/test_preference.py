@@ -32,6 +32,20 @@ def test_wilson_against_scipy():
         wilson(5, 4)
 
 
+def test_sign_flips_equal_scipy_and_the_binomial_test(rng):
+    """scipy flips the signs of the images' sums, which it is given; clusters of one pair leave the binomial test of those not even."""
+    for images, pairs in ((3, 9), (7, 12), (11, 40)):
+        leads, clusters = rng.choice([-1, 0, 1], pairs, p=[0.2, 0.2, 0.6]), rng.integers(0, images, pairs)
+        sums = np.array([leads[clusters == i].sum() for i in range(images)])
+        want = stats.permutation_test((sums,), lambda x, axis: x.sum(axis), permutation_type="samples", n_resamples=np.inf).pvalue
+        assert preference.sign_flip_p(leads, clusters) == pytest.approx(want, rel=1e-9)
+    leads = rng.choice([-1, 0, 1], 320, p=[0.3, 0.1, 0.6])
+    want = stats.binomtest(int((leads == 1).sum()), int((leads != 0).sum())).pvalue
+    assert preference.sign_flip_p(leads, range(320)) == pytest.approx(want, rel=1e-9)
+    assert preference.sign_flip_p([1] * 20, [f"image{n % 5}" for n in range(20)]) == 2 / 2**5
+    assert preference.sign_flip_p([0, 0], ["a", "b"]) == 1
+
+
 def test_holm_equals_statsmodels(rng):
     multitest = pytest.importorskip("statsmodels.stats.multitest")
     for size in (1, 2, 9):
@@ -146,6 +160,17 @@ def test_values_that_are_all_alike_leave_room_for_what_was_not_seen(value, bound
     if value in (0, 1) and bounds == (0, 1):
         np.testing.assert_allclose((low, high), wilson(90 * value, 90), atol=1e-12)
     assert preference.share_interval(np.full(90, value), np.ones(90), weights, 90, None)[1:] == (value, value)
+
+
+def test_p_of_pairs_that_share_images():
+    """600 studies of 80 images with 4 pairs each, alike within an image, and no preference: 5 % have p below 0.05, within three standard
+    errors of 0.009 and not counting that exact tests stay below; the binomial test has more than twice as many."""
+    rng, found = np.random.default_rng(2), {"flips": 0, "binomial": 0}
+    for _ in range(600):
+        verdicts, clusters = clustered_verdicts(rng, 80, 4, 0.5, 0.3)
+        found["flips"] += preference.sign_flip_p(2 * verdicts - 1, clusters) <= 0.05
+        found["binomial"] += preference.binomial_p(int(verdicts.sum()), 320) <= 0.05
+    assert found["flips"] / 600 <= 0.05 + 0.027 and found["binomial"] / 600 > 0.1
 
 
 def test_the_design_effect_is_that_of_the_clusters(rng):

@@ -5,6 +5,7 @@ import json
 import math
 import pathlib
 import re
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -111,13 +112,24 @@ def test_our_numbers_of_figure_4_are_those_of_the_reference_tables(shared):
 
 
 def test_the_other_numbers_of_figure_4(figure4):
-    """Wilson's intervals as published beside the paper's table; p from scipy; annotators who vote without regard to sides."""
-    found, _ = figure4
+    """Wilson's intervals as published beside the paper's table; p by scipy and sign flips; annotators who vote without regard to sides."""
+    found, folder = figure4
     row = {r["b"]: r for r in found["comparisons"]}["DynamiCrafter"]
     assert [f"{100 * x:.1f}" for x in row["majority"]["wilson"]] == ["54.9", "65.5"]
-    assert (
-        row["majority"]["p"] == pytest.approx(0.000272, abs=2e-5) and row["majority"]["p_holm"] == row["majority"]["p"]
-    )  # the largest of nine
+    assert row["majority"]["p_independent"] == pytest.approx(0.000272, abs=2e-5)
+    for_motif, image = Counter(), {}
+    for v in json.loads((folder / "report" / "votes.json").read_text()):
+        if "DynamiCrafter" in (v["left"], v["right"]):
+            for_motif[v["pair"]] += 1 if v[v["choice"]] == "MotiF" else -1
+            image[v["pair"]] = v["image"]
+    sums = Counter()
+    for pair, lead in for_motif.items():
+        sums[image[pair]] += np.sign(lead)
+    flips = np.random.default_rng(0).choice([-1, 1], (100_000, len(sums))) @ np.array([*sums.values()])
+    share = np.mean(np.abs(flips) >= sum(sums.values()))
+    # Three standard errors of a share of 100,000.
+    assert row["majority"]["p"] == pytest.approx(share, abs=3 * math.sqrt(share / 100_000))
+    assert row["majority"]["p_holm"] == row["majority"]["p"]  # the largest of nine
     low, high = row["majority"]["bootstrap"]
     assert low < row["majority"]["rate"] < high
     assert row["detectable"]["independent"] == pytest.approx(0.581, abs=1e-3)
@@ -165,6 +177,16 @@ def test_majorities_ties_and_shares_by_hand():
     assert motion["given_choice"] == {"a": 1.0, "b": 0.4}
     assert row["agreement"]["unanimous"] == pytest.approx(1 / 3) and row["agreement"]["split"] == pytest.approx(2 / 3)
     assert row["agreement"]["kappa_pairs"] == 3 and row["agreement"]["kappa_raters"] == 3
+
+
+def test_p_leaves_even_pairs_out_and_takes_an_image_for_one():
+    """Six wins and two even ones: 2 / 2^6, where two losses would give 0.29. The same on three images: 2 / 2^3."""
+    for images, p in ((8, 2 / 2**6), (3, 2 / 2**3)):
+        votes = [vote(f"p{n}", "r", "A", image=f"i{n % images}") for n in range(8)]
+        votes += [vote(f"p{n}", "s", *("BA" if n > 5 else "AB"), image=f"i{n % images}") for n in range(8)]
+        m = analyse(votes, reference="A", samples=100)["comparisons"][0]["majority"]
+        assert (m["wins"], m["even"], m["losses"]) == (6, 2, 0)
+        assert (m["p"], m["p_independent"]) == (pytest.approx(p), pytest.approx(2 / 2**6))
 
 
 def test_annotators_are_judged_by_gold_repeats_and_the_others():
