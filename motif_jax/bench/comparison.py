@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float
 
-from motif_jax.bench.preference import cluster_weights, known, share_interval
+from motif_jax.bench.preference import crossed_weights, known, share_interval
 
 # The rule of preference, fixed before any test clip was sampled.
 MARGIN = 1 / 64  # path errors (over the width) that differ by less are a tie
@@ -68,4 +68,4 @@ def estimate(
 def _weights(shape: tuple[int, int], draws: int) -> Float[np.ndarray, "D S*N"]:
     """How often each draw takes a clip of a seed: a report asks for the same shapes hundreds of times."""
     seed, clip = (index.ravel() for index in np.indices(shape))
-    return cluster_weights(seed, draws, seed=0) * cluster_weights(clip, draws, seed=1)
+    return crossed_weights(seed, clip, draws, seed=0)

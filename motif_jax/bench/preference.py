@@ -1,6 +1,7 @@
 """Statistics of pairwise votes: tables of votes in, rates, intervals, agreement and rankings out. Arrays and plain numbers only.
 
-Pairs that share an image are not independent (TI2V-Bench: 320 pairs, 88 images), so intervals resample images, not pairs.
+Pairs that share an image are not independent (TI2V-Bench: 320 pairs, 88 images), so intervals resample images, not pairs; nor are the
+votes of one person, so that an interval that is to speak of other people resamples them too.
 """
 
 import math
@@ -78,6 +79,13 @@ def cluster_weights(clusters_N: Sequence, samples: int, seed: int) -> Int[np.nda
     names, index = np.unique(np.asarray(clusters_N), return_inverse=True)
     drawn = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), size=samples)
     return drawn[:, index]
+
+
+def crossed_weights(first_N: Sequence, second_N: Sequence, samples: int, seed: int) -> Int[np.ndarray, "B N"]:
+    """The same for observations in clusters of two kinds, such as images and annotators, each drawn by itself; rather too wide than too
+    narrow where both have many clusters. Source: Owen, Annals of Applied Statistics 1 (2007) 386-411.
+    """
+    return cluster_weights(first_N, samples, seed) * cluster_weights(second_N, samples, seed + 1)
 
 
 def interval(values_B: np.ndarray, confidence: float = CONFIDENCE) -> tuple[float, float]:
@@ -206,6 +214,6 @@ def bradley_terry(wins_MM: Float[np.ndarray, "*B M M"], prior: float = 0.5) -> F
         step = np.linalg.solve(laplacian + 1 / len(met), slope[..., None])[..., 0]
         reach = np.ptp(step, -1, keepdims=True)
         strength = strength + step * np.log1p(reach) / np.maximum(reach, np.finfo(float).tiny)
-        if reach.max() < 1e-10:
+        if reach.max(initial=0) < 1e-10:
             break
     return strength

@@ -4,7 +4,6 @@ Win rates are majority verdicts per pair (the paper's TI2V score) and shares of 
 votes (its figure 4). Only votes of kind "pair" count for them; repeats, gold and training items tell about annotators.
 """
 
-import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -88,19 +87,22 @@ def compare(a: str, b: str, votes: Sequence[Vote], samples: int, seed: int) -> d
     clusters = [group[0].image or group[0].pair for group in pairs]
     scenarios = [group[0].scenario for group in pairs] if all(group[0].scenario for group in pairs) else []
     weights = preference.cluster_weights(clusters, samples, seed)
-    images = len(set(clusters))
     by_scenario = preference.cluster_weights(scenarios, samples, seed) if scenarios else None
+    images, people = len(set(clusters)), [v.annotator for group in pairs for v in group]
+
+    def limits(*counted: Any) -> list[float] | None:
+        return known(*preference.share_interval(*counted)[1:])
 
     def rate(hits: np.ndarray, counts: np.ndarray) -> dict[str, Any]:
-        share, *over_images = preference.share_interval(hits, counts, weights, images)
-        over_scenarios = preference.share_interval(hits, counts, by_scenario, len(set(scenarios)))[1:] if scenarios else (math.nan,)
         return {
-            "rate": share,
+            "rate": float(hits.sum() / counts.sum()),
             "wilson": preference.wilson(float(hits.sum()), int(counts.sum())),
-            "bootstrap": known(*over_images),
-            "bootstrap_scenarios": known(*over_scenarios),
+            "bootstrap": limits(hits, counts, weights, images),
+            "bootstrap_scenarios": limits(hits, counts, by_scenario, len(set(scenarios))),
         }
 
+    each = np.concatenate(scores)
+    crossed = preference.crossed_weights(np.repeat(clusters, totals.astype(int)), people, samples, seed)
     wins, losses = int((verdicts == 1).sum()), int((verdicts == 0).sum())
     effect = preference.design_effect(verdicts, weights)
     independent, clustered = (preference.minimum_detectable(n) for n in (len(pairs), len(pairs) / effect))
@@ -111,11 +113,12 @@ def compare(a: str, b: str, votes: Sequence[Vote], samples: int, seed: int) -> d
         "images": images,
         "scenarios": len(set(scenarios)),
         "votes": int(totals.sum()),
-        "annotators": len({v.annotator for v in votes}),
+        "annotators": len(set(people)),
         "majority": rate(verdicts, np.ones(len(pairs)))
         | {"wins": wins, "losses": losses, "even": len(pairs) - wins - losses}
         | {"p": preference.sign_flip_p(2 * verdicts - 1, clusters), "p_independent": preference.binomial_p(wins, wins + losses)},
-        "vote_share": rate(for_a, totals),
+        "vote_share": rate(for_a, totals)
+        | {"bootstrap_annotators": limits(each, np.ones(len(each)), crossed, min(images, len(set(people))))},
         # Votes none of which has a reason are of a study that did not ask for any.
         "reasons": {name: _reason(name, a, pairs, totals, weights, images) for name in REASONS} if any(v.reasons for v in votes) else {},
         "agreement": agreement(a, pairs, weights[: max(1, samples // 4) if images >= MIN_CLUSTERS else 0]),
@@ -223,31 +226,40 @@ def annotators(votes: Sequence[Vote]) -> list[dict[str, Any]]:
 
 def ranking(votes: Sequence[Vote], names: Sequence[str], samples: int, seed: int) -> list[dict[str, Any]] | None:
     """Bradley-Terry strengths of all systems, best first: in points (400 for odds of ten to one, mean zero) with bootstrap intervals
-    over images. None when the systems fall into groups that never met: nothing ranks one group against the other.
+    over images, and over images and annotators. None when the systems fall into groups that never met: nothing ranks one group against
+    the other.
     """
-    clusters = {name: n for n, name in enumerate(sorted({v.image or v.pair for v in votes}))}
-    wins = np.zeros((len(clusters), len(names), len(names)))
+    cells = {cell: n for n, cell in enumerate(sorted({(v.image or v.pair, v.annotator) for v in votes}))}
+    wins = np.zeros((len(cells), len(names), len(names)))
     for v in votes:
-        i, j, c = names.index(v.left), names.index(v.right), clusters[v.image or v.pair]
+        i, j, c = names.index(v.left), names.index(v.right), cells[v.image or v.pair, v.annotator]
         score = _score(v, v.left)
         wins[c, i, j] += score
         wins[c, j, i] += 1 - score
     reached = np.linalg.matrix_power((wins.sum(0) + wins.sum(0).T > 0) + np.eye(len(names)), len(names)) > 0
     if not reached.all():
         return None
-    weights = preference.cluster_weights(list(clusters), samples, seed)
     points = 400 / np.log(10)
     strength = points * preference.bradley_terry(wins.sum(0))
-    drawn = points * preference.bradley_terry(np.einsum("bc,cij->bij", weights, wins))
+    images, people = zip(*cells, strict=True)
+
+    def drawn(weights: np.ndarray, clusters: int) -> np.ndarray:
+        """Strengths [draws, systems]; no draws where there are too few clusters."""
+        return points * preference.bradley_terry(np.tensordot(weights if clusters >= MIN_CLUSTERS else weights[:0], wins, 1))
+
+    over_images = drawn(preference.cluster_weights(images, samples, seed), len(set(images)))
+    crossed = preference.crossed_weights(images, people, samples, seed)
+    over_both = drawn(crossed, min(len(set(images)), len(set(people))))
     rows = []
     for i in np.argsort(-strength):
-        low, high = preference.interval(drawn[:, i] if len(clusters) >= MIN_CLUSTERS else drawn[:0, i])
+        low, high = preference.interval(over_images[:, i])
         rows.append(
             {
                 "model": names[i],
                 "points": float(strength[i]),
                 "low": low,
                 "high": high,
+                "bootstrap_annotators": known(*preference.interval(over_both[:, i])),
                 "votes": float((wins + wins.swapaxes(1, 2))[:, i].sum()),
             }
         )

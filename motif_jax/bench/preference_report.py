@@ -16,7 +16,7 @@ from motif_jax import html
 from motif_jax.bench import study
 from motif_jax.bench.arguments import at_least
 from motif_jax.bench.preference import finite
-from motif_jax.bench.preference_analysis import LOW_AGREEMENT, analyse
+from motif_jax.bench.preference_analysis import LOW_AGREEMENT, MIN_CLUSTERS, analyse
 from motif_jax.bench.standings import METRICS, STATIC
 from motif_jax.bench.votes import Vote, read_all, write_votes
 from motif_jax.config import UserError
@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> None:
     (arguments.output / "report.html").write_text(page(found, votes, shown))
     for row in found["comparisons"]:
         m = row["majority"]
-        rate = f"{_percent(m['rate'])} % of {row['pairs']} pairs {_interval(m['wilson'])}"
+        rate = f"{_percent(m['rate'])} % of {row['pairs']} pairs {_interval(m['bootstrap'] or m['wilson'])}"
         print(f"{row['a']} against {row['b']}: {rate}, p = {m['p']:.2g}, by Holm {m['p_holm']:.2g}")
     if refused:
         print(f"{len(refused)} votes were refused, the first: {refused[0][:200]}")
@@ -86,7 +86,8 @@ def page(found: dict[str, Any], votes: Sequence[Vote], examples: str = "") -> st
     body = [
         f"<h1>{html.escape(found['reference'])} in pairwise votes</h1>",
         f"<p>{n} votes of {sum(a['votes'] > 0 for a in found['annotators'])} annotators. Intervals are 95 %: Wilson's as if all were "
-        "independent, and a bootstrap over images, because pairs that share an image are not. Raw votes: "
+        "independent; a bootstrap over images, because pairs that share an image are not; and over images and annotators, because votes "
+        f"of one person are not (none of fewer than {MIN_CLUSTERS} of either). Raw votes: "
         "<a href=votes.csv>votes.csv</a>, <a href=votes.json>votes.json</a>; all numbers: <a href=report.json>report.json</a>.</p>",
         "<h2>Who wins</h2>",
         _win_plot(found),
@@ -131,7 +132,7 @@ def _win_table(found: dict[str, Any]) -> str:
         majorities.append(
             (name, counts, *_rates(m), f"{m['p']:.2g}", f"{m['p_holm']:.2g}", *map(_percent, (d["independent"], d["clustered"])))
         )
-        single.append((name, r["votes"], *_rates(v)))
+        single.append((name, r["votes"], r["annotators"], *_rates(v), _interval(v["bootstrap_annotators"])))
     intervals = ("Wilson", "over images", "over scenarios")
     detectable = ("detectable %", "clustered %")
     return (
@@ -140,9 +141,10 @@ def _win_table(found: dict[str, Any]) -> str:
         + "<p>An even split is half a win for both, and for neither in the test. p: exact, two-sided, against one half, the pairs of an "
         "image taken as one; Holm: adjusted for all comparisons here. Detectable: the true win rate that this number of pairs shows with "
         "80 % probability, first as if they were "
-        "independent, then (clustered) given how alike pairs of one image are.</p><h3>Single votes</h3>"
-        + html.table(("", "votes", "for the first %", *intervals), single)
-        + "<p>A tie is half a vote for both.</p>"
+        "independent, then (clustered) given how alike pairs of one image are. <b>p and all intervals of the majority hold for these "
+        "annotators</b>: people who lean to one system make them surer than other people would confirm.</p><h3>Single votes</h3>"
+        + html.table(("", "votes", "annotators", "for the first %", *intervals, "over images and annotators"), single)
+        + "<p>A tie is half a vote for both. Only the last interval speaks of other people than these.</p>"
     )
 
 
@@ -217,9 +219,11 @@ def _ranking(found: dict[str, Any]) -> str:
     rows = []
     for r in found["bradley_terry"]:
         points, low, high, votes = (_number(r[k], ".0f") for k in ("points", "low", "high", "votes"))
-        rows.append((r["model"], points, f"[{low}, {high}]", votes))
-    note = "<p>Bradley-Terry over all votes: 400 points are odds of ten to one, the mean is zero; intervals: bootstrap over images.</p>"
-    return "<h2>Ranking</h2>" + html.table(("system", "points", "95 %", "votes"), rows) + note
+        both = r["bootstrap_annotators"]
+        over_both = "-" if both is None else f"[{both[0]:.0f}, {both[1]:.0f}]"
+        rows.append((r["model"], points, f"[{low}, {high}]", over_both, votes))
+    note = "<p>Bradley-Terry over all votes: 400 points are odds of ten to one, the mean is zero; intervals: bootstrap.</p>"
+    return "<h2>Ranking</h2>" + html.table(("system", "points", "over images", "over images and annotators", "votes"), rows) + note
 
 
 def _annotators(found: dict[str, Any]) -> str:
@@ -268,14 +272,18 @@ def _win_plot(found: dict[str, Any]) -> str:
             (0.13, "vote_share", "#c77700", "single votes"),
         ):
             r = row[key]
-            low, high = r["bootstrap"] or r["wilson"]
+            low, high = r.get("bootstrap_annotators") or r["bootstrap"] or r["wilson"]
             error = [[max(0.0, 100 * (r["rate"] - low))], [max(0.0, 100 * (high - r["rate"]))]]
             axes.errorbar(100 * r["rate"], y + shift, xerr=error, fmt="o", color=colour, capsize=3, label=None if y else label)
     axes.axvline(50, color="#777", linewidth=1, linestyle="--")
     axes.set(xlim=(0, 100), xlabel="wins of the first, %", ylim=(len(rows) - 0.4, -0.6))
     axes.set_yticks(range(len(rows)), [f"{r['a']} against {r['b']}" for r in rows], parse_math=False)
     axes.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
-    return html.plot(figure, "win rates with intervals", "svg")
+    note = "Bars of the majority: over images; of single votes: over images and annotators."
+    few = [f"{r['a']} against {r['b']}" for r in rows if r["vote_share"]["bootstrap_annotators"] is None]
+    if few:
+        note += f" With too few of either, over images alone or Wilson's: {html.escape(', '.join(few))}."
+    return html.plot(figure, "win rates with intervals", "svg") + f"<p>{note}</p>"
 
 
 def _reason_plots(found: dict[str, Any]) -> str:

@@ -9,8 +9,10 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from motif_jax.bench import __main__ as bench
+from motif_jax.bench.preference import bradley_terry
 from motif_jax.bench.preference_analysis import analyse
 from motif_jax.bench.votes import Vote, check_vote
 from motif_jax.config import UserError
@@ -149,6 +151,7 @@ def test_raw_votes_stay_beside_the_report(figure4):
     columns = list(given[0])
     assert [{c: row[c] for c in columns} for row in kept] == given
     page = (folder / "report" / "report.html").read_text()
+    assert "hold for these annotators" in page and page.count("<th scope=col>over images and annotators") == 2
     assert "60.3" in page and "rater 7" in page and page.count("data:image/svg+xml") == 2
 
 
@@ -257,6 +260,64 @@ def test_a_system_that_wins_everything_may_still_lose():
             assert found == [pytest.approx(low, abs=5e-4), 1.0]
         motion = row["reasons"]["object_motion"]
         assert motion["win"]["low"] == pytest.approx(low, abs=5e-4) and motion["lose"]["high"] == pytest.approx(1 - low, abs=5e-4)
+
+
+def test_intervals_of_single_votes_know_of_people():
+    """Three of five people choose A on every one of 40 images, two never: drawn again, 0 to 5 of five, with scipy's quantiles. Over images
+    there is next to nothing to draw. Four people are too few."""
+    votes = [vote(f"p{n}", f"r{m}", *("AB" if m < 3 else "BA")) for n in range(40) for m in range(5)]
+    row = analyse(votes, reference="A", samples=4000)["comparisons"][0]
+    share = row["vote_share"]
+    assert share["bootstrap_annotators"] == [pytest.approx(stats.binom.ppf(q, 5, 0.6) / 5) for q in (0.025, 0.975)]
+    assert share["bootstrap"][1] - share["bootstrap"][0] < 0.1 and row["annotators"] == 5
+    few = analyse([v for v in votes if v.annotator != "r4"], reference="A", samples=100)["comparisons"][0]["vote_share"]
+    assert few["bootstrap_annotators"] is None and few["bootstrap"] is not None
+
+
+def test_too_few_people_are_named_under_the_plot(tmp_path):
+    rows = [
+        ROW | {"pair": f"p{n}", "annotator": f"r{m}", "right": name}
+        for n in range(6)
+        for name, few in (("B", 4), ("C", 5))
+        for m in range(few)
+    ]
+    report(f"--votes={saved(tmp_path / 'votes.json', *rows)}", f"--output={tmp_path}", "--samples=100")
+    assert "With too few of either, over images alone or Wilson's: A against B.</p>" in (tmp_path / "report.html").read_text()
+
+
+def test_the_ranking_knows_of_images():
+    """40 images whose four pairs go one way each have twice the interval of 160 single pairs; a standard error of that width is 2 %."""
+    winners = np.random.default_rng(5).random((40, 3)) < 0.6
+    widths = []
+    for shared in (True, False):
+        votes = [
+            vote(f"p{n}", "r", *(pair if winners[n // 4, k] else pair[::-1]), image=f"i{n // 4 if shared else n}")
+            for n in range(160)
+            for k, pair in enumerate(("AB", "AC", "BC"))
+        ]
+        row = next(r for r in analyse(votes, samples=4000)["bradley_terry"] if r["model"] == "A")
+        widths.append(row["high"] - row["low"])
+    assert widths[0] == pytest.approx(2 * widths[1], rel=0.08)
+
+
+def test_the_ranking_knows_of_people():
+    """Three of five always prefer A to B to C, two the reverse: over images all draws are alike, over people 1 to 5 of five prefer A."""
+    votes = []
+    for n in range(40):
+        for m in range(5):
+            votes += [vote(f"p{n}", f"r{m}", *(pair if m < 3 else pair[::-1])) for pair in ("AB", "AC", "BC")]
+    row = next(r for r in analyse(votes, samples=4000)["bradley_terry"] if r["model"] == "A")
+    limits = []
+    for people in (1, 5):
+        wins = np.triu(np.full((3, 3), 40.0 * people), 1) + np.tril(np.full((3, 3), 40.0 * (5 - people)), -1)
+        limits.append(400 / math.log(10) * bradley_terry(wins)[0])
+    assert row["bootstrap_annotators"] == pytest.approx(limits) and row["low"] == pytest.approx(row["high"])
+
+
+def test_ties_count_half_in_the_ranking():
+    """As many wins each way as ties: equal strengths."""
+    votes = [Vote(f"p{n}", "r", a, b, "tie") for n in range(9) for a, b in ("AB", "AC", "BC")]
+    assert [r["points"] for r in analyse(votes, samples=100)["bradley_terry"]] == pytest.approx([0, 0, 0], abs=1e-9)
 
 
 def test_systems_that_never_met_are_not_ranked():
