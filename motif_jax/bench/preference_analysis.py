@@ -17,6 +17,7 @@ from motif_jax.bench.votes import Vote
 from motif_jax.config import UserError
 
 LOW_AGREEMENT = 0.2  # below that a majority is hardly more than a coin
+BALANCED = (0.4, 0.6)  # shares of the votes with a system on the left; outside, liking a side looks like liking a system
 
 
 def analyse(
@@ -119,6 +120,7 @@ def compare(a: str, b: str, votes: Sequence[Vote], samples: int, seed: int) -> d
         | {"p": preference.sign_flip_p(2 * verdicts - 1, clusters), "p_independent": preference.binomial_p(wins, wins + losses)},
         "vote_share": rate(for_a, totals)
         | {"bootstrap_annotators": limits(each, np.ones(len(each)), crossed, min(images, len(set(people))))},
+        "sides": sides(a, votes),
         # Votes none of which has a reason are of a study that did not ask for any.
         "reasons": {name: _reason(name, a, pairs, totals, weights, images) for name in REASONS} if any(v.reasons for v in votes) else {},
         "agreement": agreement(a, pairs, weights[: max(1, samples // 4) if images >= MIN_CLUSTERS else 0]),
@@ -128,6 +130,14 @@ def compare(a: str, b: str, votes: Sequence[Vote], samples: int, seed: int) -> d
             "design_effect": effect,
         },
     }
+
+
+def sides(a: str, votes: Sequence[Vote]) -> dict[str, Any]:
+    """How often `a` was shown on the left, and its share of the votes on either side (None where it never was)."""
+    left = [_score(v, a) for v in votes if v.left == a]
+    right = [_score(v, a) for v in votes if v.left != a]
+    share = {name: float(np.mean(x)) if x else None for name, x in (("when_left", left), ("when_right", right))}
+    return {"a_left": len(left) / len(votes)} | share
 
 
 def _reason(name: str, a: str, pairs: list[list[Vote]], totals: np.ndarray, weights: np.ndarray, images: int) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from motif_jax import html
 from motif_jax.bench import study
 from motif_jax.bench.arguments import at_least
 from motif_jax.bench.preference import finite
-from motif_jax.bench.preference_analysis import LOW_AGREEMENT, MIN_CLUSTERS, analyse
+from motif_jax.bench.preference_analysis import BALANCED, LOW_AGREEMENT, MIN_CLUSTERS, analyse
 from motif_jax.bench.standings import METRICS, STATIC
 from motif_jax.bench.votes import Vote, read_all, write_votes
 from motif_jax.config import UserError
@@ -61,6 +61,8 @@ def run(arguments: argparse.Namespace) -> None:
         m = row["majority"]
         rate = f"{_percent(m['rate'])} % of {row['pairs']} pairs {_interval(m['bootstrap'] or m['wilson'])}"
         print(f"{row['a']} against {row['b']}: {rate}, p = {m['p']:.2g}, by Holm {m['p_holm']:.2g}")
+        for note in side_notes([row]):
+            print(note)
     if refused:
         print(f"{len(refused)} votes were refused, the first: {refused[0][:200]}")
     print(arguments.output / "report.html")
@@ -144,8 +146,28 @@ def _win_table(found: dict[str, Any]) -> str:
         "independent, then (clustered) given how alike pairs of one image are. <b>p and all intervals of the majority hold for these "
         "annotators</b>: people who lean to one system make them surer than other people would confirm.</p><h3>Single votes</h3>"
         + html.table(("", "votes", "annotators", "for the first %", *intervals, "over images and annotators"), single)
-        + "<p>A tie is half a vote for both. Only the last interval speaks of other people than these.</p>"
+        + "<p>A tie is half a vote for both. Only the last interval speaks of other people than these.</p><h3>Sides</h3>"
+        + _side_table(found)
     )
+
+
+def side_notes(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """A sentence on every comparison whose votes were not given with either system on the left about equally often."""
+    notes = []
+    for r in rows:
+        share = r["sides"]["a_left"]
+        if not BALANCED[0] <= share <= BALANCED[1]:
+            note = f"{r['a']} against {r['b']}: {r['a']} was on the left in {_percent(share, 0)} % of the votes; "
+            notes.append(note + ("side and system cannot be separated" if share in (0, 1) else "compare the shares by side"))
+    return notes
+
+
+def _side_table(found: dict[str, Any]) -> str:
+    rows = []
+    for r in found["comparisons"]:
+        rows.append((f"{r['a']} against {r['b']}", *(_percent(r["sides"][k]) for k in ("a_left", "when_left", "when_right"))))
+    notes = "".join(f"<p class=note>{html.escape(note)}.</p>" for note in side_notes(found["comparisons"]))
+    return html.table(("", "the first on the left %", "for the first there %", "on the right %"), rows) + notes
 
 
 def _beside(found: dict[str, Any]) -> str:

@@ -234,7 +234,7 @@ def test_votes_without_reasons_have_no_shares_of_reasons(tmp_path):
     rows += [ROW | {"right": "C"}]
     report(f"--votes={saved(tmp_path / 'votes.json', *rows)}", f"--output={tmp_path}", "--samples=100")
     page = (tmp_path / "report.html").read_text()
-    assert page.count("<td>A against B") == 3 and page.count("<td>A against C") == 3 + 4 and page.count("data:image/svg+xml") == 2
+    assert page.count("<td>A against B") == 4 and page.count("<td>A against C") == 4 + 4 and page.count("data:image/svg+xml") == 2
 
 
 @pytest.mark.parametrize("images", [4, 5])
@@ -446,6 +446,27 @@ def test_scores_of_something_else_are_one_line(tmp_path, content, message):
         path.write_text(content)
     with pytest.raises(SystemExit, match=f"--scores=.*{message}"):
         report(f"--votes={saved(tmp_path / 'votes.json', ROW)}", f"--output={tmp_path}", "--samples=100", f"--scores={path}")
+
+
+def test_sides_that_were_never_drawn_are_named(tmp_path, capsys):
+    """A always on the left of B, in three of ten votes on the left of C, in two of five on the left of D, which is balanced enough."""
+    rows = [ROW | {"pair": f"p{n}"} for n in range(10)]
+    rows += [ROW | {"pair": f"p{n}", "right": "C"} | ({} if n < 3 else {"left": "C", "right": "A"}) for n in range(10)]
+    rows += [ROW | {"pair": f"p{n}", "right": "D", "choice": "tie"} | ({} if n < 4 else {"left": "D", "right": "A"}) for n in range(10)]
+    report(f"--votes={saved(tmp_path / 'votes.json', *rows)}", f"--output={tmp_path}", "--samples=100", "--reference=A")
+    found = {r["b"]: r["sides"] for r in json.loads((tmp_path / "report.json").read_text())["comparisons"]}
+    assert found == {
+        "B": {"a_left": 1.0, "when_left": 1.0, "when_right": None},
+        "C": {"a_left": 0.3, "when_left": 1.0, "when_right": 0.0},
+        "D": {"a_left": 0.4, "when_left": 0.5, "when_right": 0.5},
+    }
+    notes = [
+        "A against B: A was on the left in 100 % of the votes; side and system cannot be separated",
+        "A against C: A was on the left in 30 % of the votes; compare the shares by side",
+    ]
+    page, said = (tmp_path / "report.html").read_text(), capsys.readouterr().out
+    assert all(note in page and note in said for note in notes) and said.count("on the left") == page.count("was on the left") == 2
+    assert "<td>A against C<td>30.0<td>100.0<td>0.0" in page
 
 
 def test_nobody_is_two_raters(tmp_path, capsys):
