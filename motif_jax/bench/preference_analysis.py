@@ -114,6 +114,7 @@ def compare(a: str, b: str, votes: Sequence[Vote], samples: int, seed: int) -> d
         "images": images,
         "scenarios": len(set(scenarios)),
         "votes": int(totals.sum()),
+        "votes_per_pair": [int(totals.min()), int(totals.max())],
         "annotators": len(set(people)),
         "majority": rate(verdicts, np.ones(len(pairs)))
         | {"wins": wins, "losses": losses, "even": len(pairs) - wins - losses}

@@ -12,8 +12,10 @@ import pytest
 from scipy import stats
 
 from motif_jax.bench import __main__ as bench
+from motif_jax.bench import study
 from motif_jax.bench.preference import bradley_terry
 from motif_jax.bench.preference_analysis import analyse
+from motif_jax.bench.preference_report import clearest
 from motif_jax.bench.votes import Vote, check_vote
 from motif_jax.config import UserError
 
@@ -467,6 +469,45 @@ def test_sides_that_were_never_drawn_are_named(tmp_path, capsys):
     page, said = (tmp_path / "report.html").read_text(), capsys.readouterr().out
     assert all(note in page and note in said for note in notes) and said.count("on the left") == page.count("was on the left") == 2
     assert "<td>A against C<td>30.0<td>100.0<td>0.0" in page
+
+
+def test_the_clearest_pairs_are_not_those_with_the_fewest_votes():
+    shares = {
+        "one": (1, 1),
+        "four": (4, 5),
+        "five": (5, 5),
+        "half": (1, 2),
+        "even": (3, 6),
+        "none": (0, 1),
+        "never": (0, 4),
+        "tie": (2.5, 6),
+    }
+    assert clearest(shares, 1) == ["five", "even", "never"]
+    assert clearest(shares, 2) == ["five", "four", "even", "half", "never", "tie"]
+
+
+def test_a_report_of_a_study_says_how_far_it_is(small_study, tmp_path, capsys):
+    """Two answers on one pair and one on another, of two copies of three comparisons; examples from the most to the least preferred pair,
+    the first system's video on the left."""
+    key = study.load(small_study)
+    rows = []
+    for sheet, wanted in (("1-1", {"pair2": True, "pair0": False}), ("1-2", {"pair2": True})):
+        for task in key.sheets[sheet]:
+            if task.kind == "pair" and (pair := key.pairs[task.pair].id) in wanted:
+                left, right = (key.clips[name].model for name in (task.left, task.right))
+                choice = "left" if (left == "zebrafish") == wanted[pair] else "right"
+                rows.append({"pair": pair, "annotator": sheet, "left": left, "right": right, "choice": choice, "task": task.id})
+    report(f"--votes={saved(tmp_path / 'given.json', *rows)}", f"--output={tmp_path}", f"--study={small_study}", "--samples=100")
+    found, page = json.loads((tmp_path / "report.json").read_text()), (tmp_path / "report.html").read_text()
+    assert found["tasks"] == {"answered": 3, "all": 6} and found["comparisons"][0]["votes_per_pair"] == [1, 2]
+    said = "3 of the study's 6 comparisons to be judged are answered"
+    assert said in page and said in capsys.readouterr().out and "<td>1 / 0 / 1<td>1 to 2<td>50.0" in page
+    assert re.findall(r"square (.) moves. <small>\((.*?) votes for the left", page) == [("2", "2 of 2"), ("0", "0 of 1")]
+    shown = [key.clips[name] for name in re.findall(r"video src=media/(\S+)", page)]
+    assert [(clip.model, clip.pair) for clip in shown] == [(m, p) for p in ("pair2", "pair0") for m in ("zebrafish", "quokka")]
+    without = saved(tmp_path / "given.json", *({k: v for k, v in row.items() if k != "task"} for row in rows))
+    report(f"--votes={without}", f"--output={tmp_path}", f"--study={small_study}", "--samples=100")
+    assert "tasks" not in json.loads((tmp_path / "report.json").read_text())
 
 
 def test_nobody_is_two_raters(tmp_path, capsys):
