@@ -204,13 +204,17 @@ def reference(result: dict[str, Any], arm: str) -> str:
 
 def difference(result: dict[str, Any], a: str, b: str, split: str, name: str) -> dict[str, Any]:
     """An estimate of the pair a, b seen from a: what stands for the pair b, a is turned around."""
-    nothing = {"mean": None, "low": None, "high": None}
+    nothing = {"mean": None, "low": None, "high": None, "seeds": []}
     for pair in result["pairs"]:
         if (pair["a"], pair["b"]) == (a, b):
             return pair[split][name]
         if (pair["a"], pair["b"]) == (b, a):
             e, whole = pair[split][name], 0.0 if name.endswith("difference") else 1.0
-            return nothing if e["mean"] is None else {"mean": whole - e["mean"], "low": whole - e["high"], "high": whole - e["low"]}
+            if e["mean"] is None:
+                return nothing
+            low, high = (None if e[k] is None else whole - e[k] for k in ("high", "low"))
+            seeds = [None if s is None else whole - s for s in e["seeds"]]
+            return {"mean": whole - e["mean"], "low": low, "high": high, "seeds": seeds}
     return nothing
 
 

@@ -53,7 +53,8 @@ def curves(result: dict[str, Any]) -> str:
         if panels[0].lines:
             panels[0].legend(fontsize=9)
     note = (
-        "Full lines: combinations seen, dotted: never seen. Bands: 95 % over clips and seeds (of one seed: clips). Figure 6: a line a seed."
+        "Full lines: combinations seen, dotted: never seen. Bands: 95 % over clips and seeds (of one seed: clips; of two or three: too "
+        "narrow). Figure 6: a line a seed."
     )
     return f"<h2>Learning curves</h2><p>{note}</p>" + html.plot(figure, "learning curves and figure 6 of the main arms")
 
@@ -81,7 +82,8 @@ def gains_and_costs(result: dict[str, Any]) -> str:
     panels[0].invert_yaxis()
     note = (
         "<p>Each arm minus its family's flow on the same clips and seeds (number of seeds in brackets). Right of the line is better, "
-        "left is worse. Black: combinations seen, red: never seen. Bars: 95 %.</p>"
+        "left is worse. Black: combinations seen, red: never seen. Bars: 95 %, too narrow for two or "
+        "three seeds.</p>"
     )
     return "<h2>Gains and costs</h2>" + note + html.plot(figure, "differences of every arm to the paper's loss, with intervals")
 
