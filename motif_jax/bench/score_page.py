@@ -29,13 +29,26 @@ dt{font-weight:600}dd{margin:0 0 .3rem 1rem}"""
 
 
 def text_table(result: Mapping[str, Any]) -> str:
-    """The models' values as a Markdown table, without intervals."""
+    """The models' values as a Markdown table, without intervals; above it what `unequal` has to say."""
     names = [n for n in MOTION + LIKENESS if any(n in model["metrics"] for model in result["models"].values())]
-    lines = ["| model | pairs | " + " | ".join(BY_NAME[n].label for n in names) + " |", "|---" * (len(names) + 2) + "|"]
+    lines = [f"{note}\n"] if (note := unequal(result)) else []
+    lines += ["| model | pairs | " + " | ".join(BY_NAME[n].label for n in names) + " |", "|---" * (len(names) + 2) + "|"]
     for name, model in result["models"].items():
         cells = [_number(n, model["metrics"][n]["value"]) if n in model["metrics"] else "-" for n in names]
         lines.append("| " + " | ".join([name, str(model["pairs"]), *cells]) + " |")
     return "\n".join(lines)
+
+
+def unequal(result: Mapping[str, Any]) -> str:
+    """A sentence when the rows of the models are not of the same pairs."""
+    counts = {model: found["pairs"] for model, found in result["models"].items() if model != STATIC and found["pairs"]}
+    if set(counts.values()) <= {result["common_pairs"]}:
+        return ""
+    listed = ", ".join(f"{model} {n}" for model, n in counts.items())
+    return (
+        f"The rows are not of the same pairs ({listed}; all have {result['common_pairs']}) and cannot be compared: "
+        "the differences of two models are of the pairs that both have."
+    )
 
 
 def write(
@@ -57,6 +70,7 @@ def write(
         "In brackets 95&nbsp;% bootstrap intervals over images, none of fewer than five.</p>",
         "<p><b>A video that does not move wins all likeness and steadiness columns</b>: the row <i>static</i> is the image repeated. "
         "Read them beside the flow. No column knows whether the prompt was followed.</p>",
+        f"<p><b>{html.escape(unequal(result))}</b></p>" if unequal(result) else "",
         "<h2>Motion and steadiness</h2>",
         _table(models, MOTION),
         "<h2>Likeness to the image and to the first frame</h2>",

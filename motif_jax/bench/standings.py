@@ -69,7 +69,8 @@ METRICS = (
 
 
 def standings(rows: Sequence[Mapping[str, Any]], images: Mapping[str, str], names: Sequence[str] = (), seed: int = 0) -> dict[str, Any]:
-    """{"models": {model: {"videos", "pairs", "images", "metrics": {name: {"value", "low", "high", "pairs"}}}}, "differences": [...]}.
+    """{"models": {model: {"videos", "pairs", "images", "metrics": {name: {"value", "low", "high", "pairs"}}}},
+    "common_pairs": how many all models with rows have, "differences": [...]}.
 
     rows: dicts with `model`, `id`, `seed` and the measures, NaN or absent where there is none. images: pair id -> its image. names: models
     that stand in the result with or without rows. low and high are None where there is no interval. A difference is of the pairs that both
@@ -106,7 +107,8 @@ def standings(rows: Sequence[Mapping[str, Any]], images: Mapping[str, str], name
                 differences.append(
                     {"metric": m.name, "a": a, "b": b, **_estimate(gap, images, m, seed, (-1.0, 1.0) if m.rate else None), **shares}
                 )
-    return {"models": models, "differences": differences}
+    own = [{row["id"] for row in rows if row["model"] == model} for model in means if model != STATIC]
+    return {"models": models, "common_pairs": len(set.intersection(*own)) if own else 0, "differences": differences}
 
 
 def _estimate(

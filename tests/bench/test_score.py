@@ -208,6 +208,21 @@ def test_whatever_is_wrong_is_named_and_counted(world, tmp_path, capsys):
     assert said not in (tmp_path / "alike" / "index.html").read_text() and said not in capsys.readouterr().out
 
 
+def test_rows_of_other_pairs_are_said_to_be(world, scored, tmp_path, capsys):
+    """`part` has two of the four pairs; every pair of a model counts once, and broken ones do not. Alike models need no sentence."""
+    shutil.copytree(world / "slow", tmp_path / "part")
+    for name in ("pair2_0.mp4", "pair2_1.mp4", "pair3_0.mp4", "pair3_1.mp4"):
+        (tmp_path / "part" / name).write_bytes(b"")
+    videos = [f"part={tmp_path / 'part'}", f"slow={world / 'slow'}"]
+    result = run(list=world / "list.jsonl", videos=videos, output=tmp_path / "out")
+    said = "The rows are not of the same pairs (part 2, slow 4; all have 2) and cannot be compared"
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert result["common_pairs"] == 2 and said in capsys.readouterr().out and said in page
+    assert page.index(said) < page.index("<table")
+    output, alike = scored
+    assert alike["common_pairs"] == 4 and "not of the same pairs" not in (output / "index.html").read_text()
+
+
 def test_a_model_of_broken_videos_keeps_its_row_and_nothing_but_broken_ones_is_an_error(world, tmp_path, capsys):
     broken = tmp_path / "broken"
     broken.mkdir()
