@@ -49,6 +49,8 @@ def test_report(runs):
     assert result["arms"]["flow"]["ratio"][200] == {"all": [2.5, 2.5], "0": [2.0, 2.0], "1": [4.0, 4.0]}
     ghosts = result["arms"]["none"]["splits"]["heldout"][200]["ghost"]
     assert ghosts["mean"] == ghosts["low"] == 0 < ghosts["high"]  # none of eight clips
+    gap = result["pairs"][0]["heldout"]["ghost_difference"]
+    assert gap["mean"] == 0 and gap["high"] == -gap["low"] == ghosts["high"]
     # What both arms of a pair have: seeds, and the last step.
     pairs = {(p["a"], p["b"]): p for p in result["pairs"]}
     assert {arms: (p["seeds"], p["step"]) for arms, p in pairs.items()} == {

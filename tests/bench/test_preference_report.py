@@ -12,10 +12,9 @@ import pytest
 from scipy import stats
 
 from motif_jax.bench import __main__ as bench
-from motif_jax.bench import study
-from motif_jax.bench.preference import bradley_terry
+from motif_jax.bench import preference_report, study
+from motif_jax.bench.preference import bradley_terry, minimum_detectable
 from motif_jax.bench.preference_analysis import analyse
-from motif_jax.bench.preference_report import clearest
 from motif_jax.bench.votes import Vote, check_vote
 from motif_jax.config import UserError
 
@@ -287,6 +286,80 @@ def test_too_few_people_are_named_under_the_plot(tmp_path):
     assert "With too few of either, over images alone or Wilson's: A against B.</p>" in (tmp_path / "report.html").read_text()
 
 
+def test_scenarios_are_no_images():
+    """80 pairs on 80 images, eight of a scenario, which go one way: over scenarios sqrt(8) times as wide as over images."""
+    verdicts = np.repeat([1, 0, 1, 1, 0, 1, 0, 1, 1, 1], 8)
+    votes = [vote(f"p{n}", "r", *("AB" if win else "BA"), image=f"i{n}", scenario=f"s{n // 8}") for n, win in enumerate(verdicts)]
+    found = analyse(votes, reference="A", samples=4000)["comparisons"][0]["majority"]
+    widths = [found[k][1] - found[k][0] for k in ("bootstrap_scenarios", "bootstrap")]
+    assert widths[0] == pytest.approx(math.sqrt(8) * widths[1], rel=0.1)  # both in steps of a tenth and an eightieth
+
+
+def test_what_a_study_detects_given_how_alike_pairs_of_an_image_are():
+    """Four alike pairs an image are worth one: 25 images detect what 25 independent pairs would."""
+    wins = np.random.default_rng(0).permutation(24) < 12
+    votes = [vote(f"p{n}", "r", *("AB" if wins[n // 4] else "BA"), image=f"i{n // 4}") for n in range(96)]
+    found = analyse(votes, samples=4000)["comparisons"][0]["detectable"]
+    assert found["design_effect"] == pytest.approx(4, rel=0.08)
+    assert found["independent"] == minimum_detectable(96)
+    assert minimum_detectable(27) < found["clustered"] <= minimum_detectable(21)
+
+
+def test_intervals_of_agreement_are_of_images():
+    """Two people agree on every pair of 12 images and never on those of 8: alpha and kappa over drawn images, worked out here."""
+    votes = []
+    for n in range(40):
+        votes.append(vote(f"p{n}", "r", *("AB" if n % 2 else "BA"), image=f"i{n // 2}"))
+        votes.append(vote(f"p{n}", "s", *("AB" if (n % 2 == 1) == (n < 24) else "BA"), image=f"i{n // 2}"))
+    found = analyse(votes, samples=4000)["comparisons"][0]["agreement"]
+    agreeing = stats.binom.ppf([0.025, 0.975], 20, 0.6) / 20  # observed; as many choose A as B in every draw, so one half by chance
+    assert found["kappa_interval"] == pytest.approx(2 * agreeing - 1, abs=0.11)  # one image more or less
+    chance = 0.5 * 80 / 79
+    assert found["alpha_interval"] == pytest.approx(1 - (1 - agreeing) / chance, abs=0.11)
+
+
+def test_agreement_on_reasons():
+    """Both give the same reason for the same system, except text alignment, which one of them never gives: below chance."""
+    votes = []
+    for n in range(10):
+        winner, loser = "AB" if n % 2 else "BA"
+        votes += [vote(f"p{n}", name, winner, loser, reasons=given) for name, given in (("r", REASONS[1:3]), ("s", REASONS[2:3]))]
+    found = analyse(votes, samples=100)["comparisons"][0]["reasons"]
+    assert found["object_motion"]["alpha"] == 1 and found["text_alignment"]["alpha"] < 0
+
+
+def test_ties_are_on_neither_side():
+    votes = [vote(f"p{n}", "r", "A", left="A" if n < 3 else "B") for n in range(4)] + [Vote("p9", "r", "A", "B", "tie")]
+    side = analyse(votes, samples=100)["side"]
+    assert (side["rate"], side["count"], side["p"]) == (0.75, 4, pytest.approx(stats.binomtest(3, 4).pvalue))
+
+
+def test_low_agreement_is_named(tmp_path):
+    """Two people who never agree on B, and always on C."""
+    rows = []
+    for n in range(6):
+        for name in "rs":
+            rows.append(ROW | {"pair": f"p{n}", "annotator": name, "choice": "left" if (n % 2 == 0) == (name == "r") else "right"})
+            rows.append(ROW | {"pair": f"p{n}", "annotator": name, "choice": "left" if n % 2 else "right", "right": "C"})
+    report(f"--votes={saved(tmp_path / 'votes.json', *rows)}", f"--output={tmp_path}", "--samples=100", "--reference=A")
+    assert "Agreement below 0.2 in: A against B. A majority" in (tmp_path / "report.html").read_text()
+
+
+def test_the_plot_has_the_intervals_of_the_tables(tmp_path, monkeypatch):
+    """Of the majority over images; of single votes over images and people."""
+    figures = []
+    monkeypatch.setattr(preference_report.html, "plot", lambda figure, *_: figures.append(figure) or "")
+    votes = [vote(f"p{n}", f"r{m}", *("AB" if n < 5 or m == 0 else "BA")) for n in range(8) for m in range(5)]
+    found = analyse(votes, reference="A", samples=400)
+    preference_report.page(found, votes)
+    row = found["comparisons"][0]
+    for container, wanted in zip(
+        figures[0].axes[0].containers, (row["majority"]["bootstrap"], row["vote_share"]["bootstrap_annotators"]), strict=True
+    ):
+        ((start, end),) = container.lines[2][0].get_segments()
+        assert [start[0], end[0]] == pytest.approx([100 * x for x in wanted]) and end[0] - start[0] > 10
+
+
 def test_the_ranking_knows_of_images():
     """40 images whose four pairs go one way each have twice the interval of 160 single pairs; a standard error of that width is 2 %."""
     winners = np.random.default_rng(5).random((40, 3)) < 0.6
@@ -299,7 +372,7 @@ def test_the_ranking_knows_of_images():
         ]
         row = next(r for r in analyse(votes, samples=4000)["bradley_terry"] if r["model"] == "A")
         widths.append(row["high"] - row["low"])
-    assert widths[0] == pytest.approx(2 * widths[1], rel=0.08)
+    assert widths[0] == pytest.approx(2 * widths[1], rel=0.08) and widths[1] > 10
 
 
 def test_the_ranking_knows_of_people():
@@ -482,8 +555,8 @@ def test_the_clearest_pairs_are_not_those_with_the_fewest_votes():
         "never": (0, 4),
         "tie": (2.5, 6),
     }
-    assert clearest(shares, 1) == ["five", "even", "never"]
-    assert clearest(shares, 2) == ["five", "four", "even", "half", "never", "tie"]
+    assert preference_report.clearest(shares, 1) == ["five", "even", "never"]
+    assert preference_report.clearest(shares, 2) == ["five", "four", "even", "half", "never", "tie"]
 
 
 def test_a_report_of_a_study_says_how_far_it_is(small_study, tmp_path, capsys):

@@ -4,6 +4,7 @@ import csv
 import html.parser
 import json
 import math
+import pathlib
 import shutil
 
 import cv2
@@ -14,6 +15,7 @@ from scipy import stats
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from motif_jax.bench import score as module
+from motif_jax.bench import score_page
 from motif_jax.bench.arguments import Parser
 from motif_jax.bench.standings import standings
 from motif_jax.config import UserError
@@ -150,6 +152,7 @@ def test_the_page_stands_alone(scored):
     for part in ("thing 0 moves", "thing 2 moves", "static", "dynamic degree", "Nothing: every model has every pair"):
         assert part in page.text
     assert "thing 3 moves" not in page.text
+    assert "slow - fast" in page.text and "- static" not in page.text  # differences to the still video: in the json only
 
 
 def test_work_is_not_done_twice(world, scored, tmp_path, monkeypatch):
@@ -233,6 +236,16 @@ def test_a_model_of_broken_videos_keeps_its_row_and_nothing_but_broken_ones_is_a
     assert "| broken | 0 | - |" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"no video can be measured, the first being .*broken/pair0\.mp4: "):
         run(list=world / "list.jsonl", videos=f"broken={broken}", output=tmp_path)
+
+
+def test_the_still_video_has_the_shape_of_the_first_model(world, tmp_path):
+    for name, clip in (("first", pan(0, 1)), ("last", pan(0, 1)[:4, :32, :40])):
+        (tmp_path / name).mkdir()
+        save_video(tmp_path / name / "pair0.mp4", clip, 8)
+    run(list=world / "list.jsonl", videos=[f"{n}={tmp_path / n}" for n in ("first", "last")], output=tmp_path)
+    with (tmp_path / "videos.csv").open() as file:
+        shapes = {r["model"]: (r["frames"], r["height"], r["width"]) for r in csv.DictReader(file)}
+    assert shapes["static"] == shapes["first"] == ("6", "48", "48") and shapes["last"] == ("4", "32", "40")
 
 
 def test_hidden_files_are_no_frames(world, tmp_path):
@@ -336,6 +349,17 @@ def test_no_video_that_moves_is_not_none_of_all():
     assert [gap["low"], gap["high"]] == [pytest.approx(-high), pytest.approx(high)]
 
 
+def test_differences_know_of_shared_images():
+    """20 images whose four pairs differ alike: the interval of a difference is twice that of as many pairs of single images."""
+    gaps = np.repeat(np.random.default_rng(0).normal(size=20), 4)
+    rows = [{"model": m, "id": str(n), "mean_flow": x * gaps[n]} for m, x in (("m", 1.0), ("n", 0.0)) for n in range(80)]
+    widths = []
+    for shared in (4, 1):
+        (gap,) = standings(rows, {str(n): str(n // shared) for n in range(80)})["differences"]
+        widths.append(gap["high"] - gap["low"])
+    assert widths[0] == pytest.approx(2 * widths[1], rel=0.1)  # the standard error of either width is some 3 %
+
+
 def decoded(path):
     """Straight through PyAV."""
     import av
@@ -384,19 +408,33 @@ def test_real_videos_against_numpy_and_scikit_image(shared):
 
 @pytest.mark.slow
 def test_the_known_orders_of_real_models(shared, tmp_path):
-    """Every third published group; all 26 give the same orders (docs/evaluate.md)."""
+    """And the table of docs/evaluate.md, to one unit of the last digit."""
     root = shared / "ti2v_bench"
-    pairs = [Pair(p.id, p.image, p.prompt) for p in read_pairs(root) if (root / "videos/motif" / f"{p.id}_0.mp4").exists()][::3]
+    pairs = [Pair(p.id, p.image, p.prompt) for p in read_pairs(root) if (root / "videos/motif" / f"{p.id}_0.mp4").exists()]
     lines = [json.dumps({"id": p.id, "image": str(p.image), "prompt": p.prompt}) for p in pairs]
     (tmp_path / "list.jsonl").write_text("\n".join(lines))
-    models = ("dynamicrafter", "cond_leak", "motif", "cinemo")
+    models = ("dynamicrafter", "cond_leak", "cogvideox", "motif", "cinemo")
     result = run(list=tmp_path / "list.jsonl", videos=[f"{m}={root / 'videos' / m}" for m in models], output=tmp_path)
-    assert {m: v["videos"] for m, v in result["models"].items()} == dict.fromkeys([*models, "static"], 9)
+    assert {m: v["videos"] for m, v in result["models"].items()} == dict.fromkeys([*models, "static"], 26)
+
+    table = (pathlib.Path(__file__).parents[2] / "docs" / "evaluate.md").read_text().split("\n| model | dynamic degree %")[1]
+    shown = {c[0]: c[1:] for line in table.split("\n\n")[0].splitlines()[2:] if (c := [x.strip() for x in line.strip("|").split("|")])}
+    columns = (
+        "dynamic_degree mean_flow top5_flow residual_flow camera_shift flicker luma_flicker smoothness warp_error ssim0_image ssim_image"
+    )
+    for name, cells in shown.items():
+        model = name.lower().replace("-", "_")
+        numbers = [*zip(columns.split(), cells[:-1], strict=True)]
+        numbers += [(f"ssim_first_{k}", x) for k, x in zip((1, 5, 10, 15), cells[-1].split(" / "), strict=True)]
+        for metric, text in numbers:
+            unit = 10.0 ** -len(text.partition(".")[2])  # of the last digit: another processor may round otherwise
+            assert value(result, model, metric) * score_page.BY_NAME[metric].scale == pytest.approx(float(text), abs=unit), (name, metric)
+    assert len(shown) == 6
 
     def order(metric, *names):
         return [value(result, name, metric) for name in names]
 
-    flow = order("mean_flow", *models, "static")
+    flow = order("mean_flow", "dynamicrafter", "cond_leak", "motif", "cinemo", "static")
     assert flow == sorted(flow, reverse=True) and flow[-1] == 0
     likeness = order("ssim_image", "static", "cinemo", "motif", "cond_leak", "dynamicrafter")
     assert likeness == sorted(likeness, reverse=True) and likeness[0] == 1
