@@ -112,7 +112,7 @@ def page(found: dict[str, Any], votes: Sequence[Vote], examples: str = "") -> st
         _comments(votes),
         _refused(found["refused"]),
     ]
-    return html.page(found["reference"], body, 76, html.NUMBERS + STYLE)
+    return html.page(found["reference"], body, 84, html.NUMBERS + STYLE)
 
 
 def _tasks(found: dict[str, Any]) -> str:
@@ -178,7 +178,7 @@ def _side_table(found: dict[str, Any]) -> str:
     for r in found["comparisons"]:
         rows.append((f"{r['a']} against {r['b']}", *(_percent(r["sides"][k]) for k in ("a_left", "when_left", "when_right"))))
     notes = "".join(f"<p class=note>{html.escape(note)}.</p>" for note in side_notes(found["comparisons"]))
-    return html.table(("", "the first on the left %", "for the first there %", "on the right %"), rows) + notes
+    return html.table(("", "first on the left %", "for it there %", "for it on the right %"), rows) + notes
 
 
 def _beside(found: dict[str, Any]) -> str:
