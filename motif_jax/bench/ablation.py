@@ -28,6 +28,7 @@ SHOWN = 6  # clips of the test split kept as pictures: the first ones, whatever 
 RATES = ("success", "direction_ok", "wrong_object", "lost", "ghost")
 MEANS = ("speed_ratio", "path_error", "background_psnr", "area_ratio", "others_drift", "leak")
 DIFFERENCES = ("direction_ok", "lost", "ghost", "background_psnr")  # of every pair of arms, paired by clip and seed
+BOUNDS = dict.fromkeys((*RATES, "leak"), comparison.RATE)  # of the other measures nothing is known
 ORDER = ("none", "flow", "inverse")  # first rows; the other arms follow by name, then other backbones' three
 
 
@@ -147,8 +148,8 @@ def summarise(runs: dict[tuple[str, str], pathlib.Path], world: str, seed: int, 
             for step in steps[arm] if split in ALONG else steps[arm][-1:]:
                 m = measures(arm, numbers, split, step)
                 moving = m["still"][0] == 0
-                row["splits"][split][step] = {n: comparison.estimate(m[n], moving) for n in RATES + MEANS} | {
-                    "still_kept": comparison.estimate(m["direction_ok"], ~moving)
+                row["splits"][split][step] = {n: comparison.estimate(m[n], moving, BOUNDS.get(n)) for n in RATES + MEANS} | {
+                    "still_kept": comparison.estimate(m["direction_ok"], ~moving, comparison.RATE)
                 }
         row["ratio"] = figure6([runs[arm, n] for n in numbers])
         result["arms"][arm] = row
@@ -165,16 +166,16 @@ def summarise(runs: dict[tuple[str, str], pathlib.Path], world: str, seed: int, 
             m_a, m_b = (measures(arm, seeds, split, both[-1]) for arm in (a, b))
             moving = m_a["still"][0] == 0
             pair[split] = {
-                "motion": comparison.estimate(comparison.prefer(m_a, m_b), moving),
-                "strict": comparison.estimate(comparison.prefer(m_a, m_b, strict=True), moving),
-            } | {f"{n}_difference": comparison.estimate(m_a[n] - m_b[n], moving) for n in DIFFERENCES}
+                "motion": comparison.estimate(comparison.prefer(m_a, m_b), moving, comparison.RATE),
+                "strict": comparison.estimate(comparison.prefer(m_a, m_b, strict=True), moving, comparison.RATE),
+            } | {f"{n}_difference": comparison.estimate(m_a[n] - m_b[n], moving, BOUNDS.get(n) and comparison.GAP) for n in DIFFERENCES}
         result["pairs"].append(pair)
     for a, b in claimed(result):
         seeds, both = shared(a, b)
         row = {"a": a, "b": b, "seeds": seeds} | {split: {} for split in ALONG}
         for split, step in itertools.product(ALONG, both if seeds else ()):
             m_a, m_b = (measures(arm, seeds, split, step) for arm in (a, b))
-            row[split][step] = comparison.estimate(m_a["direction_ok"] - m_b["direction_ok"], m_a["still"][0] == 0)
+            row[split][step] = comparison.estimate(m_a["direction_ok"] - m_b["direction_ok"], m_a["still"][0] == 0, comparison.GAP)
         result["along"].append(row)
     return result
 
@@ -203,13 +204,17 @@ def reference(result: dict[str, Any], arm: str) -> str:
 
 def difference(result: dict[str, Any], a: str, b: str, split: str, name: str) -> dict[str, Any]:
     """An estimate of the pair a, b seen from a: what stands for the pair b, a is turned around."""
-    nothing = {"mean": None, "low": None, "high": None}
+    nothing = {"mean": None, "low": None, "high": None, "seeds": []}
     for pair in result["pairs"]:
         if (pair["a"], pair["b"]) == (a, b):
             return pair[split][name]
         if (pair["a"], pair["b"]) == (b, a):
             e, whole = pair[split][name], 0.0 if name.endswith("difference") else 1.0
-            return nothing if e["mean"] is None else {"mean": whole - e["mean"], "low": whole - e["high"], "high": whole - e["low"]}
+            if e["mean"] is None:
+                return nothing
+            low, high = (None if e[k] is None else whole - e[k] for k in ("high", "low"))
+            seeds = [None if s is None else whole - s for s in e["seeds"]]
+            return {"mean": whole - e["mean"], "low": low, "high": high, "seeds": seeds}
     return nothing
 
 

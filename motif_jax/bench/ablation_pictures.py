@@ -39,9 +39,8 @@ def curves(result: dict[str, Any]) -> str:
                     steps = sorted(row["splits"][split])
                     found = [row["splits"][split][step][measure] for step in steps]
                     if split == "validation":
-                        axes.fill_between(
-                            steps, [e["low"] for e in found], [e["high"] for e in found], alpha=0.15, color=colour, linewidth=0
-                        )
+                        low, high = (np.array([e[k] for e in found], float) for k in ("low", "high"))
+                        axes.fill_between(steps, low, high, alpha=0.15, color=colour, linewidth=0)
                     label = prefix + name if split == "validation" else None
                     axes.plot(steps, [e["mean"] for e in found], line, marker="o", markersize=3, color=colour, label=label)
                 axes.set(title=title, xlabel="step")
@@ -54,7 +53,8 @@ def curves(result: dict[str, Any]) -> str:
         if panels[0].lines:
             panels[0].legend(fontsize=9)
     note = (
-        "Full lines: combinations seen, dotted: never seen. Bands: 95 % over clips and seeds (of one seed: clips). Figure 6: a line a seed."
+        "Full lines: combinations seen, dotted: never seen. Bands: 95 % over clips and seeds (of one seed: clips; of two or three: too "
+        "narrow). Figure 6: a line a seed."
     )
     return f"<h2>Learning curves</h2><p>{note}</p>" + html.plot(figure, "learning curves and figure 6 of the main arms")
 
@@ -71,7 +71,7 @@ def gains_and_costs(result: dict[str, Any]) -> str:
             found = [ablation.difference(result, arm, ablation.reference(result, arm), split, name) for arm in arms]
             for y, e in enumerate(found):
                 if e["mean"] is not None:
-                    mean, low, high = (scale * e[k] for k in ("mean", "low", "high"))
+                    mean, low, high = scale * np.array([e[k] for k in ("mean", "low", "high")], float)
                     axes.errorbar(mean, y + offset, xerr=[[mean - low], [high - mean]], fmt="o", markersize=4, color=colour, linewidth=1.2)
         axes.axvline(0, color="#999999", linewidth=1)
         if sign < 0:
@@ -82,7 +82,8 @@ def gains_and_costs(result: dict[str, Any]) -> str:
     panels[0].invert_yaxis()
     note = (
         "<p>Each arm minus its family's flow on the same clips and seeds (number of seeds in brackets). Right of the line is better, "
-        "left is worse. Black: combinations seen, red: never seen. Bars: 95 %.</p>"
+        "left is worse. Black: combinations seen, red: never seen. Bars: 95 %, too narrow for two or "
+        "three seeds.</p>"
     )
     return "<h2>Gains and costs</h2>" + note + html.plot(figure, "differences of every arm to the paper's loss, with intervals")
 

@@ -1,6 +1,7 @@
 """Statistics of pairwise votes: tables of votes in, rates, intervals, agreement and rankings out. Arrays and plain numbers only.
 
-Pairs that share an image are not independent (TI2V-Bench: 320 pairs, 88 images), so intervals resample images, not pairs.
+Pairs that share an image are not independent (TI2V-Bench: 320 pairs, 88 images), so intervals resample images, not pairs; nor are the
+votes of one person, so that an interval that is to speak of other people resamples them too.
 """
 
 import math
@@ -13,6 +14,7 @@ from jaxtyping import Float, Int
 from scipy import optimize, special, stats
 
 CONFIDENCE = 0.95
+MIN_CLUSTERS = 5  # fewer say nothing of those that were not drawn: no interval
 
 
 def finite(tree: Any) -> Any:
@@ -48,6 +50,20 @@ def binomial_p(wins: int, count: int) -> float:
     return float(stats.binomtest(wins, count).pvalue) if count else 1.0
 
 
+def sign_flip_p(leads_N: Sequence[int] | np.ndarray, clusters_N: Sequence) -> float:
+    """Two-sided exact p of pairs won (1), lost (-1) or even (0), when the names of the two systems mean nothing: all pairs of a cluster
+    exchange them together or not, in all 2^clusters ways. Where no two pairs share a cluster it is `binomial_p` without the even pairs.
+    """
+    _, index = np.unique(np.asarray(clusters_N), return_inverse=True)
+    leads = np.bincount(index, np.asarray(leads_N, float)).astype(int)
+    chances = np.ones(1)  # of all sums from the lowest to the highest
+    for lead in np.abs(leads):
+        more = np.zeros(2 * lead)
+        chances = (np.append(chances, more) + np.append(more, chances)) / 2
+    highest = np.abs(leads).sum()
+    return min(1.0, float(chances[np.abs(np.arange(-highest, highest + 1)) >= abs(leads.sum())].sum()))
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's step-down adjustment of a family of p values, in their order. Source: Holm, Scand. J. Statist. 6 (1979) 65-70."""
     p = np.asarray(p_values, float)
@@ -65,6 +81,13 @@ def cluster_weights(clusters_N: Sequence, samples: int, seed: int) -> Int[np.nda
     return drawn[:, index]
 
 
+def crossed_weights(first_N: Sequence, second_N: Sequence, samples: int, seed: int) -> Int[np.ndarray, "B N"]:
+    """The same for observations in clusters of two kinds, such as images and annotators, each drawn by itself; rather too wide than too
+    narrow where both have many clusters. Source: Owen, Annals of Applied Statistics 1 (2007) 386-411.
+    """
+    return cluster_weights(first_N, samples, seed) * cluster_weights(second_N, samples, seed + 1)
+
+
 def interval(values_B: np.ndarray, confidence: float = CONFIDENCE) -> tuple[float, float]:
     """Percentile interval of bootstrap values; (nan, nan) when none is a number."""
     values = np.asarray(values_B, float)
@@ -76,16 +99,36 @@ def interval(values_B: np.ndarray, confidence: float = CONFIDENCE) -> tuple[floa
 
 
 def share_interval(
-    hits_N: Float[np.ndarray, "N"], totals_N: Float[np.ndarray, "N"], weights_BN: Int[np.ndarray, "B N"]
+    hits_N: Float[np.ndarray, "N"],
+    totals_N: Float[np.ndarray, "N"],
+    weights_BN: Int[np.ndarray, "B N"],
+    clusters: int,
+    bounds: tuple[float, float] | None = (0.0, 1.0),
 ) -> tuple[float, float, float]:
-    """sum(hits) / sum(totals) with its bootstrap interval: (share, low, high); nan where nothing was counted."""
+    """sum(hits) / sum(totals) with its bootstrap interval: (share, low, high); nan where nothing was counted.
+
+    clusters: how many `weights_BN` draw from; the interval of fewer than MIN_CLUSTERS is nan. bounds: between which hits / totals must
+    lie. Where they are all alike no draw differs, but what was not seen may: so many of the clusters as Wilson's interval for none of
+    them allows lie at one of the bounds (of a rate of 0 or 1 this is Wilson's interval).
+    """
     hits, totals = np.asarray(hits_N, float), np.asarray(totals_N, float)
     if not totals.sum() > 0:
         return float("nan"), float("nan"), float("nan")
+    share = float(hits.sum() / totals.sum())
+    if clusters < MIN_CLUSTERS:
+        return share, float("nan"), float("nan")
+    if bounds is not None and np.ptp(hits[totals > 0] / totals[totals > 0]) == 0:
+        unseen = wilson(0, clusters)[1]
+        return share, share - unseen * (share - bounds[0]), share + unseen * (bounds[1] - share)
     drawn = weights_BN @ np.stack([hits, totals], 1)
     with np.errstate(invalid="ignore", divide="ignore"):
         low, high = interval(drawn[:, 0] / drawn[:, 1])
-    return float(hits.sum() / totals.sum()), low, high
+    return share, low, high
+
+
+def known(*limits: float) -> list[float] | None:
+    """The limits of an interval, or None when it has none (nan)."""
+    return None if any(map(math.isnan, limits)) else list(limits)
 
 
 def design_effect(hits_N: Float[np.ndarray, "N"], weights_BN: Int[np.ndarray, "B N"]) -> float:
@@ -171,6 +214,6 @@ def bradley_terry(wins_MM: Float[np.ndarray, "*B M M"], prior: float = 0.5) -> F
         step = np.linalg.solve(laplacian + 1 / len(met), slope[..., None])[..., 0]
         reach = np.ptp(step, -1, keepdims=True)
         strength = strength + step * np.log1p(reach) / np.maximum(reach, np.finfo(float).tiny)
-        if reach.max() < 1e-10:
+        if reach.max(initial=0) < 1e-10:
             break
     return strength

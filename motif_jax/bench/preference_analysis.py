@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 
 from motif_jax.bench import preference
+from motif_jax.bench.preference import MIN_CLUSTERS, known
 from motif_jax.bench.study import REASONS
 from motif_jax.bench.votes import Vote
 from motif_jax.config import UserError
 
-MIN_CLUSTERS = 5  # below that a bootstrap over them says nothing
 LOW_AGREEMENT = 0.2  # below that a majority is hardly more than a coin
+BALANCED = (0.4, 0.6)  # shares of the votes with a system on the left; outside, liking a side looks like liking a system
 
 
 def analyse(
@@ -73,7 +74,8 @@ def _score(vote: Vote, model: str) -> float:
 def compare(a: str, b: str, votes: Sequence[Vote], samples: int, seed: int) -> dict[str, Any]:
     """`a` against `b`: rates of `a` with intervals, reasons, agreement, and what a study of this size can detect.
 
-    A pair whose votes are split evenly is half a win for both in the rate, and left out of the exact test.
+    A pair whose votes are split evenly is half a win for both in the rate, and counts for neither in the test. p is exact and takes the
+    pairs of an image for one; p_independent is the binomial test of pairs that are not even, as if they had nothing in common.
     """
     by_pair = defaultdict(list)
     for v in votes:
@@ -86,20 +88,22 @@ def compare(a: str, b: str, votes: Sequence[Vote], samples: int, seed: int) -> d
     clusters = [group[0].image or group[0].pair for group in pairs]
     scenarios = [group[0].scenario for group in pairs] if all(group[0].scenario for group in pairs) else []
     weights = preference.cluster_weights(clusters, samples, seed)
-    drawn = weights if len(set(clusters)) >= MIN_CLUSTERS else weights[:0]  # without samples every interval is unknown
-    by_scenario = preference.cluster_weights(scenarios, samples, seed) if len(set(scenarios)) >= MIN_CLUSTERS else None
+    by_scenario = preference.cluster_weights(scenarios, samples, seed) if scenarios else None
+    images, people = len(set(clusters)), [v.annotator for group in pairs for v in group]
+
+    def limits(*counted: Any) -> list[float] | None:
+        return known(*preference.share_interval(*counted)[1:])
 
     def rate(hits: np.ndarray, counts: np.ndarray) -> dict[str, Any]:
-        share, *bootstrap = preference.share_interval(hits, counts, weights)
         return {
-            "rate": share,
+            "rate": float(hits.sum() / counts.sum()),
             "wilson": preference.wilson(float(hits.sum()), int(counts.sum())),
-            "bootstrap": bootstrap if len(set(clusters)) >= MIN_CLUSTERS else None,
-            "bootstrap_scenarios": preference.share_interval(hits, counts, by_scenario)[1:]
-            if len(set(scenarios)) >= MIN_CLUSTERS
-            else None,
+            "bootstrap": limits(hits, counts, weights, images),
+            "bootstrap_scenarios": limits(hits, counts, by_scenario, len(set(scenarios))),
         }
 
+    each = np.concatenate(scores)
+    crossed = preference.crossed_weights(np.repeat(clusters, totals.astype(int)), people, samples, seed)
     wins, losses = int((verdicts == 1).sum()), int((verdicts == 0).sum())
     effect = preference.design_effect(verdicts, weights)
     independent, clustered = (preference.minimum_detectable(n) for n in (len(pairs), len(pairs) / effect))
@@ -107,16 +111,20 @@ def compare(a: str, b: str, votes: Sequence[Vote], samples: int, seed: int) -> d
         "a": a,
         "b": b,
         "pairs": len(pairs),
-        "images": len(set(clusters)),
+        "images": images,
         "scenarios": len(set(scenarios)),
         "votes": int(totals.sum()),
-        "annotators": len({v.annotator for v in votes}),
+        "votes_per_pair": [int(totals.min()), int(totals.max())],
+        "annotators": len(set(people)),
         "majority": rate(verdicts, np.ones(len(pairs)))
-        | {"wins": wins, "losses": losses, "even": len(pairs) - wins - losses, "p": preference.binomial_p(wins, wins + losses)},
-        "vote_share": rate(for_a, totals),
+        | {"wins": wins, "losses": losses, "even": len(pairs) - wins - losses}
+        | {"p": preference.sign_flip_p(2 * verdicts - 1, clusters), "p_independent": preference.binomial_p(wins, wins + losses)},
+        "vote_share": rate(for_a, totals)
+        | {"bootstrap_annotators": limits(each, np.ones(len(each)), crossed, min(images, len(set(people))))},
+        "sides": sides(a, votes),
         # Votes none of which has a reason are of a study that did not ask for any.
-        "reasons": {name: _reason(name, a, pairs, totals, drawn) for name in REASONS} if any(v.reasons for v in votes) else {},
-        "agreement": agreement(a, pairs, drawn[: max(1, samples // 4)]),
+        "reasons": {name: _reason(name, a, pairs, totals, weights, images) for name in REASONS} if any(v.reasons for v in votes) else {},
+        "agreement": agreement(a, pairs, weights[: max(1, samples // 4) if images >= MIN_CLUSTERS else 0]),
         "detectable": {
             "independent": independent,
             "clustered": clustered and max(independent, clustered),  # exact tests move in steps: fewer pairs may seem to do better
@@ -125,7 +133,15 @@ def compare(a: str, b: str, votes: Sequence[Vote], samples: int, seed: int) -> d
     }
 
 
-def _reason(name: str, a: str, pairs: list[list[Vote]], totals: np.ndarray, weights: np.ndarray) -> dict[str, Any]:
+def sides(a: str, votes: Sequence[Vote]) -> dict[str, Any]:
+    """How often `a` was shown on the left, and its share of the votes on either side (None where it never was)."""
+    left = [_score(v, a) for v in votes if v.left == a]
+    right = [_score(v, a) for v in votes if v.left != a]
+    share = {name: float(np.mean(x)) if x else None for name, x in (("when_left", left), ("when_right", right))}
+    return {"a_left": len(left) / len(votes)} | share
+
+
+def _reason(name: str, a: str, pairs: list[list[Vote]], totals: np.ndarray, weights: np.ndarray, images: int) -> dict[str, Any]:
     """Shares of single votes: `a` chosen for this reason, `b` chosen for it, neither; and how often who chose a system ticked it."""
     outcome = [[_score(v, a) if name in v.reasons else 0.5 for v in group] for group in pairs]  # a tie has no reasons
     chose = [[_score(v, a) for v in group] for group in pairs]
@@ -137,7 +153,7 @@ def _reason(name: str, a: str, pairs: list[list[Vote]], totals: np.ndarray, weig
     (won, chose_a), (lost, chose_b) = share(1.0), share(0.0)
     found = {}
     for label, hits in (("win", won), ("none", totals - won - lost), ("lose", lost)):
-        rate, low, high = preference.share_interval(hits, totals, weights)
+        rate, low, high = preference.share_interval(hits, totals, weights, images)
         found[label] = {"rate": rate, "low": low, "high": high}
     given = {"a": won.sum() / chose_a.sum() if chose_a.sum() else None, "b": lost.sum() / chose_b.sum() if chose_b.sum() else None}
     return found | {"given_choice": given, "alpha": preference.krippendorff_alpha(np.stack([won, totals - won - lost, lost], 1))}
@@ -221,31 +237,40 @@ def annotators(votes: Sequence[Vote]) -> list[dict[str, Any]]:
 
 def ranking(votes: Sequence[Vote], names: Sequence[str], samples: int, seed: int) -> list[dict[str, Any]] | None:
     """Bradley-Terry strengths of all systems, best first: in points (400 for odds of ten to one, mean zero) with bootstrap intervals
-    over images. None when the systems fall into groups that never met: nothing ranks one group against the other.
+    over images, and over images and annotators. None when the systems fall into groups that never met: nothing ranks one group against
+    the other.
     """
-    clusters = {name: n for n, name in enumerate(sorted({v.image or v.pair for v in votes}))}
-    wins = np.zeros((len(clusters), len(names), len(names)))
+    cells = {cell: n for n, cell in enumerate(sorted({(v.image or v.pair, v.annotator) for v in votes}))}
+    wins = np.zeros((len(cells), len(names), len(names)))
     for v in votes:
-        i, j, c = names.index(v.left), names.index(v.right), clusters[v.image or v.pair]
+        i, j, c = names.index(v.left), names.index(v.right), cells[v.image or v.pair, v.annotator]
         score = _score(v, v.left)
         wins[c, i, j] += score
         wins[c, j, i] += 1 - score
     reached = np.linalg.matrix_power((wins.sum(0) + wins.sum(0).T > 0) + np.eye(len(names)), len(names)) > 0
     if not reached.all():
         return None
-    weights = preference.cluster_weights(list(clusters), samples, seed)
     points = 400 / np.log(10)
     strength = points * preference.bradley_terry(wins.sum(0))
-    drawn = points * preference.bradley_terry(np.einsum("bc,cij->bij", weights, wins))
+    images, people = zip(*cells, strict=True)
+
+    def drawn(weights: np.ndarray, clusters: int) -> np.ndarray:
+        """Strengths [draws, systems]; no draws where there are too few clusters."""
+        return points * preference.bradley_terry(np.tensordot(weights if clusters >= MIN_CLUSTERS else weights[:0], wins, 1))
+
+    over_images = drawn(preference.cluster_weights(images, samples, seed), len(set(images)))
+    crossed = preference.crossed_weights(images, people, samples, seed)
+    over_both = drawn(crossed, min(len(set(images)), len(set(people))))
     rows = []
     for i in np.argsort(-strength):
-        low, high = preference.interval(drawn[:, i] if len(clusters) >= MIN_CLUSTERS else drawn[:0, i])
+        low, high = preference.interval(over_images[:, i])
         rows.append(
             {
                 "model": names[i],
                 "points": float(strength[i]),
                 "low": low,
                 "high": high,
+                "bootstrap_annotators": known(*preference.interval(over_both[:, i])),
                 "votes": float((wins + wins.swapaxes(1, 2))[:, i].sum()),
             }
         )

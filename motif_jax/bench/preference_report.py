@@ -15,8 +15,8 @@ from typing import Any
 from motif_jax import html
 from motif_jax.bench import study
 from motif_jax.bench.arguments import at_least
-from motif_jax.bench.preference import finite
-from motif_jax.bench.preference_analysis import LOW_AGREEMENT, analyse
+from motif_jax.bench.preference import finite, wilson
+from motif_jax.bench.preference_analysis import BALANCED, LOW_AGREEMENT, MIN_CLUSTERS, analyse
 from motif_jax.bench.standings import METRICS, STATIC
 from motif_jax.bench.votes import Vote, read_all, write_votes
 from motif_jax.config import UserError
@@ -47,6 +47,10 @@ def run(arguments: argparse.Namespace) -> None:
     votes, refused = read_all(arguments.votes, arguments.study)
     key = study.load(arguments.study) if arguments.study else None
     found = analyse(votes, key.models if key else (), arguments.reference, arguments.samples, arguments.seed, refused)
+    if key:
+        asked = {task.id for tasks in key.sheets.values() for task in tasks if task.kind == "pair"}
+        if answered := asked & {v.task for v in votes}:  # of a table without tasks nothing is known
+            found["tasks"] = {"answered": len(answered), "all": len(asked)}
     if arguments.scores:
         found["scores"] = _read_scores(arguments.scores, found["models"])
     arguments.output.mkdir(parents=True, exist_ok=True)
@@ -57,10 +61,14 @@ def run(arguments: argparse.Namespace) -> None:
     (arguments.output / "report.json").write_text(json.dumps(finite(found), indent=1) + "\n")
     shown = _examples(found, votes, key, arguments.study / "page" / "media", arguments) if key and arguments.examples else ""
     (arguments.output / "report.html").write_text(page(found, votes, shown))
+    if "tasks" in found:
+        print(_tasks(found))
     for row in found["comparisons"]:
         m = row["majority"]
-        rate = f"{_percent(m['rate'])} % of {row['pairs']} pairs {_interval(m['wilson'])}"
+        rate = f"{_percent(m['rate'])} % of {row['pairs']} pairs {_interval(m['bootstrap'] or m['wilson'])}"
         print(f"{row['a']} against {row['b']}: {rate}, p = {m['p']:.2g}, by Holm {m['p_holm']:.2g}")
+        for note in side_notes([row]):
+            print(note)
     if refused:
         print(f"{len(refused)} votes were refused, the first: {refused[0][:200]}")
     print(arguments.output / "report.html")
@@ -85,8 +93,9 @@ def page(found: dict[str, Any], votes: Sequence[Vote], examples: str = "") -> st
     n = found["votes"].get("pair", 0)
     body = [
         f"<h1>{html.escape(found['reference'])} in pairwise votes</h1>",
-        f"<p>{n} votes of {sum(a['votes'] > 0 for a in found['annotators'])} annotators. Intervals are 95 %: Wilson's as if all were "
-        "independent, and a bootstrap over images, because pairs that share an image are not. Raw votes: "
+        f"<p>{n} votes of {sum(a['votes'] > 0 for a in found['annotators'])} annotators. {_tasks(found)} "
+        "Intervals are 95 %: Wilson's as if all were independent; a bootstrap over images, because pairs that share an image are not; and "
+        f"over images and annotators, because votes of one person are not (none of fewer than {MIN_CLUSTERS} of either). Raw votes: "
         "<a href=votes.csv>votes.csv</a>, <a href=votes.json>votes.json</a>; all numbers: <a href=report.json>report.json</a>.</p>",
         "<h2>Who wins</h2>",
         _win_plot(found),
@@ -103,7 +112,12 @@ def page(found: dict[str, Any], votes: Sequence[Vote], examples: str = "") -> st
         _comments(votes),
         _refused(found["refused"]),
     ]
-    return html.page(found["reference"], body, 76, html.NUMBERS + STYLE)
+    return html.page(found["reference"], body, 84, html.NUMBERS + STYLE)
+
+
+def _tasks(found: dict[str, Any]) -> str:
+    tasks = found.get("tasks")
+    return f"{tasks['answered']} of the study's {tasks['all']} comparisons to be judged are answered." if tasks else ""
 
 
 def _percent(x: float | None, digits: int = 1) -> str:
@@ -127,22 +141,44 @@ def _win_table(found: dict[str, Any]) -> str:
     for r in found["comparisons"]:
         m, v, d = r["majority"], r["vote_share"], r["detectable"]
         name = f"{r['a']} against {r['b']}"
-        counts = f"{m['wins']} / {m['even']} / {m['losses']}"
+        counts = f"{m['wins']} / {m['even']} / {m['losses']}", " to ".join(map(str, dict.fromkeys(r["votes_per_pair"])))
         majorities.append(
-            (name, counts, *_rates(m), f"{m['p']:.2g}", f"{m['p_holm']:.2g}", *map(_percent, (d["independent"], d["clustered"])))
+            (name, *counts, *_rates(m), f"{m['p']:.2g}", f"{m['p_holm']:.2g}", *map(_percent, (d["independent"], d["clustered"])))
         )
-        single.append((name, r["votes"], *_rates(v)))
+        single.append((name, r["votes"], r["annotators"], *_rates(v), _interval(v["bootstrap_annotators"])))
     intervals = ("Wilson", "over images", "over scenarios")
     detectable = ("detectable %", "clustered %")
     return (
         "<h3>Majority of each pair</h3>"
-        + html.table(("", "won / even / lost", "win rate %", *intervals, "p", "p, Holm", *detectable), majorities)
-        + "<p>An even split is half a win for both, and not in the test. p: exact, two-sided, against one half; Holm: adjusted for all "
-        "comparisons here. Detectable: the true win rate that this number of pairs shows with 80 % probability, first as if they were "
-        "independent, then (clustered) given how alike pairs of one image are.</p><h3>Single votes</h3>"
-        + html.table(("", "votes", "for the first %", *intervals), single)
-        + "<p>A tie is half a vote for both.</p>"
+        + html.table(("", "won / even / lost", "votes a pair", "win rate %", *intervals, "p", "p, Holm", *detectable), majorities)
+        + "<p>An even split is half a win for both, and for neither in the test. p: exact, two-sided, against one half, the pairs of an "
+        "image taken as one; Holm: adjusted for all comparisons here. Detectable: the true win rate that this number of pairs shows with "
+        "80 % probability, first as if they were "
+        "independent, then (clustered) given how alike pairs of one image are. <b>p and all intervals of the majority hold for these "
+        "annotators</b>: people who lean to one system make them surer than other people would confirm.</p><h3>Single votes</h3>"
+        + html.table(("", "votes", "annotators", "for the first %", *intervals, "over images and annotators"), single)
+        + "<p>A tie is half a vote for both. Only the last interval speaks of other people than these.</p><h3>Sides</h3>"
+        + _side_table(found)
     )
+
+
+def side_notes(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """A sentence on every comparison whose votes were not given with either system on the left about equally often."""
+    notes = []
+    for r in rows:
+        share = r["sides"]["a_left"]
+        if not BALANCED[0] <= share <= BALANCED[1]:
+            note = f"{r['a']} against {r['b']}: {r['a']} was on the left in {_percent(share, 0)} % of the votes; "
+            notes.append(note + ("side and system cannot be separated" if share in (0, 1) else "compare the shares by side"))
+    return notes
+
+
+def _side_table(found: dict[str, Any]) -> str:
+    rows = []
+    for r in found["comparisons"]:
+        rows.append((f"{r['a']} against {r['b']}", *(_percent(r["sides"][k]) for k in ("a_left", "when_left", "when_right"))))
+    notes = "".join(f"<p class=note>{html.escape(note)}.</p>" for note in side_notes(found["comparisons"]))
+    return html.table(("", "first on the left %", "for it there %", "for it on the right %"), rows) + notes
 
 
 def _beside(found: dict[str, Any]) -> str:
@@ -157,7 +193,7 @@ def _beside(found: dict[str, Any]) -> str:
         for metric in shown:
             m = measures[metric.name]
             value, low, high = (_number(m and m[k] and m[k] * metric.scale, f".{metric.digits}f") for k in ("value", "low", "high"))
-            cells.append(f"{value} [{low}, {high}]" if m else "-")
+            cells.append(value if m is None or m["low"] is None else f"{value} [{low}, {high}]")
         rows.append((system, _percent(against.get(system)), *cells))
     return (
         "<h3>Beside what can be measured</h3>"
@@ -216,9 +252,11 @@ def _ranking(found: dict[str, Any]) -> str:
     rows = []
     for r in found["bradley_terry"]:
         points, low, high, votes = (_number(r[k], ".0f") for k in ("points", "low", "high", "votes"))
-        rows.append((r["model"], points, f"[{low}, {high}]", votes))
-    note = "<p>Bradley-Terry over all votes: 400 points are odds of ten to one, the mean is zero; intervals: bootstrap over images.</p>"
-    return "<h2>Ranking</h2>" + html.table(("system", "points", "95 %", "votes"), rows) + note
+        both = r["bootstrap_annotators"]
+        over_both = "-" if both is None else f"[{both[0]:.0f}, {both[1]:.0f}]"
+        rows.append((r["model"], points, f"[{low}, {high}]", over_both, votes))
+    note = "<p>Bradley-Terry over all votes: 400 points are odds of ten to one, the mean is zero; intervals: bootstrap.</p>"
+    return "<h2>Ranking</h2>" + html.table(("system", "points", "over images", "over images and annotators", "votes"), rows) + note
 
 
 def _annotators(found: dict[str, Any]) -> str:
@@ -267,14 +305,18 @@ def _win_plot(found: dict[str, Any]) -> str:
             (0.13, "vote_share", "#c77700", "single votes"),
         ):
             r = row[key]
-            low, high = r["bootstrap"] or r["wilson"]
+            low, high = r.get("bootstrap_annotators") or r["bootstrap"] or r["wilson"]
             error = [[max(0.0, 100 * (r["rate"] - low))], [max(0.0, 100 * (high - r["rate"]))]]
             axes.errorbar(100 * r["rate"], y + shift, xerr=error, fmt="o", color=colour, capsize=3, label=None if y else label)
     axes.axvline(50, color="#777", linewidth=1, linestyle="--")
     axes.set(xlim=(0, 100), xlabel="wins of the first, %", ylim=(len(rows) - 0.4, -0.6))
     axes.set_yticks(range(len(rows)), [f"{r['a']} against {r['b']}" for r in rows], parse_math=False)
     axes.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
-    return html.plot(figure, "win rates with intervals", "svg")
+    note = "Bars of the majority: over images; of single votes: over images and annotators."
+    few = [f"{r['a']} against {r['b']}" for r in rows if r["vote_share"]["bootstrap_annotators"] is None]
+    if few:
+        note += f" With too few of either, over images alone or Wilson's: {html.escape(', '.join(few))}."
+    return html.plot(figure, "win rates with intervals", "svg") + f"<p>{note}</p>"
 
 
 def _reason_plots(found: dict[str, Any]) -> str:
@@ -305,6 +347,17 @@ def _reason_plots(found: dict[str, Any]) -> str:
     return html.plot(figure, "reasons: won, neither, lost", "svg")
 
 
+def clearest(shares: dict[str, tuple[float, int]], count: int) -> list[str]:
+    """Of {pair: (votes for a system, votes)} so many of the clearest wins, of the most even pairs, and of the clearest losses, none twice.
+
+    Clearest by the lower end of Wilson's interval, since one vote of one is less clear than four of five.
+    """
+    won = sorted(shares, key=lambda name: -wilson(*shares[name])[0])
+    lost = sorted(shares, key=lambda name: wilson(*shares[name])[1])
+    even = sorted(shares, key=lambda name: (abs(shares[name][0] / shares[name][1] - 0.5), -shares[name][1]))
+    return list(dict.fromkeys([*won[:count], *even[:count], *lost[:count]]))
+
+
 def _examples(found: dict[str, Any], votes: Sequence[Vote], key: study.Key, media: pathlib.Path, arguments: argparse.Namespace) -> str:
     """Pairs with the clearest wins and losses and the most even ones, side by side; their videos are copied beside the page."""
     files = {(clip.model, clip.pair): name for name, clip in key.clips.items() if not clip.damage}
@@ -318,12 +371,9 @@ def _examples(found: dict[str, Any], votes: Sequence[Vote], key: study.Key, medi
             own = [v for v in votes if v.kind == "pair" and v.pair == entry.id and {v.left, v.right} == {row["a"], row["b"]}]
             wins = sum(0.5 if v.choice == "tie" else (v.left if v.choice == "left" else v.right) == row["a"] for v in own)
             if own:
-                shares[entry.id] = (wins / len(own), f"{wins:g} of {len(own)}")
-        by_share = sorted(shares, key=lambda name: -shares[name][0])
-        even = sorted(shares, key=lambda name: abs(shares[name][0] - 0.5))
-        chosen = dict.fromkeys([*by_share[: arguments.examples], *even[: arguments.examples], *by_share[::-1][: arguments.examples]])
+                shares[entry.id] = wins, len(own)
         parts.append(f"<h3>{html.escape(row['a'])} (left) against {html.escape(row['b'])}</h3>")
-        for name in chosen:
+        for name in clearest(shares, arguments.examples):
             entry = next(e for e in key.pairs if e.id == name)
             clips = []
             for model in (row["a"], row["b"]):
@@ -332,6 +382,6 @@ def _examples(found: dict[str, Any], votes: Sequence[Vote], key: study.Key, medi
                     f"<figure><video src=media/{files[model, name]} autoplay loop muted playsinline controls></video>"
                     f"<figcaption>{html.escape(model)}</figcaption></figure>"
                 )
-            caption = f"{html.escape(entry.prompt)} <small>({html.escape(shares[name][1])} votes for the left)</small>"
+            caption = f"{html.escape(entry.prompt)} <small>({shares[name][0]:g} of {shares[name][1]} votes for the left)</small>"
             parts.append(f"<div class=example><p>{caption}</p><div>{''.join(clips)}</div></div>")
     return "".join(parts)

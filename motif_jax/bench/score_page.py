@@ -29,13 +29,26 @@ dt{font-weight:600}dd{margin:0 0 .3rem 1rem}"""
 
 
 def text_table(result: Mapping[str, Any]) -> str:
-    """The models' values as a Markdown table, without intervals."""
+    """The models' values as a Markdown table, without intervals; above it what `unequal` has to say."""
     names = [n for n in MOTION + LIKENESS if any(n in model["metrics"] for model in result["models"].values())]
-    lines = ["| model | pairs | " + " | ".join(BY_NAME[n].label for n in names) + " |", "|---" * (len(names) + 2) + "|"]
+    lines = [f"{note}\n"] if (note := unequal(result)) else []
+    lines += ["| model | pairs | " + " | ".join(BY_NAME[n].label for n in names) + " |", "|---" * (len(names) + 2) + "|"]
     for name, model in result["models"].items():
         cells = [_number(n, model["metrics"][n]["value"]) if n in model["metrics"] else "-" for n in names]
         lines.append("| " + " | ".join([name, str(model["pairs"]), *cells]) + " |")
     return "\n".join(lines)
+
+
+def unequal(result: Mapping[str, Any]) -> str:
+    """A sentence when the rows of the models are not of the same pairs."""
+    counts = {model: found["pairs"] for model, found in result["models"].items() if model != STATIC and found["pairs"]}
+    if set(counts.values()) <= {result["common_pairs"]}:
+        return ""
+    listed = ", ".join(f"{model} {n}" for model, n in counts.items())
+    return (
+        f"The rows are not of the same pairs ({listed}; all have {result['common_pairs']}) and cannot be compared: "
+        "the differences of two models are of the pairs that both have."
+    )
 
 
 def write(
@@ -54,9 +67,10 @@ def write(
     body = [
         "<h1>Scores of videos</h1>",
         f"<p>{len(models) - (STATIC in models)} models, {result['pairs']} pairs in the list; {shown}; optical flow: {html.escape(flow)}. "
-        "In brackets 95&nbsp;% bootstrap intervals over images.</p>",
+        "In brackets 95&nbsp;% bootstrap intervals over images, none of fewer than five.</p>",
         "<p><b>A video that does not move wins all likeness and steadiness columns</b>: the row <i>static</i> is the image repeated. "
         "Read them beside the flow. No column knows whether the prompt was followed.</p>",
+        f"<p><b>{html.escape(unequal(result))}</b></p>" if unequal(result) else "",
         "<h2>Motion and steadiness</h2>",
         _table(models, MOTION),
         "<h2>Likeness to the image and to the first frame</h2>",
@@ -84,7 +98,8 @@ def _number(name: str, value: float) -> str:
 def _cell(name: str, found: Mapping[str, float] | None) -> str:
     if found is None:
         return "<td>-"
-    return f"<td>{_number(name, found['value'])}<small>[{_number(name, found['low'])}, {_number(name, found['high'])}]</small>"
+    limits = "" if found["low"] is None else f"<small>[{_number(name, found['low'])}, {_number(name, found['high'])}]</small>"
+    return f"<td>{_number(name, found['value'])}{limits}"
 
 
 def _table(models: Mapping[str, Any], names: Sequence[str]) -> str:
@@ -107,10 +122,10 @@ def _plots(models: Mapping[str, Any]) -> str:
         for y, (model, found) in enumerate(models.items()):
             m = found["metrics"].get(name)
             if m is not None:
-                value, low, high = (scale * m[k] for k in ("value", "low", "high"))
                 colour = "0.5" if model == STATIC else f"C{y % 10}"
-                axes.plot([low, high], [y, y], color=colour, linewidth=2)
-                axes.plot(value, y, "o", color=colour, markersize=6)
+                if m["low"] is not None:
+                    axes.plot([scale * m["low"], scale * m["high"]], [y, y], color=colour, linewidth=2)
+                axes.plot(scale * m["value"], y, "o", color=colour, markersize=6)
         axes.set_title(BY_NAME[name].label, fontsize=10)
         axes.set_yticks(range(len(models)), list(models), parse_math=False)
         axes.grid(axis="x", alpha=0.3)

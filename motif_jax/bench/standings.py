@@ -1,7 +1,7 @@
 """Rows of numbers, one per video, in; what may be said of each model and of each two models out, with intervals.
 
 A pair's value is the mean over its seeds. Intervals are 95 % bootstrap intervals over images, since pairs that share an image are not
-independent; no number here says which model is better, see the notes.
+independent, and none of fewer than five images; no number here says which model is better, see the notes.
 """
 
 from collections import defaultdict
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from motif_jax.bench.preference import bootstrap, cluster_weights, interval
+from motif_jax.bench.preference import MIN_CLUSTERS, bootstrap, cluster_weights, known, share_interval
 
 STATIC = "static"  # the row of the image repeated
 SAMPLES = 2000  # of the bootstrap
@@ -28,10 +28,13 @@ class Metric:
     digits: int = 2
     scale: float = 1
     statistic: Callable[[np.ndarray], float] = np.mean
+    rate: bool = False  # of videos that do a thing: its mean lies between 0 and 1
 
 
 METRICS = (
-    Metric("dynamic_degree", "dynamic degree %", "videos that move by VBench's rule; camera shake and artefacts count too", 1, 100),
+    Metric(
+        "dynamic_degree", "dynamic degree %", "videos that move by VBench's rule; camera shake and artefacts count too", 1, 100, rate=True
+    ),
     Metric("mean_flow", "mean flow", "pixels per frame"),
     Metric("top5_flow", "top-5 % flow", "mean of the fastest 5 % of pixels, which the dynamic degree asks for"),
     Metric("residual_flow", "residual flow", "what is left of the flow without the whole picture's shift: objects, not the camera"),
@@ -66,11 +69,12 @@ METRICS = (
 
 
 def standings(rows: Sequence[Mapping[str, Any]], images: Mapping[str, str], names: Sequence[str] = (), seed: int = 0) -> dict[str, Any]:
-    """{"models": {model: {"videos", "pairs", "images", "metrics": {name: {"value", "low", "high", "pairs"}}}}, "differences": [...]}.
+    """{"models": {model: {"videos", "pairs", "images", "metrics": {name: {"value", "low", "high", "pairs"}}}},
+    "common_pairs": how many all models with rows have, "differences": [...]}.
 
     rows: dicts with `model`, `id`, `seed` and the measures, NaN or absent where there is none. images: pair id -> its image. names: models
-    that stand in the result with or without rows. A difference is of the pairs that both models have: value and interval of `a` minus `b`,
-    the shares of pairs in which either is larger.
+    that stand in the result with or without rows. low and high are None where there is no interval. A difference is of the pairs that both
+    models have: value and interval of `a` minus `b`, the shares of pairs in which either is larger.
     """
     values: dict[str, dict[str, dict[str, list[float]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     for row in rows:
@@ -86,7 +90,11 @@ def standings(rows: Sequence[Mapping[str, Any]], images: Mapping[str, str], name
             "videos": len(own),
             "pairs": len({row["id"] for row in own}),
             "images": len({images[row["id"]] for row in own}),
-            "metrics": {m.name: _estimate(found[m.name], images, m, seed) for m in METRICS if m.name in found},
+            "metrics": {
+                m.name: _estimate(found[m.name], images, m, seed, (0.0, 1.0) if m.rate and model != STATIC else None)
+                for m in METRICS
+                if m.name in found
+            },
         }
     differences = []
     for a, b in combinations(means, 2):
@@ -96,15 +104,22 @@ def standings(rows: Sequence[Mapping[str, Any]], images: Mapping[str, str], name
                 gap = {i: means[a][m.name][i] - means[b][m.name][i] for i in both}
                 shares = {"a_larger": np.mean([g > 0 for g in gap.values()]), "b_larger": np.mean([g < 0 for g in gap.values()])}
                 shares = {k: float(v) for k, v in shares.items()}
-                differences.append({"metric": m.name, "a": a, "b": b, **_estimate(gap, images, m, seed), **shares})
-    return {"models": models, "differences": differences}
+                differences.append(
+                    {"metric": m.name, "a": a, "b": b, **_estimate(gap, images, m, seed, (-1.0, 1.0) if m.rate else None), **shares}
+                )
+    own = [{row["id"] for row in rows if row["model"] == model} for model in means if model != STATIC]
+    return {"models": models, "common_pairs": len(set.intersection(*own)) if own else 0, "differences": differences}
 
 
-def _estimate(of_pair: Mapping[str, float], images: Mapping[str, str], metric: Metric, seed: int) -> dict[str, float]:
+def _estimate(
+    of_pair: Mapping[str, float], images: Mapping[str, str], metric: Metric, seed: int, bounds: tuple[float, float] | None
+) -> dict[str, float | None]:
     values = np.array(list(of_pair.values()))
-    weights = cluster_weights([images[i] for i in of_pair], SAMPLES, seed)
+    clusters = [images[i] for i in of_pair]
+    count, weights = len(set(clusters)), cluster_weights(clusters, SAMPLES, seed)
     if metric.statistic is np.mean:
-        low, high = interval(weights @ values / weights.sum(1))
+        _, *limits = share_interval(values, np.ones(len(values)), weights, count, bounds)
     else:
-        low, high = bootstrap(metric.statistic, values, weights)
+        limits = bootstrap(metric.statistic, values, weights if count >= MIN_CLUSTERS else weights[:0])
+    low, high = known(*limits) or (None, None)
     return {"value": float(metric.statistic(values)), "low": low, "high": high, "pairs": len(values)}

@@ -47,6 +47,10 @@ def test_report(runs):
     assert result["arms"]["none"]["splits"]["validation"][200]["direction_ok"]["mean"] == 0.5
     assert result["arms"]["flow"]["splits"]["heldout"][100]["direction_ok"]["mean"] == 1.0
     assert result["arms"]["flow"]["ratio"][200] == {"all": [2.5, 2.5], "0": [2.0, 2.0], "1": [4.0, 4.0]}
+    ghosts = result["arms"]["none"]["splits"]["heldout"][200]["ghost"]
+    assert ghosts["mean"] == ghosts["low"] == 0 < ghosts["high"]  # none of eight clips
+    gap = result["pairs"][0]["heldout"]["ghost_difference"]
+    assert gap["mean"] == 0 and gap["high"] == -gap["low"] == ghosts["high"]
     # What both arms of a pair have: seeds, and the last step.
     pairs = {(p["a"], p["b"]): p for p in result["pairs"]}
     assert {arms: (p["seeds"], p["step"]) for arms, p in pairs.items()} == {
@@ -59,7 +63,7 @@ def test_report(runs):
     assert pair["heldout"]["motion"]["mean"] == 0.25 and pair["heldout"]["direction_ok_difference"]["mean"] == -0.5
     assert {s: e["mean"] for s, e in result["along"][0]["heldout"].items()} == {100: 0.5, 200: 0.5}
     text = ablation_report.write(runs, result, found)
-    assert "| none | flow | 2 | 200 | 25 [" in text and "| mask | flow | 1 | 100 | 25 [" in text
+    assert "| none | flow | 2 | 200 | 25 (25, 25) |" in text and "| mask | flow | 1 | 100 | 25 [" in text
     assert json.loads((runs / "report.json").read_text())["pairs"][0]["validation"]["strict"]["mean"] == 0.25
     page = (runs / "report.html").read_text()
     assert page.count("data:image/gif") == ablation.SHOWN and "Loss in the moving region over loss" in page
@@ -75,10 +79,11 @@ def made_up(**ratios):
 def test_claims_hold_only_when_all_seeds_and_the_whole_interval_say_so():
     result = made_up(none=[2.0, 2.4], flow=[1.0, 2.1], inverse=[2.5, 3.0])
     names = ("motion", "strict", *(f"{name}_difference" for name in ablation.DIFFERENCES))
-    flow = {n: {"mean": 0.6, "low": 0.4, "high": 0.8} for n in names} | {
-        "background_psnr_difference": {"mean": -1.0, "low": -2.0, "high": -0.5}
+    three = [0.0, 0.0, 0.0]
+    flow = {n: {"mean": 0.6, "low": 0.4, "high": 0.8, "seeds": three} for n in names} | {
+        "background_psnr_difference": {"mean": -1.0, "low": -2.0, "high": -0.5, "seeds": three}
     }
-    inverse = {n: {"mean": -0.3, "low": -0.4, "high": -0.1} for n in names}
+    inverse = {n: {"mean": -0.3, "low": -0.4, "high": -0.1, "seeds": three} for n in names}
     result["pairs"] = [{"a": "flow", "b": "none", "validation": flow, "heldout": flow}]
     result["pairs"] += [{"a": "inverse", "b": "none", "validation": inverse, "heldout": inverse}]
     rows = {claim: (measured, holds) for claim, measured, holds in ablation_report.claims(result)}
@@ -90,6 +95,19 @@ def test_claims_hold_only_when_all_seeds_and_the_whole_interval_say_so():
     assert rows["flow preferred to none, motion rule, seen, %"] == ("60.0 [40.0, 80.0]", "not shown: the interval reaches it")
     assert rows["cost of flow over none: background, seen, dB"] == ("-1.00 [-2.00, -0.50]", "costs")
     assert rows["cost of flow over none: ghosts and smears, seen, points"][1] == "costs"
+
+
+def test_two_seeds_have_no_interval_but_both_are_told():
+    """Also where the pair is turned around."""
+    result = made_up(none=[2.0, 2.4], flow=[1.0, 1.1])
+    names = ("motion", "strict", *(f"{name}_difference" for name in ablation.DIFFERENCES))
+    estimate = {"mean": 0.3, "low": 0.1, "high": 0.5, "seeds": [0.1, 0.5]}
+    result["pairs"] = [{"a": "none", "b": "flow", "validation": dict.fromkeys(names, estimate), "heldout": dict.fromkeys(names, estimate)}]
+    rows = {claim: (measured, holds) for claim, measured, holds in ablation_report.claims(result)}
+    assert rows["flow preferred to none, motion rule, seen, %"] == ("70.0 (90.0, 50.0)", "not shown: the interval reaches it")
+    assert rows["direction, flow over none, seen, points"] == ("-30.0 (-10.0, -50.0)", "no")
+    assert ablation_report.verdict(estimate, 0.0) == "yes, in these two seeds"
+    assert ablation_report.cell(estimate | {"seeds": [0.1, None]}, 100, ".0f") == "30 (10, -)"
 
 
 def test_arms_are_compared_within_their_backbone():

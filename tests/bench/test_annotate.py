@@ -76,6 +76,20 @@ def test_examples_and_gold_items_have_a_damaged_video(small_study):
     assert len({key.clips[t.left].model for t in key.training}) == 2
 
 
+def test_golds_are_of_all_systems_and_the_lowest_seed_is_shown(material, tmp_path):
+    """pair0 has a second seed that is a still."""
+    shutil.copytree(material.folder / "zebrafish", tmp_path / "zebrafish")
+    clip = videos.read_video(tmp_path / "zebrafish" / "pair0_0.mp4").frames
+    videos.save_video(tmp_path / "zebrafish" / "pair0_1.mp4", np.repeat(clip[:1], len(clip), axis=0), 8)
+    given = [f"--videos={name}={folder / name}" for name, folder in (("zebrafish", tmp_path), ("quokka", material.folder))]
+    annotate("build", f"--list={material.folder / 'list.jsonl'}", *given, f"--output={tmp_path / 'study'}", "--size=64", "--no_training")
+    key = study.load(tmp_path / "study")
+    assert {clip.model for clip in key.clips.values() if clip.damage} == {"zebrafish", "quokka"}
+    (name,) = (n for n, c in key.clips.items() if (c.model, c.pair, c.damage) == ("zebrafish", "pair0", ""))
+    shown = videos.read_video(tmp_path / "study" / "page" / "media" / name).frames.astype(float)
+    assert np.abs(shown[-1] - shown[0]).mean() > 2
+
+
 @pytest.mark.parametrize("name", ["recoloured", "frozen", "shuffled", "coarse", "torn"])
 def test_damage_is_damage(name):
     """Every damage leaves size and type, and changes a moving picture by far more than an encoder does."""

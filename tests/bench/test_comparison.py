@@ -56,8 +56,32 @@ def test_seeds_that_differ_widen_the_interval():
     assert apart["seeds"] == pytest.approx([noise[0].mean() - 1, noise[1].mean(), noise[2].mean() + 1])
 
 
+@pytest.mark.parametrize(("seeds", "deviation", "coverage"), [(2, 0.1, 0.87), (2, 0.15, 0.79), (3, 0.1, 0.90), (3, 0.15, 0.86)])
+def test_intervals_of_two_or_three_seeds_are_too_narrow(seeds, deviation, coverage):
+    """Differences (-1, 0, 1) of 90 clips whose chances differ by clip, and by seed with this standard deviation: the interval holds
+    the true mean in so many of 400 runs. Three standard errors of a share of 400: 0.06 at most."""
+    held = 0
+    for run in range(400):
+        rng = np.random.default_rng(run)
+        chance = np.clip(0.4 + rng.normal(0, deviation, (seeds, 1)) + rng.normal(0, 0.25, 90), -0.98, 0.98)
+        x = (rng.random((seeds, 90)) < np.abs(chance)) * np.sign(chance)
+        got = comparison.estimate(x, draws=500)
+        held += got["low"] <= 0.4 <= got["high"]
+    assert held / 400 == pytest.approx(coverage, abs=0.06)
+
+
 def test_missing_values_and_chosen_clips():
-    x = np.array([[1.0, np.nan, 3.0, 100.0]])
-    got = comparison.estimate(x, np.array([True, True, True, False]))
-    assert got["mean"] == 2.0 and got["clips"] == 3 and 1.0 <= got["low"] <= got["high"] <= 3.0
+    x = np.array([[1.0, np.nan, 3.0, 1.0, 3.0, 2.0, 100.0]])
+    got = comparison.estimate(x, np.arange(7) < 6)
+    assert got["mean"] == 2.0 and got["clips"] == 6 and 1.0 <= got["low"] < got["high"] <= 3.0
+    got = comparison.estimate(x, np.arange(7) < 5)  # four known values
+    assert got["mean"] == 2.0 and got["clips"] == 5 and got["low"] is got["high"] is None
     assert comparison.estimate(np.full((2, 3), np.nan))["mean"] is None
+
+
+def test_none_of_many_clips_is_not_none_of_all():
+    """Two seeds do not double the clips: Wilson's interval of 0 of 90, and of 90 of 90, from scipy."""
+    for value in (0, 1):
+        want = stats.binomtest(90 * value, 90).proportion_ci(0.95, method="wilson")
+        got = comparison.estimate(np.full((2, 90), value), bounds=comparison.RATE)
+        np.testing.assert_allclose((got["low"], got["high"]), (want.low, want.high), atol=1e-12)

@@ -32,6 +32,20 @@ def test_wilson_against_scipy():
         wilson(5, 4)
 
 
+def test_sign_flips_equal_scipy_and_the_binomial_test(rng):
+    """scipy flips the signs of the images' sums, which it is given; clusters of one pair leave the binomial test of those not even."""
+    for images, pairs in ((3, 9), (7, 12), (11, 40)):
+        leads, clusters = rng.choice([-1, 0, 1], pairs, p=[0.2, 0.2, 0.6]), rng.integers(0, images, pairs)
+        sums = np.array([leads[clusters == i].sum() for i in range(images)])
+        want = stats.permutation_test((sums,), lambda x, axis: x.sum(axis), permutation_type="samples", n_resamples=np.inf).pvalue
+        assert preference.sign_flip_p(leads, clusters) == pytest.approx(want, rel=1e-9)
+    leads = rng.choice([-1, 0, 1], 320, p=[0.3, 0.1, 0.6])
+    want = stats.binomtest(int((leads == 1).sum()), int((leads != 0).sum())).pvalue
+    assert preference.sign_flip_p(leads, range(320)) == pytest.approx(want, rel=1e-9)
+    assert preference.sign_flip_p([1] * 20, [f"image{n % 5}" for n in range(20)]) == 2 / 2**5
+    assert preference.sign_flip_p([0, 0], ["a", "b"]) == 1
+
+
 def test_holm_equals_statsmodels(rng):
     multitest = pytest.importorskip("statsmodels.stats.multitest")
     for size in (1, 2, 9):
@@ -124,7 +138,7 @@ def test_intervals_cover_the_truth():
     weights = preference.cluster_weights(np.repeat(np.arange(80), 4), 500, seed=3)
     for _ in range(studies):
         verdicts, _clusters = clustered_verdicts(rng, 80, 4, rate, 0.3)
-        _, low, high = preference.share_interval(verdicts, np.ones(320), weights)
+        _, low, high = preference.share_interval(verdicts, np.ones(320), weights, 80)
         hits["bootstrap"] += low <= rate <= high
         low, high = wilson(verdicts.sum(), 320)
         hits["wilson"] += low <= rate <= high
@@ -134,6 +148,46 @@ def test_intervals_cover_the_truth():
     assert 0.95 - 0.027 - 0.01 <= coverage["bootstrap"] <= 0.95 + 0.027
     assert abs(coverage["wilson_independent"] - 0.95) <= 0.027
     assert coverage["wilson"] < 0.90  # design effect 1 + 3 * 0.3: 1.96 / sqrt(1.9) standard errors, 84.5 %
+
+
+@pytest.mark.parametrize(("value", "bounds"), [(0.0, (0, 1)), (1.0, (0, 1)), (0.5, (0, 1)), (0.0, (-1, 1))])
+def test_values_that_are_all_alike_leave_room_for_what_was_not_seen(value, bounds):
+    """90 of them: Wilson's interval for a rate; for others, as many at a bound as scipy's Wilson interval for 0 of 90 allows."""
+    unseen = stats.binomtest(0, 90).proportion_ci(0.95, method="wilson").high
+    weights = preference.cluster_weights(range(90), 100, seed=0)
+    low, high = preference.share_interval(np.full(90, value), np.ones(90), weights, 90, bounds)[1:]
+    np.testing.assert_allclose((low, high), (value - unseen * (value - bounds[0]), value + unseen * (bounds[1] - value)), atol=1e-12)
+    if value in (0, 1) and bounds == (0, 1):
+        np.testing.assert_allclose((low, high), wilson(90 * value, 90), atol=1e-12)
+    assert preference.share_interval(np.full(90, value), np.ones(90), weights, 90, None)[1:] == (value, value)
+
+
+def test_an_interval_over_images_and_people_speaks_of_other_people():
+    """200 studies of 80 images with 4 pairs each, 5 votes a pair of ten people who lean to a system with a standard deviation of 0.6 logit,
+    and no preference. The interval over images holds one half in every second study, the crossed one in nine of ten: ten people are
+    few. Standard errors: 0.035 and 0.02; tolerances are three of them."""
+    rng = np.random.default_rng(3)
+    image, person = np.repeat(np.arange(80), 20), np.concatenate([rng.permutation(10)[:5] for _ in range(320)])
+    weights = [w.astype(float) for w in (preference.cluster_weights(image, 400, 0), preference.crossed_weights(image, person, 400, 0))]
+    hits = np.zeros(2)
+    for _ in range(200):
+        logit = np.repeat(rng.normal(0, 0.8, 320), 5) + rng.normal(0, 0.6, 10)[person]
+        votes = (rng.random(1600) < 1 / (1 + np.exp(-logit))).astype(float)
+        for n, (drawn, clusters) in enumerate(zip(weights, (80, 10), strict=True)):
+            _, low, high = preference.share_interval(votes, np.ones(1600), drawn, clusters)
+            hits[n] += low <= 0.5 <= high
+    assert abs(hits[0] / 200 - 0.5) <= 0.105 and abs(hits[1] / 200 - 0.92) <= 0.06
+
+
+def test_p_of_pairs_that_share_images():
+    """600 studies of 80 images with 4 pairs each, alike within an image, and no preference: 5 % have p below 0.05, within three standard
+    errors of 0.009 and not counting that exact tests stay below; the binomial test has more than twice as many."""
+    rng, found = np.random.default_rng(2), {"flips": 0, "binomial": 0}
+    for _ in range(600):
+        verdicts, clusters = clustered_verdicts(rng, 80, 4, 0.5, 0.3)
+        found["flips"] += preference.sign_flip_p(2 * verdicts - 1, clusters) <= 0.05
+        found["binomial"] += preference.binomial_p(int(verdicts.sum()), 320) <= 0.05
+    assert found["flips"] / 600 <= 0.05 + 0.027 and found["binomial"] / 600 > 0.1
 
 
 def test_the_design_effect_is_that_of_the_clusters(rng):

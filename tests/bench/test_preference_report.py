@@ -5,11 +5,15 @@ import json
 import math
 import pathlib
 import re
+from collections import Counter
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from motif_jax.bench import __main__ as bench
+from motif_jax.bench import preference_report, study
+from motif_jax.bench.preference import bradley_terry, minimum_detectable
 from motif_jax.bench.preference_analysis import analyse
 from motif_jax.bench.votes import Vote, check_vote
 from motif_jax.config import UserError
@@ -111,13 +115,24 @@ def test_our_numbers_of_figure_4_are_those_of_the_reference_tables(shared):
 
 
 def test_the_other_numbers_of_figure_4(figure4):
-    """Wilson's intervals as published beside the paper's table; p from scipy; annotators who vote without regard to sides."""
-    found, _ = figure4
+    """Wilson's intervals as published beside the paper's table; p by scipy and sign flips; annotators who vote without regard to sides."""
+    found, folder = figure4
     row = {r["b"]: r for r in found["comparisons"]}["DynamiCrafter"]
     assert [f"{100 * x:.1f}" for x in row["majority"]["wilson"]] == ["54.9", "65.5"]
-    assert (
-        row["majority"]["p"] == pytest.approx(0.000272, abs=2e-5) and row["majority"]["p_holm"] == row["majority"]["p"]
-    )  # the largest of nine
+    assert row["majority"]["p_independent"] == pytest.approx(0.000272, abs=2e-5)
+    for_motif, image = Counter(), {}
+    for v in json.loads((folder / "report" / "votes.json").read_text()):
+        if "DynamiCrafter" in (v["left"], v["right"]):
+            for_motif[v["pair"]] += 1 if v[v["choice"]] == "MotiF" else -1
+            image[v["pair"]] = v["image"]
+    sums = Counter()
+    for pair, lead in for_motif.items():
+        sums[image[pair]] += np.sign(lead)
+    flips = np.random.default_rng(0).choice([-1, 1], (100_000, len(sums))) @ np.array([*sums.values()])
+    share = np.mean(np.abs(flips) >= sum(sums.values()))
+    # Three standard errors of a share of 100,000.
+    assert row["majority"]["p"] == pytest.approx(share, abs=3 * math.sqrt(share / 100_000))
+    assert row["majority"]["p_holm"] == row["majority"]["p"]  # the largest of nine
     low, high = row["majority"]["bootstrap"]
     assert low < row["majority"]["rate"] < high
     assert row["detectable"]["independent"] == pytest.approx(0.581, abs=1e-3)
@@ -137,6 +152,7 @@ def test_raw_votes_stay_beside_the_report(figure4):
     columns = list(given[0])
     assert [{c: row[c] for c in columns} for row in kept] == given
     page = (folder / "report" / "report.html").read_text()
+    assert "hold for these annotators" in page and page.count("<th scope=col>over images and annotators") == 2
     assert "60.3" in page and "rater 7" in page and page.count("data:image/svg+xml") == 2
 
 
@@ -165,6 +181,16 @@ def test_majorities_ties_and_shares_by_hand():
     assert motion["given_choice"] == {"a": 1.0, "b": 0.4}
     assert row["agreement"]["unanimous"] == pytest.approx(1 / 3) and row["agreement"]["split"] == pytest.approx(2 / 3)
     assert row["agreement"]["kappa_pairs"] == 3 and row["agreement"]["kappa_raters"] == 3
+
+
+def test_p_leaves_even_pairs_out_and_takes_an_image_for_one():
+    """Six wins and two even ones: 2 / 2^6, where two losses would give 0.29. The same on three images: 2 / 2^3."""
+    for images, p in ((8, 2 / 2**6), (3, 2 / 2**3)):
+        votes = [vote(f"p{n}", "r", "A", image=f"i{n % images}") for n in range(8)]
+        votes += [vote(f"p{n}", "s", *("BA" if n > 5 else "AB"), image=f"i{n % images}") for n in range(8)]
+        m = analyse(votes, reference="A", samples=100)["comparisons"][0]["majority"]
+        assert (m["wins"], m["even"], m["losses"]) == (6, 2, 0)
+        assert (m["p"], m["p_independent"]) == (pytest.approx(p), pytest.approx(2 / 2**6))
 
 
 def test_annotators_are_judged_by_gold_repeats_and_the_others():
@@ -209,7 +235,7 @@ def test_votes_without_reasons_have_no_shares_of_reasons(tmp_path):
     rows += [ROW | {"right": "C"}]
     report(f"--votes={saved(tmp_path / 'votes.json', *rows)}", f"--output={tmp_path}", "--samples=100")
     page = (tmp_path / "report.html").read_text()
-    assert page.count("<td>A against B") == 3 and page.count("<td>A against C") == 3 + 4 and page.count("data:image/svg+xml") == 2
+    assert page.count("<td>A against B") == 4 and page.count("<td>A against C") == 4 + 4 and page.count("data:image/svg+xml") == 2
 
 
 @pytest.mark.parametrize("images", [4, 5])
@@ -225,6 +251,148 @@ def test_a_few_images_are_no_sample(tmp_path, images):
     assert (row["majority"]["bootstrap"] is None) == (images < 5) and "nan" not in re.sub(
         'unanim|base64,[^"]*', "", (tmp_path / "report.html").read_text()
     )
+
+
+def test_a_system_that_wins_everything_may_still_lose():
+    """30 of 30: Wilson's interval as published in textbooks, 88.6 to 100 %; of ten images, Wilson's of 10 of 10, 72.2 to 100 %."""
+    for images, low in ((30, 0.886), (10, 0.722)):
+        row = analyse([vote(f"p{n}", "r", "A", image=f"i{n % images}") for n in range(30)], samples=100)["comparisons"][0]
+        for found in (row["majority"]["bootstrap"], row["vote_share"]["bootstrap"]):
+            assert found == [pytest.approx(low, abs=5e-4), 1.0]
+        motion = row["reasons"]["object_motion"]
+        assert motion["win"]["low"] == pytest.approx(low, abs=5e-4) and motion["lose"]["high"] == pytest.approx(1 - low, abs=5e-4)
+
+
+def test_intervals_of_single_votes_know_of_people():
+    """Three of five people choose A on every one of 40 images, two never: drawn again, 0 to 5 of five, with scipy's quantiles. Over images
+    there is next to nothing to draw. Four people are too few."""
+    votes = [vote(f"p{n}", f"r{m}", *("AB" if m < 3 else "BA")) for n in range(40) for m in range(5)]
+    row = analyse(votes, reference="A", samples=4000)["comparisons"][0]
+    share = row["vote_share"]
+    assert share["bootstrap_annotators"] == [pytest.approx(stats.binom.ppf(q, 5, 0.6) / 5) for q in (0.025, 0.975)]
+    assert share["bootstrap"][1] - share["bootstrap"][0] < 0.1 and row["annotators"] == 5
+    few = analyse([v for v in votes if v.annotator != "r4"], reference="A", samples=100)["comparisons"][0]["vote_share"]
+    assert few["bootstrap_annotators"] is None and few["bootstrap"] is not None
+
+
+def test_too_few_people_are_named_under_the_plot(tmp_path):
+    rows = [
+        ROW | {"pair": f"p{n}", "annotator": f"r{m}", "right": name}
+        for n in range(6)
+        for name, few in (("B", 4), ("C", 5))
+        for m in range(few)
+    ]
+    report(f"--votes={saved(tmp_path / 'votes.json', *rows)}", f"--output={tmp_path}", "--samples=100")
+    assert "With too few of either, over images alone or Wilson's: A against B.</p>" in (tmp_path / "report.html").read_text()
+
+
+def test_scenarios_are_no_images():
+    """80 pairs on 80 images, eight of a scenario, which go one way: over scenarios sqrt(8) times as wide as over images."""
+    verdicts = np.repeat([1, 0, 1, 1, 0, 1, 0, 1, 1, 1], 8)
+    votes = [vote(f"p{n}", "r", *("AB" if win else "BA"), image=f"i{n}", scenario=f"s{n // 8}") for n, win in enumerate(verdicts)]
+    found = analyse(votes, reference="A", samples=4000)["comparisons"][0]["majority"]
+    widths = [found[k][1] - found[k][0] for k in ("bootstrap_scenarios", "bootstrap")]
+    assert widths[0] == pytest.approx(math.sqrt(8) * widths[1], rel=0.1)  # both in steps of a tenth and an eightieth
+
+
+def test_what_a_study_detects_given_how_alike_pairs_of_an_image_are():
+    """Four alike pairs an image are worth one: 25 images detect what 25 independent pairs would."""
+    wins = np.random.default_rng(0).permutation(24) < 12
+    votes = [vote(f"p{n}", "r", *("AB" if wins[n // 4] else "BA"), image=f"i{n // 4}") for n in range(96)]
+    found = analyse(votes, samples=4000)["comparisons"][0]["detectable"]
+    assert found["design_effect"] == pytest.approx(4, rel=0.08)
+    assert found["independent"] == minimum_detectable(96)
+    assert minimum_detectable(27) < found["clustered"] <= minimum_detectable(21)
+
+
+def test_intervals_of_agreement_are_of_images():
+    """Two people agree on every pair of 12 images and never on those of 8: alpha and kappa over drawn images, worked out here."""
+    votes = []
+    for n in range(40):
+        votes.append(vote(f"p{n}", "r", *("AB" if n % 2 else "BA"), image=f"i{n // 2}"))
+        votes.append(vote(f"p{n}", "s", *("AB" if (n % 2 == 1) == (n < 24) else "BA"), image=f"i{n // 2}"))
+    found = analyse(votes, samples=4000)["comparisons"][0]["agreement"]
+    agreeing = stats.binom.ppf([0.025, 0.975], 20, 0.6) / 20  # observed; as many choose A as B in every draw, so one half by chance
+    assert found["kappa_interval"] == pytest.approx(2 * agreeing - 1, abs=0.11)  # one image more or less
+    chance = 0.5 * 80 / 79
+    assert found["alpha_interval"] == pytest.approx(1 - (1 - agreeing) / chance, abs=0.11)
+
+
+def test_agreement_on_reasons():
+    """Both give the same reason for the same system, except text alignment, which one of them never gives: below chance."""
+    votes = []
+    for n in range(10):
+        winner, loser = "AB" if n % 2 else "BA"
+        votes += [vote(f"p{n}", name, winner, loser, reasons=given) for name, given in (("r", REASONS[1:3]), ("s", REASONS[2:3]))]
+    found = analyse(votes, samples=100)["comparisons"][0]["reasons"]
+    assert found["object_motion"]["alpha"] == 1 and found["text_alignment"]["alpha"] < 0
+
+
+def test_ties_are_on_neither_side():
+    votes = [vote(f"p{n}", "r", "A", left="A" if n < 3 else "B") for n in range(4)] + [Vote("p9", "r", "A", "B", "tie")]
+    side = analyse(votes, samples=100)["side"]
+    assert (side["rate"], side["count"], side["p"]) == (0.75, 4, pytest.approx(stats.binomtest(3, 4).pvalue))
+
+
+def test_low_agreement_is_named(tmp_path):
+    """Two people who never agree on B, and always on C."""
+    rows = []
+    for n in range(6):
+        for name in "rs":
+            rows.append(ROW | {"pair": f"p{n}", "annotator": name, "choice": "left" if (n % 2 == 0) == (name == "r") else "right"})
+            rows.append(ROW | {"pair": f"p{n}", "annotator": name, "choice": "left" if n % 2 else "right", "right": "C"})
+    report(f"--votes={saved(tmp_path / 'votes.json', *rows)}", f"--output={tmp_path}", "--samples=100", "--reference=A")
+    assert "Agreement below 0.2 in: A against B. A majority" in (tmp_path / "report.html").read_text()
+
+
+def test_the_plot_has_the_intervals_of_the_tables(tmp_path, monkeypatch):
+    """Of the majority over images; of single votes over images and people."""
+    figures = []
+    monkeypatch.setattr(preference_report.html, "plot", lambda figure, *_: figures.append(figure) or "")
+    votes = [vote(f"p{n}", f"r{m}", *("AB" if n < 5 or m == 0 else "BA")) for n in range(8) for m in range(5)]
+    found = analyse(votes, reference="A", samples=400)
+    preference_report.page(found, votes)
+    row = found["comparisons"][0]
+    for container, wanted in zip(
+        figures[0].axes[0].containers, (row["majority"]["bootstrap"], row["vote_share"]["bootstrap_annotators"]), strict=True
+    ):
+        ((start, end),) = container.lines[2][0].get_segments()
+        assert [start[0], end[0]] == pytest.approx([100 * x for x in wanted]) and end[0] - start[0] > 10
+
+
+def test_the_ranking_knows_of_images():
+    """40 images whose four pairs go one way each have twice the interval of 160 single pairs; a standard error of that width is 2 %."""
+    winners = np.random.default_rng(5).random((40, 3)) < 0.6
+    widths = []
+    for shared in (True, False):
+        votes = [
+            vote(f"p{n}", "r", *(pair if winners[n // 4, k] else pair[::-1]), image=f"i{n // 4 if shared else n}")
+            for n in range(160)
+            for k, pair in enumerate(("AB", "AC", "BC"))
+        ]
+        row = next(r for r in analyse(votes, samples=4000)["bradley_terry"] if r["model"] == "A")
+        widths.append(row["high"] - row["low"])
+    assert widths[0] == pytest.approx(2 * widths[1], rel=0.08) and widths[1] > 10
+
+
+def test_the_ranking_knows_of_people():
+    """Three of five always prefer A to B to C, two the reverse: over images all draws are alike, over people 1 to 5 of five prefer A."""
+    votes = []
+    for n in range(40):
+        for m in range(5):
+            votes += [vote(f"p{n}", f"r{m}", *(pair if m < 3 else pair[::-1])) for pair in ("AB", "AC", "BC")]
+    row = next(r for r in analyse(votes, samples=4000)["bradley_terry"] if r["model"] == "A")
+    limits = []
+    for people in (1, 5):
+        wins = np.triu(np.full((3, 3), 40.0 * people), 1) + np.tril(np.full((3, 3), 40.0 * (5 - people)), -1)
+        limits.append(400 / math.log(10) * bradley_terry(wins)[0])
+    assert row["bootstrap_annotators"] == pytest.approx(limits) and row["low"] == pytest.approx(row["high"])
+
+
+def test_ties_count_half_in_the_ranking():
+    """As many wins each way as ties: equal strengths."""
+    votes = [Vote(f"p{n}", "r", a, b, "tie") for n in range(9) for a, b in ("AB", "AC", "BC")]
+    assert [r["points"] for r in analyse(votes, samples=100)["bradley_terry"]] == pytest.approx([0, 0, 0], abs=1e-9)
 
 
 def test_systems_that_never_met_are_not_ranked():
@@ -322,7 +490,7 @@ SCORES = {"dynamic_degree": (0.9, 0.7, 1.0), "mean_flow": (1.25, 1.0, 1.5), "ssi
 
 def scores(path: pathlib.Path, *models: str) -> pathlib.Path:
     measures = {name: dict(zip(("value", "low", "high"), values, strict=True)) for name, values in SCORES.items()}
-    still = measures | {"mean_flow": dict.fromkeys(("value", "low", "high"), 0.0), "ssim_image": None}
+    still = measures | {"mean_flow": {"value": 0.0, "low": None, "high": None}, "ssim_image": None}
     path.write_text(json.dumps({"models": {m: {"metrics": still if m == "static" else measures} for m in models}}))
     return path
 
@@ -338,7 +506,7 @@ def test_votes_stand_beside_scores(tmp_path):
     same = "<td>90.0 [70.0, 100.0]<td>1.25 [1.00, 1.50]<td>0.800 [0.750, 0.850]"
     assert "<th scope=col>preferred to A %<th scope=col>dynamic degree %<th scope=col>mean flow<th scope=col>SSIM frame 0" in page
     assert f"<td>A<td>-{same}" in page and f"<td>B<td>25.0{same}" in page
-    assert "<td>static<td>-<td>90.0 [70.0, 100.0]<td>0.00 [0.00, 0.00]<td>0.800 [0.750, 0.850]<td>-</table>" in page
+    assert "<td>static<td>-<td>90.0 [70.0, 100.0]<td>0.00<td>0.800 [0.750, 0.850]<td>-</table>" in page
 
 
 @pytest.mark.parametrize(
@@ -353,6 +521,66 @@ def test_scores_of_something_else_are_one_line(tmp_path, content, message):
         path.write_text(content)
     with pytest.raises(SystemExit, match=f"--scores=.*{message}"):
         report(f"--votes={saved(tmp_path / 'votes.json', ROW)}", f"--output={tmp_path}", "--samples=100", f"--scores={path}")
+
+
+def test_sides_that_were_never_drawn_are_named(tmp_path, capsys):
+    """A always on the left of B, in three of ten votes on the left of C, in two of five on the left of D, which is balanced enough."""
+    rows = [ROW | {"pair": f"p{n}"} for n in range(10)]
+    rows += [ROW | {"pair": f"p{n}", "right": "C"} | ({} if n < 3 else {"left": "C", "right": "A"}) for n in range(10)]
+    rows += [ROW | {"pair": f"p{n}", "right": "D", "choice": "tie"} | ({} if n < 4 else {"left": "D", "right": "A"}) for n in range(10)]
+    report(f"--votes={saved(tmp_path / 'votes.json', *rows)}", f"--output={tmp_path}", "--samples=100", "--reference=A")
+    found = {r["b"]: r["sides"] for r in json.loads((tmp_path / "report.json").read_text())["comparisons"]}
+    assert found == {
+        "B": {"a_left": 1.0, "when_left": 1.0, "when_right": None},
+        "C": {"a_left": 0.3, "when_left": 1.0, "when_right": 0.0},
+        "D": {"a_left": 0.4, "when_left": 0.5, "when_right": 0.5},
+    }
+    notes = [
+        "A against B: A was on the left in 100 % of the votes; side and system cannot be separated",
+        "A against C: A was on the left in 30 % of the votes; compare the shares by side",
+    ]
+    page, said = (tmp_path / "report.html").read_text(), capsys.readouterr().out
+    assert all(note in page and note in said for note in notes) and said.count("on the left") == page.count("was on the left") == 2
+    assert "<td>A against C<td>30.0<td>100.0<td>0.0" in page
+
+
+def test_the_clearest_pairs_are_not_those_with_the_fewest_votes():
+    shares = {
+        "one": (1, 1),
+        "four": (4, 5),
+        "five": (5, 5),
+        "half": (1, 2),
+        "even": (3, 6),
+        "none": (0, 1),
+        "never": (0, 4),
+        "tie": (2.5, 6),
+    }
+    assert preference_report.clearest(shares, 1) == ["five", "even", "never"]
+    assert preference_report.clearest(shares, 2) == ["five", "four", "even", "half", "never", "tie"]
+
+
+def test_a_report_of_a_study_says_how_far_it_is(small_study, tmp_path, capsys):
+    """Two answers on one pair and one on another, of two copies of three comparisons; examples from the most to the least preferred pair,
+    the first system's video on the left."""
+    key = study.load(small_study)
+    rows = []
+    for sheet, wanted in (("1-1", {"pair2": True, "pair0": False}), ("1-2", {"pair2": True})):
+        for task in key.sheets[sheet]:
+            if task.kind == "pair" and (pair := key.pairs[task.pair].id) in wanted:
+                left, right = (key.clips[name].model for name in (task.left, task.right))
+                choice = "left" if (left == "zebrafish") == wanted[pair] else "right"
+                rows.append({"pair": pair, "annotator": sheet, "left": left, "right": right, "choice": choice, "task": task.id})
+    report(f"--votes={saved(tmp_path / 'given.json', *rows)}", f"--output={tmp_path}", f"--study={small_study}", "--samples=100")
+    found, page = json.loads((tmp_path / "report.json").read_text()), (tmp_path / "report.html").read_text()
+    assert found["tasks"] == {"answered": 3, "all": 6} and found["comparisons"][0]["votes_per_pair"] == [1, 2]
+    said = "3 of the study's 6 comparisons to be judged are answered"
+    assert said in page and said in capsys.readouterr().out and "<td>1 / 0 / 1<td>1 to 2<td>50.0" in page
+    assert re.findall(r"square (.) moves. <small>\((.*?) votes for the left", page) == [("2", "2 of 2"), ("0", "0 of 1")]
+    shown = [key.clips[name] for name in re.findall(r"video src=media/(\S+)", page)]
+    assert [(clip.model, clip.pair) for clip in shown] == [(m, p) for p in ("pair2", "pair0") for m in ("zebrafish", "quokka")]
+    without = saved(tmp_path / "given.json", *({k: v for k, v in row.items() if k != "task"} for row in rows))
+    report(f"--votes={without}", f"--output={tmp_path}", f"--study={small_study}", "--samples=100")
+    assert "tasks" not in json.loads((tmp_path / "report.json").read_text())
 
 
 def test_nobody_is_two_raters(tmp_path, capsys):

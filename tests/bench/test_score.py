@@ -4,6 +4,7 @@ import csv
 import html.parser
 import json
 import math
+import pathlib
 import shutil
 
 import cv2
@@ -14,6 +15,7 @@ from scipy import stats
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from motif_jax.bench import score as module
+from motif_jax.bench import score_page
 from motif_jax.bench.arguments import Parser
 from motif_jax.bench.standings import standings
 from motif_jax.config import UserError
@@ -104,7 +106,7 @@ def test_the_still_video_stands_beside_them(scored):
     _, result = scored
     for metric, expected in (("mean_flow", 0), ("dynamic_degree", 0), ("flicker", 1), ("ssim_image", 1), ("ssim_first_5", 1)):
         still = result["models"]["static"]["metrics"][metric]
-        assert (still["value"], still["low"], still["high"]) == (expected,) * 3
+        assert (still["value"], still["low"], still["high"]) == (expected, None, None)  # three images are no sample
     assert "ssim_first_10" not in result["models"]["static"]["metrics"]
 
 
@@ -112,7 +114,7 @@ def test_differences_are_of_pairs(scored):
     _, result = scored
     (found,) = [d for d in result["differences"] if (d["a"], d["b"], d["metric"]) == ("slow", "fast", "mean_flow")]
     assert found["value"] == pytest.approx(value(result, "slow", "mean_flow") - value(result, "fast", "mean_flow"))
-    assert (found["a_larger"], found["b_larger"], found["pairs"]) == (0, 1, 4) and found["low"] <= found["value"] <= found["high"] < 0
+    assert (found["a_larger"], found["b_larger"], found["pairs"]) == (0, 1, 4)
 
 
 def test_tables(scored):
@@ -124,8 +126,8 @@ def test_tables(scored):
     mean = np.mean([float(r["mean_flow"]) for r in rows if r["model"] == "slow"])
     assert mean == pytest.approx(value(result, "slow", "mean_flow"))
     with (output / "scores.csv").open() as file:
-        table = {(r["model"], r["metric"]): float(r["value"]) for r in csv.DictReader(file)}
-    assert table["slow", "mean_flow"] == value(result, "slow", "mean_flow")
+        table = {(r["model"], r["metric"]): r for r in csv.DictReader(file)}
+    assert float(table["slow", "mean_flow"]["value"]) == value(result, "slow", "mean_flow") and table["slow", "mean_flow"]["low"] == ""
 
 
 class Page(html.parser.HTMLParser):
@@ -150,6 +152,7 @@ def test_the_page_stands_alone(scored):
     for part in ("thing 0 moves", "thing 2 moves", "static", "dynamic degree", "Nothing: every model has every pair"):
         assert part in page.text
     assert "thing 3 moves" not in page.text
+    assert "slow - fast" in page.text and "- static" not in page.text  # differences to the still video: in the json only
 
 
 def test_work_is_not_done_twice(world, scored, tmp_path, monkeypatch):
@@ -208,6 +211,21 @@ def test_whatever_is_wrong_is_named_and_counted(world, tmp_path, capsys):
     assert said not in (tmp_path / "alike" / "index.html").read_text() and said not in capsys.readouterr().out
 
 
+def test_rows_of_other_pairs_are_said_to_be(world, scored, tmp_path, capsys):
+    """`part` has two of the four pairs; every pair of a model counts once, and broken ones do not. Alike models need no sentence."""
+    shutil.copytree(world / "slow", tmp_path / "part")
+    for name in ("pair2_0.mp4", "pair2_1.mp4", "pair3_0.mp4", "pair3_1.mp4"):
+        (tmp_path / "part" / name).write_bytes(b"")
+    videos = [f"part={tmp_path / 'part'}", f"slow={world / 'slow'}"]
+    result = run(list=world / "list.jsonl", videos=videos, output=tmp_path / "out")
+    said = "The rows are not of the same pairs (part 2, slow 4; all have 2) and cannot be compared"
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert result["common_pairs"] == 2 and said in capsys.readouterr().out and said in page
+    assert page.index(said) < page.index("<table")
+    output, alike = scored
+    assert alike["common_pairs"] == 4 and "not of the same pairs" not in (output / "index.html").read_text()
+
+
 def test_a_model_of_broken_videos_keeps_its_row_and_nothing_but_broken_ones_is_an_error(world, tmp_path, capsys):
     broken = tmp_path / "broken"
     broken.mkdir()
@@ -218,6 +236,16 @@ def test_a_model_of_broken_videos_keeps_its_row_and_nothing_but_broken_ones_is_a
     assert "| broken | 0 | - |" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"no video can be measured, the first being .*broken/pair0\.mp4: "):
         run(list=world / "list.jsonl", videos=f"broken={broken}", output=tmp_path)
+
+
+def test_the_still_video_has_the_shape_of_the_first_model(world, tmp_path):
+    for name, clip in (("first", pan(0, 1)), ("last", pan(0, 1)[:4, :32, :40])):
+        (tmp_path / name).mkdir()
+        save_video(tmp_path / name / "pair0.mp4", clip, 8)
+    run(list=world / "list.jsonl", videos=[f"{n}={tmp_path / n}" for n in ("first", "last")], output=tmp_path)
+    with (tmp_path / "videos.csv").open() as file:
+        shapes = {r["model"]: (r["frames"], r["height"], r["width"]) for r in csv.DictReader(file)}
+    assert shapes["static"] == shapes["first"] == ("6", "48", "48") and shapes["last"] == ("4", "32", "40")
 
 
 def test_hidden_files_are_no_frames(world, tmp_path):
@@ -293,12 +321,43 @@ def test_seeds_are_averaged_and_gaps_left_out():
     ]
     rows += [{"model": "n", "id": "b", "mean_flow": 5.0}, {"model": "n", "id": "c", "mean_flow": math.nan}]
     result = standings(rows, dict.fromkeys("abc", "image"))
-    assert result["models"]["m"]["metrics"]["mean_flow"] == {"value": 5, "low": 5, "high": 5, "pairs": 2}  # one image: nothing to draw
+    assert result["models"]["m"]["metrics"]["mean_flow"] == {"value": 5, "low": None, "high": None, "pairs": 2}  # one image
     assert result["models"]["n"]["metrics"]["mean_flow"]["pairs"] == 1
     (gap,) = result["differences"]
     assert (gap["value"], gap["pairs"], gap["a_larger"], gap["b_larger"]) == (3, 1, 1, 0)
     lamps = [{"model": "m", "id": i, "luma_flicker": v} for i, v in zip("abc", (1.0, 2.0, 300.0), strict=True)]
     assert standings(lamps, dict(zip("abc", "abc", strict=True)))["models"]["m"]["metrics"]["luma_flicker"]["value"] == 2
+
+
+@pytest.mark.parametrize("images", [4, 5])
+def test_a_few_images_have_no_interval(images):
+    rows = [{"model": m, "id": str(n), "mean_flow": x * n, "luma_flicker": x * n} for m, x in (("m", 1), ("n", 2)) for n in range(12)]
+    result = standings(rows, {str(n): str(n % images) for n in range(12)})
+    for found in (*result["models"]["m"]["metrics"].values(), *result["differences"]):
+        assert (found["low"] is None) == (found["high"] is None) == (images < 5)
+        assert images < 5 or found["low"] < found["value"] < found["high"]
+
+
+def test_no_video_that_moves_is_not_none_of_all():
+    """0 of 20 images, twice each: Wilson's interval of 0 of 20 from scipy, but 0 for the still video, which cannot move."""
+    rows = [{"model": m, "id": str(n), "dynamic_degree": 0.0, "mean_flow": 0.0} for m in ("m", "n", "static") for n in range(40)]
+    result = standings(rows, {str(n): str(n // 2) for n in range(40)})
+    high = stats.binomtest(0, 20).proportion_ci(0.95, method="wilson").high
+    limits = {m: [v["metrics"]["dynamic_degree"][k] for k in ("low", "high")] for m, v in result["models"].items()}
+    assert limits == {"m": [0, pytest.approx(high)], "n": [0, pytest.approx(high)], "static": [0, 0]}
+    (gap,) = [d for d in result["differences"] if (d["a"], d["b"], d["metric"]) == ("m", "n", "dynamic_degree")]
+    assert [gap["low"], gap["high"]] == [pytest.approx(-high), pytest.approx(high)]
+
+
+def test_differences_know_of_shared_images():
+    """20 images whose four pairs differ alike: the interval of a difference is twice that of as many pairs of single images."""
+    gaps = np.repeat(np.random.default_rng(0).normal(size=20), 4)
+    rows = [{"model": m, "id": str(n), "mean_flow": x * gaps[n]} for m, x in (("m", 1.0), ("n", 0.0)) for n in range(80)]
+    widths = []
+    for shared in (4, 1):
+        (gap,) = standings(rows, {str(n): str(n // shared) for n in range(80)})["differences"]
+        widths.append(gap["high"] - gap["low"])
+    assert widths[0] == pytest.approx(2 * widths[1], rel=0.1)  # the standard error of either width is some 3 %
 
 
 def decoded(path):
@@ -349,19 +408,33 @@ def test_real_videos_against_numpy_and_scikit_image(shared):
 
 @pytest.mark.slow
 def test_the_known_orders_of_real_models(shared, tmp_path):
-    """Every third published group; all 26 give the same orders (docs/evaluate.md)."""
+    """And the table of docs/evaluate.md, to one unit of the last digit."""
     root = shared / "ti2v_bench"
-    pairs = [Pair(p.id, p.image, p.prompt) for p in read_pairs(root) if (root / "videos/motif" / f"{p.id}_0.mp4").exists()][::3]
+    pairs = [Pair(p.id, p.image, p.prompt) for p in read_pairs(root) if (root / "videos/motif" / f"{p.id}_0.mp4").exists()]
     lines = [json.dumps({"id": p.id, "image": str(p.image), "prompt": p.prompt}) for p in pairs]
     (tmp_path / "list.jsonl").write_text("\n".join(lines))
-    models = ("dynamicrafter", "cond_leak", "motif", "cinemo")
+    models = ("dynamicrafter", "cond_leak", "cogvideox", "motif", "cinemo")
     result = run(list=tmp_path / "list.jsonl", videos=[f"{m}={root / 'videos' / m}" for m in models], output=tmp_path)
-    assert {m: v["videos"] for m, v in result["models"].items()} == dict.fromkeys([*models, "static"], 9)
+    assert {m: v["videos"] for m, v in result["models"].items()} == dict.fromkeys([*models, "static"], 26)
+
+    table = (pathlib.Path(__file__).parents[2] / "docs" / "evaluate.md").read_text().split("\n| model | dynamic degree %")[1]
+    shown = {c[0]: c[1:] for line in table.split("\n\n")[0].splitlines()[2:] if (c := [x.strip() for x in line.strip("|").split("|")])}
+    columns = (
+        "dynamic_degree mean_flow top5_flow residual_flow camera_shift flicker luma_flicker smoothness warp_error ssim0_image ssim_image"
+    )
+    for name, cells in shown.items():
+        model = name.lower().replace("-", "_")
+        numbers = [*zip(columns.split(), cells[:-1], strict=True)]
+        numbers += [(f"ssim_first_{k}", x) for k, x in zip((1, 5, 10, 15), cells[-1].split(" / "), strict=True)]
+        for metric, text in numbers:
+            unit = 10.0 ** -len(text.partition(".")[2])  # of the last digit: another processor may round otherwise
+            assert value(result, model, metric) * score_page.BY_NAME[metric].scale == pytest.approx(float(text), abs=unit), (name, metric)
+    assert len(shown) == 6
 
     def order(metric, *names):
         return [value(result, name, metric) for name in names]
 
-    flow = order("mean_flow", *models, "static")
+    flow = order("mean_flow", "dynamicrafter", "cond_leak", "motif", "cinemo", "static")
     assert flow == sorted(flow, reverse=True) and flow[-1] == 0
     likeness = order("ssim_image", "static", "cinemo", "motif", "cond_leak", "dynamicrafter")
     assert likeness == sorted(likeness, reverse=True) and likeness[0] == 1

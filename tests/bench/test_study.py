@@ -57,10 +57,20 @@ def test_repeats_come_late_and_swapped_and_golds_have_a_right_answer():
         assert len(repeats) == 2
         for t in repeats:
             first = tasks[at[t.repeats]]
-            assert (t.left, t.right, t.pair) == (first.right, first.left, first.pair) and at[t.id] - at[first.id] > 2
+            assert (t.left, t.right, t.pair) == (first.right, first.left, first.pair)
+            own = [t.id for t in tasks if t.kind == "pair"]
+            assert own.index(first.id) < len(own) / 3  # from the first third of the comparisons
+            before = [x for x in tasks[: at[t.id]] if x.kind == "pair"]
+            assert len(before) >= len(own) / 2 - 1  # in the second half; an earlier repeat may count as one
         golds = [t for t in tasks if t.kind == "gold"]
         assert sorted(t.better for t in golds) == ["left", "right"]
         assert all((t.right if t.better == "left" else t.left).startswith("damaged") for t in golds)
+
+
+def test_golds_are_anywhere_on_a_sheet():
+    """Of 50 gold items on 25 sheets of 22 tasks some lie in the first third, some in the middle and some in the last."""
+    places = [3 * n // len(tasks) for tasks in dealt().values() for n, t in enumerate(tasks) if t.kind == "gold"]
+    assert len(places) == 50 and all(places.count(third) >= 5 for third in range(3))
 
 
 def test_order_differs_between_annotators_and_follows_the_seed():
@@ -71,7 +81,8 @@ def test_order_differs_between_annotators_and_follows_the_seed():
 
     assert shown(one) == shown(same) != shown(other)
     assert {t.id for t in one["1-1"]}.isdisjoint(t.id for t in same["1-1"])  # names are never predictable
-    assert [t.pair for t in one["1-1"]] != [t.pair for t in one["1-2"]]
+    orders = {tuple((t.pair, *sorted((t.left, t.right))) for t in one[f"1-{copy}"] if t.kind == "pair") for copy in range(1, 6)}
+    assert len(orders) == 5 and len(set(map(frozenset, orders))) == 1  # the same comparisons for everybody, in another order
 
 
 @pytest.mark.parametrize("pairs", [1, 2, 3])
