@@ -48,8 +48,9 @@ def analyse(
     for v in counted:
         groups[tuple(sorted((v.left, v.right), key=names.index))].append(v)
     rows = [compare(a, b, groups[a, b], samples, seed) for a, b in sorted(groups, key=lambda g: [names.index(n) for n in g])]
-    for row, adjusted in zip(rows, preference.holm([row["majority"]["p"] for row in rows]), strict=True):
-        row["majority"]["p_holm"] = adjusted
+    for p, name in (("p", "p_holm"), ("p_images", "p_images_holm")):
+        for row, adjusted in zip(rows, preference.holm([row["majority"][p] for row in rows]), strict=True):
+            row["majority"][name] = adjusted
     seconds = [v.seconds for v in counted if v.seconds is not None]
     return {
         "reference": reference,
@@ -74,8 +75,8 @@ def _score(vote: Vote, model: str) -> float:
 def compare(a: str, b: str, votes: Sequence[Vote], samples: int, seed: int) -> dict[str, Any]:
     """`a` against `b`: rates of `a` with intervals, reasons, agreement, and what a study of this size can detect.
 
-    A pair whose votes are split evenly is half a win for both in the rate, and counts for neither in the test. p is exact and takes the
-    pairs of an image for one; p_independent is the binomial test of pairs that are not even, as if they had nothing in common.
+    A pair whose votes are split evenly is half a win for both in the rate, and counts for neither in the test. p is the exact
+    binomial test of the others, as if pairs had nothing in common; p_images takes the pairs of an image for one.
     """
     by_pair = defaultdict(list)
     for v in votes:
@@ -118,7 +119,7 @@ def compare(a: str, b: str, votes: Sequence[Vote], samples: int, seed: int) -> d
         "annotators": len(set(people)),
         "majority": rate(verdicts, np.ones(len(pairs)))
         | {"wins": wins, "losses": losses, "even": len(pairs) - wins - losses}
-        | {"p": preference.sign_flip_p(2 * verdicts - 1, clusters), "p_independent": preference.binomial_p(wins, wins + losses)},
+        | {"p": preference.binomial_p(wins, wins + losses), "p_images": preference.sign_flip_p(2 * verdicts - 1, clusters)},
         "vote_share": rate(for_a, totals)
         | {"bootstrap_annotators": limits(each, np.ones(len(each)), crossed, min(images, len(set(people))))},
         "sides": sides(a, votes),

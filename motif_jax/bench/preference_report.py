@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> None:
     for row in found["comparisons"]:
         m = row["majority"]
         rate = f"{_percent(m['rate'])} % of {row['pairs']} pairs {_interval(m['bootstrap'] or m['wilson'])}"
-        print(f"{row['a']} against {row['b']}: {rate}, p = {m['p']:.2g}, by Holm {m['p_holm']:.2g}")
+        print(f"{row['a']} against {row['b']}: {rate}, p = {m['p_images']:.2g}, by Holm {m['p_images_holm']:.2g}")
         for note in side_notes([row]):
             print(note)
     if refused:
@@ -142,20 +142,19 @@ def _win_table(found: dict[str, Any]) -> str:
         m, v, d = r["majority"], r["vote_share"], r["detectable"]
         name = f"{r['a']} against {r['b']}"
         counts = f"{m['wins']} / {m['even']} / {m['losses']}", " to ".join(map(str, dict.fromkeys(r["votes_per_pair"])))
-        majorities.append(
-            (name, *counts, *_rates(m), f"{m['p']:.2g}", f"{m['p_holm']:.2g}", *map(_percent, (d["independent"], d["clustered"])))
-        )
+        ps = (f"{m[p]:.2g}" for p in ("p", "p_images", "p_images_holm"))
+        majorities.append((name, *counts, *_rates(m), *ps, *map(_percent, (d["independent"], d["clustered"]))))
         single.append((name, r["votes"], r["annotators"], *_rates(v), _interval(v["bootstrap_annotators"])))
     intervals = ("Wilson", "over images", "over scenarios")
-    detectable = ("detectable %", "clustered %")
+    tests = ("p", "p over images", "Holm", "detectable %", "clustered %")
     return (
         "<h3>Majority of each pair</h3>"
-        + html.table(("", "won / even / lost", "votes a pair", "win rate %", *intervals, "p", "p, Holm", *detectable), majorities)
-        + "<p>An even split is half a win for both, and for neither in the test. p: exact, two-sided, against one half, the pairs of an "
-        "image taken as one; Holm: adjusted for all comparisons here. Detectable: the true win rate that this number of pairs shows with "
-        "80 % probability, first as if they were "
-        "independent, then (clustered) given how alike pairs of one image are. <b>p and all intervals of the majority hold for these "
-        "annotators</b>: people who lean to one system make them surer than other people would confirm.</p><h3>Single votes</h3>"
+        + html.table(("", "won / even / lost", "votes a pair", "win rate %", *intervals, *tests), majorities)
+        + "<p>An even split is half a win for both, and for neither in the tests. p: exact, two-sided, against one half, as if pairs were "
+        "independent; over images: the pairs of an image taken as one; Holm: the latter, adjusted for all comparisons here. Detectable: "
+        "the true win rate that this number of pairs shows with 80 % probability, first as if they were independent, then (clustered) "
+        "given how alike pairs of one image are. <b>p and all intervals of the majority hold for these annotators</b>: people who lean "
+        "to one system make them surer than other people would confirm.</p><h3>Single votes</h3>"
         + html.table(("", "votes", "annotators", "for the first %", *intervals, "over images and annotators"), single)
         + "<p>A tie is half a vote for both. Only the last interval speaks of other people than these.</p><h3>Sides</h3>"
         + _side_table(found)
