@@ -71,7 +71,7 @@ def common_format(lengths: dict[pathlib.Path, tuple[int, float]], height: int, w
     Frames are dropped, never made up: a frame rate that is no whole multiple of the study's, or too few frames, raises UserError.
     """
     fps = fps or min(rate for _, rate in lengths.values())
-    faults = [f"{path} has {rate:g}" for path, (_, rate) in lengths.items() if abs(rate / fps - stride(rate, fps)) > RATE_TOLERANCE]
+    faults = [f"{path} has {rate:g}" for path, (_, rate) in lengths.items() if not reaches(rate, fps)]
     if faults:
         raise UserError(
             f"--fps={fps:g}: {len(faults)} videos run at no whole multiple of it ({enumerate_first(faults, 3)}); "
@@ -89,6 +89,11 @@ def common_format(lengths: dict[pathlib.Path, tuple[int, float]], height: int, w
 def stride(rate: float, fps: float) -> int:
     """n such that every n-th frame of a video at `rate` frames a second gives about `fps`."""
     return max(1, round(rate / fps))
+
+
+def reaches(rate: float, fps: float) -> bool:
+    """Whether `stride` brings `rate` to about `fps`: whether it is a whole multiple, within a tenth of `fps`."""
+    return abs(rate / fps - stride(rate, fps)) <= RATE_TOLERANCE
 
 
 def read(path: pathlib.Path, rate: float, form: Format) -> UInt8[np.ndarray, "T H W 3"]:
