@@ -81,7 +81,8 @@ def run_build(arguments: argparse.Namespace) -> None:
             else:
                 missing.append(f"{name} has none of {pair.id}")
     if missing:
-        raise UserError(f"--videos: {len(missing)} of {len(pairs) * len(systems)} videos are missing: {enumerate_first(missing, 5)}")
+        absent = f"{len(missing)} of {len(pairs) * len(systems)} videos are missing: {enumerate_first(missing, 5)}"
+        raise UserError(f"--videos: {absent}; make them, or take their pairs out of --list")
     if len(pairs) < len(listed):
         print(f"{len(listed) - len(pairs)} of {len(listed)} pairs are left out: there is no video of them")
 

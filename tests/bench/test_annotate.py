@@ -151,7 +151,7 @@ def test_pairs_without_any_video_are_left_out(material, tmp_path, capsys):
         (["--frames=-3"], "argument --frames: -3: must be at least 2"),
         (["--fps=0"], "argument --fps: 0: must be positive"),
         (["--seed=-1"], "argument --seed: -1: must be at least 0"),
-        (["--videos=third={folder}/empty"], "3 of 9 videos are missing: third has none of pair0"),
+        (["--videos=third={folder}/empty"], "3 of 9 videos are missing: third has none of pair0.*; make them, or take their pairs out"),
         (["--videos=third={folder}/broken"], r"2 of 9 files cannot be used: .*pair1.mp4: cannot be read"),
     ],
 )
@@ -166,6 +166,27 @@ def test_mistakes_are_one_line(material, tmp_path, options, message):
     with pytest.raises(SystemExit, match=message):
         material.build(tmp_path / "study", *(o.format(folder=material.folder) for o in options))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("frames", "rate", "option", "made"),
+    [(3, 8, "--frames=3", (3, 8)), (8, 2, "--fps=2", (2, 2))],
+)
+def test_a_few_videos_do_not_shrink_a_study_unasked(material, tmp_path, frames, rate, option, made):
+    """One of three is short, or slow: named, with the option that says it is meant. A system that is so throughout sets the format."""
+    shutil.copytree(material.folder / "zebrafish", tmp_path / "third")
+    odd = tmp_path / "third" / "pair1_0.mp4"
+    clip = videos.read_video(odd).frames
+    videos.save_video(odd, clip[:frames], rate)
+    given = (f"--videos=third={tmp_path / 'third'}", "--size=32", "--no_training", "--gold=0")
+    with pytest.raises(SystemExit, match=rf"1 of 9 videos would .* {option} \({odd}\); make them anew, .* or give {option} if"):
+        material.build(tmp_path / "study", *given)
+    key = study.load(material.build(tmp_path / "asked", *given, option))
+    assert (key.frames, key.fps) == made
+    for n in (0, 2):
+        videos.save_video(tmp_path / "third" / f"pair{n}_0.mp4", clip[:frames], rate)
+    key = study.load(material.build(tmp_path / "study", *given))
+    assert (key.frames, key.fps) == made
 
 
 def test_a_study_is_never_overwritten(small_study, material):
