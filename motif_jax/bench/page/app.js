@@ -318,8 +318,10 @@ function setUpForm() {
   if (!study.server) {
     for (const name of Object.keys(study.sheets)) $("sheet").append(new Option(name, name));
     $("choose-sheet").hidden = false;
+    $("sheet").required = true; // here: a hidden field that is required would hold up the form
     const asked = new URLSearchParams(location.search).get("sheet");
-    if (asked in study.sheets) $("sheet").value = asked;
+    if (Object.hasOwn(study.sheets, asked)) $("sheet").value = asked;
+    else if (asked !== null) notice(`There is no sheet ${asked} in this study. Please choose the one that you were told, or ask.`);
   }
   $("annotator").value = recall(slot("name")) || "";
 }
