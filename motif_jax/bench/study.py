@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from motif_jax.config import UserError
+from motif_jax.pairs import plain_name
 
 QUESTION = "Which video is better overall?"
 # The reasons of the paper (its figure 4), what the page says about them, and about the training task that teaches them.
@@ -116,7 +117,7 @@ def comparisons(models: list[str], asked: list[str]) -> list[tuple[str, str]]:
         return [(a, b) for i, a in enumerate(models) for b in models[i + 1 :]]
     found = []
     for text in asked:
-        names = tuple(text.split(":"))
+        names = tuple(map(plain_name, text.split(":")))
         if len(names) != 2 or names[0] == names[1] or not set(names) <= set(models):
             raise UserError(f"--pairs={text}: expected `all` or NAME:NAME of two different names among {', '.join(models)}")
         if names in found or names[::-1] in found:
@@ -183,16 +184,21 @@ def save(key: Key, study: pathlib.Path) -> None:
 
 
 def load(study: pathlib.Path) -> Key:
-    """Reads a study folder. Raises UserError when it is none."""
+    """Reads a study folder, names as `plain_name` has them. Raises UserError when it is none."""
     path = study / "key.json"
+
+    def plain(found: dict[str, str]) -> dict[str, str]:
+        return {field: plain_name(text) for field, text in found.items()}
+
     try:
         found = json.loads(path.read_text())
         return Key(
             **found
             | {
-                "comparisons": [tuple(c) for c in found["comparisons"]],
-                "pairs": [Entry(**e) for e in found["pairs"]],
-                "clips": {name: Clip(**c) for name, c in found["clips"].items()},
+                "models": [plain_name(m) for m in found["models"]],
+                "comparisons": [tuple(map(plain_name, c)) for c in found["comparisons"]],
+                "pairs": [Entry(**plain(e)) for e in found["pairs"]],
+                "clips": {name: Clip(**plain(c)) for name, c in found["clips"].items()},
                 "training": [Task(**t) for t in found["training"]],
                 "sheets": {name: [Task(**t) for t in tasks] for name, tasks in found["sheets"].items()},
             }

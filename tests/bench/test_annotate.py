@@ -262,6 +262,32 @@ def test_a_downloaded_file_with_a_bad_vote_loses_that_vote_only(small_study, tmp
     assert [v["task"] for v in json.loads((tmp_path / "out.json").read_text())] == [second.id]
 
 
+def test_names_in_tables_are_compared_composed_and_without_blanks(small_study, tmp_path, capsys):
+    row = {"pair": "caf\u00e9", "annotator": "Zo\u00e9", "left": "MotiF", "right": "Cinemo", "choice": "left", "comment": " as typed "}
+    other = row | {"pair": "cafe\u0301", "annotator": "Zoe\u0301 ", "left": " Cinemo", "right": "MotiF ", "choice": "right "}
+    blank = row | {"annotator": " "}
+    (tmp_path / "v.json").write_text(json.dumps([row, other, blank, other | {"annotator": "bob "}]))
+    annotate("export", f"--study={small_study}", f"--votes={tmp_path / 'v.json'}", f"--output={tmp_path / 'out.json'}")
+    said = capsys.readouterr().out
+    assert "vote 2: second vote of Zo\u00e9 on pair caf\u00e9" in said and "vote 3: needs the columns" in said
+    kept = json.loads((tmp_path / "out.json").read_text())
+    assert [(v["annotator"], v["pair"], {v["left"], v["right"]}) for v in kept] == [
+        (name, "caf\u00e9", {"MotiF", "Cinemo"}) for name in ("Zo\u00e9", "bob")
+    ]
+    assert kept[0]["comment"] == " as typed " and kept[1]["choice"] == "right"
+
+
+def test_a_study_with_decomposed_names_is_read_composed(small_study, tmp_path):
+    """Its votes come out under the same names as a table with them is read."""
+    found = json.loads((small_study / "key.json").read_text().replace("zebrafish", "ze\\u0301bra").replace('"pair0"', '"paire\\u0301"'))
+    (tmp_path / "key.json").write_text(json.dumps(found))
+    key = study.load(tmp_path)
+    assert key.models == ["z\u00e9bra", "quokka"] == list(key.comparisons[0])
+    assert {c.model for c in key.clips.values()} == set(key.models)
+    assert {c.pair for c in key.clips.values()} == {e.id for e in key.pairs} == {"pair\u00e9", "pair1", "pair2"}
+    assert study.comparisons(key.models, ["ze\u0301bra: quokka"]) == [("z\u00e9bra", "quokka")]
+
+
 def test_votes_of_another_study_are_refused(small_study, tmp_path):
     (tmp_path / "v.json").write_text(json.dumps({"study": "other", "votes": []}))
     with pytest.raises(SystemExit, match="another study"):

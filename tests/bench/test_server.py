@@ -127,6 +127,42 @@ def test_the_same_answer_twice_is_one_vote_and_another_one_is_refused(tmp_path, 
     assert read_records(tmp_path / "v.sqlite", key) == [record]
 
 
+SPELLINGS = ("Zo\u00e9", "Zoe\u0301", "zo\u00e9", " ZOE\u0301 ")
+
+
+def test_all_spellings_of_a_name_are_one_person(tmp_path):
+    """They get one sheet of several copies and examples once, and their votes go under the spelling that they first gave."""
+    key = make_study(tmp_path / "s", pairs=4, annotators=3)  # two sheets in three copies
+    box = Ballots(tmp_path / "v.sqlite", key)
+    example = answer(key.training[0].id, SPELLINGS[0], box.claim(SPELLINGS[0])["sheet"])
+    box.vote(example)
+    for _ in range(2):
+        sheet = box.claim(SPELLINGS[1])["sheet"]
+        for task, name in zip(key.sheets[sheet], SPELLINGS, strict=True):
+            claimed = box.claim(name)
+            assert claimed["sheet"] == sheet and claimed["trained"] == [key.training[0].id]
+            record = answer(task.id, name, sheet)
+            box.vote(record)
+            box.vote(record)  # its acknowledgement was lost
+    assert box.claim("zo\u00e9") == {"sheet": None, "done": [], "trained": [key.training[0].id]}
+    assert {r["annotator"] for r in read_records(tmp_path / "v.sqlite", key)} == {SPELLINGS[0]}
+    assert box.claim("Zoe")["sheet"] is not None  # another name
+
+
+def test_votes_stored_decomposed_are_the_same_persons(tmp_path, key):
+    """As a file of votes may hold them from before names were composed."""
+    old, new = SPELLINGS[1], SPELLINGS[0]
+    box = Ballots(tmp_path / "v.sqlite", key)
+    sheet = box.claim(old)["sheet"]
+    first, second, *_ = key.sheets[sheet]
+    box.vote(answer(first.id, old, sheet))
+    claimed = box.claim(new)
+    assert (claimed["sheet"], claimed["done"]) == (sheet, [first.id])
+    box.vote(answer(second.id, new, sheet))
+    found, refused = votes.read_all([tmp_path / "v.sqlite"], tmp_path / "study")
+    assert [v.annotator for v in found] == [new, new] and not refused
+
+
 def test_training_is_everybodys(tmp_path, key):
     box = Ballots(tmp_path / "v.sqlite", key)
     for name in ("a", "b"):

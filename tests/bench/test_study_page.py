@@ -205,13 +205,13 @@ def test_a_browser_that_stores_nothing_is_told(browser, small_study, fault):
 def test_without_a_server_nobody_gets_a_sheet_that_they_did_not_choose(browser, small_study, asked, told):
     person = Annotator(browser, (small_study / "page" / "index.html").as_uri() + asked, "anna")
     assert person.page.input_value("#sheet") == "" and told in person.page.inner_text("#notice") and bool(told) == bool(asked)
-    person.page.get_by_label("Your name or number").fill("anna")
+    person.page.get_by_label("Your name or number").fill("Zoe\u0301 ")
     person.page.keyboard.press("Enter")
     assert person.page.is_visible("#start") and not person.page.is_visible("#work")
     person.page.get_by_label("Your sheet").select_option("1-2")
     person.page.get_by_role("button", name="Start").click()
     person.page.wait_for_selector("#work:not([hidden])")
-    assert '"sheet":"1-2"' in person.page.evaluate("JSON.stringify(session)") and not person.faults
+    assert person.page.evaluate("session.who") == {"annotator": "Zo\u00e9", "sheet": "1-2"} and not person.faults
 
 
 def test_a_study_from_the_file_system(browser, material, tmp_path):

@@ -349,7 +349,7 @@ function start() {
   setUpVideos();
   $("enter").addEventListener("submit", (event) => {
     event.preventDefault();
-    const annotator = $("annotator").value.trim();
+    const annotator = $("annotator").value.normalize("NFC").trim();
     if (annotator) open(annotator, $("sheet").value);
   });
   $("judge").addEventListener("submit", (event) => {
