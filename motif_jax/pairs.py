@@ -150,7 +150,8 @@ class Folder:
 
 def find_videos(folder: str | pathlib.Path, pairs: Sequence[Pair]) -> Folder:
     """Which file is which pair's: video files, or folders of frames, named <id>, <id>_<seed> (as on the project page), <id>-<seed>
-    or as `vbench_names` says; a manifest of `generate` in the folder decides where there is one. Raises UserError without a folder.
+    or as `vbench_names` says; a manifest of `generate` in the folder decides where there is one. Where `dog` and `dog_1` are both ids,
+    the other files tell whose `dog_1.mp4` is. Raises UserError where they do not, and without a folder.
     """
     folder = pathlib.Path(folder)
     if not folder.is_dir():
@@ -164,14 +165,22 @@ def find_videos(folder: str | pathlib.Path, pairs: Sequence[Pair]) -> Folder:
             listed = {plain_name(v["file"]): (ids.get(plain_name(v["id"])), int(v["seed"])) for v in made}
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{folder / MANIFEST}: is no manifest of videos: {error!r}") from error
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or not (path.suffix.lower() in VIDEOS or (path.is_dir() and frames_in(path))):
-            continue
-        stem = plain_name(path.name if path.is_dir() else path.stem)
-        name, seed = stem, 0
-        if stem not in known and (numbered := re.fullmatch(r"(.+)[_-](\d+)", stem)):
-            name, seed = numbered[1], int(numbered[2])
-        key = listed.get(plain_name(path.name), (known.get(name), seed))
+    stems = {
+        path: plain_name(path.name if path.is_dir() else path.stem)
+        for path in sorted(folder.iterdir())
+        if not path.name.startswith(".") and (path.suffix.lower() in VIDEOS or (path.is_dir() and frames_in(path)))
+    }
+    seeded = {stem: (m[1], int(m[2])) for stem in stems.values() if (m := re.fullmatch(r"(.+)[_-](\d+)", stem)) and m[1] in known}
+    with_seeds = {name for stem, (name, _) in seeded.items() if stem not in known}  # beyond doubt
+    for path, stem in stems.items():
+        name, seed = seeded.get(stem, (stem, 0))
+        key = listed.get(plain_name(path.name))
+        if key is None and name != stem in known and stem not in with_seeds:  # `stem` is an id too, whose videos may be without a seed
+            if name in with_seeds:
+                names = f"{name}_0{seed}{path.suffix} or {stem}_0{path.suffix}"
+                raise UserError(f"--videos: {path} may be seed {seed} of {name} or the video of {stem}; name it {names}")
+            name, seed = stem, 0
+        key = key or (known.get(name), seed)
         if key[0] is None:
             if path.name != "images":  # where `generate --vbench` puts the list's images
                 found.strays.append(path)
