@@ -206,7 +206,10 @@ def _rows(path: pathlib.Path, key: Key | None) -> list[Any] | tuple[Any, ...]:
     try:
         if path.suffix == ".csv":
             with path.open(encoding="utf-8-sig", newline="") as file:
-                return list(csv.DictReader(file))
+                table = csv.DictReader(file)
+                if len(table.fieldnames or ()) == 1 and set(table.fieldnames[0]) & set(";\t"):
+                    raise UserError(f"{path}: its first line has no comma; separate columns by commas, not by semicolons or tabs")
+                return list(table)
         found = json.loads(path.read_text(encoding="utf-8")) if path.suffix == ".json" else None
     except (OSError, ValueError, RecursionError, csv.Error) as error:
         raise UserError(f"{path}: cannot be read ({error})") from error

@@ -277,6 +277,20 @@ def test_names_in_tables_are_compared_composed_and_without_blanks(small_study, t
     assert kept[0]["comment"] == " as typed " and kept[1]["choice"] == "right"
 
 
+@pytest.mark.parametrize(("separator", "named"), [(";", True), ("\t", True), (",", False)])
+def test_a_table_without_commas_is_told_the_remedy(small_study, tmp_path, separator, named):
+    """As spreadsheets write them in many countries."""
+    lines = ["pair,annotator,left,right,choice", "1,anna,MotiF,Cinemo,left"]
+    (tmp_path / "v.csv").write_text("\n".join(lines).replace(",", separator))
+    given = ("export", f"--study={small_study}", f"--votes={tmp_path / 'v.csv'}", f"--output={tmp_path / 'out.csv'}")
+    if named:
+        with pytest.raises(SystemExit, match=r"v\.csv: its first line has no comma; separate columns by commas"):
+            annotate(*given)
+    else:
+        annotate(*given)
+        assert "1,anna,MotiF,Cinemo,left" in (tmp_path / "out.csv").read_text()
+
+
 def test_a_study_with_decomposed_names_is_read_composed(small_study, tmp_path):
     """Its votes come out under the same names as a table with them is read."""
     found = json.loads((small_study / "key.json").read_text().replace("zebrafish", "ze\\u0301bra").replace('"pair0"', '"paire\\u0301"'))
