@@ -43,7 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     serve.add_argument("--host", default="127.0.0.1", help="address to listen at; default 127.0.0.1, this machine only")
     serve.add_argument("--port", default=8000, type=int, help="default 8000; 0 takes a free one")
     serve.add_argument("--token", help="secret part of the link, of letters, digits, - and _; default: made once and kept with the votes")
-    serve.add_argument("--lease", default=60.0, type=positive, help="minutes without a vote after which someone else may take over a sheet")
+    serve.add_argument(
+        "--lease",
+        default=60.0,
+        type=positive,
+        help="minutes without a vote after which someone else may take over a sheet; before the first vote at most 5",
+    )
 
     export = commands.add_parser("export", help="raw votes with the names of the systems")
     export.add_argument("--study", required=True, type=pathlib.Path, help="folder made by build")

@@ -1,7 +1,8 @@
 """The server's ballot box, one SQLite file: hands out sheets and keeps records. What `vote` has returned for is on the disk.
 
-A sheet belongs to one annotator at a time, for as long as they keep voting; after `lease` seconds without a vote somebody else
-may take what is left of it. Nobody gets two copies of the same sheet, and no task is answered twice.
+A sheet belongs to one annotator at a time, for as long as they keep voting; after `lease` seconds without a vote (FIRST_LEASE as
+long as there is none of theirs) somebody else may take what is left of it. Nobody gets two copies of the same sheet, and no task is
+answered twice.
 """
 
 import contextlib
@@ -18,6 +19,7 @@ from motif_jax.bench.study import Key
 from motif_jax.config import UserError
 from motif_jax.pairs import plain_name
 
+FIRST_LEASE = 300.0  # seconds: names mistyped or given out of curiosity must not hold up a study
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS study (id TEXT NOT NULL, token TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS sheets (sheet TEXT PRIMARY KEY, annotator TEXT, seen REAL);
@@ -79,7 +81,8 @@ class Ballots:
             self._db.close()
 
     def claim(self, annotator: str) -> dict[str, Any]:
-        """The sheet to work on: {"sheet", "done": tasks answered already, "trained"}; sheet is None when there is none for them.
+        """The sheet to work on: {"sheet", "done": tasks answered already, "trained"}; sheet is None when there is none for them now, and
+        "later" says then whether there may be one, because others have not finished theirs.
 
         First their own unfinished one, then the unfinished one that has most answers, so that sheets get completed. Who has voted under
         another spelling of the name (see `person`) goes on under that one.
@@ -91,7 +94,9 @@ class Ballots:
             names, trained = [], set()
             answered: dict[str, list[str]] = {sheet: [] for sheet in self.key.sheets}
             begun: dict[str, str] = {}  # which copy of a sheet they have seen; another one they may not
+            active = set()  # (sheet, who has voted on it)
             for task, voter, sheet, training in self._db.execute("SELECT task, annotator, sheet, training FROM votes ORDER BY rowid"):
+                active.add((sheet, person(voter)))
                 if not training:
                     answered[sheet].append(task)
                 if person(voter) == who:
@@ -100,17 +105,18 @@ class Ballots:
                         trained.add(task)
                     else:
                         begun[number(sheet)] = sheet
-            best = None
+            best, later = None, False
             for sheet, holder, seen in self._db.execute("SELECT sheet, annotator, seen FROM sheets"):
-                if len(answered[sheet]) == len(self.key.sheets[sheet]):
+                if len(answered[sheet]) == len(self.key.sheets[sheet]) or begun.get(number(sheet), sheet) != sheet:
                     continue
+                later = True
                 own = holder is not None and person(holder) == who
-                free = holder is None or now - seen > self.lease
-                if (own or free) and begun.get(number(sheet), sheet) == sheet:
+                lease = self.lease if holder and (sheet, person(holder)) in active else min(self.lease, FIRST_LEASE)
+                if own or holder is None or now - seen > lease:
                     rank = (own, len(answered[sheet]))
                     best = max(best, (rank, sheet), key=lambda found: found[0]) if best else (rank, sheet)
             if best is None:
-                return {"sheet": None, "done": [], "trained": sorted(trained)}
+                return {"sheet": None, "done": [], "trained": sorted(trained), "later": later}
             sheet = best[1]
             self._db.execute("UPDATE sheets SET annotator = ?, seen = ? WHERE sheet = ?", ([*names, annotator][0], now, sheet))
             return {"sheet": sheet, "done": answered[sheet], "trained": sorted(trained)}

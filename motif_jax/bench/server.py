@@ -28,7 +28,8 @@ HEADERS = {
 def application(study: pathlib.Path, ballots: Ballots, token: str):
     """The Starlette app: GET <token>/... is the page, POST <token>/claim and <token>/vote take JSON objects.
 
-    claim {"annotator"} -> {"sheet", "tasks", "done", "trained"}; vote {a record, see `votes.check_record`} -> {"stored": true}.
+    claim {"annotator"} -> {"sheet", "tasks", "done", "trained"}, and "later" where sheet is null (see `Ballots.claim`);
+    vote {a record, see `votes.check_record`} -> {"stored": true}.
     400: not such an object, 403: no token, 409: somebody else has the task, 413: too long. Its shutdown closes the ballots.
     """
     from starlette.applications import Starlette

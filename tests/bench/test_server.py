@@ -67,10 +67,14 @@ def test_everybody_gets_a_sheet_and_nobody_two_copies_of_one(tmp_path):
     claims = {name: box.claim(name)["sheet"] for name in ("a", "b", "c", "d")}
     assert sorted(claims.values()) == sorted(key.sheets)
     assert box.claim("a")["sheet"] == claims["a"]  # again the same, not another one
-    assert box.claim("e") == {"sheet": None, "done": [], "trained": []}
+    assert box.claim("e") == {"sheet": None, "done": [], "trained": [], "later": True}
     for task in key.sheets[claims["a"]]:
         box.vote(answer(task.id, "a", claims["a"]))
     assert box.claim("a")["sheet"] is None  # all others are taken
+    for name in "bcd":
+        for task in key.sheets[claims[name]]:
+            box.vote(answer(task.id, name, claims[name]))
+    assert not any(box.claim(name)["later"] for name in "ae")  # all is done
     assert box.claim("e")["sheet"] is None
 
 
@@ -101,6 +105,27 @@ def test_a_sheet_left_alone_goes_to_somebody_else_and_its_answers_stay(two_copie
     clock.now = 120  # 59 seconds after the last vote
     assert box.claim("d")["sheet"] is None
     assert box.claim("gone")["sheet"] is None
+
+
+def test_sheets_that_are_only_opened_come_free_soon(tmp_path):
+    key, clock = make_study(tmp_path / "s", pairs=2, annotators=3), Clock()  # one sheet in three copies
+    box = Ballots(tmp_path / "v.sqlite", key, lease=3600, clock=clock)
+    sheets = {name: box.claim(name)["sheet"] for name in ("anna", "ben", "curious")}
+    assert box.claim("dora") == {"sheet": None, "done": [], "trained": [], "later": True}
+    clock.now = 200
+    box.vote(answer(key.sheets[sheets["anna"]][0].id, "anna", sheets["anna"]))
+    box.vote(answer(key.training[0].id, "ben", sheets["ben"]))  # an example counts
+    clock.now = 301
+    assert box.claim("dora")["sheet"] == sheets["curious"]
+    assert box.claim("emil")["later"]
+    clock.now = 601  # dora has not begun; anna and ben have, and keep theirs for the whole hour
+    assert box.claim("emil")["sheet"] is None
+    clock.now = 602
+    assert box.claim("emil")["sheet"] == sheets["curious"] and box.claim("frida")["sheet"] is None
+    clock.now = 3800
+    assert box.claim("frida")["sheet"] == sheets["curious"] and box.claim("gil")["later"]
+    clock.now = 3801
+    assert box.claim("gil")["sheet"] in (sheets["anna"], sheets["ben"])
 
 
 def test_a_sheet_that_comes_free_again_may_go_back_to_who_began_it(two_copies):
@@ -144,7 +169,7 @@ def test_all_spellings_of_a_name_are_one_person(tmp_path):
             record = answer(task.id, name, sheet)
             box.vote(record)
             box.vote(record)  # its acknowledgement was lost
-    assert box.claim("zo\u00e9") == {"sheet": None, "done": [], "trained": [key.training[0].id]}
+    assert box.claim("zo\u00e9") == {"sheet": None, "done": [], "trained": [key.training[0].id], "later": False}
     assert {r["annotator"] for r in read_records(tmp_path / "v.sqlite", key)} == {SPELLINGS[0]}
     assert box.claim("Zoe")["sheet"] is not None  # another name
 

@@ -192,6 +192,17 @@ def test_two_people_do_a_study_on_the_server(browser, small_study, material, ser
     assert reader.evaluate("[...document.images].every(i => i.naturalWidth > 0)")
 
 
+def test_who_finds_all_sheets_taken_is_asked_to_come_back(browser, small_study, serve, tmp_path):
+    with serve(small_study, tmp_path / "votes.sqlite") as server:
+        people = [Annotator(browser, server.url, name) for name in ("anna", "ben", "curious")]
+        for person in people[:2]:
+            person.start()
+        people[2].page.get_by_label("Your name or number").fill("curious")
+        people[2].page.keyboard.press("Enter")
+        people[2].page.get_by_text("come back in an hour").wait_for()
+        assert "Thank you" not in people[2].page.inner_text("body") and not people[2].faults
+
+
 @pytest.mark.parametrize(
     "fault", ["Object.defineProperty(window, 'localStorage', {get() { throw 0; }})", "Storage.prototype.setItem = () => { throw 0; }"]
 )

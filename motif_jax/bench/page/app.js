@@ -73,7 +73,7 @@ async function open(annotator, sheet) {
     return;
   }
   notice("");
-  if (found.sheet === null) return finish(true);
+  if (found.sheet === null) return finish(true, found.later);
   const tasks = [...study.training, ...found.tasks];
   session = { who: { annotator, sheet: found.sheet }, tasks, done: new Set([...found.done, ...found.trained]) };
   sessionStorage.setItem(slot("session"), JSON.stringify(session.who));
@@ -138,13 +138,18 @@ function update() {
   $("pause").textContent = videos.some((v) => !v.paused) ? "Pause" : "Play";
 }
 
-function finish(nothing) {
+// nothing: there was no sheet; later: others have not finished theirs, which may come free.
+function finish(nothing, later) {
   show("end");
   draft = null;
   for (const video of videos) video.pause();
   sessionStorage.removeItem(slot("session"));
   $("thanks").textContent = nothing ? "There is nothing left to judge for you now. Thank you!" : "This sheet is complete. Thank you!";
   $("after").textContent = study.server ? "All your answers are saved." : "Please download your answers and send the file to whoever asked you.";
+  if (later) {
+    $("thanks").textContent = "Other people are judging what is left.";
+    $("after").textContent = "Not all of them may finish. Please come back in an hour, under the same name. Whatever you have answered is saved.";
+  }
   $("more").hidden = nothing || !study.server;
   $("thanks").focus();
 }
