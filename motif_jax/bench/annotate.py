@@ -187,4 +187,5 @@ def run_export(arguments: argparse.Namespace) -> None:
     votes.write_votes(arguments.output, found)
     for line in refused:
         print(f"refused: {line[:300]}")
-    print(f"{arguments.output}: {len(found)} votes of {len({v.annotator for v in found})} annotators")
+    progress = study.load(arguments.study).progress(v.task for v in found)
+    print(f"{arguments.output}: {len(found)} votes of {len({v.annotator for v in found})} annotators; {progress}")

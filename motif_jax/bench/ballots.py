@@ -75,6 +75,11 @@ class Ballots:
         """The study's token: made with the file, so that links stay valid when the server starts again."""
         return self._db.execute("SELECT token FROM study").fetchone()[0]
 
+    def progress(self) -> str:
+        """See `Key.progress`."""
+        with self._lock:
+            return self.key.progress(task for (task,) in self._db.execute("SELECT task FROM votes"))
+
     def close(self) -> None:
         """Leaves everything in the one file: until then the newest votes are in its write-ahead log beside it."""
         with self._lock:

@@ -133,6 +133,7 @@ def serve(study: pathlib.Path, votes: pathlib.Path, host: str, port: int, token:
         raise UserError(f"--host={host} --port={port}: cannot listen there ({error})") from error
     shown = f"[{host}]" if ":" in host else host
     print(f"http://{shown}:{listener.getsockname()[1]}/{token}/", flush=True)
+    print(ballots.progress(), flush=True)
     # Neither the log nor a header tells the token or what runs here.
     config = uvicorn.Config(application(study, ballots, token), log_level="warning", access_log=False, server_header=False)
     with contextlib.suppress(KeyboardInterrupt):

@@ -11,6 +11,7 @@ import json
 import pathlib
 import random
 import secrets
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,6 +105,11 @@ class Key:
     def tasks(self) -> dict[str, Task]:
         """All tasks by their id."""
         return {t.id: t for tasks in (self.training, *self.sheets.values()) for t in tasks}
+
+    def progress(self, answered: Iterable[str]) -> str:
+        """How far the study is, by the ids of the tasks that have an answer."""
+        planned = {t.id for tasks in self.sheets.values() for t in tasks}
+        return f"{len(planned & set(answered))} of the study's {len(planned)} tasks are answered"
 
 
 def opaque() -> str:

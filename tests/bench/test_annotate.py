@@ -260,6 +260,7 @@ def test_a_downloaded_file_with_a_bad_vote_loses_that_vote_only(small_study, tmp
     said = capsys.readouterr().out
     assert message in said and len(said) < 2000
     assert [v["task"] for v in json.loads((tmp_path / "out.json").read_text())] == [second.id]
+    assert "1 votes of 1 annotators; 1 of the study's 10 tasks are answered" in said
 
 
 def test_names_in_tables_are_compared_composed_and_without_blanks(small_study, tmp_path, capsys):
