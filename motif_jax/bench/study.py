@@ -231,6 +231,7 @@ def page_data(key: Key, server: bool) -> dict[str, Any]:
         "reasons": [{"id": name, "label": label, "help": text, "lesson": lesson} for name, (label, text, lesson) in REASONS.items()],
         "ties": key.ties,
         "aspect": key.width / key.height,
+        "width": key.width,
         "server": server,
         "training": [page_task(key, t) for t in key.training],
     }

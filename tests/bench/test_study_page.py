@@ -225,6 +225,24 @@ def test_without_a_server_nobody_gets_a_sheet_that_they_did_not_choose(browser, 
     assert person.page.evaluate("session.who") == {"annotator": "Zo\u00e9", "sheet": "1-2"} and not person.faults
 
 
+def test_on_a_laptop_videos_keep_their_size_and_explanations_are_seen(browser, material, tmp_path):
+    folder = material.build(tmp_path / "study", "--annotators=1", "--size=320", "--repeats=0", "--gold=0")
+    screen = {"width": 1366, "height": 650}
+    person = Annotator(browser, (folder / "page" / "index.html").as_uri() + "?sheet=1-1", "anna", viewport=screen)
+    person.start()
+    person.watch()
+    assert all(person.page.locator(f"#stage {what}").bounding_box()["width"] >= 320 for what in ("#image", "#left", "#right"))
+    for key in ("1", "i", "Enter"):
+        person.page.keyboard.press(key)
+    person.page.wait_for_selector("#lesson:not([hidden])")
+    for part in ("#lesson", "#next"):
+        box = person.page.locator(part).bounding_box()
+        assert box["y"] >= 0 and box["y"] + box["height"] <= screen["height"], part
+    person.page.keyboard.press("Enter")
+    person.page.wait_for_selector("#count:text-is('Example 2 of 4')")
+    assert person.page.locator("#prompt").bounding_box()["y"] >= 0 and not person.faults
+
+
 def test_a_study_from_the_file_system(browser, material, tmp_path):
     folder = material.build(tmp_path / "study", "--annotators=1", "--size=64", "--repeats=0", "--gold=0", "--no_training", "--ties")
     key = study.load(folder)

@@ -112,6 +112,7 @@ function present(task, following) {
   videos[1].src = source(task.right);
   update();
   $("prompt").focus();
+  scrollTo(0, 0); // focus scrolls nothing where it was already
   preload(following);
 }
 
@@ -285,6 +286,8 @@ function explain(task) {
   $("lesson").textContent = `${right}: ${better} is better. The reason to tick here is "${reason.label}": ${reason.lesson}`;
   $("lesson").hidden = false;
   $("next").textContent = "Continue";
+  // On a laptop both are below the screen, and whoever uses the keyboard would go on without having seen them.
+  for (const id of ["next", "lesson"]) $(id).scrollIntoView({ block: "nearest" });
 }
 
 function download() {
@@ -316,6 +319,7 @@ function setUpForm() {
   $("title").textContent = study.title;
   $("question").textContent = study.question;
   document.documentElement.style.setProperty("--aspect", study.aspect);
+  document.documentElement.style.setProperty("--width", study.width);
   const choices = [["left", "Video 1"], ["right", "Video 2"], ...(study.ties ? [["tie", "About the same"]] : [])];
   for (const [value, label] of choices) option($("choice-options"), "radio", "choice", value, label, "", keyOf(value));
   for (const reason of study.reasons) option($("reason-options"), "checkbox", "reason", reason.id, reason.label, reason.help, keyOf(reason.id));
