@@ -381,12 +381,12 @@ def test_a_server_that_is_stopped_says_nothing_and_leaves_all_votes_in_one_file(
         sheet = client.post("claim", json={"annotator": "a"}).json()["sheet"]
         record = answer(key.sheets[sheet][0].id, "a", sheet)
         assert client.post("vote", json=record).json() == {"stored": True}
-        assert server.process.stdout.readline() == "0 of the study's 200 tasks are answered\n"
-        assert server.stop(sign) == ""
+        assert server.stop(sign) == "" and server.said == "0 of the study's 200 tasks are answered\n"
     shutil.copy(tmp_path / "v.sqlite", tmp_path / "copy.sqlite")
     assert read_records(tmp_path / "copy.sqlite", key) == [record]
     with serve(tmp_path / "study", tmp_path / "v.sqlite") as server:
-        assert server.process.stdout.readline() == "1 of the study's 200 tasks are answered\n"
+        assert httpx.get(server.url).is_success
+        assert server.stop(sign) == "" and server.said == "1 of the study's 200 tasks are answered\n"
 
 
 @pytest.mark.skipif(not pathlib.Path("/proc/net/tcp").exists(), reason="reads the kernel's table of sockets")
