@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import re
+import unicodedata
 import zlib
 from collections import Counter
 from collections.abc import Sequence
@@ -20,6 +21,11 @@ from motif_jax.requested import LONGEST_NAME, MANIFEST, Pair
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 VIDEOS = (".mp4", ".gif", ".webm", ".mov", ".mkv", ".avi")
 NO_TEXT = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # control characters, and lone surrogates, which JSON can spell
+
+
+def plain_name(text: str) -> str:
+    """A name as names are compared: without blanks around it, composed (NFC). Some systems write an accent as a character of its own."""
+    return unicodedata.normalize("NFC", text).strip()
 
 
 def pair_id(image: str, prompt: str) -> str:
@@ -76,7 +82,7 @@ def read_pairs(path: str | pathlib.Path, flag: str = "list", blank: bool = False
             bad.append(f"line {number}: id {identity!r} is no file name")
         else:
             pairs.append(Pair(identity, image, prompt, row["scenario"]))
-    bad += [f"id {i!r} occurs {n} times" for i, n in Counter(p.id for p in pairs).items() if n > 1]
+    bad += [f"id {i!r} occurs {n} times" for i, n in Counter(plain_name(p.id) for p in pairs).items() if n > 1]
     if bad or not pairs:
         raise UserError(f"--{flag}={path}: {enumerate_first(bad) or 'holds no pair'}")
     return pairs
@@ -144,28 +150,38 @@ class Folder:
 
 def find_videos(folder: str | pathlib.Path, pairs: Sequence[Pair]) -> Folder:
     """Which file is which pair's: video files, or folders of frames, named <id>, <id>_<seed> (as on the project page), <id>-<seed>
-    or as `vbench_names` says; a manifest of `generate` in the folder decides where there is one. Raises UserError without a folder.
+    or as `vbench_names` says; a manifest of `generate` in the folder decides where there is one. Where `dog` and `dog_1` are both ids,
+    the other files tell whose `dog_1.mp4` is. Raises UserError where they do not, and without a folder.
     """
     folder = pathlib.Path(folder)
     if not folder.is_dir():
         raise UserError(f"--videos: {folder} is no folder")
+    ids = {plain_name(p.id): p.id for p in pairs}
+    known = {plain_name(name): p.id for name, p in zip(vbench_names(pairs), pairs, strict=True)} | ids
     found, listed = Folder(), {}
     if (folder / MANIFEST).is_file():
         try:
-            listed = {v["file"]: (v["id"], int(v["seed"])) for v in json.loads((folder / MANIFEST).read_text())["videos"]}
+            made = json.loads((folder / MANIFEST).read_text())["videos"]
+            listed = {plain_name(v["file"]): (ids.get(plain_name(v["id"])), int(v["seed"])) for v in made}
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{folder / MANIFEST}: is no manifest of videos: {error!r}") from error
-    ids = {p.id for p in pairs}
-    known = {name: p.id for name, p in zip(vbench_names(pairs), pairs, strict=True)} | {i: i for i in ids}
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or not (path.suffix.lower() in VIDEOS or (path.is_dir() and frames_in(path))):
-            continue
-        stem = path.name if path.is_dir() else path.stem
-        name, seed = stem, 0
-        if stem not in known and (numbered := re.fullmatch(r"(.+)[_-](\d+)", stem)):
-            name, seed = numbered[1], int(numbered[2])
-        key = listed.get(path.name, (known.get(name, ""), seed))
-        if key[0] not in ids:
+    stems = {
+        path: plain_name(path.name if path.is_dir() else path.stem)
+        for path in sorted(folder.iterdir())
+        if not path.name.startswith(".") and (path.suffix.lower() in VIDEOS or (path.is_dir() and frames_in(path)))
+    }
+    seeded = {stem: (m[1], int(m[2])) for stem in stems.values() if (m := re.fullmatch(r"(.+)[_-](\d+)", stem)) and m[1] in known}
+    with_seeds = {name for stem, (name, _) in seeded.items() if stem not in known}  # beyond doubt
+    for path, stem in stems.items():
+        name, seed = seeded.get(stem, (stem, 0))
+        key = listed.get(plain_name(path.name))
+        if key is None and name != stem in known and stem not in with_seeds:  # `stem` is an id too, whose videos may be without a seed
+            if name in with_seeds:
+                names = f"{name}_0{seed}{path.suffix} or {stem}_0{path.suffix}"
+                raise UserError(f"--videos: {path} may be seed {seed} of {name} or the video of {stem}; name it {names}")
+            name, seed = stem, 0
+        key = key or (known.get(name), seed)
+        if key[0] is None:
             if path.name != "images":  # where `generate --vbench` puts the list's images
                 found.strays.append(path)
         elif key in found.videos:

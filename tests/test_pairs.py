@@ -170,6 +170,55 @@ def test_file_names(tmp_path):
         find_videos(tmp_path / "none", pairs)
 
 
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        # All with seeds: dog_1 is of dog, since dog_1_0 is of dog_1.
+        (("dog_0", "dog_1", "dog_1_0", "dog_1_1"), [("dog", 0), ("dog", 1), ("dog_1", 0), ("dog_1", 1)]),
+        (("dog-0", "dog_1", "dog_1-3"), [("dog", 0), ("dog", 1), ("dog_1", 3)]),
+        (("dog", "dog_1"), [("dog", 0), ("dog_1", 0)]),  # all without
+        (("dog_1",), [("dog_1", 0)]),
+        (("dog_01", "dog_1_0"), [("dog", 1), ("dog_1", 0)]),
+        (("dog_0", "dog_1"), r"dog_1\.mp4 may be seed 1 of dog or the video of dog_1; name it dog_01\.mp4 or dog_1_0\.mp4$"),
+    ],
+)
+def test_ids_that_end_in_a_number(tmp_path, files, expected):
+    pairs = [Pair(i, tmp_path / "sky.png", f"See {i}.") for i in ("dog", "dog_1")]
+    for name in files:
+        (tmp_path / f"{name}.mp4").touch()
+    if isinstance(expected, str):
+        with pytest.raises(UserError, match=expected):
+            find_videos(tmp_path, pairs)
+        expected = [("dog", 0), ("dog", 1)]
+        videos = [{"file": f"{name}.mp4", "id": i, "seed": seed} for name, (i, seed) in zip(files, expected, strict=True)]
+        (tmp_path / "manifest.json").write_text(json.dumps({"videos": videos}))
+    found = find_videos(tmp_path, pairs)
+    assert {path.stem: key for key, path in found.videos.items()} == dict(zip(files, expected, strict=True))
+    assert not found.strays + found.doubles
+
+
+@pytest.mark.parametrize("listed", ["caf\u00e9", "cafe\u0301"])
+def test_accents_are_found_however_they_are_written(tmp_path, listed):
+    """macOS writes a letter and its accent as two characters into names of files; they look the same."""
+    pairs = [Pair(listed, tmp_path / "sky.png", f"The {listed} opens.")]
+    names = ("caf\u00e9_0.mp4", "cafe\u0301_1.mp4", "The caf\u00e9 opens.-2.mp4", "The cafe\u0301 opens.-3.mp4", "any.mp4")
+    for name in names:
+        (tmp_path / name).touch()
+    manifest = {"videos": [{"file": "any.mp4", "id": "cafe\u0301", "seed": 4}]}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    found = find_videos(tmp_path, pairs)
+    assert {key: path.name for key, path in found.videos.items()} == {(listed, n): name for n, name in enumerate(names)}
+    assert not found.strays + found.doubles
+
+
+def test_ids_that_look_the_same_are_the_same(tmp_path):
+    picture(tmp_path / "sky.png")
+    lines = [json.dumps({"image": "sky", "prompt": "x", "id": i}) for i in ("caf\u00e9", "cafe\u0301")]
+    (tmp_path / "list.jsonl").write_text("\n".join(lines))
+    with pytest.raises(UserError, match="occurs 2 times"):
+        read_pairs(tmp_path)
+
+
 def test_the_real_list_and_the_names_of_the_project_page(shared):
     pairs = read_pairs(shared / "ti2v_bench")
     assert len(pairs) == 320 and len({p.image for p in pairs}) == 88 and len({p.scenario for p in pairs}) == 22

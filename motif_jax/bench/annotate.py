@@ -43,7 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     serve.add_argument("--host", default="127.0.0.1", help="address to listen at; default 127.0.0.1, this machine only")
     serve.add_argument("--port", default=8000, type=int, help="default 8000; 0 takes a free one")
     serve.add_argument("--token", help="secret part of the link, of letters, digits, - and _; default: made once and kept with the votes")
-    serve.add_argument("--lease", default=60.0, type=positive, help="minutes without a vote after which someone else may take over a sheet")
+    serve.add_argument(
+        "--lease",
+        default=60.0,
+        type=positive,
+        help="minutes without a vote after which someone else may take over a sheet; before the first vote at most 5",
+    )
 
     export = commands.add_parser("export", help="raw votes with the names of the systems")
     export.add_argument("--study", required=True, type=pathlib.Path, help="folder made by build")
@@ -81,7 +86,8 @@ def run_build(arguments: argparse.Namespace) -> None:
             else:
                 missing.append(f"{name} has none of {pair.id}")
     if missing:
-        raise UserError(f"--videos: {len(missing)} of {len(pairs) * len(systems)} videos are missing: {enumerate_first(missing, 5)}")
+        absent = f"{len(missing)} of {len(pairs) * len(systems)} videos are missing: {enumerate_first(missing, 5)}"
+        raise UserError(f"--videos: {absent}; make them, or take their pairs out of --list")
     if len(pairs) < len(listed):
         print(f"{len(listed) - len(pairs)} of {len(listed)} pairs are left out: there is no video of them")
 
@@ -181,4 +187,5 @@ def run_export(arguments: argparse.Namespace) -> None:
     votes.write_votes(arguments.output, found)
     for line in refused:
         print(f"refused: {line[:300]}")
-    print(f"{arguments.output}: {len(found)} votes of {len({v.annotator for v in found})} annotators")
+    progress = study.load(arguments.study).progress(v.task for v in found)
+    print(f"{arguments.output}: {len(found)} votes of {len({v.annotator for v in found})} annotators; {progress}")

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from motif_jax.config import UserError
+from motif_jax.pairs import plain_name
 
 
 class Parser(argparse.ArgumentParser):
@@ -52,7 +53,8 @@ def folders(videos: Sequence[str]) -> dict[str, pathlib.Path]:
     found: dict[str, pathlib.Path] = {}
     for text in videos:
         name, _, folder = text.partition("=")
-        if not (name.strip() and folder) or name in found:
+        name = plain_name(name)
+        if not (name and folder) or name in found:
             raise UserError(f"--videos={text}: must be NAME=DIR, every NAME once")
         found[name] = pathlib.Path(folder)
     return found

@@ -1,7 +1,8 @@
 """The server's ballot box, one SQLite file: hands out sheets and keeps records. What `vote` has returned for is on the disk.
 
-A sheet belongs to one annotator at a time, for as long as they keep voting; after `lease` seconds without a vote somebody else
-may take what is left of it. Nobody gets two copies of the same sheet, and no task is answered twice.
+A sheet belongs to one annotator at a time, for as long as they keep voting; after `lease` seconds without a vote (FIRST_LEASE as
+long as there is none of theirs) somebody else may take what is left of it. Nobody gets two copies of the same sheet, and no task is
+answered twice.
 """
 
 import contextlib
@@ -16,7 +17,9 @@ from typing import Any
 
 from motif_jax.bench.study import Key
 from motif_jax.config import UserError
+from motif_jax.pairs import plain_name
 
+FIRST_LEASE = 300.0  # seconds: names mistyped or given out of curiosity must not hold up a study
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS study (id TEXT NOT NULL, token TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS sheets (sheet TEXT PRIMARY KEY, annotator TEXT, seen REAL);
@@ -37,6 +40,11 @@ def number(sheet: str) -> str:
     return sheet.partition("-")[0]
 
 
+def person(name: str) -> str:
+    """What is the same in all spellings of a person's name: phones begin it with a capital, and write accents in their own way."""
+    return plain_name(name).casefold()
+
+
 class Ballots:
     """Opens or makes the file. Raises UserError when it holds another study's votes or is no such file."""
 
@@ -46,6 +54,7 @@ class Ballots:
         self._lock = threading.Lock()
         try:
             self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
+            self._db.create_function("person", 1, person, deterministic=True)
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = FULL")  # with NORMAL a power cut may take the last acknowledged votes
             self._db.executescript(SCHEMA)
@@ -66,39 +75,55 @@ class Ballots:
         """The study's token: made with the file, so that links stay valid when the server starts again."""
         return self._db.execute("SELECT token FROM study").fetchone()[0]
 
+    def progress(self) -> str:
+        """See `Key.progress`."""
+        with self._lock:
+            return self.key.progress(task for (task,) in self._db.execute("SELECT task FROM votes"))
+
     def close(self) -> None:
         """Leaves everything in the one file: until then the newest votes are in its write-ahead log beside it."""
         with self._lock:
             self._db.close()
 
     def claim(self, annotator: str) -> dict[str, Any]:
-        """The sheet to work on: {"sheet", "done": tasks answered already, "trained"}; sheet is None when there is none for them.
+        """The sheet to work on: {"sheet", "done": tasks answered already, "trained"}; sheet is None when there is none for them now, and
+        "later" says then whether there may be one, because others have not finished theirs.
 
-        First their own unfinished one, then the unfinished one that has most answers, so that sheets get completed.
+        First their own unfinished one, then the unfinished one that has most answers, so that sheets get completed. Who has voted under
+        another spelling of the name (see `person`) goes on under that one.
         """
+        who = person(annotator)
         with self._lock, self._db:
             self._db.execute("BEGIN IMMEDIATE")
             now = self.clock()
-            trained = {t for (t,) in self._db.execute("SELECT task FROM votes WHERE annotator = ? AND training", (annotator,))}
+            names, trained = [], set()
             answered: dict[str, list[str]] = {sheet: [] for sheet in self.key.sheets}
             begun: dict[str, str] = {}  # which copy of a sheet they have seen; another one they may not
-            for task, voter, sheet in self._db.execute("SELECT task, annotator, sheet FROM votes WHERE NOT training"):
-                answered[sheet].append(task)
-                if voter == annotator:
-                    begun[number(sheet)] = sheet
-            best = None
+            active = set()  # (sheet, who has voted on it)
+            for task, voter, sheet, training in self._db.execute("SELECT task, annotator, sheet, training FROM votes ORDER BY rowid"):
+                active.add((sheet, person(voter)))
+                if not training:
+                    answered[sheet].append(task)
+                if person(voter) == who:
+                    names.append(voter)
+                    if training:
+                        trained.add(task)
+                    else:
+                        begun[number(sheet)] = sheet
+            best, later = None, False
             for sheet, holder, seen in self._db.execute("SELECT sheet, annotator, seen FROM sheets"):
-                if len(answered[sheet]) == len(self.key.sheets[sheet]):
+                if len(answered[sheet]) == len(self.key.sheets[sheet]) or begun.get(number(sheet), sheet) != sheet:
                     continue
-                own = holder == annotator
-                free = holder is None or now - seen > self.lease
-                if own or (free and begun.get(number(sheet), sheet) == sheet):
+                later = True
+                own = holder is not None and person(holder) == who
+                lease = self.lease if holder and (sheet, person(holder)) in active else min(self.lease, FIRST_LEASE)
+                if own or holder is None or now - seen > lease:
                     rank = (own, len(answered[sheet]))
                     best = max(best, (rank, sheet), key=lambda found: found[0]) if best else (rank, sheet)
             if best is None:
-                return {"sheet": None, "done": [], "trained": sorted(trained)}
+                return {"sheet": None, "done": [], "trained": sorted(trained), "later": later}
             sheet = best[1]
-            self._db.execute("UPDATE sheets SET annotator = ?, seen = ? WHERE sheet = ?", (annotator, now, sheet))
+            self._db.execute("UPDATE sheets SET annotator = ?, seen = ? WHERE sheet = ?", ([*names, annotator][0], now, sheet))
             return {"sheet": sheet, "done": answered[sheet], "trained": sorted(trained)}
 
     def vote(self, record: dict[str, Any]) -> None:
@@ -107,15 +132,18 @@ class Ballots:
         training = task.kind == "training"
         with self._lock, self._db:
             self._db.execute("BEGIN IMMEDIATE")
+            holder = self._db.execute("SELECT annotator FROM sheets WHERE sheet = ?", (record["sheet"],)).fetchone()[0]
+            who = person(record["annotator"])
+            if own := holder is not None and person(holder) == who:
+                record = record | {"annotator": holder}
             before = self._db.execute(
-                "SELECT record FROM votes WHERE task = ? AND (annotator = ? OR NOT training)", (task.id, record["annotator"])
+                "SELECT record FROM votes WHERE task = ? AND (person(annotator) = ? OR NOT training)", (task.id, who)
             ).fetchone()
             if before is not None:
                 if json.loads(before[0]) == record:
                     return
                 raise Taken("this task has an answer already")
-            holder = self._db.execute("SELECT annotator FROM sheets WHERE sheet = ?", (record["sheet"],)).fetchone()[0]
-            if holder != record["annotator"]:
+            if not own:
                 raise Taken("this sheet is somebody else's now")
             now = self.clock()
             row = (task.id, record["annotator"], record["sheet"], training, json.dumps(record), now)

@@ -24,6 +24,7 @@ from motif_jax.bench import flows, score_page
 from motif_jax.bench.arguments import at_least, folders, positive, size
 from motif_jax.bench.preference import finite
 from motif_jax.bench.standings import METRICS, STATIC, standings
+from motif_jax.bench.study_clips import reaches, stride
 from motif_jax.bench.video_metrics import WINDOW, FlowFn, measure
 from motif_jax.config import UserError
 from motif_jax.data.images import MediaError, cover, read_image
@@ -44,6 +45,12 @@ class Settings:
     frames: int | None = None  # the first so many; None: all
     size: tuple[int, int] | None = None  # (height, width) to cover; None: the video's own
     frame_rate: float = FRAME_RATE
+    rate: float | None = None  # to thin faster videos to, before `frames` are counted; None: their own
+
+    @property
+    def key(self) -> str:
+        """What a result depends on. `rate` is in it only where it is given: results from before there was one stay valid."""
+        return json.dumps([VERSION, {k: v for k, v in dataclasses.asdict(self).items() if (k, v) != ("rate", None)}], sort_keys=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,13 +66,15 @@ class Problem:
 def load(path: pathlib.Path, settings: Settings) -> tuple[np.ndarray, float]:
     """(uint8 [T, H, W, 3], frames per second) of a video file or a folder of frames. Raises MediaError."""
     if path.is_dir():
-        pictures = [read_image(p) for p in _frame_files(path)[: settings.frames]]
+        step, fps = _thinning(settings.frame_rate, settings.rate)
+        pictures = [read_image(p) for p in _frame_files(path)[::step][: settings.frames]]
         if len({p.shape for p in pictures}) > 1:
             raise MediaError("changes size", "its frames are not all of one size")
-        frames, fps = np.stack(pictures), settings.frame_rate
+        frames = np.stack(pictures)
     else:
         clip = read_video(path)
-        frames, fps = clip.frames[: settings.frames], clip.fps
+        step, fps = _thinning(clip.fps, settings.rate)
+        frames = clip.frames[::step][: settings.frames]
     if settings.size is not None:
         frames = np.stack([cover(f, *settings.size) for f in frames])
     if len(frames) < max(2, settings.frames or 2):
@@ -73,6 +82,15 @@ def load(path: pathlib.Path, settings: Settings) -> tuple[np.ndarray, float]:
     if min(frames.shape[1:3]) < WINDOW:
         raise MediaError("too small", f"{frames.shape[1]}x{frames.shape[2]}")
     return frames, fps
+
+
+def _thinning(fps: float, rate: float | None) -> tuple[int, float]:
+    """(n, frames per second of every n-th frame) that --rate asks for. Raises MediaError where no n leads there."""
+    if rate is None:
+        return 1, fps
+    if not reaches(fps, rate):
+        raise MediaError("other frame rate", f"{fps:g} frames a second, no whole multiple of --rate={rate:g}; choose a common divisor")
+    return stride(fps, rate), fps / stride(fps, rate)
 
 
 def _frame_files(folder: pathlib.Path) -> list[pathlib.Path]:
@@ -122,7 +140,7 @@ class Scorer:
         return results
 
     def _one(self, pair: Pair, video: Any) -> tuple[str, Row]:
-        digest = hashlib.sha256(json.dumps([VERSION, dataclasses.asdict(self._settings)], sort_keys=True).encode())
+        digest = hashlib.sha256(self._settings.key.encode())
         if self._clip is not None:
             digest.update(pair.prompt.encode())
         try:
@@ -196,7 +214,7 @@ def score(
 
 
 def _unlike(rows: Sequence[Row]) -> list[Problem]:
-    """Videos of another length, size or frame rate than most: flow in pixels per frame cannot be compared between them."""
+    """Videos of another length, size or frame rate than most: most measures cannot be compared between them."""
     problems = []
     for kind, text, differs in (
         ("other length", lambda r: f"{r['frames']} frames", lambda a, b: a["frames"] != b["frames"]),
@@ -248,8 +266,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--flow_weights", default="", help="RAFT weights, .safetensors or .pth")
     parser.add_argument("--clip", default="", help="directory of a CLIP model (Hugging Face's layout): adds its alignments; needs PyTorch")
     parser.add_argument("--frames", type=at_least(2), help="use the first so many frames of every video (default: all)")
+    parser.add_argument("--rate", type=positive, help="frames a second to thin all videos to, before --frames (default: their own)")
     parser.add_argument("--size", type=size(range(WINDOW, 4097)), help="N or HEIGHTxWIDTH to cover and crop videos to (default: their own)")
-    parser.add_argument("--fps", type=positive, default=FRAME_RATE, help="frame rate of folders of frames (default: 8)")
+    parser.add_argument("--fps", type=positive, default=FRAME_RATE, help="frame rate that folders of frames have (default: 8)")
     parser.add_argument("--workers", type=at_least(0), default=0, help="videos measured at once (default: one per core; RAFT or CLIP: one)")
 
 
@@ -265,7 +284,7 @@ def run(arguments: argparse.Namespace) -> None:
         from motif_jax.bench.clip_alignment import ClipAlignment
 
         clip = ClipAlignment(arguments.clip)
-    settings = Settings(described, clip.digest if clip else "", arguments.frames, arguments.size, arguments.fps)
+    settings = Settings(described, clip.digest if clip else "", arguments.frames, arguments.size, arguments.fps, arguments.rate)
     try:
         arguments.output.mkdir(parents=True, exist_ok=True)
         (arguments.output / "cache.jsonl").touch()

@@ -20,8 +20,11 @@ MOTION = "dynamic_degree mean_flow top5_flow residual_flow moving_area camera_sh
 LIKENESS = "ssim0_image psnr0_image ssim_image psnr_image best_ssim best_frame ssim_first psnr_first clip_image clip_text".split()
 PLOTS = "dynamic_degree mean_flow top5_flow residual_flow camera_shift flicker smoothness warp_error ssim0_image ssim_image".split()
 COMPARED = "dynamic_degree mean_flow top5_flow residual_flow smoothness ssim_image clip_text".split()
-SHAPES = ("other size", "other length")  # kinds of problem
-ONE_SHAPE = "Flow in pixels cannot be compared between sizes: --size=HEIGHTxWIDTH and --frames bring all to one shape."
+SHAPES = ("other size", "other length", "other frame rate")  # kinds of problem
+ONE_SHAPE = (
+    "Flow, steadiness and likeness over time cannot be compared between sizes, lengths and frame rates: "
+    "--size=HEIGHTxWIDTH, --rate=FPS and --frames=N bring all to one."
+)
 GROUPS, COLUMNS, TILE = 3, 8, 160  # of the strips: pairs, frames, pixels
 BY_NAME = {m.name: m for m in METRICS}
 STYLE = """small{color:#666;display:block;white-space:nowrap}tr.static td{background:#f3f3f3}

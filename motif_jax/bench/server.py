@@ -28,7 +28,8 @@ HEADERS = {
 def application(study: pathlib.Path, ballots: Ballots, token: str):
     """The Starlette app: GET <token>/... is the page, POST <token>/claim and <token>/vote take JSON objects.
 
-    claim {"annotator"} -> {"sheet", "tasks", "done", "trained"}; vote {a record, see `votes.check_record`} -> {"stored": true}.
+    claim {"annotator"} -> {"sheet", "tasks", "done", "trained"}, and "later" where sheet is null (see `Ballots.claim`);
+    vote {a record, see `votes.check_record`} -> {"stored": true}.
     400: not such an object, 403: no token, 409: somebody else has the task, 413: too long. Its shutdown closes the ballots.
     """
     from starlette.applications import Starlette
@@ -132,6 +133,7 @@ def serve(study: pathlib.Path, votes: pathlib.Path, host: str, port: int, token:
         raise UserError(f"--host={host} --port={port}: cannot listen there ({error})") from error
     shown = f"[{host}]" if ":" in host else host
     print(f"http://{shown}:{listener.getsockname()[1]}/{token}/", flush=True)
+    print(ballots.progress(), flush=True)
     # Neither the log nor a header tells the token or what runs here.
     config = uvicorn.Config(application(study, ballots, token), log_level="warning", access_log=False, server_header=False)
     with contextlib.suppress(KeyboardInterrupt):

@@ -11,10 +11,12 @@ import json
 import pathlib
 import random
 import secrets
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from motif_jax.config import UserError
+from motif_jax.pairs import plain_name
 
 QUESTION = "Which video is better overall?"
 # The reasons of the paper (its figure 4), what the page says about them, and about the training task that teaches them.
@@ -104,6 +106,11 @@ class Key:
         """All tasks by their id."""
         return {t.id: t for tasks in (self.training, *self.sheets.values()) for t in tasks}
 
+    def progress(self, answered: Iterable[str]) -> str:
+        """How far the study is, by the ids of the tasks that have an answer."""
+        planned = {t.id for tasks in self.sheets.values() for t in tasks}
+        return f"{len(planned & set(answered))} of the study's {len(planned)} tasks are answered"
+
 
 def opaque() -> str:
     """A name that says nothing and cannot be guessed: 16 hexadecimal digits."""
@@ -116,7 +123,7 @@ def comparisons(models: list[str], asked: list[str]) -> list[tuple[str, str]]:
         return [(a, b) for i, a in enumerate(models) for b in models[i + 1 :]]
     found = []
     for text in asked:
-        names = tuple(text.split(":"))
+        names = tuple(map(plain_name, text.split(":")))
         if len(names) != 2 or names[0] == names[1] or not set(names) <= set(models):
             raise UserError(f"--pairs={text}: expected `all` or NAME:NAME of two different names among {', '.join(models)}")
         if names in found or names[::-1] in found:
@@ -183,16 +190,21 @@ def save(key: Key, study: pathlib.Path) -> None:
 
 
 def load(study: pathlib.Path) -> Key:
-    """Reads a study folder. Raises UserError when it is none."""
+    """Reads a study folder, names as `plain_name` has them. Raises UserError when it is none."""
     path = study / "key.json"
+
+    def plain(found: dict[str, str]) -> dict[str, str]:
+        return {field: plain_name(text) for field, text in found.items()}
+
     try:
         found = json.loads(path.read_text())
         return Key(
             **found
             | {
-                "comparisons": [tuple(c) for c in found["comparisons"]],
-                "pairs": [Entry(**e) for e in found["pairs"]],
-                "clips": {name: Clip(**c) for name, c in found["clips"].items()},
+                "models": [plain_name(m) for m in found["models"]],
+                "comparisons": [tuple(map(plain_name, c)) for c in found["comparisons"]],
+                "pairs": [Entry(**plain(e)) for e in found["pairs"]],
+                "clips": {name: Clip(**plain(c)) for name, c in found["clips"].items()},
                 "training": [Task(**t) for t in found["training"]],
                 "sheets": {name: [Task(**t) for t in tasks] for name, tasks in found["sheets"].items()},
             }
@@ -219,6 +231,7 @@ def page_data(key: Key, server: bool) -> dict[str, Any]:
         "reasons": [{"id": name, "label": label, "help": text, "lesson": lesson} for name, (label, text, lesson) in REASONS.items()],
         "ties": key.ties,
         "aspect": key.width / key.height,
+        "width": key.width,
         "server": server,
         "training": [page_task(key, t) for t in key.training],
     }

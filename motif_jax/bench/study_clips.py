@@ -7,6 +7,7 @@ versions that training and gold items need.
 import concurrent.futures
 import os
 import pathlib
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -68,10 +69,12 @@ def length(path: pathlib.Path) -> tuple[int, float]:
 def common_format(lengths: dict[pathlib.Path, tuple[int, float]], height: int, width: int, frames: int | None, fps: float | None) -> Format:
     """The format that all videos can be brought to: the lowest frame rate and the shortest duration, unless given.
 
-    Frames are dropped, never made up: a frame rate that is no whole multiple of the study's, or too few frames, raises UserError.
+    Frames are dropped, never made up: a frame rate that is no whole multiple of the study's, or too few frames, raises UserError; so does
+    a lowest rate or shortest length that only the exceptions of a folder have.
     """
-    fps = fps or min(rate for _, rate in lengths.values())
-    faults = [f"{path} has {rate:g}" for path, (_, rate) in lengths.items() if abs(rate / fps - stride(rate, fps)) > RATE_TOLERANCE]
+    if fps is None:
+        fps = _lowest({path: rate for path, (_, rate) in lengths.items()}, "--fps={:g}", RATE_TOLERANCE)
+    faults = [f"{path} has {rate:g}" for path, (_, rate) in lengths.items() if not reaches(rate, fps)]
     if faults:
         raise UserError(
             f"--fps={fps:g}: {len(faults)} videos run at no whole multiple of it ({enumerate_first(faults, 3)}); "
@@ -79,16 +82,37 @@ def common_format(lengths: dict[pathlib.Path, tuple[int, float]], height: int, w
         )
     usable = {path: (count - 1) // stride(rate, fps) + 1 for path, (count, rate) in lengths.items()}
     shortest = min(usable, key=usable.get)
-    if frames is not None and usable[shortest] < frames:
-        raise UserError(f"--frames={frames}: {shortest} has only {usable[shortest]} at {fps:g} frames a second")
     if usable[shortest] < 2:
         raise UserError(f"{shortest}: one frame is no video")
-    return Format(height, width, frames or usable[shortest], round(fps, 3))
+    if frames is None:
+        frames = _lowest(usable, "--frames={}")
+    if usable[shortest] < frames:
+        raise UserError(f"--frames={frames}: {shortest} has only {usable[shortest]} at {fps:g} frames a second")
+    return Format(height, width, frames, round(fps, 3))
+
+
+def _lowest(values: dict[pathlib.Path, float], option: str, tolerance: float = 0) -> float:
+    """The lowest value. Raises UserError when no folder has it, give or take, in at least half of its files: it is some files' fault."""
+    lowest = min(values.values())
+    low = [path for path, value in values.items() if value <= (1 + tolerance) * lowest]
+    files, of_those = Counter(path.parent for path in values), Counter(path.parent for path in low)
+    if any(2 * count >= files[folder] for folder, count in of_those.items()):
+        return lowest
+    option = option.format(lowest)
+    raise UserError(
+        f"{len(low)} of {len(values)} videos would bring the whole study to {option} ({enumerate_first([*map(str, low)], 3)}); "
+        f"make them anew, take their pairs out of --list, or give {option} if that is meant"
+    )
 
 
 def stride(rate: float, fps: float) -> int:
     """n such that every n-th frame of a video at `rate` frames a second gives about `fps`."""
     return max(1, round(rate / fps))
+
+
+def reaches(rate: float, fps: float) -> bool:
+    """Whether `stride` brings `rate` to about `fps`: whether it is a whole multiple, within a tenth of `fps`."""
+    return abs(rate / fps - stride(rate, fps)) <= RATE_TOLERANCE
 
 
 def read(path: pathlib.Path, rate: float, form: Format) -> UInt8[np.ndarray, "T H W 3"]:

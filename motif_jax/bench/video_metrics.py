@@ -25,6 +25,8 @@ WINDOW, SIGMA = 11, 1.5  # of SSIM
 def measure(frames_THW3: Frames, image_HW3: Image, fps: float, flow_fn: FlowFn) -> dict[str, float]:
     """Every measure of a video; NaN where it is too short for one.
 
+    Most are of successive frames, or of frames by their number: they compare between videos of one frame rate only.
+
     Motion (flow in pixels per frame at the video's own size):
       dynamic_degree   1 or 0 by VBench's rule, see `dynamic_degree`
       mean_flow, top5_flow   mean |flow|; mean over the frames of the mean of the largest 5 %

@@ -15,6 +15,7 @@ from typing import Any
 
 from motif_jax.bench.study import REASONS, SIDES, Key, load
 from motif_jax.config import UserError
+from motif_jax.pairs import plain_name
 
 MAX_ANNOTATOR = 100
 MAX_COMMENT = 1000
@@ -69,8 +70,8 @@ def _number(value: Any, what: str, low: float, high: float) -> float:
 
 
 def check_annotator(value: Any) -> str:
-    """The annotator's name, any text of 1 to 100 characters. Raises ValueError."""
-    return _text(value, "annotator", MAX_ANNOTATOR, 1).strip()
+    """The annotator's name, any text of 1 to 100 characters, as `plain_name` has it. Raises ValueError."""
+    return plain_name(_text(value, "annotator", MAX_ANNOTATOR, 1))
 
 
 def check_answer(choice: Any, reasons: Any, ties: bool) -> tuple[str, tuple[str, ...]]:
@@ -134,8 +135,10 @@ def _system(key: Key, name: str) -> str:
 def check_vote(row: Any) -> Vote:
     """A row of an exported file, or of anybody's own table with the same columns, where pairs and annotators may be whole numbers.
 
-    Raises ValueError naming the column.
+    Names become what `plain_name` makes of them. Raises ValueError naming the column.
     """
+    if isinstance(row, dict):
+        row = {name: plain_name(value) if isinstance(value, str) and name != "comment" else value for name, value in row.items()}
     if not isinstance(row, dict) or (missing := [name for name in NEEDED if row.get(name) in (None, "")]):
         raise ValueError(f"needs the columns {', '.join(NEEDED)}" + (f"; {', '.join(missing)} missing" if isinstance(row, dict) else ""))
     given = {name: value for name, value in row.items() if name in FIELDS and value not in (None, "")}
@@ -203,7 +206,10 @@ def _rows(path: pathlib.Path, key: Key | None) -> list[Any] | tuple[Any, ...]:
     try:
         if path.suffix == ".csv":
             with path.open(encoding="utf-8-sig", newline="") as file:
-                return list(csv.DictReader(file))
+                table = csv.DictReader(file)
+                if len(table.fieldnames or ()) == 1 and set(table.fieldnames[0]) & set(";\t"):
+                    raise UserError(f"{path}: its first line has no comma; separate columns by commas, not by semicolons or tabs")
+                return list(table)
         found = json.loads(path.read_text(encoding="utf-8")) if path.suffix == ".json" else None
     except (OSError, ValueError, RecursionError, csv.Error) as error:
         raise UserError(f"{path}: cannot be read ({error})") from error

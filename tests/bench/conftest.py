@@ -79,9 +79,10 @@ class Server:
         self.kill()
 
     def stop(self, sign: signal.Signals) -> str:
-        """What it said on standard error."""
+        """What it said on standard error; `said` is what came after the link on standard output."""
         self.process.send_signal(sign)
-        return self.process.communicate()[1]
+        self.said = self.process.stdout.read()
+        return self.process.stderr.read()
 
     def kill(self):
         self.process.send_signal(signal.SIGKILL)

@@ -165,7 +165,7 @@ def test_pairs_without_any_video_are_left_out(material, tmp_path, capsys):
         (["--frames=-3"], "argument --frames: -3: must be at least 2"),
         (["--fps=0"], "argument --fps: 0: must be positive"),
         (["--seed=-1"], "argument --seed: -1: must be at least 0"),
-        (["--videos=third={folder}/empty"], "3 of 9 videos are missing: third has none of pair0"),
+        (["--videos=third={folder}/empty"], "3 of 9 videos are missing: third has none of pair0.*; make them, or take their pairs out"),
         (["--videos=third={folder}/broken"], r"2 of 9 files cannot be used: .*pair1.mp4: cannot be read"),
     ],
 )
@@ -180,6 +180,27 @@ def test_mistakes_are_one_line(material, tmp_path, options, message):
     with pytest.raises(SystemExit, match=message):
         material.build(tmp_path / "study", *(o.format(folder=material.folder) for o in options))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("frames", "rate", "option", "made"),
+    [(3, 8, "--frames=3", (3, 8)), (8, 2, "--fps=2", (2, 2))],
+)
+def test_a_few_videos_do_not_shrink_a_study_unasked(material, tmp_path, frames, rate, option, made):
+    """One of three is short, or slow: named, with the option that says it is meant. A system that is so throughout sets the format."""
+    shutil.copytree(material.folder / "zebrafish", tmp_path / "third")
+    odd = tmp_path / "third" / "pair1_0.mp4"
+    clip = videos.read_video(odd).frames
+    videos.save_video(odd, clip[:frames], rate)
+    given = (f"--videos=third={tmp_path / 'third'}", "--size=32", "--no_training", "--gold=0")
+    with pytest.raises(SystemExit, match=rf"1 of 9 videos would .* {option} \({odd}\); make them anew, .* or give {option} if"):
+        material.build(tmp_path / "study", *given)
+    key = study.load(material.build(tmp_path / "asked", *given, option))
+    assert (key.frames, key.fps) == made
+    for n in (0, 2):
+        videos.save_video(tmp_path / "third" / f"pair{n}_0.mp4", clip[:frames], rate)
+    key = study.load(material.build(tmp_path / "study", *given))
+    assert (key.frames, key.fps) == made
 
 
 def test_a_study_is_never_overwritten(small_study, material):
@@ -253,6 +274,47 @@ def test_a_downloaded_file_with_a_bad_vote_loses_that_vote_only(small_study, tmp
     said = capsys.readouterr().out
     assert message in said and len(said) < 2000
     assert [v["task"] for v in json.loads((tmp_path / "out.json").read_text())] == [second.id]
+    assert "1 votes of 1 annotators; 1 of the study's 10 tasks are answered" in said
+
+
+def test_names_in_tables_are_compared_composed_and_without_blanks(small_study, tmp_path, capsys):
+    row = {"pair": "caf\u00e9", "annotator": "Zo\u00e9", "left": "MotiF", "right": "Cinemo", "choice": "left", "comment": " as typed "}
+    other = row | {"pair": "cafe\u0301", "annotator": "Zoe\u0301 ", "left": " Cinemo", "right": "MotiF ", "choice": "right "}
+    blank = row | {"annotator": " "}
+    (tmp_path / "v.json").write_text(json.dumps([row, other, blank, other | {"annotator": "bob "}]))
+    annotate("export", f"--study={small_study}", f"--votes={tmp_path / 'v.json'}", f"--output={tmp_path / 'out.json'}")
+    said = capsys.readouterr().out
+    assert "vote 2: second vote of Zo\u00e9 on pair caf\u00e9" in said and "vote 3: needs the columns" in said
+    kept = json.loads((tmp_path / "out.json").read_text())
+    assert [(v["annotator"], v["pair"], {v["left"], v["right"]}) for v in kept] == [
+        (name, "caf\u00e9", {"MotiF", "Cinemo"}) for name in ("Zo\u00e9", "bob")
+    ]
+    assert kept[0]["comment"] == " as typed " and kept[1]["choice"] == "right"
+
+
+@pytest.mark.parametrize(("separator", "named"), [(";", True), ("\t", True), (",", False)])
+def test_a_table_without_commas_is_told_the_remedy(small_study, tmp_path, separator, named):
+    """As spreadsheets write them in many countries."""
+    lines = ["pair,annotator,left,right,choice", "1,anna,MotiF,Cinemo,left"]
+    (tmp_path / "v.csv").write_text("\n".join(lines).replace(",", separator))
+    given = ("export", f"--study={small_study}", f"--votes={tmp_path / 'v.csv'}", f"--output={tmp_path / 'out.csv'}")
+    if named:
+        with pytest.raises(SystemExit, match=r"v\.csv: its first line has no comma; separate columns by commas"):
+            annotate(*given)
+    else:
+        annotate(*given)
+        assert "1,anna,MotiF,Cinemo,left" in (tmp_path / "out.csv").read_text()
+
+
+def test_a_study_with_decomposed_names_is_read_composed(small_study, tmp_path):
+    """Its votes come out under the same names as a table with them is read."""
+    found = json.loads((small_study / "key.json").read_text().replace("zebrafish", "ze\\u0301bra").replace('"pair0"', '"paire\\u0301"'))
+    (tmp_path / "key.json").write_text(json.dumps(found))
+    key = study.load(tmp_path)
+    assert key.models == ["z\u00e9bra", "quokka"] == list(key.comparisons[0])
+    assert {c.model for c in key.clips.values()} == set(key.models)
+    assert {c.pair for c in key.clips.values()} == {e.id for e in key.pairs} == {"pair\u00e9", "pair1", "pair2"}
+    assert study.comparisons(key.models, ["ze\u0301bra: quokka"]) == [("z\u00e9bra", "quokka")]
 
 
 def test_votes_of_another_study_are_refused(small_study, tmp_path):

@@ -1,6 +1,7 @@
 """Folders of videos through the command: numbers, problems told, work not done twice; and the orders known of real models."""
 
 import csv
+import dataclasses
 import html.parser
 import json
 import math
@@ -205,7 +206,7 @@ def test_whatever_is_wrong_is_named_and_counted(world, tmp_path, capsys):
     assert {m: v["videos"] for m, v in result["models"].items()} == {"model": 1, "odd": 3, "slow": 8, "static": 4}
     page = (tmp_path / "out" / "index.html").read_text()
     assert "model: 3 broken" in page and "elephant_0.mp4" in page
-    said = "--size=HEIGHTxWIDTH and --frames bring all to one shape"
+    said = "--size=HEIGHTxWIDTH, --rate=FPS and --frames=N bring all to one"
     assert said in page and said in capsys.readouterr().out
     run(list=world / "list.jsonl", videos=[f"slow={world / 'slow'}"], output=tmp_path / "alike")
     assert said not in (tmp_path / "alike" / "index.html").read_text() and said not in capsys.readouterr().out
@@ -265,6 +266,38 @@ def test_videos_can_be_brought_to_one_shape(world, tmp_path):
         assert {(r["frames"], r["height"], r["width"]) for r in csv.DictReader(file)} == {("4", "32", "40")}
 
 
+def test_faster_videos_can_be_thinned(world, tmp_path, capsys):
+    """The same videos at three times the frame rate: told, and with --rate measured like the slow ones; what cannot be thinned is named."""
+    for model, pairs, rate in (("slow", 4, 8), ("quick", 3, 24), ("odd", 1, 20)):
+        (tmp_path / model).mkdir()
+        for n, image in enumerate((0, 0, 1, 2)[:pairs]):
+            save_video(tmp_path / model / f"pair{n}.mp4", np.repeat(pan(image, 4), 1 if rate == 8 else 3, axis=0), rate)
+    (tmp_path / "quick" / "pair3").mkdir()
+    for t, frame in enumerate(np.repeat(pan(2, 4), 3, axis=0)):
+        Image.fromarray(frame).save(tmp_path / "quick" / "pair3" / f"{t}.png")
+    videos = [f"{model}={tmp_path / model}" for model in ("slow", "quick", "odd")]
+    given = {"list": world / "list.jsonl", "videos": videos, "fps": 24, "frames": 6}
+
+    apart = run(output=tmp_path / "apart", **given)
+    assert "other frame rate" in {p["kind"] for p in apart["problems"]}
+    assert "--rate=FPS" in capsys.readouterr().out and "--rate=FPS" in (tmp_path / "apart" / "index.html").read_text()
+    assert value(apart, "quick", "ssim_image") > value(apart, "slow", "ssim_image") + 0.1
+
+    thinned = run(output=tmp_path / "thinned", rate=8, **given)
+    assert thinned["settings"]["rate"] == 8 and thinned["models"]["quick"]["videos"] == 4
+    assert [(p["model"], p["kind"], p["detail"]) for p in thinned["problems"] if p["kind"] != "missing"] == [
+        ("odd", "broken", "other frame rate: 20 frames a second, no whole multiple of --rate=8; choose a common divisor")
+    ]
+    for metric, near in (("mean_flow", 0.1), ("flicker", 0.005), ("smoothness", 0.005), ("ssim_image", 0.01), ("ssim_first_5", 0.01)):
+        assert value(thinned, "quick", metric) == pytest.approx(value(thinned, "slow", metric), abs=near), metric
+
+
+def test_results_from_before_there_was_a_rate_are_used_again():
+    before = [1, {"flow": {"flow": "dis"}, "clip": "", "frames": 4, "size": (32, 40), "frame_rate": 8.0}]
+    settings = module.Settings({"flow": "dis"}, "", 4, (32, 40))
+    assert settings.key == json.dumps(before, sort_keys=True) != dataclasses.replace(settings, rate=8.0).key
+
+
 def test_names_are_written_as_text(world, tmp_path):
     """A model called like a tag, with a dollar sign that a plot would read as a formula."""
     result = run(list=world / "list.jsonl", videos=f"<script>$x={world / 'slow'}", output=tmp_path)
@@ -281,6 +314,7 @@ def test_names_are_written_as_text(world, tmp_path):
         ({"videos": "a={w}"}, "no file there is named by a pair of the list, such as pair0.mp4"),
         ({"size": "big"}, "argument --size: big: must be N or HEIGHTxWIDTH, each from 11 to 4096 in steps of 1"),
         ({"frames": 1}, "argument --frames: 1: must be at least 2"),
+        ({"rate": 0}, "argument --rate: 0: must be positive and finite"),
         ({"fps": "inf"}, "argument --fps: inf: must be positive and finite"),
         ({"flow": "raft_small"}, "needs --flow_weights"),
         ({"flow_weights": "x"}, "DIS has none"),

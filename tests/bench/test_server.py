@@ -67,10 +67,14 @@ def test_everybody_gets_a_sheet_and_nobody_two_copies_of_one(tmp_path):
     claims = {name: box.claim(name)["sheet"] for name in ("a", "b", "c", "d")}
     assert sorted(claims.values()) == sorted(key.sheets)
     assert box.claim("a")["sheet"] == claims["a"]  # again the same, not another one
-    assert box.claim("e") == {"sheet": None, "done": [], "trained": []}
+    assert box.claim("e") == {"sheet": None, "done": [], "trained": [], "later": True}
     for task in key.sheets[claims["a"]]:
         box.vote(answer(task.id, "a", claims["a"]))
     assert box.claim("a")["sheet"] is None  # all others are taken
+    for name in "bcd":
+        for task in key.sheets[claims[name]]:
+            box.vote(answer(task.id, name, claims[name]))
+    assert not any(box.claim(name)["later"] for name in "ae")  # all is done
     assert box.claim("e")["sheet"] is None
 
 
@@ -103,6 +107,27 @@ def test_a_sheet_left_alone_goes_to_somebody_else_and_its_answers_stay(two_copie
     assert box.claim("gone")["sheet"] is None
 
 
+def test_sheets_that_are_only_opened_come_free_soon(tmp_path):
+    key, clock = make_study(tmp_path / "s", pairs=2, annotators=3), Clock()  # one sheet in three copies
+    box = Ballots(tmp_path / "v.sqlite", key, lease=3600, clock=clock)
+    sheets = {name: box.claim(name)["sheet"] for name in ("anna", "ben", "curious")}
+    assert box.claim("dora") == {"sheet": None, "done": [], "trained": [], "later": True}
+    clock.now = 200
+    box.vote(answer(key.sheets[sheets["anna"]][0].id, "anna", sheets["anna"]))
+    box.vote(answer(key.training[0].id, "ben", sheets["ben"]))  # an example counts
+    clock.now = 301
+    assert box.claim("dora")["sheet"] == sheets["curious"]
+    assert box.claim("emil")["later"]
+    clock.now = 601  # dora has not begun; anna and ben have, and keep theirs for the whole hour
+    assert box.claim("emil")["sheet"] is None
+    clock.now = 602
+    assert box.claim("emil")["sheet"] == sheets["curious"] and box.claim("frida")["sheet"] is None
+    clock.now = 3800
+    assert box.claim("frida")["sheet"] == sheets["curious"] and box.claim("gil")["later"]
+    clock.now = 3801
+    assert box.claim("gil")["sheet"] in (sheets["anna"], sheets["ben"])
+
+
 def test_a_sheet_that_comes_free_again_may_go_back_to_who_began_it(two_copies):
     """Somebody took it over and did nothing: it is no second copy."""
     key, box, clock = two_copies
@@ -125,6 +150,42 @@ def test_the_same_answer_twice_is_one_vote_and_another_one_is_refused(tmp_path, 
     with pytest.raises(Taken, match="answer already"):
         box.vote(record | {"choice": "right"})
     assert read_records(tmp_path / "v.sqlite", key) == [record]
+
+
+SPELLINGS = ("Zo\u00e9", "Zoe\u0301", "zo\u00e9", " ZOE\u0301 ")
+
+
+def test_all_spellings_of_a_name_are_one_person(tmp_path):
+    """They get one sheet of several copies and examples once, and their votes go under the spelling that they first gave."""
+    key = make_study(tmp_path / "s", pairs=4, annotators=3)  # two sheets in three copies
+    box = Ballots(tmp_path / "v.sqlite", key)
+    example = answer(key.training[0].id, SPELLINGS[0], box.claim(SPELLINGS[0])["sheet"])
+    box.vote(example)
+    for _ in range(2):
+        sheet = box.claim(SPELLINGS[1])["sheet"]
+        for task, name in zip(key.sheets[sheet], SPELLINGS, strict=True):
+            claimed = box.claim(name)
+            assert claimed["sheet"] == sheet and claimed["trained"] == [key.training[0].id]
+            record = answer(task.id, name, sheet)
+            box.vote(record)
+            box.vote(record)  # its acknowledgement was lost
+    assert box.claim("zo\u00e9") == {"sheet": None, "done": [], "trained": [key.training[0].id], "later": False}
+    assert {r["annotator"] for r in read_records(tmp_path / "v.sqlite", key)} == {SPELLINGS[0]}
+    assert box.claim("Zoe")["sheet"] is not None  # another name
+
+
+def test_votes_stored_decomposed_are_the_same_persons(tmp_path, key):
+    """As a file of votes may hold them from before names were composed."""
+    old, new = SPELLINGS[1], SPELLINGS[0]
+    box = Ballots(tmp_path / "v.sqlite", key)
+    sheet = box.claim(old)["sheet"]
+    first, second, *_ = key.sheets[sheet]
+    box.vote(answer(first.id, old, sheet))
+    claimed = box.claim(new)
+    assert (claimed["sheet"], claimed["done"]) == (sheet, [first.id])
+    box.vote(answer(second.id, new, sheet))
+    found, refused = votes.read_all([tmp_path / "v.sqlite"], tmp_path / "study")
+    assert [v.annotator for v in found] == [new, new] and not refused
 
 
 def test_training_is_everybodys(tmp_path, key):
@@ -320,9 +381,12 @@ def test_a_server_that_is_stopped_says_nothing_and_leaves_all_votes_in_one_file(
         sheet = client.post("claim", json={"annotator": "a"}).json()["sheet"]
         record = answer(key.sheets[sheet][0].id, "a", sheet)
         assert client.post("vote", json=record).json() == {"stored": True}
-        assert server.stop(sign) == ""
+        assert server.stop(sign) == "" and server.said == "0 of the study's 200 tasks are answered\n"
     shutil.copy(tmp_path / "v.sqlite", tmp_path / "copy.sqlite")
     assert read_records(tmp_path / "copy.sqlite", key) == [record]
+    with serve(tmp_path / "study", tmp_path / "v.sqlite") as server:
+        assert httpx.get(server.url).is_success
+        assert server.stop(sign) == "" and server.said == "1 of the study's 200 tasks are answered\n"
 
 
 @pytest.mark.skipif(not pathlib.Path("/proc/net/tcp").exists(), reason="reads the kernel's table of sockets")

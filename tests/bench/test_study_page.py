@@ -192,6 +192,17 @@ def test_two_people_do_a_study_on_the_server(browser, small_study, material, ser
     assert reader.evaluate("[...document.images].every(i => i.naturalWidth > 0)")
 
 
+def test_who_finds_all_sheets_taken_is_asked_to_come_back(browser, small_study, serve, tmp_path):
+    with serve(small_study, tmp_path / "votes.sqlite") as server:
+        people = [Annotator(browser, server.url, name) for name in ("anna", "ben", "curious")]
+        for person in people[:2]:
+            person.start()
+        people[2].page.get_by_label("Your name or number").fill("curious")
+        people[2].page.keyboard.press("Enter")
+        people[2].page.get_by_text("come back in an hour").wait_for()
+        assert "Thank you" not in people[2].page.inner_text("body") and not people[2].faults
+
+
 @pytest.mark.parametrize(
     "fault", ["Object.defineProperty(window, 'localStorage', {get() { throw 0; }})", "Storage.prototype.setItem = () => { throw 0; }"]
 )
@@ -199,6 +210,37 @@ def test_a_browser_that_stores_nothing_is_told(browser, small_study, fault):
     person = Annotator(browser, (small_study / "page" / "index.html").as_uri(), "anna", fault)
     person.page.get_by_role("status").get_by_text("store nothing").wait_for()
     assert not person.page.is_visible("#start") and not person.faults
+
+
+@pytest.mark.parametrize(("asked", "told"), [("", ""), ("?sheet=99-9", "There is no sheet 99-9"), ("?sheet=toString", "no sheet toString")])
+def test_without_a_server_nobody_gets_a_sheet_that_they_did_not_choose(browser, small_study, asked, told):
+    person = Annotator(browser, (small_study / "page" / "index.html").as_uri() + asked, "anna")
+    assert person.page.input_value("#sheet") == "" and told in person.page.inner_text("#notice") and bool(told) == bool(asked)
+    person.page.get_by_label("Your name or number").fill("Zoe\u0301 ")
+    person.page.keyboard.press("Enter")
+    assert person.page.is_visible("#start") and not person.page.is_visible("#work")
+    person.page.get_by_label("Your sheet").select_option("1-2")
+    person.page.get_by_role("button", name="Start").click()
+    person.page.wait_for_selector("#work:not([hidden])")
+    assert person.page.evaluate("session.who") == {"annotator": "Zo\u00e9", "sheet": "1-2"} and not person.faults
+
+
+def test_on_a_laptop_videos_keep_their_size_and_explanations_are_seen(browser, material, tmp_path):
+    folder = material.build(tmp_path / "study", "--annotators=1", "--size=320", "--repeats=0", "--gold=0")
+    screen = {"width": 1366, "height": 650}
+    person = Annotator(browser, (folder / "page" / "index.html").as_uri() + "?sheet=1-1", "anna", viewport=screen)
+    person.start()
+    person.watch()
+    assert all(person.page.locator(f"#stage {what}").bounding_box()["width"] >= 320 for what in ("#image", "#left", "#right"))
+    for key in ("1", "i", "Enter"):
+        person.page.keyboard.press(key)
+    person.page.wait_for_selector("#lesson:not([hidden])")
+    for part in ("#lesson", "#next"):
+        box = person.page.locator(part).bounding_box()
+        assert box["y"] >= 0 and box["y"] + box["height"] <= screen["height"], part
+    person.page.keyboard.press("Enter")
+    person.page.wait_for_selector("#count:text-is('Example 2 of 4')")
+    assert person.page.locator("#prompt").bounding_box()["y"] >= 0 and not person.faults
 
 
 def test_a_study_from_the_file_system(browser, material, tmp_path):

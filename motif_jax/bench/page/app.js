@@ -73,7 +73,7 @@ async function open(annotator, sheet) {
     return;
   }
   notice("");
-  if (found.sheet === null) return finish(true);
+  if (found.sheet === null) return finish(true, found.later);
   const tasks = [...study.training, ...found.tasks];
   session = { who: { annotator, sheet: found.sheet }, tasks, done: new Set([...found.done, ...found.trained]) };
   sessionStorage.setItem(slot("session"), JSON.stringify(session.who));
@@ -112,6 +112,7 @@ function present(task, following) {
   videos[1].src = source(task.right);
   update();
   $("prompt").focus();
+  scrollTo(0, 0); // focus scrolls nothing where it was already
   preload(following);
 }
 
@@ -138,13 +139,18 @@ function update() {
   $("pause").textContent = videos.some((v) => !v.paused) ? "Pause" : "Play";
 }
 
-function finish(nothing) {
+// nothing: there was no sheet; later: others have not finished theirs, which may come free.
+function finish(nothing, later) {
   show("end");
   draft = null;
   for (const video of videos) video.pause();
   sessionStorage.removeItem(slot("session"));
   $("thanks").textContent = nothing ? "There is nothing left to judge for you now. Thank you!" : "This sheet is complete. Thank you!";
   $("after").textContent = study.server ? "All your answers are saved." : "Please download your answers and send the file to whoever asked you.";
+  if (later) {
+    $("thanks").textContent = "Other people are judging what is left.";
+    $("after").textContent = "Not all of them may finish. Please come back in an hour, under the same name. Whatever you have answered is saved.";
+  }
   $("more").hidden = nothing || !study.server;
   $("thanks").focus();
 }
@@ -280,6 +286,8 @@ function explain(task) {
   $("lesson").textContent = `${right}: ${better} is better. The reason to tick here is "${reason.label}": ${reason.lesson}`;
   $("lesson").hidden = false;
   $("next").textContent = "Continue";
+  // On a laptop both are below the screen, and whoever uses the keyboard would go on without having seen them.
+  for (const id of ["next", "lesson"]) $(id).scrollIntoView({ block: "nearest" });
 }
 
 function download() {
@@ -311,6 +319,7 @@ function setUpForm() {
   $("title").textContent = study.title;
   $("question").textContent = study.question;
   document.documentElement.style.setProperty("--aspect", study.aspect);
+  document.documentElement.style.setProperty("--width", study.width);
   const choices = [["left", "Video 1"], ["right", "Video 2"], ...(study.ties ? [["tie", "About the same"]] : [])];
   for (const [value, label] of choices) option($("choice-options"), "radio", "choice", value, label, "", keyOf(value));
   for (const reason of study.reasons) option($("reason-options"), "checkbox", "reason", reason.id, reason.label, reason.help, keyOf(reason.id));
@@ -318,8 +327,10 @@ function setUpForm() {
   if (!study.server) {
     for (const name of Object.keys(study.sheets)) $("sheet").append(new Option(name, name));
     $("choose-sheet").hidden = false;
+    $("sheet").required = true; // here: a hidden field that is required would hold up the form
     const asked = new URLSearchParams(location.search).get("sheet");
-    if (asked in study.sheets) $("sheet").value = asked;
+    if (Object.hasOwn(study.sheets, asked)) $("sheet").value = asked;
+    else if (asked !== null) notice(`There is no sheet ${asked} in this study. Please choose the one that you were told, or ask.`);
   }
   $("annotator").value = recall(slot("name")) || "";
 }
@@ -347,7 +358,7 @@ function start() {
   setUpVideos();
   $("enter").addEventListener("submit", (event) => {
     event.preventDefault();
-    const annotator = $("annotator").value.trim();
+    const annotator = $("annotator").value.normalize("NFC").trim();
     if (annotator) open(annotator, $("sheet").value);
   });
   $("judge").addEventListener("submit", (event) => {
