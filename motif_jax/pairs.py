@@ -97,6 +97,9 @@ def _jsonl_rows(text: str) -> tuple[list[tuple[int, dict[str, str]]], list[str]]
             found = json.loads(line)
             image = next((k for k in ("image_file", "file_name") if k in found), "image")
             row = {"image": found[image], "prompt": found["prompt"], **{k: found.get(k, "") for k in ("id", "scenario")}}
+            for key, value in row.items():
+                if not isinstance(value, str | None) and (key != "id" or not isinstance(value, int)):
+                    raise TypeError(f"{key} must be text, not {json.dumps(value)[:40]}")
             rows.append((number, {key: "" if value is None else str(value) for key, value in row.items()}))
         except KeyError as error:
             bad.append(f"line {number}: no key {error}")
