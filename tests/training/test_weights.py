@@ -1,8 +1,10 @@
 """Where a run's weights come from (an import, another run) and where they go (a PyTorch file)."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import inspect
+import json
 import lzma
 import pathlib
 import subprocess
@@ -30,6 +32,11 @@ from motif_jax.training.state import TrainState
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+SEEING = {  # by image cross attention
+    "unet": {"image_cross_attention": True},
+    "image": {"kind": "random", "size": 8, "patch": 4, "width": 16, "layers": 1, "heads": 2},
+    "resampler": {"width": 16, "depth": 1, "heads": 2, "head_width": 64, "frames": 4},
+}
 
 
 def changed(config, **fields):
@@ -276,6 +283,26 @@ def test_what_no_shape_tells_is_compared(run, tmp_path, tiny, group, field, caps
     config = changed(tiny(**{group: field}), init_from=str(tmp_path / "in"))
     weights.initial_weights(config, Networks.of(config))
     assert f"in: {group}.{name}={theirs} was assumed when it was imported, the configuration says {ours}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("described", [{"yaml": "x.yaml"}, {}])
+def test_an_import_for_image_tokens_serves_a_model_without(tmp_path, tiny, described, capsys):
+    """Which does not use the resampler; a model that does is told of its heads."""
+    part = {"config": {"heads": 4}, "sha256": "", **described}
+    (tmp_path / "imported.json").write_text(json.dumps({"networks": {"resampler": part}}))
+    weights.check_untold(tiny(), tmp_path, "denoiser")
+    assert not capsys.readouterr().out
+    with pytest.raises(UserError) if described else contextlib.nullcontext() as found:
+        weights.check_untold(tiny(**SEEING), tmp_path, "denoiser")
+    assert "resampler.heads=4" in (str(found.value) if described else capsys.readouterr().out)
+
+
+def test_image_tokens_are_added_to_a_run_without(run, tiny):
+    """Whose configuration has a resampler, too, with other heads, which it did not use."""
+    config = changed(tiny(**SEEING), init_from=str(run[0]))
+    assert weights.read_config(run[0]).resampler.heads != config.resampler.heads
+    found = weights.initial_weights(config, Networks.of(config)).denoiser
+    assert_same({name: found[name] for name in run[2]}, run[2])
 
 
 def test_a_run_sampled_with_another_objective_is_told_of(run, tiny, capsys):
