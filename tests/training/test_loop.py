@@ -344,6 +344,16 @@ def test_a_run_without_held_out_clips_says_so(config, tmp_path, capsys):
     assert widths[0] == 2 * widths[1] > widths[2] == 0
 
 
+def test_held_out_clips_that_fill_a_batch_by_repetition_make_no_deciles(config, tmp_path):
+    """Of motion: fewer than ten clips, in a batch of sixteen rows."""
+    few = changed(config, batch_size=16, steps=0, data={"path": str(tmp_path / "data")}, sample={"every": 0})
+    summary = preparation.prepare(few, "synthetic:shapes:20", tmp_path / "data", log=lambda line: None)
+    assert 0 < summary.clips["validation"] < 10
+    assert loop.train(few, tmp_path / "run")
+    (names,) = (line.keys() for line in read_lines(tmp_path / "run" / "metrics.jsonl") if "eval/loss" in line)
+    assert not [name for name in names if name.startswith("eval/loss_motion_d")]
+
+
 def test_a_long_caption_leaves_room_for_what_its_row_shows(tmp_path):
     clips, caption = np.zeros((1, 2, 8, 8, 3), np.uint8), "word " * 200
     truth = samples.pictures.strip(clips[0], caption, end=" (truth)")
