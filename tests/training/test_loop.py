@@ -22,6 +22,7 @@ from PIL import Image
 import motif_jax
 from motif_jax import preparation, report
 from motif_jax.config import ProfileConfig, UserError
+from motif_jax.data.videos import save_video
 from motif_jax.dist.preemption import Interrupted, StopSignal
 from motif_jax.interop.files import write_safetensors
 from motif_jax.models.networks import Networks
@@ -266,6 +267,18 @@ def test_a_refused_run_is_left_as_it_was(config, undisturbed, tmp_path):
     with pytest.raises(UserError, match=r"other settings: seed was 0 and is now 1\."):
         loop.train(changed(config, steps=6, seed=1), run)
     assert not (run / "config.json").exists()
+
+
+def test_a_heatmap_of_masks_needs_clips_with_masks(config, tmp_path):
+    """Of a run that is refused for it nothing is begun."""
+    (tmp_path / "videos").mkdir()
+    save_video(tmp_path / "videos" / "a.mp4", np.zeros((9, 24, 24, 3), np.uint8), 8)
+    (tmp_path / "videos" / "a.txt").write_text("nothing moves")
+    plain = changed(config, prepare={"flow": "dis", "validation_share": 0.0}, data={"path": str(tmp_path / "data")})
+    preparation.prepare(plain, str(tmp_path / "videos"), tmp_path / "data", log=lambda line: None)
+    with pytest.raises(UserError, match=rf"loss\.heatmap='mask': the clips of {tmp_path / 'data'} have no masks; prepare them with some"):
+        loop.train(changed(plain, loss={"heatmap": "mask"}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_that_diverged_continues_with_another_learning_rate(config, undisturbed, tmp_path, capsys):
