@@ -97,8 +97,8 @@ def test_a_signal_at_any_place_saves_and_the_run_continues(config, undisturbed, 
 
 
 def test_an_evaluation_that_a_signal_follows_is_written_once(config, undisturbed, tmp_path, monkeypatch):
-    """Between evaluation and sample sheet of step 2: both are made after the restart, and count once."""
-    validate = loop.validate
+    """Between evaluation and sample sheet of step 2: both are made after the restart, also where that dies, and count once."""
+    validate, write = loop.validate, loop.SampleSheets.write
     steps = []
 
     def and_a_signal(*args):
@@ -110,6 +110,10 @@ def test_an_evaluation_that_a_signal_follows_is_written_once(config, undisturbed
 
     monkeypatch.setattr(loop, "validate", and_a_signal)
     assert not loop.train(config, tmp_path) and checkpoint.latest_step(tmp_path) == 2
+    with monkeypatch.context() as broken, pytest.raises(ZeroDivisionError):
+        broken.setattr(loop.SampleSheets, "write", lambda *args: write(*args) or 1 / 0)
+        loop.train(config, tmp_path)
+    assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl") if "sample/mean_flow" in line] == [0, 2]
     assert loop.train(config, tmp_path)
     counts = [collections.Counter(line["step"] for line in read_lines(run / "metrics.jsonl")) for run in (tmp_path, undisturbed)]
     assert counts[0] == counts[1]
