@@ -182,6 +182,16 @@ def test_other_weights_are_another_dataset(kl, stored, tmp_path):
         Towers(dataclasses.replace(other, init_from=""))
 
 
+def test_every_dataset_is_compared_with_the_frozen_networks(stored, tmp_path):
+    """Not the first alone: clips of all are mixed in a batch."""
+    sums = {name: params_checksum(params) for name, params in frozen_weights(Networks.of(stored)).items()}
+    first = shards.read_manifest(stored.data.path)
+    second = dataclasses.replace(first, directory=tmp_path, settings={**first.settings, "autoencoder.sha256": "0" * 64})
+    check_towers(stored, [first, first], sums)
+    with pytest.raises(UserError, match=rf"dataset {tmp_path}: its latents .*autoencoder\.sha256 was '0{{64}}' and is now"):
+        check_towers(stored, [first, second], sums)
+
+
 def test_a_sample_can_look_no_better_than_its_latents(stored):
     """The ceiling of `bench synthetic`: frames through the autoencoder are what the latents of the records decode to, up to float16."""
     networks, records = Networks.of(stored), pipeline.open_dataset(stored.data)

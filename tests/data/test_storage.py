@@ -18,7 +18,7 @@ import pytest
 from motif_jax import preparation
 from motif_jax.config import Config, DataConfig, PrepareConfig, StoreError, UserError
 from motif_jax.data import pipeline, shards
-from motif_jax.data.storage import location
+from motif_jax.data.storage import location, write_whole
 from motif_jax.data.verification import verify
 from motif_jax.data.videos import save_video
 
@@ -214,3 +214,11 @@ def test_stores_that_cannot_be_used():
     for name in ("file://here/x", "file://", "file://localhost"):
         with pytest.raises(UserError, match="names a file of another machine"):
             location(name)
+
+
+@pytest.mark.parametrize("name", ["a" * 240 + ".json", "é" * 120 + ".json"])
+def test_a_long_name_is_written_whole(tmp_path, name):
+    """A name has 255 bytes at most, and that of the temporary file is no longer."""
+    for text in ("x", "y"):
+        write_whole(tmp_path / name, text)
+        assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == text

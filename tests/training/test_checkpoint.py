@@ -264,6 +264,21 @@ def test_a_full_disk_is_one_clear_error_and_loses_nothing(small_disk):
     assert_equal(found, {f"{i}.kernel": jax.random.normal(jax.random.key(i), (64, 8)) for i in range(32)})
 
 
+def test_a_process_that_does_not_come_is_no_full_disk(saved, monkeypatch):
+    workdir, states = saved
+    checkpoints = Checkpoints(workdir, CheckpointConfig(keep=3))
+
+    def late(*args, **kwargs):
+        raise RuntimeError("DEADLINE_EXCEEDED: Barrier timed out")
+
+    monkeypatch.setattr(checkpoints._manager, "save", late)
+    checkpoints.save(40, states[30], {}, {})
+    with pytest.raises(CheckpointError, match=r"Another process of the job did not come in time: .*there: \[10, 20, 30\]") as found:
+        checkpoints.wait()
+    assert "Make room" not in str(found.value)
+    checkpoints.close()
+
+
 DAMAGED = """
 import pathlib
 import sys

@@ -22,6 +22,7 @@ from PIL import Image
 import motif_jax
 from motif_jax import preparation, report
 from motif_jax.config import ProfileConfig, UserError
+from motif_jax.data.videos import save_video
 from motif_jax.dist.preemption import Interrupted, StopSignal
 from motif_jax.interop.files import write_safetensors
 from motif_jax.models.networks import Networks
@@ -96,8 +97,8 @@ def test_a_signal_at_any_place_saves_and_the_run_continues(config, undisturbed, 
 
 
 def test_an_evaluation_that_a_signal_follows_is_written_once(config, undisturbed, tmp_path, monkeypatch):
-    """Between evaluation and sample sheet of step 2: both are made after the restart, and count once."""
-    validate = loop.validate
+    """Between evaluation and sample sheet of step 2: both are made after the restart, also where that dies, and count once."""
+    validate, write = loop.validate, loop.SampleSheets.write
     steps = []
 
     def and_a_signal(*args):
@@ -109,6 +110,10 @@ def test_an_evaluation_that_a_signal_follows_is_written_once(config, undisturbed
 
     monkeypatch.setattr(loop, "validate", and_a_signal)
     assert not loop.train(config, tmp_path) and checkpoint.latest_step(tmp_path) == 2
+    with monkeypatch.context() as broken, pytest.raises(ZeroDivisionError):
+        broken.setattr(loop.SampleSheets, "write", lambda *args: write(*args) or 1 / 0)
+        loop.train(config, tmp_path)
+    assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl") if "sample/mean_flow" in line] == [0, 2]
     assert loop.train(config, tmp_path)
     counts = [collections.Counter(line["step"] for line in read_lines(run / "metrics.jsonl")) for run in (tmp_path, undisturbed)]
     assert counts[0] == counts[1]
@@ -268,6 +273,18 @@ def test_a_refused_run_is_left_as_it_was(config, undisturbed, tmp_path):
     assert not (run / "config.json").exists()
 
 
+def test_a_heatmap_of_masks_needs_clips_with_masks(config, tmp_path):
+    """Of a run that is refused for it nothing is begun."""
+    (tmp_path / "videos").mkdir()
+    save_video(tmp_path / "videos" / "a.mp4", np.zeros((9, 24, 24, 3), np.uint8), 8)
+    (tmp_path / "videos" / "a.txt").write_text("nothing moves")
+    plain = changed(config, prepare={"flow": "dis", "validation_share": 0.0}, data={"path": str(tmp_path / "data")})
+    preparation.prepare(plain, str(tmp_path / "videos"), tmp_path / "data", log=lambda line: None)
+    with pytest.raises(UserError, match=rf"loss\.heatmap='mask': the clips of {tmp_path / 'data'} have no masks; prepare them with some"):
+        loop.train(changed(plain, loss={"heatmap": "mask"}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_that_diverged_continues_with_another_learning_rate(config, undisturbed, tmp_path, capsys):
     """As its message says. What an update has blown up is not saved: the parameters, too, have to be finite, and so their norm."""
     shutil.copytree(undisturbed, run := tmp_path / "run")
@@ -342,6 +359,16 @@ def test_a_run_without_held_out_clips_says_so(config, tmp_path, capsys):
     panels = [report._curves(lines) for lines in (read_lines(run / "metrics.jsonl"), [{"step": 1, "eval/ratio_t0": 1.0}], [])]
     widths = [Image.open(io.BytesIO(base64.b64decode(p.split("base64,")[1][:-2]))).width if "<img" in p else 0 for p in panels]
     assert widths[0] == 2 * widths[1] > widths[2] == 0
+
+
+def test_held_out_clips_that_fill_a_batch_by_repetition_make_no_deciles(config, tmp_path):
+    """Of motion: fewer than ten clips, in a batch of sixteen rows."""
+    few = changed(config, batch_size=16, steps=0, data={"path": str(tmp_path / "data")}, sample={"every": 0})
+    summary = preparation.prepare(few, "synthetic:shapes:20", tmp_path / "data", log=lambda line: None)
+    assert 0 < summary.clips["validation"] < 10
+    assert loop.train(few, tmp_path / "run")
+    (names,) = (line.keys() for line in read_lines(tmp_path / "run" / "metrics.jsonl") if "eval/loss" in line)
+    assert not [name for name in names if name.startswith("eval/loss_motion_d")]
 
 
 def test_a_long_caption_leaves_room_for_what_its_row_shows(tmp_path):

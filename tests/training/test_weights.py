@@ -1,10 +1,13 @@
 """Where a run's weights come from (an import, another run) and where they go (a PyTorch file)."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import inspect
+import json
 import lzma
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -14,8 +17,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import yaml
+from PIL import Image
 
-from motif_jax.animation import Animator
+from motif_jax.animation import Animator, animate_list
 from motif_jax.config import CheckpointConfig, UserError, from_config_dict, to_dict, to_json
 from motif_jax.interop.imported import import_checkpoint, imported_settings
 from motif_jax.interop.names import to_torch
@@ -30,6 +34,11 @@ from motif_jax.training.state import TrainState
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+SEEING = {  # by image cross attention
+    "unet": {"image_cross_attention": True},
+    "image": {"kind": "random", "size": 8, "patch": 4, "width": 16, "layers": 1, "heads": 2},
+    "resampler": {"width": 16, "depth": 1, "heads": 2, "head_width": 64, "frames": 4},
+}
 
 
 def changed(config, **fields):
@@ -113,6 +122,14 @@ def test_the_options_of_an_animator(run):
     assert [own[name] for name in options] == [2, 7.5, 8.0, 8.0] and [other[name] for name in options] == [3, 2.0, 6.0, 8.0]
     with pytest.raises(UserError, match="--steps=1001: at most 1000, the timesteps of training"):
         Animator.load(run[0], steps=1001)
+
+
+def test_a_frame_stride_that_the_model_is_not_told_of_changes_nothing(make_run, capsys):
+    """Not even the settings of its clips, which would then be refused beside others that are equal."""
+    directory = make_run(unet={"fps_cond": False})[0]
+    animator = Animator.load(directory, frame_stride=4)
+    assert "--frame_stride=4 changes nothing: this model is not told the frame rate (unet.fps_cond=False)" in capsys.readouterr().out
+    assert animator.fps == animator.config.sample.fps and animator.settings == Animator.load(directory).settings
 
 
 def test_a_run_with_a_kernel_of_other_devices_can_be_sampled(make_run):
@@ -243,6 +260,27 @@ def test_a_run_starts_from_another(run, tiny):
     assert_same(weights.initial_weights(config, Networks.of(config)).denoiser, run[2])
 
 
+def test_clips_of_an_import_are_not_taken_for_those_of_another(run, tmp_path, tiny, monkeypatch):
+    """Of other weights at the same place, under the same names."""
+    Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(tmp_path / "a.png")
+    requests = tmp_path / "list.jsonl"
+    monkeypatch.setattr(Animator, "__call__", lambda self, images, *_: np.zeros((len(images), 4, 16, 16, 3), np.uint8))
+
+    def sample(name):
+        requests.write_text(json.dumps({"image": "a.png", "prompt": "x", "id": name}))
+        animate_list(lambda: Animator.load(tmp_path / "in", tiny()), str(requests), str(tmp_path / "out"), 0, 1, "gif")
+
+    for kind in ("raw", "ema"):
+        export(run[0], tmp_path / "x.safetensors", kind)
+        shutil.rmtree(tmp_path / "in", ignore_errors=True)
+        import_checkpoint("videocrafter", tmp_path / "x.safetensors", tmp_path / "in", tmp_path / "x.yaml")
+        if kind == "raw":
+            sample("1")
+            sample("2")
+    with pytest.raises(UserError, match=r"out holds videos made otherwise \(weights: '[0-9a-f]{64}' there, '[0-9a-f]{64}' now\)"):
+        sample("3")
+
+
 def test_an_import_of_another_size_is_refused(run, tmp_path, tiny):
     export(run[0], tmp_path / "x.safetensors")
     import_checkpoint("videocrafter", tmp_path / "x.safetensors", tmp_path / "in", tmp_path / "x.yaml")
@@ -276,6 +314,26 @@ def test_what_no_shape_tells_is_compared(run, tmp_path, tiny, group, field, caps
     config = changed(tiny(**{group: field}), init_from=str(tmp_path / "in"))
     weights.initial_weights(config, Networks.of(config))
     assert f"in: {group}.{name}={theirs} was assumed when it was imported, the configuration says {ours}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("described", [{"yaml": "x.yaml"}, {}])
+def test_an_import_for_image_tokens_serves_a_model_without(tmp_path, tiny, described, capsys):
+    """Which does not use the resampler; a model that does is told of its heads."""
+    part = {"config": {"heads": 4}, "sha256": "", **described}
+    (tmp_path / "imported.json").write_text(json.dumps({"networks": {"resampler": part}}))
+    weights.check_untold(tiny(), tmp_path, "denoiser")
+    assert not capsys.readouterr().out
+    with pytest.raises(UserError) if described else contextlib.nullcontext() as found:
+        weights.check_untold(tiny(**SEEING), tmp_path, "denoiser")
+    assert "resampler.heads=4" in (str(found.value) if described else capsys.readouterr().out)
+
+
+def test_image_tokens_are_added_to_a_run_without(run, tiny):
+    """Whose configuration has a resampler, too, with other heads, which it did not use."""
+    config = changed(tiny(**SEEING), init_from=str(run[0]))
+    assert weights.read_config(run[0]).resampler.heads != config.resampler.heads
+    found = weights.initial_weights(config, Networks.of(config)).denoiser
+    assert_same({name: found[name] for name in run[2]}, run[2])
 
 
 def test_a_run_sampled_with_another_objective_is_told_of(run, tiny, capsys):
