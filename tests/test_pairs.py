@@ -57,6 +57,16 @@ def test_jsonl(benchmark):
     assert (second.id, second.prompt, second.scenario) == ("sky_clouds_drift_down", "Clouds drift. Down.", "")
 
 
+def test_values_that_are_no_text_are_refused(benchmark):
+    """But for a number as id."""
+    lines = ['{"image": "sky", "prompt": ["x"]}', '{"image": "sky", "prompt": "x", "id": 7}', '{"image": 5, "prompt": "x"}']
+    (benchmark / "list.jsonl").write_text("\n".join(lines))
+    with pytest.raises(UserError, match=r'line 1: prompt must be text, not \["x"\]; line 3: image must be text, not 5$'):
+        read_pairs(benchmark)
+    (benchmark / "list.jsonl").write_text(lines[1])
+    assert read_pairs(benchmark)[0].id == "7"
+
+
 def test_every_bad_line_is_told(benchmark):
     lines = ['{"image": "dog1"}', "nonsense", '{"prompt": "x"}', '{"image": "cat", "prompt": "x"}', '{"image": "sky", "prompt": " "}']
     lines += ['{"image": "sky", "prompt": "x", "id": "a/b"}'] + 2 * ['{"image": "sky", "prompt": "x", "id": "twice"}']
