@@ -9,7 +9,7 @@ import json
 import math
 import pathlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from motif_jax import html
@@ -138,24 +138,26 @@ def _rate_cell(r: dict[str, Any]) -> str:
 
 def _win_table(found: dict[str, Any]) -> str:
     majorities, single = [], []
+    intervals = {"wilson": "Wilson", "bootstrap": "over images"}
+    if any(r["majority"]["bootstrap_scenarios"] for r in found["comparisons"]):
+        intervals["bootstrap_scenarios"] = "over scenarios"
     for r in found["comparisons"]:
         m, v, d = r["majority"], r["vote_share"], r["detectable"]
         name = f"{r['a']} against {r['b']}"
         counts = f"{m['wins']} / {m['even']} / {m['losses']}", " to ".join(map(str, dict.fromkeys(r["votes_per_pair"])))
         ps = (f"{m[p]:.2g}" for p in ("p", "p_images", "p_images_holm"))
-        majorities.append((name, *counts, *_rates(m), *ps, *map(_percent, (d["independent"], d["clustered"]))))
-        single.append((name, r["votes"], r["annotators"], *_rates(v), _interval(v["bootstrap_annotators"])))
-    intervals = ("Wilson", "over images", "over scenarios")
+        majorities.append((name, *counts, *_rates(m, intervals), *ps, *map(_percent, (d["independent"], d["clustered"]))))
+        single.append((name, r["votes"], r["annotators"], *_rates(v, intervals), _interval(v["bootstrap_annotators"])))
     tests = ("p", "p over images", "Holm", "detectable %", "clustered %")
     return (
         "<h3>Majority of each pair</h3>"
-        + html.table(("", "won / even / lost", "votes a pair", "win rate %", *intervals, *tests), majorities)
+        + html.table(("", "won / even / lost", "votes a pair", "win rate %", *intervals.values(), *tests), majorities)
         + "<p>An even split is half a win for both, and for neither in the tests. p: exact, two-sided, against one half, as if pairs were "
         "independent; over images: the pairs of an image taken as one; Holm: the latter, adjusted for all comparisons here. Detectable: "
         "the true win rate that this number of pairs shows with 80 % probability, first as if they were independent, then (clustered) "
         "given how alike pairs of one image are. <b>p and all intervals of the majority hold for these annotators</b>: people who lean "
         "to one system make them surer than other people would confirm.</p><h3>Single votes</h3>"
-        + html.table(("", "votes", "annotators", "for the first %", *intervals, "over images and annotators"), single)
+        + html.table(("", "votes", "annotators", "for the first %", *intervals.values(), "over images and annotators"), single)
         + "<p>A tie is half a vote for both. Only the last interval speaks of other people than these.</p><h3>Sides</h3>"
         + _side_table(found)
     )
@@ -201,8 +203,8 @@ def _beside(found: dict[str, Any]) -> str:
     )
 
 
-def _rates(r: dict[str, Any]) -> list[str]:
-    return [_percent(r["rate"]), *map(_interval, (r["wilson"], r["bootstrap"], r["bootstrap_scenarios"]))]
+def _rates(r: dict[str, Any], kinds: Iterable[str]) -> list[str]:
+    return [_percent(r["rate"]), *(_interval(r[kind]) for kind in kinds)]
 
 
 def _reasons(found: dict[str, Any]) -> list[str]:
