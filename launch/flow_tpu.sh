@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The offline job (motif_jax.prepare) on a Cloud TPU slice over ssh: every host makes its share of the shards on its own chips.
 # Usage: launch/flow_tpu.sh [--dry-run] TPU_NAME --config=configs/X.py --source=SRC --output=DIR [...]
-#   Copies this checkout to ~/motif_jax of each host and installs it with the extras `tpu` and `gs`. SRC must be mounted on every
-#   host; DIR may be gs://. ZONE, PROJECT: of the slice (default: those of gcloud's configuration).
+#   Copies this checkout to ~/motif_jax of each host and installs it with the extras `tpu` and `gs`. SRC and DIR are gs://, or
+#   mounted on every host. ZONE, PROJECT: of the slice (default: those of gcloud's configuration).
 # Run the same command again after a preemption: it continues.
 set -euo pipefail
 cd "$(dirname "$0")/.."
