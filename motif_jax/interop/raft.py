@@ -117,7 +117,7 @@ def to_reference(model: RAFT, layout: str = "original", prefix: str = "") -> dic
     """
     found, tensors = to_torch(nnx.state(model)), {}
     for name, path in names(model.variant, layout).items():
-        tensor = np.asarray(found[torch_name(path)])
+        tensor = np.array(found[torch_name(path)])
         if name.endswith("num_batches_tracked"):
             tensor = tensor.astype(np.int64)
         tensors[prefix + name] = tensor
