@@ -10,11 +10,10 @@ import pathlib
 import posixpath
 import tarfile
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from motif_jax.config import StoreError, UserError
-from motif_jax.data.storage import File, RemotePath, beside, location, members, read_part
+from motif_jax.data.storage import File, RemotePath, beside, location, members, read_part, side_by_side
 
 Files = dict[pathlib.PurePosixPath, File]  # by name, relative to the source
 
@@ -22,7 +21,6 @@ VIDEO_ENDINGS = frozenset(
     ".3gp .asf .avi .flv .gif .h264 .hevc .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .mxf .nut .ogv .ts .vob .webm .wmv .y4m".split()
 )
 
-_FILES_AT_ONCE = 32
 _UNREADABLE_NAME = ("unreadable name", "it is not UTF-8; rename the file")
 
 
@@ -165,8 +163,7 @@ def _read_pairs(source: str, files: Files, problems: list[Problem]) -> tuple[lis
             return Problem(name, "unreadable caption", str(error))
         return Entry(name, files[video], caption) if caption else Problem(name, "empty caption", f"{text.name} is empty")
 
-    with ThreadPoolExecutor(_FILES_AT_ONCE) as threads:
-        found = list(threads.map(read, videos))
+    found = side_by_side(read, videos)
     entries = [entry for entry in found if isinstance(entry, Entry)]
     problems += [problem for problem in found if isinstance(problem, Problem)]
     lonely = texts.keys() - {video.with_suffix("") for video in videos}
@@ -188,8 +185,7 @@ def _open_archives(files: Files, problems: list[Problem]) -> Files:
         except (OSError, tarfile.TarError) as error:
             return Problem(printable(str(archive)), "unreadable archive", str(error))
 
-    with ThreadPoolExecutor(_FILES_AT_ONCE) as threads:
-        opened = list(threads.map(inside, archives))
+    opened = side_by_side(inside, archives)
     problems += [found for found in opened if isinstance(found, Problem)]
     everything = [files, *(found for found in opened if not isinstance(found, Problem))]
     pairs = itertools.chain.from_iterable(found.items() for found in everything)

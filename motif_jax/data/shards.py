@@ -13,13 +13,12 @@ import re
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 from motif_jax.config import UserError, enumerate_first
 from motif_jax.data import records, storage
-from motif_jax.data.storage import Path, local_path, machine, replacing, size
+from motif_jax.data.storage import Path, local_path, machine, replacing, side_by_side, size
 
 NAME = "motif"  # TFDS takes a dataset's name from its file names
 SPLITS = ("train", "validation")
@@ -28,7 +27,6 @@ VERSION = "1.0.0"  # of the records: a shard of another version is made again
 # reading is then three times as slow.
 _WRITER_OPTIONS = "group_size:1,uncompressed"
 _STALE_SECONDS = 24 * 3600
-_REQUESTS = 32  # to an object store at once
 
 
 @dataclass(frozen=True)
@@ -160,8 +158,7 @@ def shard_manifest(directory: Path, name: str) -> dict[str, Any] | None:
 
 def shard_manifests(directory: Path, names: Sequence[str]) -> list[dict[str, Any] | None]:
     """`shard_manifest` of many: a large dataset has tens of thousands, and in an object store each is a request."""
-    with ThreadPoolExecutor(_REQUESTS) as threads:
-        return list(threads.map(lambda name: shard_manifest(directory, name), names))
+    return side_by_side(lambda name: shard_manifest(directory, name), names)
 
 
 def plans(directory: Path) -> set[str]:

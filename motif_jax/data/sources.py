@@ -29,7 +29,6 @@ from motif_jax.data.shards import Skipped
 DEFAULT_SYNTHETIC_CLIPS, MOST_SYNTHETIC_CLIPS = 1000, 9_999_999  # ids have seven digits
 _ATTEMPTS = 8  # clips that are drawn from a video until one crosses no cut
 _END = 2**16  # bytes
-_FILES_AT_ONCE = 32
 _PIXELS_AT_ONCE = 2**24  # of a synthetic world, which makes many clips in one go
 
 
@@ -262,8 +261,7 @@ def identities(items: Sequence[Item]) -> list[list[Any]]:
 
     A file is known by its size and the sha256 of its first and last 64 KiB, wherever it lies. Raises StoreError.
     """
-    with ThreadPoolExecutor(_FILES_AT_ONCE) as threads:
-        return list(threads.map(_identity, items))
+    return storage.side_by_side(_identity, items)
 
 
 def _identity(item: Item) -> list[Any]:

@@ -14,11 +14,14 @@ import posixpath
 import socket
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from motif_jax.config import StoreError, UserError
+
+_REQUESTS = 32  # at once
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,12 @@ def _ask(request: Callable[..., Any], path: str, *arguments: Any) -> Any:
         raise
     except Exception as error:
         raise StoreError(f"{path}: {type(error).__name__}: {' '.join(str(error).split())}") from error
+
+
+def side_by_side(function: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
+    """function(item) of each, in their order: a store answers many requests in the time of one."""
+    with ThreadPoolExecutor(_REQUESTS) as threads:
+        return list(threads.map(function, items))
 
 
 def local_path(name: str) -> pathlib.Path | None:
