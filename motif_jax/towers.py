@@ -61,8 +61,7 @@ class Towers:
             self._settings |= describe(config, name, params_checksum(frozen[name]))
 
         def moments(params: Params, frames_THW3: jax.Array) -> jax.Array:
-            encode = networks.autoencoder.bind(params).encode
-            return jax.lax.map(lambda x_HW3: encode(x_HW3[None].astype(jnp.float32) / 127.5 - 1.0)[0], frames_THW3).astype(jnp.float16)
+            return networks.moments(params, frames_THW3[None])[0].astype(jnp.float16)
 
         def pixels(params: Params, moments_ThwM: jax.Array) -> jax.Array:
             return networks.decode(params, networks.latents(moments_ThwM[None], None))[0]

@@ -102,11 +102,15 @@ class Networks:
         key = jax.random.key(RANDOM_SEED)
         return {name: network.init(key) for name, network in self.frozen.items() if name not in self.pretrained}
 
-    def encode(self, params: Params, frames_BTHW3: Array, key: PRNGKeyArray | None) -> Float[Array, "B T h w C"]:
-        """uint8 frames -> scaled latents, frame by frame (one frame of all clips at a time, to bound memory)."""
+    def moments(self, params: Params, frames_BTHW3: Array) -> Float[Array, "B T h w M"]:
+        """uint8 frames -> the posterior's mean and log-variance, frame by frame (one frame of all clips at a time, to bound memory)."""
         autoencoder = self.autoencoder.bind(self.autoencoder.cast(params))
         moments_TBhwC = jax.lax.map(lambda x: autoencoder.encode(x.astype(jnp.float32) / 127.5 - 1.0), jnp.swapaxes(frames_BTHW3, 0, 1))
-        return self.latents(jnp.swapaxes(moments_TBhwC, 0, 1), key)
+        return jnp.swapaxes(moments_TBhwC, 0, 1)
+
+    def encode(self, params: Params, frames_BTHW3: Array, key: PRNGKeyArray | None) -> Float[Array, "B T h w C"]:
+        """uint8 frames -> scaled latents."""
+        return self.latents(self.moments(params, frames_BTHW3), key)
 
     def latents(self, moments_BThwM: Array, key: PRNGKeyArray | None) -> Float[Array, "B T h w C"]:
         """A sample (or with `key=None` the mean) of the posterior, times the scale factor."""

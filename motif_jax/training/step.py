@@ -53,7 +53,7 @@ def predict(
     t_B: Int[Array, " B"] | None = None,
     train: bool = True,
 ) -> tuple[Float[Array, "B T h w C"], Float[Array, "B T h w C"], Float[Array, "B T h w C"], Int[Array, " B"]]:
-    """Noise a batch and denoise it: (prediction, target, z_0, t), the first two in the space of the loss.
+    """Noise a batch and denoise it: (prediction, target, mean of the posterior of z_0, t), the first two in the space of the loss.
 
     `t_B=None` draws timesteps uniformly. With `train=False` no condition is dropped or noised and no dropout acts. frozen: parameters by
     network, and "unconditional" (`Networks.with_unconditional`).
@@ -64,10 +64,8 @@ def predict(
     def stream(which: Stream) -> PRNGKeyArray:
         return jax.random.fold_in(key, which)
 
-    if "latent_moments" in batch:
-        z_BThwC = networks.latents(batch["latent_moments"], stream(Stream.LATENT))
-    else:
-        z_BThwC = networks.encode(frozen["autoencoder"], batch["frames"], stream(Stream.LATENT))
+    moments = batch["latent_moments"] if "latent_moments" in batch else networks.moments(frozen["autoencoder"], batch["frames"])
+    z_BThwC = networks.latents(moments, stream(Stream.LATENT))
     clips, frames = z_BThwC.shape[:2]
 
     context_BLD = batch["text_embedding"] if "text_embedding" in batch else networks.embed(frozen["text"], batch["tokens"])
@@ -102,19 +100,20 @@ def predict(
     )
     space = d.loss_space or d.prediction
     prediction = objective.convert(schedule, x_t, output, t_B, d.prediction, space)
-    return prediction, objective.target(schedule, z_BThwC, noise, t_B, d.prediction, space), z_BThwC, t_B
+    return prediction, objective.target(schedule, z_BThwC, noise, t_B, d.prediction, space), networks.latents(moments, None), t_B
 
 
-def motion_heatmap(config: Config, batch: Batch, kind: str, z_BThwC: Array | None = None) -> Float[Array, "B T h w"]:
+def motion_heatmap(config: Config, batch: Batch, kind: str, mean_BThwC: Array | None = None) -> Float[Array, "B T h w"]:
     """m' of a batch on the latent grid (the paper's sigma of the flow intensity, and the heatmaps of its ablations).
 
-    Raises ValueError where the batch lacks what the kind is made of; "latent_difference" is made of the latents z.
+    Raises ValueError where the batch lacks what the kind is made of; "latent_difference" is made of the posterior's
+    means: samples differ from frame to frame where nothing moves.
     """
     return heatmap(
         kind,
         flow=batch.get("flow"),
         mask=batch.get("motion_mask"),
-        latents=z_BThwC,
+        latents=mean_BThwC,
         height=config.data.height,
         width=config.data.width,
         latent_hw=(config.latent_height, config.latent_width),
@@ -134,8 +133,8 @@ def make_train_step(
 
     def loss_fn(trained: Params, params: Params, frozen: dict[str, Params], batch: Batch, key: PRNGKeyArray):
         params = {**params, **trained}
-        prediction, target, z, _ = predict(networks, schedule, params, frozen, batch, key)
-        m = motion_heatmap(config, batch, config.loss.heatmap, z)
+        prediction, target, mean, _ = predict(networks, schedule, params, frozen, batch, key)
+        m = motion_heatmap(config, batch, config.loss.heatmap, mean)
         loss, parts = losses.motif_loss(prediction, target, m, config.loss.motion_weight)
         return loss, {**parts, "heatmap_mean": jnp.mean(m)}
 

@@ -224,6 +224,20 @@ def test_a_step_by_hand(tiny, one_weight):
     assert float(after.ema["w"]) == pytest.approx(2 + 0.75 * (new - 2), rel=1e-6)  # decay 0.25, below (1 + 3) / (10 + 3)
 
 
+def test_the_latent_difference_is_that_of_the_means(tiny, one_weight):
+    """Drawn latents differ from frame to frame where nothing moves: over their own maximum that noise would be motion everywhere."""
+    config, batch = oblong(tiny, loss={"heatmap": "latent_difference"})
+    networks, frozen, _ = one_weight(config)
+    mean, log_variance = np.split(batch["latent_moments"].astype(np.float64), 2, -1)
+    mean[:2] = mean[:2, :1]  # two clips that stand still
+    batch["latent_moments"] = np.concatenate([mean, log_variance], -1).astype(np.float16)
+    optimizer = make_optimizer(config)
+    _, metrics = make_train_step(networks, optimizer)(train_state.create({"w": jnp.float32(0.5)}, optimizer, False), frozen, batch)
+    speed = np.linalg.norm(mean[2:, 1:] - mean[2:, :-1], axis=-1)
+    m = (speed / speed.max((1, 2, 3), keepdims=True))[:, [0, 1, 2, 2]]
+    assert float(metrics["heatmap_mean"]) == pytest.approx(m.sum() / (2 * m.size), rel=1e-5)
+
+
 def test_the_average_warms_up(tiny, one_weight):
     config, batch = oblong(tiny, ema={"decay": 0.9})
     networks, frozen, _ = one_weight(config)
