@@ -45,6 +45,7 @@ ARMS = {
     "cx_attn+x_cat": {**LAST, **TOKENS},
     "v_none": {**ON_V, "loss.heatmap": "none"},
     "v_flow": ON_V,
+    "v_inverse": {**ON_V, "loss.heatmap": "inverse"},
     "dit_none": {**TRANSFORMER, "loss.heatmap": "none"},
     "dit_flow": TRANSFORMER,
     "dit_inverse": {**TRANSFORMER, "loss.heatmap": "inverse"},

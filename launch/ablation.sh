@@ -2,8 +2,8 @@
 # The laptop-size ablation: trains and judges the U-Net's arms of configs/ablation.py on the synthetic world, two runs at a time on
 # one core each, and writes runs/ablation/report.{html,md,json}. Run it again to continue after a stop; a run that is done is kept.
 # Environment: RUNS (default runs/ablation), SEEDS (of the arms none, flow and inverse; default "0 1 2"), ARMS (default all others, but
-# for the transformer's, dit_none, dit_flow and dit_inverse, and v_none and v_flow), ARM_SEEDS (of those; default 0), JOBS (default:
-# number of cores), VENV (default .venv), PYTHON.
+# for the transformer's, dit_none, dit_flow and dit_inverse, and those of the loss on v, v_none, v_flow and v_inverse), ARM_SEEDS (of
+# those; default 0), JOBS (default: number of cores), VENV (default .venv), PYTHON.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh
