@@ -5,6 +5,7 @@ every scale is an argument or written into the picture.
 """
 
 import bisect
+import functools
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import BinaryIO
@@ -18,6 +19,8 @@ Picture = UInt8[np.ndarray, "H W 3"]
 GAP = 4  # pixels between tiles
 TILE = 160  # smallest tile width, below which frames are enlarged by whole factors
 FONT = 14
+# For what Pillow's own font lacks, which is all but ASCII: Matplotlib's, then what usual systems have for Chinese, Japanese, Korean.
+FAMILIES = ("DejaVu Sans", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "Hiragino Sans GB", "Microsoft YaHei", "Arial Unicode MS")
 PAPER, INK = 232, 20  # grey: flow that stands still is white
 MARKED = 0.5  # cells with a heatmap above this count as moving (the paper's figures do the same)
 
@@ -84,12 +87,16 @@ def moving_share(heat: Num[np.ndarray, "*shape"]) -> float:
     return float((np.asarray(heat) > MARKED).mean())
 
 
+def _moving(heat: Num[np.ndarray, "*shape"]) -> str:
+    return f"{100 * moving_share(heat):.1f} %"
+
+
 def label(picture: Picture, text: str, end: str = "") -> Picture:
     """The picture under a line of text and `end`.
 
-    Text that is too long is cut before `end`; other characters than the font's are shown as boxes.
+    Text that is too long is cut before `end`; characters that no font of `FAMILIES` has are shown as boxes.
     """
-    font = ImageFont.load_default(FONT)
+    font = _font(text[: picture.shape[1]] + end)
     room = picture.shape[1] - 2 * GAP - font.getlength(end)
     text = text[: picture.shape[1]]  # no character is narrower than a pixel
     if font.getlength(text) > room:
@@ -98,6 +105,28 @@ def label(picture: Picture, text: str, end: str = "") -> Picture:
     band = Image.new("RGB", (picture.shape[1], FONT + 8), (PAPER,) * 3)
     ImageDraw.Draw(band).text((GAP, 3), (text + end).lstrip(), (INK,) * 3, font)
     return np.concatenate([np.asarray(band), picture])
+
+
+def _font(text: str) -> ImageFont.FreeTypeFont:
+    """Pillow's own font for ASCII, else the first of those with most of the characters."""
+    if text.isascii():
+        return ImageFont.load_default(FONT)
+    return max(_fonts(), key=lambda font: sum(ord(c) in font[1] for c in text))[0]
+
+
+@functools.cache
+def _fonts() -> list[tuple[ImageFont.FreeTypeFont, frozenset[int]]]:
+    """Those of `FAMILIES` that this machine has, with their characters."""
+    from matplotlib import font_manager, ft2font
+
+    found = []
+    for family in FAMILIES:
+        try:
+            path = font_manager.findfont(family, fallback_to_default=False)
+            found.append((ImageFont.truetype(path, FONT), frozenset(ft2font.FT2Font(path).get_charmap())))
+        except (ValueError, OSError, RuntimeError):  # not here, or of a kind that one of the two cannot read
+            continue
+    return found
 
 
 def row(pictures: Sequence[Picture]) -> Picture:
@@ -148,13 +177,16 @@ def clip_sheet(
     side = min(72, colours[0].shape[0] // 2)
     colours[0] = colours[0].copy()
     _inset(colours[0], wheel(side))
-    heated = [_footer(_tile(o), f"{moving_share(heat_Thw[t]):.1%}") for t, o in zip(chosen, overlay(frames, heat_Thw)[chosen], strict=True)]
+    heated = [_footer(_tile(o), _moving(heat_Thw[t])) for t, o in zip(chosen, overlay(frames, heat_Thw)[chosen], strict=True)]
+    heading = f"heatmap over frames, bar: 0 to 1; share above {MARKED:g}: {_moving(heat_Thw)} of the clip, per frame below"
+    heats = label(row(heated), heading, " " * 30)  # room for the bar
+    heats[4 : 4 + FONT, -96 - GAP : -GAP] = overlay(np.full((1, FONT, 96, 3), 128, np.uint8), np.linspace(0, 1, 96)[None, None])[0]
     spans = f"mean {length.mean():.2f} px, max {length.max():.1f} px; full colour at {largest:.1f} px"
     return stack(
         [
             label(row([_tile(frames[t]) for t in chosen]), text, f"   frames {', '.join(map(str, chosen))} of {len(frames)}"),
             label(row(colours), f"flow to the next frame (the last repeats): {spans}"),
-            label(row(heated), f"heatmap over frames; share above {MARKED:g}: {moving_share(heat_Thw):.1%} of the clip, per frame below"),
+            heats,
         ]
     )
 
