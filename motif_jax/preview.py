@@ -123,6 +123,7 @@ def _histograms(found: Mapping[str, np.ndarray]) -> str:
         axes.hist(values, bins, color="#3b6ea5")
         axes.set_xlabel(f"{name} (mean {values.mean():.1f})")
         axes.set_ylabel("clips")
+        axes.yaxis.get_major_locator().set_params(integer=True)
         if whole:
-            axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     return html.plot(figure, "histograms: " + ", ".join(found), "svg")
