@@ -13,7 +13,7 @@ from motif_jax.config import Config, UserError, read_json
 from motif_jax.data.storage import write_whole
 from motif_jax.training.metrics import read_lines
 
-STYLE = """figure{display:inline-block;margin:.5rem;vertical-align:top}figcaption{max-width:40rem}
+STYLE = """figure{display:inline-block;max-width:calc(100% - 1rem);margin:.5rem;vertical-align:top}figcaption{max-width:40rem}
 .clip img{width:40rem}.small img{width:20rem;image-rendering:pixelated}
 .small figcaption{max-width:20rem}td:nth-child(n+3){white-space:nowrap}"""
 

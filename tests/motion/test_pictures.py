@@ -113,6 +113,8 @@ def test_clip_sheet_and_png(tmp_path):
     heat[4, :4] = 1
     sheet = pictures.clip_sheet(frames, flow, heat, "a caption", columns=3)
     assert sheet.dtype == np.uint8 and sheet.shape[1] == 3 * 192 + 2 * pictures.GAP
+    wide = pictures.clip_sheet(frames.repeat(8, 2), flow, heat, "a caption", columns=3)
+    assert wide.shape[0] > 3 * (64 + 8 + 2 * pictures.FONT)  # letters that can be read when it is scaled to a screen
     bar = sheet[-(128 + 22 + 22) :][4:18, -96 - pictures.GAP : -pictures.GAP].astype(int).sum(-1)
     assert (np.diff(bar[:, ::24]) > 0).all()  # the scale of the heatmap, 0 to 1, above its frames
     still = pictures.clip_sheet(frames, np.zeros_like(flow), np.zeros_like(heat), "a caption", columns=3)
