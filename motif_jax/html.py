@@ -2,12 +2,14 @@
 
 import base64
 import io
+import warnings
 from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
 
-STYLE = """body{font:16px/1.5 system-ui,sans-serif;margin:2rem auto;padding:0 1rem;color:#222}
+STYLE = """body{font:16px/1.5 system-ui,sans-serif;margin:2rem auto;padding:0 1rem;color:#222;overflow-wrap:break-word}
 img,video{max-width:100%;height:auto}img{display:block;margin:.5rem 0}figure{margin:.5rem 0}figcaption{font-size:.9rem}
+.plot{overflow-x:auto}
 table{border-collapse:collapse;display:block;overflow-x:auto}
 td,th{padding:.2rem .6rem;border-bottom:1px solid #ccc;text-align:left;vertical-align:top}"""
 NUMBERS = """table{font-size:.85rem;font-variant-numeric:tabular-nums}td,th{text-align:right}
@@ -27,10 +29,13 @@ def picture(data: bytes, kind: str, description: str) -> str:
 
 
 def plot(figure: Any, description: str, kind: str = "png") -> str:
-    """The picture of a Matplotlib figure, "png" or "svg"."""
+    """The picture of a Matplotlib figure, "png" or "svg"; on a narrow screen it is scrolled, and not smaller than can be read."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format=kind, dpi=110)
-    return picture(buffer.getvalue(), {"svg": "svg+xml"}.get(kind, kind), description)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph ")  # of a name that the font lacks: the page's text has it, too
+        figure.savefig(buffer, format=kind, dpi=110)
+    shown = picture(buffer.getvalue(), {"svg": "svg+xml"}.get(kind, kind), description)
+    return f"<div class=plot>{shown.replace('<img', f'<img style=min-width:{60 * figure.get_figwidth():.0f}px', 1)}</div>"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

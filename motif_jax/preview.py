@@ -99,15 +99,16 @@ def _page(
     ]
     left_out = [(kind, f"{n:,}") for kind, n in sorted(skipped.items())]
     figures = "".join(
-        f'<figure><img src="{html.escape(name)}" alt="{html.escape(caption)}"><figcaption>{html.escape(caption)}</figcaption></figure>'
+        f'<figure><a href="{html.escape(name)}"><img src="{html.escape(name)}" alt="{html.escape(caption)}"></a>'
+        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
         for name, caption in sheets
     )
     body = [
         f"<h1>{html.escape(config.name)}: dataset</h1>{html.facts(rows)}",
         f"<h2>Training clips</h2>{_histograms(found)}<p>Of {len(found['frame stride']):,} clips.</p>",
         f"<h2>Left out</h2>{html.facts(left_out) if left_out else '<p>Nothing.</p>'}",
-        "<h2>First clips</h2><p>Rows: frames; optical flow (colour is direction, saturation is speed); heatmap over the frames, with the "
-        f"share of moving pixels.</p>{figures}",
+        "<h2>First clips</h2><p>A click shows a sheet at full size. Rows: frames; optical flow (colour is direction, saturation is speed); "
+        f"heatmap over the frames, with the share of moving pixels.</p>{figures}",
     ]
     return html.page(f"{config.name}: dataset", body, 70, "figure{margin:2rem 0}")
 
@@ -123,6 +124,7 @@ def _histograms(found: Mapping[str, np.ndarray]) -> str:
         axes.hist(values, bins, color="#3b6ea5")
         axes.set_xlabel(f"{name} (mean {values.mean():.1f})")
         axes.set_ylabel("clips")
+        axes.yaxis.get_major_locator().set_params(integer=True)
         if whole:
-            axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     return html.plot(figure, "histograms: " + ", ".join(found), "svg")

@@ -13,8 +13,9 @@ from motif_jax.config import Config, UserError, read_json
 from motif_jax.data.storage import write_whole
 from motif_jax.training.metrics import read_lines
 
-STYLE = """figure{display:inline-block;margin:.5rem;vertical-align:top}figcaption{max-width:20rem}
-.clip img{width:20rem;image-rendering:pixelated}"""
+STYLE = """figure{display:inline-block;max-width:calc(100% - 1rem);margin:.5rem;vertical-align:top}figcaption{max-width:40rem}
+.clip img{width:40rem}.small img{width:20rem;image-rendering:pixelated}
+.small figcaption{max-width:20rem}td:nth-child(n+3){white-space:nowrap}"""
 
 
 def write(workdir: str | pathlib.Path) -> pathlib.Path:
@@ -24,8 +25,8 @@ def write(workdir: str | pathlib.Path) -> pathlib.Path:
         raise UserError(f"{workdir}: no config.json there; expected a work directory of motif_jax.main")
     config = read_json(workdir / "config.json")
     lines = read_lines(workdir / "metrics.jsonl")
-    body = [f"<h1>{html.escape(config.name)}</h1>", _summary(config, lines), "<h2>Training</h2>", _curves(lines)]
-    body += ["<h2>What the loss looks at</h2>", _heatmaps(config), "<h2>Samples</h2>", _samples(workdir), _judged(workdir)]
+    body = [f"<h1>{html.escape(config.name)}</h1>", _summary(config, lines), "<h2>Samples</h2>", _samples(workdir), _judged(workdir)]
+    body += ["<h2>Training</h2>", _curves(lines), "<h2>What the loss looks at</h2>", _heatmaps(config)]
     path = workdir / "report.html"
     write_whole(path, html.page(config.name, body, 60, STYLE))
     return path
@@ -41,25 +42,29 @@ def _summary(config: Config, lines: list[dict]) -> str:
         ("loss", f"{config.loss.heatmap} heatmap, lambda {config.loss.motion_weight:g}"),
     ]
     shown = {
-        "loss": "training loss",
-        "eval/loss": "validation loss",
-        "eval/ratio": "loss in the moving region / loss overall",
+        "loss": "training loss, with the motion term",
+        "loss_diffusion": "training loss without it",
+        "eval/loss": "validation loss without it",
+        "eval/ratio": "validation loss in the moving region / overall",
         "sample/mean_flow": "mean flow of samples, px per frame",
         "sample/mean_flow_data": "mean flow of the data, px per frame",
         "seconds_per_step": "seconds per step",
     }
-    rows += [(label, f"{last[key]:.4g}") for key, label in shown.items() if last.get(key) is not None]
+    rows += [(label, f"{last[key]:.3g}") for key, label in shown.items() if last.get(key) is not None]
     if last.get("input_wait") is not None:
         rows.append(("time waiting for data", f"{100 * last['input_wait']:.1f} %"))
     return html.facts(rows)
 
 
 def _curves(lines: list[dict]) -> str:
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     panels = {
         "loss": ("loss_diffusion", "loss_motif", "eval/loss", "eval/loss_moving"),
-        "moving / overall loss, by timestep (figure 6)": tuple(sorted({k for line in lines for k in line if k.startswith("eval/ratio_t")})),
+        "moving / overall loss, t0 clean to noise (figure 6)": tuple(
+            sorted({k for line in lines for k in line if k.startswith("eval/ratio_t")})
+        ),
         "mean flow, px per frame": ("sample/mean_flow", "sample/mean_flow_data"),
     }
     known = {name for line in lines for name, value in line.items() if value is not None}
@@ -68,6 +73,8 @@ def _curves(lines: list[dict]) -> str:
         return "<p>Nothing was logged yet.</p>"
     figure = Figure(figsize=(14 / 3 * len(panels), 4), layout="constrained")
     for axes, (title, names) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        if names[0].startswith("eval/ratio_t"):  # in order
+            axes.set_prop_cycle(color=colormaps["viridis"](np.linspace(0, 0.9, len(names))))
         for name in names:
             points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
             if points:
@@ -125,7 +132,8 @@ def _clips(directory: pathlib.Path) -> str:
         return f"<p>{html.escape(f'{directory}: cannot be read: {error}')}</p>"
     for caption, data in zip(captions, clips, strict=True):
         parts.append(f"<figure>{html.picture(data, 'gif', caption)}<figcaption>{html.escape(caption)}</figcaption></figure>")
-    return f"<div class=clip>{''.join(parts)}</div>"
+    small = " small" if any(int.from_bytes(data[6:8], "little") < 400 for data in clips) else ""  # a GIF's width
+    return f'<div class="clip{small}">{"".join(parts)}</div>'
 
 
 def _judged(workdir: pathlib.Path) -> str:

@@ -79,10 +79,10 @@ def gains_and_costs(result: dict[str, Any]) -> str:
         axes.grid(axis="y", alpha=0.2)
         axes.set(title=title)
     panels[0].set_yticks(range(len(arms)), [f"{a} ({len(result['arms'][a]['seeds'])})" for a in arms])
-    panels[0].invert_yaxis()
+    panels[0].set_ylim(len(arms) - 0.5, -0.5)
     note = (
         "<p>Each arm minus its family's flow on the same clips and seeds (number of seeds in brackets). Right of the line is better, "
-        "left is worse. Black: combinations seen, red: never seen. Bars: 95 %, too narrow for two or "
+        "left is worse. Black: combinations seen, purple: never seen. Bars: 95 %, too narrow for two or "
         "three seeds.</p>"
     )
     return "<h2>Gains and costs</h2>" + note + html.plot(figure, "differences of every arm to the paper's loss, with intervals")

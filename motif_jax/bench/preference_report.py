@@ -22,8 +22,10 @@ from motif_jax.bench.votes import Vote, read_all, write_votes
 from motif_jax.config import UserError
 
 BESIDE = ("dynamic_degree", "mean_flow", "ssim0_image", "ssim_image")  # measures shown beside the votes: each alone can be gamed
-WON, NEITHER, LOST = "#2a7f62", "#d9d9de", "#c0504d"
-STYLE = """td,th{white-space:nowrap}.note{color:#8a4b00}.comments td{white-space:pre-wrap;text-align:left}
+WON, NEITHER, LOST = "#1f6fb4", "#d9d9de", "#b8560f"  # blue and orange, which all eyes tell apart
+STYLE = """td{white-space:nowrap}td:first-child{white-space:normal;min-width:min(14rem,40vw)}.note{color:#8a4b00}
+.comments :is(td,th){text-align:left}
+.comments td:nth-child(n+3){white-space:pre-wrap}.comments td:last-child{min-width:16rem}
 .example{display:inline-block;width:30rem;max-width:100%;margin:.5rem 1rem .5rem 0;vertical-align:top}.example div{display:flex;gap:.4rem}
 .example figure{margin:0;flex:1}"""
 
@@ -93,7 +95,7 @@ def page(found: dict[str, Any], votes: Sequence[Vote], examples: str = "") -> st
     n = found["votes"].get("pair", 0)
     body = [
         f"<h1>{html.escape(found['reference'])} in pairwise votes</h1>",
-        f"<p>{n} votes of {sum(a['votes'] > 0 for a in found['annotators'])} annotators. {_tasks(found)} "
+        f"<p>{n:,} votes of {sum(a['votes'] > 0 for a in found['annotators'])} annotators. {_tasks(found)} "
         "Intervals are 95 %: Wilson's as if all were independent; a bootstrap over images, because pairs that share an image are not; and "
         f"over images and annotators, because votes of one person are not (none of fewer than {MIN_CLUSTERS} of either). Raw votes: "
         "<a href=votes.csv>votes.csv</a>, <a href=votes.json>votes.json</a>; all numbers: <a href=report.json>report.json</a>.</p>",
@@ -310,7 +312,7 @@ def _win_plot(found: dict[str, Any]) -> str:
             error = [[max(0.0, 100 * (r["rate"] - low))], [max(0.0, 100 * (high - r["rate"]))]]
             axes.errorbar(100 * r["rate"], y + shift, xerr=error, fmt="o", color=colour, capsize=3, label=None if y else label)
     axes.axvline(50, color="#777", linewidth=1, linestyle="--")
-    axes.set(xlim=(0, 100), xlabel="wins of the first, %", ylim=(len(rows) - 0.4, -0.6))
+    axes.set(xlim=(-1, 101), xlabel="wins of the first, %", ylim=(len(rows) - 0.4, -0.6))
     axes.set_yticks(range(len(rows)), [f"{r['a']} against {r['b']}" for r in rows], parse_math=False)
     axes.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
     note = "Bars of the majority: over images; of single votes: over images and annotators."
@@ -326,7 +328,7 @@ def _reason_plots(found: dict[str, Any]) -> str:
     rows = [r for r in found["comparisons"] if r["reasons"]]
     columns = min(3, len(rows))
     height = -(-len(rows) // columns)
-    figure = Figure(figsize=(1.2 + 4.2 * columns, 0.4 + 2.4 * height), layout="constrained")
+    figure = Figure(figsize=(1.2 + 4.2 * columns, 0.4 + 2.6 * height), layout="constrained")
     panels = figure.subplots(height, columns, squeeze=False).reshape(-1)
     labels = ["Overall", *(label for label, *_ in study.REASONS.values())]
     for axes, row in zip(panels, rows, strict=False):
@@ -341,7 +343,8 @@ def _reason_plots(found: dict[str, Any]) -> str:
                 left += width
         axes.set_yticks(range(len(bars)), labels if axes in panels[::columns] else [""] * len(bars), fontsize=8)
         axes.set(xlim=(0, 100), ylim=(len(bars) - 0.5, -0.5), xticks=[])
-        axes.set_title(f"{row['a']} (green) / {row['b']} (red)", fontsize=9, parse_math=False)
+        a, b = (name if len(name) < 40 else f"{name[:38]}…" for name in (row["a"], row["b"]))
+        axes.set_title(f"{a} (left, blue)\n{b} (right, orange)", fontsize=9, parse_math=False)
         axes.spines[:].set_visible(False)
     for axes in panels[len(rows) :]:
         axes.set_visible(False)

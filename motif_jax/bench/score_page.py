@@ -93,16 +93,20 @@ def write(
     write_whole(path, html.page("Scores of videos", body, 84, html.NUMBERS + STYLE))
 
 
-def _number(name: str, value: float) -> str:
+def _number(name: str, value: float, sign: str = "-") -> str:
     metric = BY_NAME[name]
-    return f"{metric.scale * value:.{metric.digits}f}"
+    return f"{metric.scale * value:{sign}.{metric.digits}f}"
 
 
-def _cell(name: str, found: Mapping[str, float] | None) -> str:
+def _cell(name: str, found: Mapping[str, float] | None, sign: str = "-") -> str:
+    """A difference has the `sign` "+", and is bold where its interval excludes zero."""
     if found is None:
         return "<td>-"
+    value = _number(name, found["value"], sign)
+    if sign == "+" and found["low"] is not None and (found["low"] > 0 or found["high"] < 0):
+        value = f"<b>{value}</b>"
     limits = "" if found["low"] is None else f"<small>[{_number(name, found['low'])}, {_number(name, found['high'])}]</small>"
-    return f"<td>{_number(name, found['value'])}{limits}"
+    return f"<td>{value}{limits}"
 
 
 def _table(models: Mapping[str, Any], names: Sequence[str]) -> str:
@@ -139,15 +143,16 @@ def _plots(models: Mapping[str, Any]) -> str:
 def _decay(models: Mapping[str, Any]) -> str:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 3.2), layout="constrained")
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
     axes = figure.subplots()
     for y, (model, found) in enumerate(models.items()):
         points = [(k, found["metrics"][f"ssim_first_{k}"]["value"]) for k in DECAY if f"ssim_first_{k}" in found["metrics"]]
         colour = "0.5" if model == STATIC else f"C{y % 10}"
         if points:
-            axes.plot(*zip((0, 1.0), *points, strict=True), "o-", color=colour, markersize=4, label=model)
+            marker = "osD^v"[y % 5]
+            axes.plot(*zip((0, 1.0), *points, strict=True), f"{marker}-", color=colour, markersize=4, label=model)
     axes.set(xlabel="frame", ylabel="SSIM to frame 0", title="How fast videos leave their own first frame")
-    for text in axes.legend(fontsize=8).get_texts():
+    for text in figure.legend(fontsize=8, loc="outside right upper").get_texts():
         text.set_parse_math(False)
     axes.grid(alpha=0.3)
     return html.plot(figure, "SSIM of later frames to frame 0")
@@ -163,13 +168,14 @@ def _differences(differences: Sequence[Mapping[str, Any]]) -> str:
         own = {d["metric"]: d for d in shown if (d["a"], d["b"]) == (a, b)}
         cells = ""
         for name in names:
-            cells += _cell(name, own.get(name))
+            cells += _cell(name, own.get(name), "+")
             if name in own:
                 cells += f"<small>{100 * own[name]['a_larger']:.0f} % : {100 * own[name]['b_larger']:.0f} %</small>"
-        lines.append(f"<tr><td>{html.escape(a)} - {html.escape(b)}<td>{max(d['pairs'] for d in own.values())}{cells}")
+        lines.append(f"<tr><td>{html.escape(a)} minus {html.escape(b)}<td>{max(d['pairs'] for d in own.values())}{cells}")
     head = "<tr><th>models<th>pairs" + "".join(f"<th>{html.escape(BY_NAME[n].label)}" for n in names)
     return (
-        f"<p>Difference, its interval, and in how many of the pairs the first and the second is larger.</p><table>{head}"
+        "<p>Difference (bold: its interval excludes zero), its interval, and in how many of the pairs the first and the second is larger."
+        f"</p><table>{head}"
         f"{''.join(lines)}</table><p>All measures, and the differences to the static video: scores.json.</p>"
     )
 

@@ -35,11 +35,11 @@ METRICS = (
     Metric(
         "dynamic_degree", "dynamic degree %", "videos that move by VBench's rule; camera shake and artefacts count too", 1, 100, rate=True
     ),
-    Metric("mean_flow", "mean flow", "pixels per frame"),
-    Metric("top5_flow", "top-5 % flow", "mean of the fastest 5 % of pixels, which the dynamic degree asks for"),
-    Metric("residual_flow", "residual flow", "what is left of the flow without the whole picture's shift: objects, not the camera"),
+    Metric("mean_flow", "mean flow px", "pixels per frame"),
+    Metric("top5_flow", "top-5 % flow px", "mean of the fastest 5 % of pixels, per frame, which the dynamic degree asks for"),
+    Metric("residual_flow", "residual flow px", "what is left of the flow without the whole picture's shift: objects, not the camera"),
     Metric("moving_area", "moving area %", "pixels that move by more than half a pixel a frame", 1, 100),
-    Metric("camera_shift", "camera shift", "shift of the whole picture, pixels per frame"),
+    Metric("camera_shift", "camera shift px", "shift of the whole picture, pixels per frame"),
     Metric("flicker", "flicker %", "1 - mean difference of successive frames: falls with motion, 100 for a still", 2, 100),
     Metric(
         "luma_flicker",
@@ -52,9 +52,9 @@ METRICS = (
     Metric("warp_error", "warp error", "difference of successive frames with the motion taken out, grey levels"),
     Metric("smoothness", "smoothness %", "how well a frame is guessed from its neighbours: falls with motion, 100 for a still", 2, 100),
     Metric("ssim0_image", "SSIM frame 0", "does it start at the image?", 3),
-    Metric("psnr0_image", "PSNR frame 0", "the same in dB", 1),
+    Metric("psnr0_image", "PSNR frame 0 dB", "the same in dB", 1),
     Metric("ssim_image", "SSIM all frames", "likeness to the image over all frames: a still has 1", 3),
-    Metric("psnr_image", "PSNR all frames", "the same in dB; 100 for equal pictures", 1),
+    Metric("psnr_image", "PSNR all frames dB", "the same in dB; 100 for equal pictures", 1),
     Metric("best_ssim", "best SSIM", "the frame most like the image: hides that a video does not start there", 3),
     Metric("best_frame", "best frame", "number of that frame, 0 is the first", 1),
     Metric("ssim_first_1", "SSIM 1 to 0", "how fast a video leaves its own first frame: frame 1", 2),
@@ -62,7 +62,7 @@ METRICS = (
     Metric("ssim_first_10", "SSIM 10 to 0", "frame 10", 2),
     Metric("ssim_first_15", "SSIM 15 to 0", "frame 15", 2),
     Metric("ssim_first", "SSIM to frame 0", "mean over all frames but the first", 3),
-    Metric("psnr_first", "PSNR to frame 0", "the same in dB", 1),
+    Metric("psnr_first", "PSNR to frame 0 dB", "the same in dB", 1),
     Metric("clip_image", "CLIP image", "100 x mean cosine of frames and image: a still has 100"),
     Metric("clip_text", "CLIP text", "100 x mean cosine of frames and prompt: a still has its image's"),
 )

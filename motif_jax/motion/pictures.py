@@ -5,6 +5,7 @@ every scale is an argument or written into the picture.
 """
 
 import bisect
+import functools
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import BinaryIO
@@ -17,7 +18,10 @@ Picture = UInt8[np.ndarray, "H W 3"]
 
 GAP = 4  # pixels between tiles
 TILE = 160  # smallest tile width, below which frames are enlarged by whole factors
-FONT = 14
+FONT = 14  # pixels, of pictures narrower than WIDE; wider ones are looked at scaled down
+WIDE = 90 * FONT
+# For what Pillow's own font lacks, which is all but ASCII: Matplotlib's, then what usual systems have for Chinese, Japanese, Korean.
+FAMILIES = ("DejaVu Sans", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "Hiragino Sans GB", "Microsoft YaHei", "Arial Unicode MS")
 PAPER, INK = 232, 20  # grey: flow that stands still is white
 MARKED = 0.5  # cells with a heatmap above this count as moving (the paper's figures do the same)
 
@@ -84,20 +88,52 @@ def moving_share(heat: Num[np.ndarray, "*shape"]) -> float:
     return float((np.asarray(heat) > MARKED).mean())
 
 
-def label(picture: Picture, text: str, end: str = "") -> Picture:
-    """The picture under a line of text and `end`.
+def _moving(heat: Num[np.ndarray, "*shape"]) -> str:
+    return f"{100 * moving_share(heat):.1f} %"
 
-    Text that is too long is cut before `end`; other characters than the font's are shown as boxes.
+
+def label(picture: Picture, text: str, end: str = "", size: int = 0) -> Picture:
+    """The picture under a line of text and `end`; `size` of the letters is by default what suits the picture's width.
+
+    Text that is too long is cut before `end`; characters that no font of `FAMILIES` has are shown as boxes.
     """
-    font = ImageFont.load_default(FONT)
+    size = size or _size(picture.shape[1])
+    font = _font(text[: picture.shape[1]] + end, size)
     room = picture.shape[1] - 2 * GAP - font.getlength(end)
     text = text[: picture.shape[1]]  # no character is narrower than a pixel
     if font.getlength(text) > room:
         fit = bisect.bisect(range(len(text)), room, key=lambda n: font.getlength(text[:n].rstrip() + "…"))
         text = text[: fit - 1].rstrip() + "…" if fit else ""
-    band = Image.new("RGB", (picture.shape[1], FONT + 8), (PAPER,) * 3)
+    band = Image.new("RGB", (picture.shape[1], size + 8), (PAPER,) * 3)
     ImageDraw.Draw(band).text((GAP, 3), (text + end).lstrip(), (INK,) * 3, font)
     return np.concatenate([np.asarray(band), picture])
+
+
+def _size(width: int) -> int:
+    return max(FONT, FONT * width // WIDE)
+
+
+def _font(text: str, size: int) -> ImageFont.FreeTypeFont:
+    """Pillow's own font for ASCII, else the first of those with most of the characters."""
+    if text.isascii():
+        return ImageFont.load_default(size)
+    return ImageFont.truetype(max(_fonts(), key=lambda font: sum(ord(c) in font[1] for c in text))[0], size)
+
+
+@functools.cache
+def _fonts() -> list[tuple[str, frozenset[int]]]:
+    """Files of those of `FAMILIES` that this machine has, with their characters."""
+    from matplotlib import font_manager, ft2font
+
+    found = []
+    for family in FAMILIES:
+        try:
+            path = font_manager.findfont(family, fallback_to_default=False)
+            ImageFont.truetype(path, FONT)
+            found.append((path, frozenset(ft2font.FT2Font(path).get_charmap())))
+        except (ValueError, OSError, RuntimeError):  # not here, or of a kind that one of the two cannot read
+            continue
+    return found
 
 
 def row(pictures: Sequence[Picture]) -> Picture:
@@ -143,18 +179,23 @@ def clip_sheet(
     length = np.hypot(flow[..., 0], flow[..., 1])
     largest = max(1.0, float(np.quantile(length, 0.995))) if largest is None else largest
     chosen = _spaced(len(frames), columns)
-    size = frames.shape[1:3]
-    colours = [_tile(flow_colours(cv2.resize(flow[t], size[::-1], interpolation=cv2.INTER_LINEAR), largest)) for t in chosen]
-    side = min(72, colours[0].shape[0] // 2)
+    height, width = frames.shape[1:3]
+    colours = [_tile(flow_colours(cv2.resize(flow[t], (width, height), interpolation=cv2.INTER_LINEAR), largest)) for t in chosen]
+    size = _size(row(colours).shape[1])
+    side = min(72 * size // FONT, colours[0].shape[0] // 2)
     colours[0] = colours[0].copy()
     _inset(colours[0], wheel(side))
-    heated = [_footer(_tile(o), f"{moving_share(heat_Thw[t]):.1%}") for t, o in zip(chosen, overlay(frames, heat_Thw)[chosen], strict=True)]
+    heated = [_footer(_tile(o), _moving(heat_Thw[t]), size) for t, o in zip(chosen, overlay(frames, heat_Thw)[chosen], strict=True)]
+    heading = f"heatmap over frames, bar: 0 to 1; share above {MARKED:g}: {_moving(heat_Thw)} of the clip, per frame below"
+    heats = label(row(heated), heading, " " * 30)  # room for the bar
+    bar = overlay(np.full((1, size, 7 * size, 3), 128, np.uint8), np.linspace(0, 1, 7 * size)[None, None])[0]
+    heats[4 : 4 + size, -7 * size - GAP : -GAP] = bar
     spans = f"mean {length.mean():.2f} px, max {length.max():.1f} px; full colour at {largest:.1f} px"
     return stack(
         [
             label(row([_tile(frames[t]) for t in chosen]), text, f"   frames {', '.join(map(str, chosen))} of {len(frames)}"),
             label(row(colours), f"flow to the next frame (the last repeats): {spans}"),
-            label(row(heated), f"heatmap over frames; share above {MARKED:g}: {moving_share(heat_Thw):.1%} of the clip, per frame below"),
+            heats,
         ]
     )
 
@@ -200,8 +241,8 @@ def _inset(picture: Picture, small: Picture) -> None:
     corner[inside] = small[inside]
 
 
-def _footer(picture: Picture, text: str) -> Picture:
-    return np.roll(label(picture, text), picture.shape[0], axis=0)
+def _footer(picture: Picture, text: str, size: int) -> Picture:
+    return np.roll(label(picture, text, "", size), picture.shape[0], axis=0)
 
 
 def _join(pictures: Sequence[Picture], axis: int) -> Picture:

@@ -58,7 +58,8 @@ class Progress:
             if "mfu" in means:
                 status += f"  MFU {100 * means['mfu']:.1f} % of {self._peak:g}"
             status += f"  {means['memory_gib']:.1f} GiB  input wait {100 * means['input_wait']:.1f} %"
-            status += f"  {(self._config.steps - step) * means['seconds_per_step'] / 60:.1f} min left"
+            minutes = (self._config.steps - step) * means["seconds_per_step"] / 60
+            status += f"  {minutes:.1f} min left" if minutes < 120 else f"  {minutes / 60:.1f} h left"
         if self._writer:
             self._writer.write(step, means)
             print(status, flush=True)

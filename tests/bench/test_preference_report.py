@@ -505,7 +505,7 @@ def test_votes_stand_beside_scores(tmp_path):
     assert list(found) == ["A", "B", "static"] and found["B"]["mean_flow"] == {"value": 1.25, "low": 1.0, "high": 1.5}
     page = (tmp_path / "out" / "report.html").read_text()
     same = "<td>90.0 [70.0, 100.0]<td>1.25 [1.00, 1.50]<td>0.800 [0.750, 0.850]"
-    assert "<th scope=col>preferred to A %<th scope=col>dynamic degree %<th scope=col>mean flow<th scope=col>SSIM frame 0" in page
+    assert "<th scope=col>preferred to A %<th scope=col>dynamic degree %<th scope=col>mean flow px<th scope=col>SSIM frame 0" in page
     assert f"<td>A<td>-{same}" in page and f"<td>B<td>25.0{same}" in page
     assert "<td>static<td>-<td>90.0 [70.0, 100.0]<td>0.00<td>0.800 [0.750, 0.850]<td>-</table>" in page
 

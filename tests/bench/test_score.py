@@ -153,7 +153,12 @@ def test_the_page_stands_alone(scored):
     for part in ("thing 0 moves", "thing 2 moves", "static", "dynamic degree", "Nothing: every model has every pair"):
         assert part in page.text
     assert "thing 3 moves" not in page.text
-    assert "slow - fast" in page.text and "- static" not in page.text  # differences to the still video: in the json only
+    assert "slow minus fast" in page.text and "minus static" not in page.text  # differences to the still video: in the json only
+
+
+def test_a_difference_is_bold_where_its_interval_excludes_zero():
+    cells = [score_page._cell("mean_flow", {"value": 1.0, "low": low, "high": 2.0}, "+") for low in (0.5, 0.0, -0.5, None)]
+    assert ["<b>+1.00</b>" in cell for cell in cells] == [True, False, False, False] and all("+1.00" in cell for cell in cells)
 
 
 def test_work_is_not_done_twice(world, scored, tmp_path, monkeypatch):

@@ -83,6 +83,11 @@ def test_any_text_fits(text):
     np.testing.assert_array_equal(picture[-10:], np.full((10, 160, 3), 7))
 
 
+def test_letters_beyond_ascii_are_no_boxes():
+    bands = [pictures.label(np.zeros((10, 160, 3), np.uint8), letter) for letter in "éèжд–×"]
+    assert len({band.tobytes() for band in bands}) == len(bands)
+
+
 def test_a_long_text_is_cut_before_its_end_and_as_late_as_it_fits():
     picture = np.full((10, 1200, 3), 7, np.uint8)
     band = lambda *text: pictures.label(picture, *text)[:-10]  # noqa: E731
@@ -108,6 +113,10 @@ def test_clip_sheet_and_png(tmp_path):
     heat[4, :4] = 1
     sheet = pictures.clip_sheet(frames, flow, heat, "a caption", columns=3)
     assert sheet.dtype == np.uint8 and sheet.shape[1] == 3 * 192 + 2 * pictures.GAP
+    wide = pictures.clip_sheet(frames.repeat(8, 2), flow, heat, "a caption", columns=3)
+    assert wide.shape[0] > 3 * (64 + 8 + 2 * pictures.FONT)  # letters that can be read when it is scaled to a screen
+    bar = sheet[-(128 + 22 + 22) :][4:18, -96 - pictures.GAP : -pictures.GAP].astype(int).sum(-1)
+    assert (np.diff(bar[:, ::24]) > 0).all()  # the scale of the heatmap, 0 to 1, above its frames
     still = pictures.clip_sheet(frames, np.zeros_like(flow), np.zeros_like(heat), "a caption", columns=3)
     assert still.shape == sheet.shape and (still != sheet).any()
     pictures.save_png(tmp_path / "sheet.png", sheet)

@@ -357,7 +357,7 @@ def test_a_run_without_held_out_clips_says_so(config, tmp_path, capsys):
     page = report.write(run).read_text()
     assert "one that was not trained on if the dataset holds any out" in page and "time waiting for data<td>" in page
     panels = [report._curves(lines) for lines in (read_lines(run / "metrics.jsonl"), [{"step": 1, "eval/ratio_t0": 1.0}], [])]
-    widths = [Image.open(io.BytesIO(base64.b64decode(p.split("base64,")[1][:-2]))).width if "<img" in p else 0 for p in panels]
+    widths = [Image.open(io.BytesIO(base64.b64decode(p.split("base64,")[1].split('"')[0]))).width if "<img" in p else 0 for p in panels]
     assert widths[0] == 2 * widths[1] > widths[2] == 0
 
 
