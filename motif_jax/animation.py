@@ -49,7 +49,7 @@ class Animator:
         self._tokenizer = make_tokenizer(self.config.text)
         self.frozen = self.networks.with_unconditional(self.frozen, self._tokenizer, place)
         self._generate = make_generator(self.networks, self.mesh)
-        self._round_trip = jax.jit(lambda params, clip: self.networks.decode(params, self.networks.encode(params, clip, None)))
+        self._round_trip = jax.jit(lambda params, clip: self.networks.decode(params, self.networks.encode(params, clip)))
 
     @classmethod
     def load(

@@ -265,7 +265,7 @@ class Config:
     seed: int = _f(0, "seed of weights, data order and noise", low=0, high=2**32 - 1)
     steps: int = _f(32_000, "training steps", low=0, high=2**31 - 1)
     batch_size: int = _f(64, "clips per step over all devices", low=1, high=2**20)
-    grad_accumulation: int = _f(1, "micro-batches per step", low=1)
+    grad_accumulation: int = _f(1, "micro-batches per step; the clips and their noise are those of the whole batch", low=1)
     learning_rate: float = _f(5e-5, "peak learning rate", low=0.0)
     init_from: str = _f("", "start from these weights: an imported checkpoint directory or another run's work directory")
     dtype: str = _f("bfloat16", "activation type; parameters, noise and loss are float32", choices=("float32", "bfloat16"))

@@ -37,7 +37,7 @@ def make_generator(networks: Networks, mesh: Mesh | None = None) -> Callable[...
         fps_B: Float[Array, " B"],
         seeds_B: Int[Array, " B"],
     ) -> UInt8[Array, "B T H W 3"]:
-        z_BhwC = networks.encode(frozen["autoencoder"], images_BHW3[:, None], None)[:, 0]
+        z_BhwC = networks.encode(frozen["autoencoder"], images_BHW3[:, None])[:, 0]
         clips, frames = len(images_BHW3), config.data.frames
         image_BThwK = image_condition(z_BhwC, frames, config.condition.image)
         text_BLD = networks.embed(frozen["text"], tokens_BL)

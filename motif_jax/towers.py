@@ -64,7 +64,7 @@ class Towers:
             return networks.moments(params, frames_THW3[None])[0].astype(jnp.float16)
 
         def pixels(params: Params, moments_ThwM: jax.Array) -> jax.Array:
-            return networks.decode(params, networks.latents(moments_ThwM[None], None))[0]
+            return networks.decode(params, networks.latents(moments_ThwM[None]))[0]
 
         def embedding(params: Params, tokens_L: jax.Array) -> jax.Array:
             return networks.embed(params, tokens_L[None])[0].astype(jnp.float16)

@@ -126,7 +126,7 @@ def test_stored_moments_are_the_autoencoders(stored):
     clip = pipeline.open_dataset(stored.data)[0]
     networks = Networks.of(stored)
     frozen = frozen_weights(networks)
-    expected = networks.encode(frozen["autoencoder"], clip.frames[None], None)[0]
+    expected = networks.encode(frozen["autoencoder"], clip.frames[None])[0]
     mean = clip.latent_moments[..., :4].astype(np.float32) * KL["scale_factor"]
     np.testing.assert_allclose(mean, expected, atol=1e-3 * float(jnp.abs(expected).max()))
     decoded = Towers(stored).decode(clip.latent_moments)
@@ -198,7 +198,7 @@ def test_a_sample_can_look_no_better_than_its_latents(stored):
     clips = [records[i] for i in range(3)]
     animator = Animator(stored, networks, {}, frozen_weights(networks), 8.0)
     back = animator.round_trip(np.stack([clip.frames for clip in clips]))
-    z = networks.latents(jnp.stack([clip.latent_moments for clip in clips]), None)
+    z = networks.latents(jnp.stack([clip.latent_moments for clip in clips]))
     decoded = np.asarray(networks.decode(animator.frozen["autoencoder"], z))
     assert back.shape == (3, 4, 16, 16, 3) and back.std() > 1
     assert np.abs(back.astype(int) - decoded).max() <= 1

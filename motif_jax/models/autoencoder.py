@@ -24,11 +24,13 @@ def make_autoencoder(config: AutoencoderConfig, rngs: nnx.Rngs, dtype: Any = jnp
     return PixelAutoencoder(config) if config.kind == "pixel" else KlAutoencoder(config, rngs=rngs, dtype=dtype)
 
 
-def sample_latents(moments_NhwC: Float[Array, "*n h w C2"], key: Array | None, scale_factor: float) -> Float[Array, "*n h w C"]:
-    """Latents for the U-Net: (mean + std * noise) * scale_factor, or the mean when `key` is None; float32."""
+def posterior_latents(
+    moments_NhwC: Float[Array, "*n h w C2"], scale_factor: float, noise_NhwC: Float[Array, "*n h w C"] | None = None
+) -> Float[Array, "*n h w C"]:
+    """Latents for the U-Net: (mean + std * noise) * scale_factor, or without noise the scaled mean; float32."""
     mean, log_variance = jnp.split(moments_NhwC.astype(jnp.float32), 2, axis=-1)
-    if key is not None:
-        mean = mean + jnp.exp(0.5 * log_variance) * jax.random.normal(key, mean.shape)
+    if noise_NhwC is not None:
+        mean = mean + jnp.exp(0.5 * log_variance) * noise_NhwC
     return mean * scale_factor
 
 

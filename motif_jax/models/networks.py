@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from motif_jax.config import Config
 from motif_jax.models import lora
-from motif_jax.models.autoencoder import make_autoencoder, sample_latents
+from motif_jax.models.autoencoder import make_autoencoder, posterior_latents
 from motif_jax.models.dit import VideoDiT
 from motif_jax.models.image import RANDOM_SEED, ImageTower
 from motif_jax.models.layers import Conv, Dense
@@ -108,13 +108,13 @@ class Networks:
         moments_TBhwC = jax.lax.map(lambda x: autoencoder.encode(x.astype(jnp.float32) / 127.5 - 1.0), jnp.swapaxes(frames_BTHW3, 0, 1))
         return jnp.swapaxes(moments_TBhwC, 0, 1)
 
-    def encode(self, params: Params, frames_BTHW3: Array, key: PRNGKeyArray | None) -> Float[Array, "B T h w C"]:
-        """uint8 frames -> scaled latents."""
-        return self.latents(self.moments(params, frames_BTHW3), key)
+    def latents(self, moments_BThwM: Array, noise_BThwC: Array | None = None) -> Float[Array, "B T h w C"]:
+        """The sample of the posterior that `noise` of unit variance makes (or without it the mean), times the scale factor."""
+        return posterior_latents(moments_BThwM, self.config.autoencoder.scale_factor, noise_BThwC)
 
-    def latents(self, moments_BThwM: Array, key: PRNGKeyArray | None) -> Float[Array, "B T h w C"]:
-        """A sample (or with `key=None` the mean) of the posterior, times the scale factor."""
-        return sample_latents(moments_BThwM.astype(jnp.float32), key, self.config.autoencoder.scale_factor)
+    def encode(self, params: Params, frames_BTHW3: Array) -> Float[Array, "B T h w C"]:
+        """uint8 frames -> scaled latents, the means of the posterior."""
+        return self.latents(self.moments(params, frames_BTHW3))
 
     def decode(self, params: Params, z_BThwC: Float[Array, "B T h w C"]) -> Array:
         """Scaled latents -> uint8 frames [B, T, H, W, 3]."""

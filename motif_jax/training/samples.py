@@ -61,7 +61,7 @@ class SampleSheets:
         if self._examples:
             self._generate = make_generator(networks, mesh)
             self._tokens = tokenizer([e.caption for e in self._examples])
-            self._decode = jax.jit(lambda frozen, moments: networks.decode(frozen["autoencoder"], networks.latents(moments, None)))
+            self._decode = jax.jit(lambda frozen, moments: networks.decode(frozen["autoencoder"], networks.latents(moments)))
             self._truth: np.ndarray | None = None
 
     def write(self, step: int, params: Params, frozen: dict[str, Params], workdir: pathlib.Path, writer: MetricWriter | None) -> None:

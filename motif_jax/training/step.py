@@ -5,6 +5,7 @@ Random numbers come from fold_in(fold_in(key(seed), step), stream); nothing abou
 
 import enum
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,36 +44,57 @@ def diffusion_schedule(config: Config) -> Schedule:
     return make_schedule(d.num_timesteps, d.beta_start, d.beta_end, d.zero_terminal_snr, d.base_scale)
 
 
+class Draws(NamedTuple):
+    """What chance decides about each clip of a batch; a micro-batch takes its clips' share."""
+
+    latent: Float[Array, "B T h w C"]
+    noise: Float[Array, "B T h w C"]
+    timestep: Int[Array, " B"]
+    condition_drop: Float[Array, " B"]
+    image_noise: Float[Array, "B h w C"]
+
+
+def draw(config: Config, key: PRNGKeyArray, clips: int) -> Draws:
+    """The draws of a batch of so many clips, each kind from its own stream of the step's key."""
+
+    def stream(which: Stream) -> PRNGKeyArray:
+        return jax.random.fold_in(key, which)
+
+    image = (clips, config.latent_height, config.latent_width, config.autoencoder.z_channels)
+    clip = (clips, config.data.frames, *image[1:])
+    return Draws(
+        jax.random.normal(stream(Stream.LATENT), clip),
+        jax.random.normal(stream(Stream.NOISE), clip),
+        jax.random.randint(stream(Stream.TIMESTEP), (clips,), 0, config.diffusion.num_timesteps),
+        jax.random.uniform(stream(Stream.CONDITION_DROP), (clips,)),
+        jax.random.normal(stream(Stream.IMAGE_NOISE), image),
+    )
+
+
 def predict(
     networks: Networks,
     schedule: Schedule,
     params: Params,
     frozen: dict[str, Params],
     batch: Batch,
-    key: PRNGKeyArray,
-    t_B: Int[Array, " B"] | None = None,
-    train: bool = True,
-) -> tuple[Float[Array, "B T h w C"], Float[Array, "B T h w C"], Float[Array, "B T h w C"], Int[Array, " B"]]:
-    """Noise a batch and denoise it: (prediction, target, mean of the posterior of z_0, t), the first two in the space of the loss.
+    draws: Draws,
+    dropout: PRNGKeyArray | None,
+) -> tuple[Float[Array, "B T h w C"], Float[Array, "B T h w C"], Float[Array, "B T h w C"]]:
+    """Noise a batch and denoise it: (prediction, target, mean of the posterior of z_0), the first two in the space of the loss.
 
-    `t_B=None` draws timesteps uniformly. With `train=False` no condition is dropped or noised and no dropout acts. frozen: parameters by
-    network, and "unconditional" (`Networks.with_unconditional`).
+    Without a key for dropout it is an evaluation, in which no condition is dropped or noised either. frozen: parameters by network, and
+    "unconditional" (`Networks.with_unconditional`).
     """
-    config = networks.config
-    d = config.diffusion
-
-    def stream(which: Stream) -> PRNGKeyArray:
-        return jax.random.fold_in(key, which)
-
+    config, train = networks.config, dropout is not None
+    d, t_B = config.diffusion, draws.timestep
     moments = batch["latent_moments"] if "latent_moments" in batch else networks.moments(frozen["autoencoder"], batch["frames"])
-    z_BThwC = networks.latents(moments, stream(Stream.LATENT))
-    clips, frames = z_BThwC.shape[:2]
+    z_BThwC = networks.latents(moments, draws.latent)
 
     context_BLD = batch["text_embedding"] if "text_embedding" in batch else networks.embed(frozen["text"], batch["tokens"])
     context_BLD = context_BLD.astype(jnp.float32)
     # One draw for text and image tokens, as in DynamiCrafter: a share p of each is dropped, p / 2 of both together.
     p = config.condition.text_drop if train else 0.0
-    draw_B11 = jax.random.uniform(stream(Stream.CONDITION_DROP), (clips, 1, 1))
+    draw_B11 = draws.condition_drop[:, None, None]
     if p > 0:
         context_BLD = jnp.where(draw_B11 < p, frozen["unconditional"]["text"], context_BLD)
     if config.image_tokens:
@@ -82,25 +104,22 @@ def predict(
             image_BSE = jnp.where((draw_B11 - p / 2) % 1.0 < p, frozen["unconditional"]["image"], image_BSE)
         context_BLD = jnp.concatenate([context_BLD, networks.image_tokens(params, image_BSE)], axis=1)
 
-    if t_B is None:
-        t_B = jax.random.randint(stream(Stream.TIMESTEP), (clips,), 0, d.num_timesteps)
-    noise = jax.random.normal(stream(Stream.NOISE), z_BThwC.shape, jnp.float32)
-    x_t = objective.add_noise(schedule, z_BThwC, noise, t_B, d.prediction)
+    x_t = objective.add_noise(schedule, z_BThwC, draws.noise, t_B, d.prediction)
     image_BhwC = z_BThwC[:, 0]
     if train and config.condition.image_noise > 0:
-        image_BhwC += config.condition.image_noise * jax.random.normal(stream(Stream.IMAGE_NOISE), image_BhwC.shape)
+        image_BhwC += config.condition.image_noise * draws.image_noise
     output = networks.denoise(
         params,
         x_t,
         t_B,
         context_BLD,
         batch["fps"],
-        image_condition(image_BhwC, frames, config.condition.image),
-        stream(Stream.DROPOUT) if train else None,
+        image_condition(image_BhwC, config.data.frames, config.condition.image),
+        dropout,
     )
     space = d.loss_space or d.prediction
     prediction = objective.convert(schedule, x_t, output, t_B, d.prediction, space)
-    return prediction, objective.target(schedule, z_BThwC, noise, t_B, d.prediction, space), networks.latents(moments, None), t_B
+    return prediction, objective.target(schedule, z_BThwC, draws.noise, t_B, d.prediction, space), networks.latents(moments)
 
 
 def motion_heatmap(config: Config, batch: Batch, kind: str, mean_BThwC: Array | None = None) -> Float[Array, "B T h w"]:
@@ -131,9 +150,9 @@ def make_train_step(
     schedule = diffusion_schedule(config)
     learning_rate = make_learning_rate(config)
 
-    def loss_fn(trained: Params, params: Params, frozen: dict[str, Params], batch: Batch, key: PRNGKeyArray):
+    def loss_fn(trained: Params, params: Params, frozen: dict[str, Params], batch: Batch, draws: Draws, dropout: PRNGKeyArray):
         params = {**params, **trained}
-        prediction, target, mean, _ = predict(networks, schedule, params, frozen, batch, key)
+        prediction, target, mean = predict(networks, schedule, params, frozen, batch, draws, dropout)
         m = motion_heatmap(config, batch, config.loss.heatmap, mean)
         loss, parts = losses.motif_loss(prediction, target, m, config.loss.motion_weight)
         return loss, {**parts, "heatmap_mean": jnp.mean(m)}
@@ -141,17 +160,18 @@ def make_train_step(
     grad_fn = jax.grad(loss_fn, has_aux=True)
 
     def gradients(trained: Params, params: Params, frozen: dict[str, Params], batch: Batch, key: PRNGKeyArray):
-        n = config.grad_accumulation
+        n, dropout = config.grad_accumulation, jax.random.fold_in(key, Stream.DROPOUT)
+        draws = draw(config, key, len(batch["fps"]))
         if n == 1:
-            return grad_fn(trained, params, frozen, batch, key)
+            return grad_fn(trained, params, frozen, batch, draws, dropout)
         # Micro-batch i takes clips i, i + n, ... so that every device works on every micro-batch.
-        parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(x.shape[0] // n, n, *x.shape[1:]), 1, 0), batch)
+        parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(x.shape[0] // n, n, *x.shape[1:]), 1, 0), (batch, draws))
 
         def add(total, micro):
             index, part = micro
-            return jax.tree.map(jnp.add, total, grad_fn(trained, params, frozen, part, jax.random.fold_in(key, index))), None
+            return jax.tree.map(jnp.add, total, grad_fn(trained, params, frozen, *part, jax.random.fold_in(dropout, index))), None
 
-        shapes = jax.eval_shape(grad_fn, trained, params, frozen, jax.tree.map(lambda x: x[0], parts), key)
+        shapes = jax.eval_shape(grad_fn, trained, params, frozen, *jax.tree.map(lambda x: x[0], parts), dropout)
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         total, _ = jax.lax.scan(add, zeros, (jnp.arange(n), parts))
         return jax.tree.map(lambda x: x / n, total)
@@ -181,8 +201,9 @@ def make_eval_step(networks: Networks, mesh: Mesh | None = None) -> Callable[...
     schedule = diffusion_schedule(config)
 
     def eval_step(params: Params, frozen: dict[str, Params], batch: Batch, t_B: Array, key: PRNGKeyArray) -> losses.RegionLosses:
+        draws = draw(config, key, len(t_B))._replace(timestep=t_B)
         with use_mesh(mesh):
-            prediction, target, *_ = predict(networks, schedule, params, frozen, batch, key, t_B, train=False)
+            prediction, target, _ = predict(networks, schedule, params, frozen, batch, draws, None)
         return losses.region_losses(prediction, target, motion_heatmap(config, batch, "flow"), 0.5)
 
     return eval_step

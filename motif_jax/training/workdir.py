@@ -27,6 +27,7 @@ FREE_TO_CHANGE = (
     "profile",
     "mesh",
     "remat",
+    "grad_accumulation",
     "attention",
     "kernels",
     "init_from",

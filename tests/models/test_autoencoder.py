@@ -8,7 +8,7 @@ from flax import nnx
 
 from motif_jax.config import AutoencoderConfig
 from motif_jax.interop.tables import autoencoder as interop
-from motif_jax.models.autoencoder import AttentionBlock, ResBlock, make_autoencoder, sample_latents
+from motif_jax.models.autoencoder import AttentionBlock, ResBlock, make_autoencoder, posterior_latents
 from motif_jax.models.layers import Initializer
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -95,12 +95,13 @@ def test_log_variance_is_clamped(tiny_autoencoder):
     assert set(np.unique(moments[..., 4])) == {20.0} and set(np.unique(moments[..., 5])) == {-30.0}
 
 
-def test_sample_latents():
-    """The mean without a key; with one, a Gaussian of the given mean and deviation, times the scale factor."""
+def test_posterior_latents():
+    """The mean without noise; with it, a Gaussian of the given mean and deviation, times the scale factor."""
     mean, deviation = np.float32([1.0, -2.0]), np.float32([0.5, 3.0])
     moments = np.broadcast_to(np.concatenate([mean, 2 * np.log(deviation)]), (1, 100, 100, 4))
-    np.testing.assert_allclose(sample_latents(moments, None, 0.5)[0, 0, 0], 0.5 * mean)
-    sample = np.asarray(sample_latents(moments.astype(np.float16), jax.random.key(0), 0.5))
+    np.testing.assert_allclose(posterior_latents(moments, 0.5)[0, 0, 0], 0.5 * mean)
+    noise = jax.random.normal(jax.random.key(0), (1, 100, 100, 2))
+    sample = np.asarray(posterior_latents(moments.astype(np.float16), 0.5, noise))
     assert sample.dtype == np.float32
     np.testing.assert_allclose(sample.mean((0, 1, 2)), 0.5 * mean, atol=5 * 1.5 / 100)  # five standard errors
     np.testing.assert_allclose(sample.std((0, 1, 2)), 0.5 * deviation, rtol=0.05)
@@ -116,7 +117,7 @@ def test_pixel_autoencoder_loses_nothing():
     np.testing.assert_array_equal(moments[..., 48:], -30)
     # One cell holds the pixels of its own block.
     np.testing.assert_array_equal(np.sort(moments[1, 0, 2, :48]), np.sort(x[1, :4, 8:].ravel()))
-    np.testing.assert_array_equal(model.decode(sample_latents(moments, None, 1.0)), x)
+    np.testing.assert_array_equal(model.decode(posterior_latents(moments, 1.0)), x)
 
 
 def test_wrong_sizes_are_named():

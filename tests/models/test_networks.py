@@ -54,7 +54,7 @@ def test_pixels_come_back(tiny):
     """All 256 levels, through the latents of a pixel autoencoder; black is -1 and white 1."""
     networks = Networks.of(tiny(autoencoder={"scale_factor": 3.0}))
     frames = np.random.default_rng(0).permutation(2 * 4 * 16 * 16 * 3).astype(np.uint8).reshape(2, 4, 16, 16, 3)
-    z = networks.encode({}, frames, None)
+    z = networks.encode({}, frames)
     assert (float(z.min()), float(z.max())) == (-3.0, 3.0)
     np.testing.assert_array_equal(networks.decode({}, z), frames)
 

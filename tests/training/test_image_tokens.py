@@ -11,7 +11,7 @@ from motif_jax.generation import make_generator
 from motif_jax.models.networks import Networks
 from motif_jax.training import state as train_state
 from motif_jax.training.optimizer import make_optimizer
-from motif_jax.training.step import diffusion_schedule, make_train_step, predict
+from motif_jax.training.step import diffusion_schedule, draw, make_train_step, predict
 from motif_jax.training.weights import initial_weights
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -60,8 +60,8 @@ def test_the_first_frame_alone_does(make):
     """Beside latents (here beside the frames, from which the latents are made all the same) the image tower sees `image`."""
     config, networks, params, frozen = make("cx-attn")
     batch = make_batch(config)
-    schedule, key = diffusion_schedule(config), jax.random.key(0)
-    run = jax.jit(lambda batch: predict(networks, schedule, params, frozen, batch, key)[0])
+    chance = draw(config, jax.random.key(0), 4), jax.random.key(0)
+    run = jax.jit(lambda batch: predict(networks, diffusion_schedule(config), params, frozen, batch, *chance)[0])
     alone, other = ({**batch, "image": batch["frames"][:, t]} for t in (0, 1))
     np.testing.assert_array_equal(run(alone), run(batch))
     assert np.abs(run(other) - run(batch)).max() > 1e-3
@@ -89,8 +89,8 @@ def test_train_and_sample(kind, make):
 
 def outputs(setup, batch, key):
     _, networks, params, frozen = setup
-    schedule = diffusion_schedule(networks.config)
-    return jax.jit(lambda batch: predict(networks, schedule, params, frozen, batch, key)[0])(batch)
+    schedule, chance = diffusion_schedule(networks.config), (draw(networks.config, key, 4), key)
+    return jax.jit(lambda batch: predict(networks, schedule, params, frozen, batch, *chance)[0])(batch)
 
 
 def test_the_image_counts_through_attention_alone(make):
@@ -102,7 +102,7 @@ def test_the_image_counts_through_attention_alone(make):
 
     @jax.jit
     def run(frames):
-        z = networks.encode({}, batch["frames"], None)
+        z = networks.encode({}, batch["frames"])
         image = networks.image_tokens(params, networks.embed_image(frozen["image"], frames))
         context = jnp.concatenate([networks.embed({}, batch["tokens"]), image], 1)
         return networks.denoise(params, z, jnp.full(4, 500), context, batch["fps"], z[..., :0])
@@ -121,9 +121,9 @@ def test_the_tower_sees_pixels_between_minus_one_and_one(make):
 def test_conditions_are_dropped_as_in_dynamicrafter(make):
     """Share p without text, p without image, p / 2 of them without both; a dropped image is a grey one, dropped text the empty sentence."""
     p, key = 0.4, jax.random.key(5)
-    draw = np.asarray(jax.random.uniform(jax.random.fold_in(key, 3), (4, 1, 1)))[:, 0, 0]
-    without_text, without_image = draw < p, (draw >= p / 2) & (draw < 1.5 * p)
-    assert without_text.any() and without_image.any() and not without_text.all() and not without_image.all(), draw
+    drawn = np.asarray(jax.random.uniform(jax.random.fold_in(key, 3), (4, 1, 1)))[:, 0, 0]
+    without_text, without_image = drawn < p, (drawn >= p / 2) & (drawn < 1.5 * p)
+    assert without_text.any() and without_image.any() and not without_text.all() and not without_image.all(), drawn
     setup = make("cx-attn", text_drop=p, unet={"temporal_dropout": 0.0})
     never = make("cx-attn", unet={"temporal_dropout": 0.0})
     config = setup[0]
@@ -154,7 +154,7 @@ def test_shared_tokens_and_learnable_scale(make):
 
     @jax.jit
     def run(params, image):
-        z = networks.encode({}, batch["frames"], None)
+        z = networks.encode({}, batch["frames"])
         context = jnp.concatenate([networks.embed({}, batch["tokens"]), image], 1)
         return networks.denoise(params, z, jnp.full(4, 500), context, batch["fps"], z)
 

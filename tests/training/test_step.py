@@ -11,7 +11,7 @@ from motif_jax.data.tokens import make_tokenizer
 from motif_jax.models.networks import Networks, image_condition
 from motif_jax.training import state as train_state
 from motif_jax.training.optimizer import make_optimizer
-from motif_jax.training.step import Stream, diffusion_schedule, make_eval_step, make_train_step, motion_heatmap, predict
+from motif_jax.training.step import Stream, diffusion_schedule, draw, make_eval_step, make_train_step, motion_heatmap, predict
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -70,7 +70,7 @@ def test_condition_changes_prediction_and_gradient(unet, what):
 
     @jax.jit
     def run(params, z_image, tokens, fps):
-        z = networks.encode({}, batch["frames"], None)
+        z = networks.encode({}, batch["frames"])
         x = jax.random.normal(key, z.shape)
 
         def loss(params):
@@ -82,7 +82,7 @@ def test_condition_changes_prediction_and_gradient(unet, what):
         (_, out), grads = jax.value_and_grad(loss, has_aux=True)(params)
         return out, grads["input_blocks.1.0.in_layers.2.kernel"]
 
-    z_image = networks.encode({}, batch["frames"][:, :1], None)[:, 0]
+    z_image = networks.encode({}, batch["frames"][:, :1])[:, 0]
     base = run(params, z_image, batch["tokens"], batch["fps"])
     other = {
         "image": lambda: run(params, z_image + 0.5, batch["tokens"], batch["fps"]),
@@ -107,10 +107,11 @@ def test_dropped_text_is_the_empty_sentence(setup):
     schedule = diffusion_schedule(config)
     always = dataclasses.replace(config, condition=dataclasses.replace(config.condition, text_drop=1.0))
     batch, key = make_batch(config), jax.random.key(3)
-    none_left = predict(Networks.of(always), schedule, params, frozen, batch, key)
+    chance = draw(config, key, len(CAPTIONS)), jax.random.key(4)
+    none_left = predict(Networks.of(always), schedule, params, frozen, batch, *chance)
     without = {**batch, "tokens": make_tokenizer(config.text)([""] * len(CAPTIONS))}
     never = dataclasses.replace(config, condition=dataclasses.replace(config.condition, text_drop=0.0))
-    expected = predict(Networks.of(never), schedule, params, frozen, without, key)
+    expected = predict(Networks.of(never), schedule, params, frozen, without, *chance)
     np.testing.assert_array_equal(none_left[0], expected[0])
 
 
@@ -180,11 +181,12 @@ def by_hand(config, batch, key, t=None):
 
 @pytest.mark.parametrize("train, image_noise", [(True, 0.0), (True, 0.3), (False, 0.3)])
 def test_what_the_network_is_given(tiny, one_weight, train, image_noise):
-    """Streams 0 to 2 draw latents, noise and timesteps, 4 dropout, 5 noise on the first frame; evaluation drops and noises nothing."""
+    """Streams 0 to 2 draw latents, noise and timesteps, 5 noise on the first frame; evaluation drops and noises nothing."""
     config, batch = oblong(tiny, condition={"text_drop": 0.0 if train else 1.0, "image_noise": image_noise})
     networks, frozen, calls = one_weight(config)
     key, given = jax.random.key(9), None if train else np.array([0, 3, 500, 999])
-    predict(networks, diffusion_schedule(config), {"w": 0.5}, frozen, batch, key, given, train)
+    draws = draw(config, key, 4) if train else draw(config, key, 4)._replace(timestep=given)
+    predict(networks, diffusion_schedule(config), {"w": 0.5}, frozen, batch, draws, jax.random.key(0) if train else None)
     z, t, _, x_t, _ = by_hand(config, batch, key, given)
     ((x, times, context, fps, image, dropout),) = calls
     np.testing.assert_allclose(x, x_t, atol=1e-5)
@@ -193,17 +195,19 @@ def test_what_the_network_is_given(tiny, one_weight, train, image_noise):
     np.testing.assert_array_equal(fps, batch["fps"])
     first = z[:, 0] + (image_noise * np.asarray(jax.random.normal(jax.random.fold_in(key, 5), z[:, 0].shape)) if train else 0)
     np.testing.assert_allclose(image, np.repeat(first[:, None], 4, 1), atol=1e-5)
-    assert (dropout == jax.random.fold_in(key, 4)) if train else dropout is None
+    assert (dropout is not None) == train
 
 
 def test_a_step_by_hand(tiny, one_weight):
     """The paper's loss, its gradient, the averages and what is logged, at step 3 of seed 5, for a network of one weight."""
     config, batch = oblong(tiny, condition={"text_drop": 0.0})
-    networks, frozen, _ = one_weight(config)
+    networks, frozen, calls = one_weight(config)
     optimizer, w = make_optimizer(config), {"w": jnp.float32(0.5)}
     state = dataclasses.replace(train_state.create(w, optimizer, True), step=jnp.int32(3), ema={"w": jnp.float32(2.0)})
     after, metrics = make_train_step(networks, optimizer)(state, frozen, batch)
-    _, _, _, x_t, v = by_hand(config, batch, jax.random.fold_in(jax.random.key(5), 3))
+    key = jax.random.fold_in(jax.random.key(5), 3)
+    assert calls[0][-1] == jax.random.fold_in(key, 4)  # stream 4 is dropout
+    _, _, _, x_t, v = by_hand(config, batch, key)
     speed = np.linalg.norm(batch["flow"].astype(np.float64) / [24, 16], axis=-1)
     speed[:, 3] = speed[:, 2]
     m = 1 - 1 / (1 + np.exp(20 * (0.1 - speed)))
@@ -279,37 +283,30 @@ def test_types_stay_float32(tiny, dtype):
     kinds = {str(x.dtype) for x in jax.tree.leaves((after, metrics))}
     assert kinds == {"float32", "int32"}
     assert jax.tree.structure(after) == jax.tree.structure(state)
+    chance = draw(config, jax.random.key(0), 4), jax.random.key(0)
     out = jax.eval_shape(
-        lambda p: predict(networks, diffusion_schedule(config), p, frozen, make_batch(config), jax.random.key(0)),
-        networks.denoiser.shapes,
+        lambda p: predict(networks, diffusion_schedule(config), p, frozen, make_batch(config), *chance), networks.denoiser.shapes
     )
-    assert {str(x.dtype) for x in out[:3]} == {"float32"}
+    assert {str(x.dtype) for x in out} == {"float32"}
 
 
-def test_accumulated_gradient_is_the_mean_of_the_micro_batches(tiny):
-    """AdamW's first moment after one step is (1 - b1) times the gradient: compare it with gradients taken one micro-batch at a time."""
-    config = tiny(grad_accumulation=2, condition={"text_drop": 0.0}, backbone="dit", dit=DIT)
-    networks = Networks.of(config)
-    optimizer, frozen = make_optimizer(config), frozen_of(networks)
-    params, batch = random_params(networks), make_batch(config)
-    state = train_state.create(params, optimizer, False)
-    after, _ = jax.jit(make_train_step(networks, optimizer))(state, frozen, batch)
-    moment = next(s.mu for s in jax.tree.leaves(after.opt_state, is_leaf=lambda s: hasattr(s, "mu")) if hasattr(s, "mu"))
+def test_micro_batches_make_the_step_of_the_whole_batch(tiny):
+    """Every clip has the same noise, timestep and dropped conditions however many micro-batches there are. AdamW's first moment after
+    one step is (1 - b1) times the gradient."""
 
-    from motif_jax import losses
+    def step(n):
+        config = tiny(grad_accumulation=n, condition={"text_drop": 0.5, "image_noise": 0.3}, backbone="dit", dit=DIT)
+        networks = Networks.of(config)
+        optimizer, frozen = make_optimizer(config), frozen_of(networks)
+        state = train_state.create(random_params(networks), optimizer, False)
+        after, metrics = jax.jit(make_train_step(networks, optimizer))(state, frozen, make_batch(config))
+        return next(s.mu for s in jax.tree.leaves(after.opt_state, is_leaf=lambda s: hasattr(s, "mu")) if hasattr(s, "mu")), metrics
 
-    key = jax.random.fold_in(jax.random.key(config.seed), 0)
-
-    def loss(params, part, index):
-        prediction, target, *_ = predict(networks, diffusion_schedule(config), params, frozen, part, jax.random.fold_in(key, index))
-        return losses.motif_loss(prediction, target, motion_heatmap(config, part, "flow"), 1.0)[0]
-
-    gradient = jax.jit(jax.grad(loss))
-    grads = [gradient(params, {k: v[i::2] for k, v in batch.items()}, i) for i in range(2)]
-    for name in moment:
-        expected = 0.1 * (grads[0][name] + grads[1][name]) / 2
-        # Rounding of sums in another order, relative to the largest entry.
-        np.testing.assert_allclose(moment[name], expected, atol=2e-5 * float(jnp.abs(expected).max()) + 1e-9)
+    (moment, metrics), (whole, expected) = step(2), step(1)
+    # Rounding of sums in another order, of the gradient relative to its largest entry.
+    assert {k: float(v) for k, v in metrics.items()} == pytest.approx({k: float(v) for k, v in expected.items()}, rel=2e-5)
+    for name in whole:
+        np.testing.assert_allclose(moment[name], whole[name], atol=2e-5 * float(jnp.abs(whole[name]).max()) + 1e-9)
 
 
 def test_step_compiles_once(setup):
