@@ -153,8 +153,8 @@ def _read_pytorch(path: pathlib.Path) -> dict[str, Lazy]:
                 f"{path}: refused, because reading it would run code: it asks for {asked[1]}. Only tensors in plain dicts are read; "
                 "save its state_dict alone, or as .safetensors, where you trust it"
             ) from error
-        reason = (re.search(r"WeightsUnpickler error: (.+)", str(error)) or re.search("(.*)", str(error).strip()))[1]
-        raise UserError(f"{path}: is not a PyTorch checkpoint of tensors, or damaged ({reason})") from error
+        reason = re.search(r"WeightsUnpickler error: (.+)", str(error))
+        raise UserError(f"{path}: is not a PyTorch checkpoint of tensors, or damaged{f' ({reason[1]})' if reason else ''}") from error
     for key in ("module", "state_dict"):
         if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
             found = found[key]

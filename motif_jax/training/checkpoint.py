@@ -96,7 +96,7 @@ def _copies_on_host(state: Any) -> Any:
 
 def _reason(error: Exception) -> str:
     """The first line of an error's text, without the settings of a whole database that TensorStore adds to it."""
-    return str(error).strip().partition("\n")[0].partition(" [tensorstore_spec")[0]
+    return re.split(r" \[tensorstore_spec| See full TensorStore", str(error).strip().partition("\n")[0])[0]
 
 
 def _fields(state: Any) -> dict[str, Any]:

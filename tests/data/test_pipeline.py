@@ -197,8 +197,11 @@ def test_several_datasets_are_one(data, dataset, tmp_path):
 
 def test_a_split_that_only_one_dataset_has(data, tmp_path):
     whole = dataclasses.replace(CONFIG, prepare=dataclasses.replace(CONFIG.prepare, validation_share=0.0))
-    preparation.prepare(whole, "synthetic:shapes:3", tmp_path, log=lambda line: None)
-    both = dataclasses.replace(data, path=f"{tmp_path},{data.path}")
+    preparation.prepare(whole, "synthetic:shapes:3", tmp_path / "a,b", log=lambda line: None)
+    alone = dataclasses.replace(data, path=str(tmp_path / "a,b"))
+    assert len(pipeline.open_dataset(alone)) == 3  # a directory's name may have a comma where it is the only one
+    (tmp_path / "a,b").rename(tmp_path / "ab")
+    both = dataclasses.replace(data, path=f"{tmp_path / 'ab'},{data.path}")
     assert len(pipeline.open_dataset(both)) == 3 + COUNT and len(pipeline.open_dataset(both, "validation")) == VALIDATION
 
 

@@ -256,3 +256,6 @@ def test_something_else_in_a_pytorch_file(tmp_path):
     torch.save([torch.zeros(2)], tmp_path / "x.pth")
     with pytest.raises(UserError, match=r"holds no state dict.*'list'"):
         files.read_tensors(tmp_path / "x.pth")
+    (tmp_path / "x.pth").write_bytes(b"garbage")
+    with pytest.raises(UserError, match=r"or damaged$"):  # PyTorch's advice would be to run its code
+        files.read_tensors(tmp_path / "x.pth")

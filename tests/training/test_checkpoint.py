@@ -48,9 +48,14 @@ def saved(tiny, tmp_path):
     return tmp_path, states
 
 
+def largest(workdir, step):
+    """The largest file of a checkpoint's arrays."""
+    return max((p for p in (workdir / "checkpoints" / str(step) / "state").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
 def damage(workdir, step):
-    """Flips bits in the middle of the largest file of a checkpoint's arrays."""
-    path = max((p for p in (workdir / "checkpoints" / str(step) / "state").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    """Flips bits in the middle of it."""
+    path = largest(workdir, step)
     content = bytearray(path.read_bytes())
     middle = len(content) // 2
     content[middle : middle + 64] = bytes(b ^ 255 for b in content[middle : middle + 64])
@@ -314,3 +319,7 @@ def test_what_else_there_is_to_read(saved):
     (workdir / "checkpoints" / "30" / "meta" / "metadata").write_text("")
     with pytest.raises(CheckpointError, match=r"such as .*checkpoints/20"):
         checkpoint.read_meta(workdir / "checkpoints" / "30")
+    largest(workdir, 20).write_bytes(b"")
+    with pytest.raises(CheckpointError) as caught:
+        checkpoint.read_arrays(workdir / "checkpoints" / "20", checkpoint.FIELDS)
+    assert "TensorStore" not in str(caught.value)
