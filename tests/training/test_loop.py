@@ -419,11 +419,13 @@ def test_a_trace_that_the_end_cuts_short_is_written(config, tmp_path):
 
 
 def test_guarded_work_ends_at_the_next_item():
-    seen = []
+    """A second signal acts as usual, and so does every one afterwards."""
+    seen, usual = [], [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     with pytest.raises(Interrupted), StopSignal() as stop:
         for item in stop.guard(range(5)):
             seen.append(item)
             if item == 2:
                 os.kill(os.getpid(), signal.SIGTERM)
+                assert signal.getsignal(signal.SIGTERM) == usual[0] and signal.getsignal(signal.SIGINT) != usual[1]
     assert seen == [0, 1, 2] and stop.check()
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == usual

@@ -52,16 +52,19 @@ def test_a_window(progress, tmp_path, capsys):
 
 
 def test_what_lies_between_windows_is_not_training(progress, tmp_path, monkeypatch):
-    """An evaluation of 100 s, then a step of 2 s on a quarter of the job's devices."""
+    """An evaluation of 100 s, then a first step with a second of compilation and one of 2 s, on a quarter of the job's devices."""
     now = [100.0]
     monkeypatch.setattr(module, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
     monkeypatch.setattr(jax, "device_count", lambda: 4 * jax.local_device_count())
     progress.restart()
-    now[0] = 102.0
-    progress.add(1, {"loss": jnp.float32(1.0)}, 0.5)
-    progress.flush(1)
+    now[0] = 101.0
+    progress.add(1, {"loss": jnp.float32(1.0)}, 9.0)
+    progress.compiled()
+    now[0] = 103.0
+    progress.add(2, {"loss": jnp.float32(1.0)}, 0.5)
+    progress.flush(2)
     (line,) = read_lines(tmp_path / "metrics.jsonl")
-    assert (line["seconds_per_step"], line["clips_per_second"], line["input_wait"]) == (2.0, 2.0, 0.25)
+    assert (line["compile_seconds"], line["seconds_per_step"], line["clips_per_second"], line["input_wait"]) == (1.0, 2.0, 2.0, 0.25)
     assert line["tflops_per_device"] == pytest.approx(1e-3 / 2 / jax.device_count())
 
 
