@@ -159,6 +159,27 @@ def test_a_new_run_does_not_keep_its_initial_weights(config, tmp_path, monkeypat
     assert seen and not any(seen)
 
 
+def test_the_average_is_evaluated_and_sampled(config, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(loop, "validate", lambda eval_step, params, *rest: seen.append(jax.device_get(params)) or {})
+    monkeypatch.setattr(loop.SampleSheets, "write", lambda sheets, step, params, *rest: seen.append(jax.device_get(params)))
+    loop.train(changed(config, steps=2), tmp_path)
+    saved = checkpoint.read_arrays(tmp_path / "checkpoints" / "2", ("params", "ema"), np.ndarray)
+    assert len(seen) == 4  # both at steps 0 and 2
+    for found in seen[2:]:
+        assert all(np.array_equal(found[name], value) for name, value in saved["ema"].items())
+        assert not all(np.array_equal(found[name], value) for name, value in saved["params"].items())
+
+
+def test_an_evaluation_that_is_not_finite_stops_the_run(config, tmp_path, monkeypatch):
+    """And names the last checkpoint that this process wrote."""
+    losses = iter([1.0, 1.0, float("nan")])
+    monkeypatch.setattr(loop, "validate", lambda *_: {"eval/loss": next(losses)})
+    with pytest.raises(UserError, match=r"eval/loss is nan in step 4: training stops\..* the last checkpoint is step 2;"):
+        loop.train(changed(config, sample={"every": 0}), tmp_path)
+    assert checkpoint.latest_step(tmp_path) == 2
+
+
 def test_each_function_is_compiled_once_and_traced_on_request(config, tmp_path, caplog):
     """With evaluation, sampling and saves between the steps; the XProf trace is of steps 2 and 3."""
     with jax.log_compiles():
