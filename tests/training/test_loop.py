@@ -22,10 +22,12 @@ from PIL import Image
 import motif_jax
 from motif_jax import preparation, report
 from motif_jax.config import ProfileConfig, UserError
+from motif_jax.data import pipeline
 from motif_jax.data.videos import save_video
 from motif_jax.dist.preemption import Interrupted, StopSignal
 from motif_jax.interop.files import write_safetensors
 from motif_jax.models.networks import Networks
+from motif_jax.motion.dis import mean_flow
 from motif_jax.training import checkpoint, loop, samples, weights, workdir
 from motif_jax.training.metrics import read_lines
 from motif_jax.training.weights import initial_weights
@@ -345,6 +347,13 @@ def test_a_finished_run_needs_no_data_and_more_steps_take_its_mark(config, undis
     assert checkpoint.latest_step(run) == 5 and not (run / "DONE").exists()
 
 
+def test_the_motion_of_samples_stands_beside_that_of_the_data(config, undisturbed):
+    (example,) = pipeline.examples(config.data, 1)
+    lines = [line for line in read_lines(undisturbed / "metrics.jsonl") if "sample/mean_flow" in line]
+    assert [line["sample/mean_flow_data"] for line in lines] == pytest.approx([mean_flow(example.frames)] * 3)
+    assert not any(line["sample/mean_flow"] == pytest.approx(line["sample/mean_flow_data"]) for line in lines)
+
+
 def test_a_sample_sheet_appears_whole(config, undisturbed, tmp_path, monkeypatch):
     """The report shows the newest whole one, also where an earlier version left a part of one."""
     shutil.copytree(undisturbed, run := tmp_path / "run")
@@ -352,8 +361,8 @@ def test_a_sample_sheet_appears_whole(config, undisturbed, tmp_path, monkeypatch
     clips = np.zeros((1, 2, 8, 8, 3), np.uint8)
     with monkeypatch.context() as broken, pytest.raises(ZeroDivisionError):
         broken.setattr(samples.pictures, "save_png", lambda *_: 1 / 0)
-        samples.save_comparison(run / "samples" / "6", clips, clips, ["x"], 8.0)
-    assert not (run / "samples" / "6").exists()
+        samples.save_comparison(run / "samples" / "10", clips, clips, ["x"], 8.0)
+    assert not (run / "samples" / "10").exists()
     assert "after 4 steps" in report.write(run).read_text()
     for name, text in ("00.gif", None), ("captions.json", ""):  # lost, and cut off by a power cut
         (run / "samples" / "4" / name).unlink() if text is None else (run / "samples" / "4" / name).write_text(text)
@@ -362,9 +371,10 @@ def test_a_sample_sheet_appears_whole(config, undisturbed, tmp_path, monkeypatch
         (run / "synthetic.json").write_text(json.dumps(damaged))
         assert "synthetic.json: cannot be read: KeyError" in report.write(run).read_text()
     for caption in "xy":
-        samples.save_comparison(run / "samples" / "6", clips, clips, [caption], 8.0)
-    assert sorted(p.name for p in (run / "samples").iterdir()) == ["0", "2", "4", "5", "6"]
-    assert json.loads((run / "samples" / "6" / "captions.json").read_text()) == ["y"]
+        samples.save_comparison(run / "samples" / "10", clips, clips, [caption], 8.0)
+    assert sorted(p.name for p in (run / "samples").iterdir()) == ["0", "10", "2", "4", "5"]
+    assert json.loads((run / "samples" / "10" / "captions.json").read_text()) == ["y"]
+    assert "after 10 steps" in report.write(run).read_text()
 
 
 def test_a_run_without_held_out_clips_says_so(config, tmp_path, capsys):
