@@ -171,10 +171,12 @@ print("equal")
 
 
 def test_other_weights_are_another_dataset(kl, stored, tmp_path):
-    """Refused as a continuation of the job, and by a run that would decode with them."""
+    """Refused as a continuation of the job, as another type is, and by a run that would decode with them."""
     other = kl(seed=4, latents=True, text_embeddings=True, frames=True)
     with pytest.raises(UserError, match=r"autoencoder\.sha256 was '[0-9a-f]{64}' and is now"):
         preparation.prepare(other, SOURCE, stored.data.path, log=lambda line: None)
+    with pytest.raises(UserError, match=r" dtype was 'float32' and is now 'bfloat16'"):
+        preparation.prepare(dataclasses.replace(stored, dtype="bfloat16"), SOURCE, stored.data.path, log=lambda line: None)
     sums = {name: params_checksum(params) for name, params in frozen_weights(Networks.of(other)).items()}
     with pytest.raises(UserError, match=rf"dataset {stored.data.path}: its latents were made by another network"):
         check_towers(other, [shards.read_manifest(stored.data.path)], sums)
@@ -183,11 +185,13 @@ def test_other_weights_are_another_dataset(kl, stored, tmp_path):
 
 
 def test_every_dataset_is_compared_with_the_frozen_networks(stored, tmp_path):
-    """Not the first alone: clips of all are mixed in a batch."""
+    """Not the first alone: clips of all are mixed in a batch. The latents' scale comes after what is stored."""
     sums = {name: params_checksum(params) for name, params in frozen_weights(Networks.of(stored)).items()}
     first = shards.read_manifest(stored.data.path)
     second = dataclasses.replace(first, directory=tmp_path, settings={**first.settings, "autoencoder.sha256": "0" * 64})
-    check_towers(stored, [first, first], sums)
+    scaled = dataclasses.replace(stored, autoencoder=dataclasses.replace(stored.autoencoder, scale_factor=0.5))
+    for config in (stored, scaled):
+        check_towers(config, [first, first], sums)
     with pytest.raises(UserError, match=rf"dataset {tmp_path}: its latents .*autoencoder\.sha256 was '0{{64}}' and is now"):
         check_towers(stored, [first, second], sums)
 

@@ -154,6 +154,9 @@ def test_unfinished_and_foreign_directories_are_refused(tmp_path):
     plan = write_all(tmp_path, {"train": [0, 1, 2, 3], "validation": [4]})
     (tmp_path / plan[1].name).unlink()
     assert finish(tmp_path, plan, "plan", LAYOUT, {}) == 1
+    manifest = tmp_path / "manifests" / f"{plan[0].name}.json"
+    shards.write_object(manifest, shards.read_object(manifest) | {"schema": "0.9.0"})
+    assert finish(tmp_path, plan, "plan", LAYOUT, {}) == 2 and finish(tmp_path, plan, "another", LAYOUT, {}) == len(plan)
     with pytest.raises(UserError, match="not finished"):
         read_manifest(tmp_path)
     (tmp_path / "dataset.json").write_text("{")

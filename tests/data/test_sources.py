@@ -103,8 +103,8 @@ def test_masks(tmp_path):
     video(tmp_path / "b.mp4", 25)
     mask = np.zeros((25, 64, 96, 3), np.uint8)
     mask[10:, :, :48] = 255
-    save_video(tmp_path / "m.mp4", mask, 30)
-    save_video(tmp_path / "long.mp4", np.concatenate([mask, mask]), 30)
+    save_video(tmp_path / "m.mp4", np.concatenate([mask, mask[-1:]]), 30)  # one frame more is a matter of containers
+    save_video(tmp_path / "long.mp4", np.concatenate([mask, mask[-2:]]), 30)
     save_video(tmp_path / "short.mp4", mask[:3], 30)
     lines = "a.mp4,x,m.mp4", "b.mp4,y,", "b.mp4,z,long.mp4", "b.mp4,v,short.mp4", "b.mp4,w,none.mp4"
     source = sources.VideoClips(CONFIG, listed(tmp_path, *lines), Ramp())
@@ -112,7 +112,7 @@ def test_masks(tmp_path):
     clip, *bad = decoded(source)
     assert [b.kind for b in bad] == ["unusable mask"] * 3
     assert [b.reason for b in bad] == [
-        "mask long.mp4: another length: 50 frames, the video has 25",
+        "mask long.mp4: another length: 27 frames, the video has 25",
         "mask short.mp4: another length: 3 frames, the video has 25",
         "mask none.mp4: missing file",
     ]

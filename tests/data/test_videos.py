@@ -27,14 +27,28 @@ def number(frame: np.ndarray) -> int:
     return int((bars << np.arange(BITS)).sum())
 
 
-def write(path: pathlib.Path, frames, codec="libx264", pixels="yuv420p", rate=10, options=None, pts=None, streams=1, metadata=None, **kw):
-    """A file of `frames` (one list per stream if streams > 1); `pts` are in 1/1000 s."""
+def write(
+    path: pathlib.Path,
+    frames,
+    codec="libx264",
+    pixels="yuv420p",
+    rate=10,
+    options=None,
+    pts=None,
+    streams=1,
+    metadata=None,
+    aspect=None,
+    **kw,
+):
+    """A file of `frames` (one list per stream if streams > 1); `pts` are in 1/1000 s, `aspect` is a pixel's width over its height."""
     per_stream = [frames] if streams == 1 else frames
     with av.open(str(path), "w", **kw) as container:
         outs = []
         for pictures in per_stream:
             stream = container.add_stream(codec, rate=rate, options=options or {})
             stream.height, stream.width, stream.pix_fmt = *pictures[0].shape[:2], pixels
+            if aspect is not None:
+                stream.codec_context.sample_aspect_ratio = aspect
             if pts is not None:
                 stream.codec_context.time_base = Fraction(1, 1000)
             outs.append(stream)
@@ -161,6 +175,17 @@ def test_transparency_is_laid_on_white(tmp_path):
     assert (clip.frames[:, :24] == (10, 20, 30)).all() and (clip.frames[:, 24:] == 255).all()
 
 
+def turn(path, matrix):
+    """Writes the display matrix into the track header by hand, as a phone does."""
+    data = bytearray(path.read_bytes())
+    start = data.index(b"tkhd") + 44  # type 4, version and flags 4, times and ids 20, reserved 8, layer to reserved 8
+    a, b, c, d = (x << 16 for x in matrix)
+    assert data[start + 32 : start + 36] == struct.pack(">i", 1 << 30)
+    data[start : start + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    path.write_bytes(data)
+    return path
+
+
 @pytest.mark.parametrize(
     ("matrix", "expected"),
     [
@@ -174,31 +199,25 @@ def test_transparency_is_laid_on_white(tmp_path):
     ],
 )
 def test_display_matrix(tmp_path, matrix, expected):
-    """The matrix is written into the track header by hand, as a phone does."""
     picture = np.random.default_rng(0).integers(0, 256, (32, 48, 3), np.uint8)
-    path = write(tmp_path / "a.mov", [picture] * 4, "qtrle", "rgb24")
-    data = bytearray(path.read_bytes())
-    start = data.index(b"tkhd") + 44  # type 4, version and flags 4, times and ids 20, reserved 8, layer to reserved 8
-    a, b, c, d = (x << 16 for x in matrix)
-    assert data[start : start + 36] == struct.pack(">9i", 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
-    data[start : start + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
-    path.write_bytes(data)
+    path = turn(write(tmp_path / "a.mov", [picture] * 4, "qtrle", "rgb24"), matrix)
     shown = expected(picture)
     np.testing.assert_array_equal(take(path, 0, 1, 2, *shown.shape[:2]).frames, [shown] * 2)
 
 
 def test_pixels_that_are_not_square(tmp_path):
     """A file 32 wide with pixels twice as wide as high shows a 64 wide picture."""
-    path = tmp_path / "wide.mkv"
-    frames = numbered(4, 48, 32)
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("ffv1", rate=10)
-        stream.height, stream.width, stream.pix_fmt = 48, 32, "yuv444p"
-        stream.codec_context.sample_aspect_ratio = Fraction(2, 1)
-        for picture in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(stream.encode())
+    path = write(tmp_path / "wide.mkv", numbered(4, 48, 32), "ffv1", "yuv444p", aspect=Fraction(2, 1))
     assert [number(f) for f in take(path, 0, 1).frames] == [0, 1, 2, 3]  # nothing is cut off at the sides
+
+
+def test_pixels_that_are_not_square_and_turned(tmp_path):
+    """A quarter turn makes wide pixels high ones: of 24 x 16 blocks, 8 x 8 of them alike, 48 x 16 are shown."""
+    picture = np.random.default_rng(0).integers(0, 256, (2, 3, 3), np.uint8).repeat(8, 0).repeat(8, 1)
+    path = turn(write(tmp_path / "a.mov", [picture] * 4, "qtrle", "rgb24", aspect=Fraction(2, 1)), (0, 1, -1, 0))
+    shown = np.rot90(picture, -1).repeat(2, 0)
+    centres = np.s_[8::16, 4::8]  # of the blocks: the picture is enlarged, and their edges are soft
+    np.testing.assert_array_equal(take(path, 0, 1, 2, 48, 16).frames[0][centres], shown[centres])
 
 
 # Time
@@ -316,11 +335,11 @@ def test_audio_only(tmp_path):
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv"])
 def test_truncated_file(tmp_path, name):
-    """Cut in the middle, index at the front: what is left would still give a clip, but not the one that was asked for."""
+    """Cut at four fifths, index at the front: what is left would still give a clip, but not the one that was asked for."""
     options = {"container_options": {"movflags": "faststart"}} if name == "a.mp4" else {}
     noise = np.random.default_rng(0).integers(0, 256, (60, 48, 64, 3), np.uint8)
     path = write(tmp_path / name, noise, **options)
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 4 // 5])
     assert kind_of(path) == "truncated"
 
 
@@ -396,6 +415,48 @@ def test_damage_behind_the_clip_does_not_matter(tmp_path):
     assert error.value.kind == "does not decode"
 
 
+def test_damage_that_the_decoder_has_hidden_lasts_to_the_next_key_frame(tmp_path, monkeypatch):
+    """Of what it paints over it marks the first frame alone; here it is told to mark frame 25."""
+    path = write(tmp_path / "a.mp4", numbered(50), options={"g": "20", "bf": "0", "sc_threshold": "0"})
+    frames = videos._frames
+
+    class Marked:
+        is_corrupt = True
+
+        def __init__(self, frame):
+            self.frame = frame
+
+        def __getattr__(self, name):
+            return getattr(self.frame, name)
+
+    def marked(container, stream):
+        for frame in frames(container, stream):
+            yield Marked(frame) if round(float(frame.pts * frame.time_base) * 10) == 25 else frame
+
+    monkeypatch.setattr(videos, "_frames", marked)
+    assert [number(f) for f in take(path, 4, 20, frames=2).frames] == [4, 24]
+    assert [number(f) for f in take(path, 0, 20, frames=3).frames] == [0, 20, 40]
+    with pytest.raises(MediaError, match="frame 39 is damaged"):
+        take(path, 0, 39, frames=2)
+
+
+def test_thumbnails_are_of_one_reading(tmp_path, monkeypatch):
+    """The first one, from a key frame before the clip, fails in its middle, and the whole file is read from its beginning."""
+    path = write(tmp_path / "a.mp4", numbered(30))
+    frames, readings = videos._frames, []
+
+    def fails_once(container, stream):
+        readings.append(stream)
+        for frame in frames(container, stream):
+            if len(readings) == 1 and frame.pts * frame.time_base > 1.2:
+                raise av.error.ExternalError(1, "no such picture")
+            yield frame
+
+    monkeypatch.setattr(videos, "_frames", fails_once)
+    clip = read_clip(path, 4, 48, 64, lambda available: (10, 3), thumbnails=True)
+    assert len(readings) == 2 and len(clip.thumbnails) == 10
+
+
 # Writing
 
 
@@ -416,14 +477,16 @@ def test_mp4_is_what_browsers_play_and_odd_sizes_lose_nothing(tmp_path):
         stream = container.streams.video[0]
         assert (stream.codec_context.name, stream.codec_context.pix_fmt) == ("h264", "yuv420p")
         assert (stream.height, stream.width) == (34, 48)
+        assert stream.codec_context.colorspace == 6  # BT.601 is said: players guess BT.709 for large pictures
         picture = next(container.decode(stream)).to_ndarray(format="rgb24")
     assert picture[:, 46:].min() > 200 and picture[:, :44].max() < 50
 
 
 def test_gif_keeps_equal_frames(tmp_path):
-    save_video(tmp_path / "a.gif", np.zeros((6, 20, 30, 3), np.uint8), 8)
+    """For 20 ms each at least: shorter ones are shown for 100 by browsers."""
+    save_video(tmp_path / "a.gif", np.zeros((6, 20, 30, 3), np.uint8), 100)
     with Image.open(tmp_path / "a.gif") as image:
-        assert image.n_frames == 6 and image.info["loop"] == 0
+        assert image.n_frames == 6 and image.info["loop"] == 0 and image.info["duration"] == 20
 
 
 def test_gif_of_few_colours_is_exact(tmp_path):

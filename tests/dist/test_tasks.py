@@ -37,7 +37,7 @@ def test_shares(environment, expected):
     ("environment", "message"),
     [
         ({"SLURM_ARRAY_TASK_ID": "3"}, "SLURM_ARRAY_TASK_MIN=None"),
-        (array(3, 1, 8, 3), "a SLURM array of 3 tasks from 1 to 8 has gaps"),
+        (array(4, 1, 8, 3), "a SLURM array of 3 tasks from 1 to 8 has gaps"),  # --array=1,4,8: also to the task that would fit
         (array(3, 1, 7, 3), "has gaps"),  # --array=1,3,7
         ({"JOB_COMPLETION_INDEX": "0"}, "MOTIF_TASK_COUNT=None: must be a number"),
         ({"JOB_COMPLETION_INDEX": "0", "MOTIF_TASK_COUNT": "many"}, "MOTIF_TASK_COUNT='many'"),

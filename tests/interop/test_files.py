@@ -181,6 +181,21 @@ def test_what_we_write_pytorch_reads(tmp_path):
         np.testing.assert_array_equal(found["state_dict"][name].numpy(), tensor)
 
 
+def test_a_failed_write_leaves_pytorch_s_old_file_alone(tmp_path, monkeypatch):
+    torch, path = pytest.importorskip("torch"), tmp_path / "x.ckpt"
+    files.write_pytorch(path, {"a": np.ones(2, np.float32)})
+    before = path.read_bytes()
+
+    def fail(state, file):
+        pathlib.Path(file).write_bytes(b"half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(OSError, match="no space"):
+        files.write_pytorch(path, {"a": np.zeros(2, np.float32)})
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["x.ckpt"]
+
+
 class Harmful:
     def __init__(self, call):
         self.call = call

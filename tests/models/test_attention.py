@@ -37,6 +37,7 @@ def test_attention_is_its_definition(implementation, causal):
 
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 def test_blocks_of_queries_change_nothing(implementation, monkeypatch):
+    """In the backward pass each block's weights are computed again. What hides keys is not cut into blocks."""
     q, k, v = inputs(L=24)
 
     def loss(q, k, v):
@@ -46,11 +47,13 @@ def test_blocks_of_queries_change_nothing(implementation, monkeypatch):
     whole = jax.grad(loss, (0, 1, 2), has_aux=True)(q, k, v)
     monkeypatch.setattr(module, "BLOCKWISE_FROM", 8)
     monkeypatch.setattr(module, "QUERY_BLOCK", 8)
-    assert "scan" in str(jax.make_jaxpr(loss)(q, k, v))
+    program = str(jax.make_jaxpr(loss)(q, k, v))
+    assert "scan" in program and "remat" in program
     blocks = jax.grad(loss, (0, 1, 2), has_aux=True)(q, k, v)
     np.testing.assert_allclose(blocks[1], by_hand(q, k, v), rtol=1e-4, atol=1e-5)
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(blocks), strict=True):
         np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(attention(q, q, q, implementation, True), by_hand(q, q, q, True), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("L, S", [(6, 5), (5, 6), (5, 5), (6, 6)])
@@ -134,6 +137,13 @@ def test_the_choice_of_kernel():
         with placement.target_platform(where):
             choices[where] = [module._choose(width, dtype) for width, dtype in heads]
     assert choices == {"cpu": ["reference"] * 3, "tpu": ["xla"] * 3, "gpu": ["cudnn", "xla", "xla"]}
+
+
+@pytest.mark.parametrize(("length", "causal", "taken"), [(512, False, True), (511, False, False), (512, True, False)])
+def test_splash_is_for_long_sequences_of_which_nothing_is_hidden(length, causal, taken):
+    x = jax.ShapeDtypeStruct((1, length, 1, 64), jnp.bfloat16)
+    with placement.target_platform("tpu"):
+        assert ("pallas_call" in str(jax.make_jaxpr(lambda x: attention(x, x, x, "splash", causal))(x))) == taken
 
 
 @pytest.mark.parametrize(("capability", "new"), [("7.5", False), ("gfx942", False), ("8.0", True), ("12.0", True)])

@@ -244,6 +244,8 @@ def test_image_tokens_of_a_frame_reach_that_frame(small):
     assert moved[1] > 1e-4 and moved[0] == moved[2] == 0
     moved = np.abs(run(context.at[:, 3].add(1.0)) - run(context)).max((0, 2, 3, 4))
     assert moved.min() > 1e-4
+    with pytest.raises(ValueError, match="48 context tokens: image cross attention needs text and 16 for each of 3 frames"):
+        run(context[:, 4:])
 
     def count(**changes):
         state = nnx.state(nnx.eval_shape(lambda: UNet3D(UNetConfig(in_channels=8, **changes), rngs=nnx.Rngs(0))), nnx.Param)

@@ -16,6 +16,7 @@ from flax import nnx
 from PIL import Image
 
 from motif_jax.interop import raft as interop
+from motif_jax.motion import estimators
 from motif_jax.motion.estimators import make_flow_estimator
 
 TESTDATA = pathlib.Path(__file__).parents[1] / "testdata"
@@ -54,6 +55,13 @@ def upsampled(flow_hw2, height, width):
     wide = np.stack([[np.interp(np.linspace(0, w - 1, width), np.arange(w), line) for line in flow_hw2[..., c]] for c in range(2)])
     tall = [[np.interp(np.linspace(0, h - 1, height), np.arange(h), line) for line in plane.T] for plane in wide]
     return np.stack(tall, -1).transpose(1, 0, 2)
+
+
+@pytest.mark.parametrize(("most", "count", "size"), [(8, 15, 8), (8, 16, 8), (8, 17, 6), (1, 3, 1), (8, 5, 5)])
+def test_blocks_are_no_larger_than_memory_allows(most, count, size):
+    sizes = []
+    found = estimators._in_blocks(most, count, lambda index: sizes.append(len(index)) or index)
+    assert found.tolist() == list(range(count)) and set(sizes) == {size}
 
 
 def test_small_cells_upsample_to_the_networks_flow(weights):

@@ -132,14 +132,18 @@ def test_another_state_is_not_called_damaged(saved, field, remedy):
     assert f"{field}." in str(found.value) and "fallback" not in str(found.value) and ("init_from" in str(found.value)) == remedy
 
 
-def test_content_is_compared_with_its_checksum(saved, monkeypatch):
+def test_content_is_compared_with_its_checksum(saved):
     """Also where every file can be read: here the reader is given another checkpoint's arrays."""
-    workdir, _ = saved
+    workdir, states = saved
     state, other = workdir / "checkpoints" / "30" / "state", workdir / "checkpoints" / "20" / "state"
     state.rename(workdir / "away")
     subprocess.run(["cp", "-r", other, state], check=True)
     with pytest.raises(CheckpointError, match="content of params is not what was saved"):
         checkpoint.read_arrays(workdir / "checkpoints" / "30", ("params",))
+    checkpoints = Checkpoints(workdir, CheckpointConfig(keep=3))
+    with pytest.raises(CheckpointError, match=r"cannot be restored: the content of .* is not what was saved"):
+        checkpoints.restore(30, template(states[30]))
+    checkpoints.close()
 
 
 def test_damaged_ones_are_set_aside_on_request(saved):
@@ -206,10 +210,14 @@ def test_a_field_that_is_not_there_must_have_been_empty(tiny, tmp_path):
 
 
 def test_unfinished_saves_are_no_checkpoints(saved):
-    workdir, _ = saved
+    workdir, states = saved
     (workdir / "checkpoints" / "40.orbax-checkpoint-tmp-1").mkdir()
     assert checkpoint.unfinished(workdir) == ["40.orbax-checkpoint-tmp-1"]
     assert checkpoint.latest_step(workdir) == 30
+    checkpoints = Checkpoints(workdir, CheckpointConfig(keep=3))
+    checkpoints.save(50, states[30], {}, {})  # before which Orbax has made room, in the background
+    checkpoints.close()
+    assert checkpoint.unfinished(workdir) == [] and checkpoint.latest_step(workdir) == 50
 
 
 def test_which_are_kept(tiny, tmp_path):
@@ -270,6 +278,7 @@ def test_a_full_disk_is_one_clear_error_and_loses_nothing(small_disk):
 
 
 def test_a_process_that_does_not_come_is_no_full_disk(saved, monkeypatch):
+    """It is told of where a save is waited for or looked after, and no later than at the next one."""
     workdir, states = saved
     checkpoints = Checkpoints(workdir, CheckpointConfig(keep=3))
 
@@ -278,9 +287,10 @@ def test_a_process_that_does_not_come_is_no_full_disk(saved, monkeypatch):
 
     monkeypatch.setattr(checkpoints._manager, "save", late)
     checkpoints.save(40, states[30], {}, {})
-    with pytest.raises(CheckpointError, match=r"Another process of the job did not come in time: .*there: \[10, 20, 30\]") as found:
-        checkpoints.wait()
-    assert "Make room" not in str(found.value)
+    for call in (checkpoints.wait, checkpoints.check, lambda: checkpoints.save(50, states[30], {}, {})):
+        with pytest.raises(CheckpointError, match=r"Another process of the job did not come in time: .*there: \[10, 20, 30\]") as found:
+            call()
+        assert "Make room" not in str(found.value)
     checkpoints.close()
 
 

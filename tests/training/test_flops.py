@@ -19,7 +19,7 @@ def test_products_convolutions_and_loops():
     assert matmul_flops(convolve, x, k) == 2 * 2 * 4 * 4 * 6 * 3 * 3 * 3
     square = jnp.zeros((4, 4))
     assert matmul_flops(jax.jit(lambda m: jax.lax.scan(lambda c, _: (c @ m, None), m, length=6)[0]), square) == 6 * 2 * 64
-    assert matmul_flops(lambda m: jax.lax.cond(m[0, 0] > 0, lambda m: m @ m, lambda m: m, m), square) == 2 * 64
+    assert matmul_flops(lambda m: jax.lax.cond(m[0, 0] > 0, lambda m: m @ m @ m, lambda m: m @ m, m), square) == 2 * 2 * 64
     assert matmul_flops(jax.checkpoint(lambda m: jnp.sin(m) @ m), square) == 2 * 64
     # The gradient of a product is two products.
     assert matmul_flops(jax.grad(lambda m, n: jnp.sum(m @ n) ** 2, argnums=(0, 1)), square, square) == 3 * 2 * 64
@@ -38,6 +38,14 @@ def test_a_step_is_three_forward_passes_whatever_is_recomputed(tiny):
     assert training_flops(config) == 3 * forward
     recomputed = tiny(backbone="dit", dit={"width": 16, "depth": 1, "num_head_channels": 8, "patch": [1, 2, 2]}, remat="block")
     assert training_flops(recomputed) == 3 * forward
+
+
+def test_the_image_s_tokens_count(tiny):
+    """Those of every frame have keys and values in each of the four spatial transformers, 16 wide, and a frame's pixels look at its own."""
+    config = tiny(unet={"image_cross_attention": True}, image={"kind": "random"}, resampler={"frames": 4})
+    pixels, tokens = 4 * 4 * 4, 4 * 16
+    more = 4 * config.batch_size * 2 * (2 * tokens * 16 * 16 + 2 * pixels * 16 * 16)
+    assert training_flops(config) - training_flops(tiny()) == 3 * more
 
 
 @pytest.mark.parametrize(

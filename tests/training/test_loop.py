@@ -22,10 +22,12 @@ from PIL import Image
 import motif_jax
 from motif_jax import preparation, report
 from motif_jax.config import ProfileConfig, UserError
+from motif_jax.data import pipeline
 from motif_jax.data.videos import save_video
 from motif_jax.dist.preemption import Interrupted, StopSignal
 from motif_jax.interop.files import write_safetensors
 from motif_jax.models.networks import Networks
+from motif_jax.motion.dis import mean_flow
 from motif_jax.training import checkpoint, loop, samples, weights, workdir
 from motif_jax.training.metrics import read_lines
 from motif_jax.training.weights import initial_weights
@@ -157,6 +159,27 @@ def test_a_new_run_does_not_keep_its_initial_weights(config, tmp_path, monkeypat
     monkeypatch.setattr(loop, "validate", look)
     loop.train(dataclasses.replace(config, steps=2), tmp_path)
     assert seen and not any(seen)
+
+
+def test_the_average_is_evaluated_and_sampled(config, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(loop, "validate", lambda eval_step, params, *rest: seen.append(jax.device_get(params)) or {})
+    monkeypatch.setattr(loop.SampleSheets, "write", lambda sheets, step, params, *rest: seen.append(jax.device_get(params)))
+    loop.train(changed(config, steps=2), tmp_path)
+    saved = checkpoint.read_arrays(tmp_path / "checkpoints" / "2", ("params", "ema"), np.ndarray)
+    assert len(seen) == 4  # both at steps 0 and 2
+    for found in seen[2:]:
+        assert all(np.array_equal(found[name], value) for name, value in saved["ema"].items())
+        assert not all(np.array_equal(found[name], value) for name, value in saved["params"].items())
+
+
+def test_an_evaluation_that_is_not_finite_stops_the_run(config, tmp_path, monkeypatch):
+    """And names the last checkpoint that this process wrote."""
+    losses = iter([1.0, 1.0, float("nan")])
+    monkeypatch.setattr(loop, "validate", lambda *_: {"eval/loss": next(losses)})
+    with pytest.raises(UserError, match=r"eval/loss is nan in step 4: training stops\..* the last checkpoint is step 2;"):
+        loop.train(changed(config, sample={"every": 0}), tmp_path)
+    assert checkpoint.latest_step(tmp_path) == 2
 
 
 def test_each_function_is_compiled_once_and_traced_on_request(config, tmp_path, caplog):
@@ -325,6 +348,13 @@ def test_a_finished_run_needs_no_data_and_more_steps_take_its_mark(config, undis
     assert checkpoint.latest_step(run) == 5 and not (run / "DONE").exists()
 
 
+def test_the_motion_of_samples_stands_beside_that_of_the_data(config, undisturbed):
+    (example,) = pipeline.examples(config.data, 1)
+    lines = [line for line in read_lines(undisturbed / "metrics.jsonl") if "sample/mean_flow" in line]
+    assert [line["sample/mean_flow_data"] for line in lines] == pytest.approx([mean_flow(example.frames)] * 3)
+    assert not any(line["sample/mean_flow"] == pytest.approx(line["sample/mean_flow_data"]) for line in lines)
+
+
 def test_a_sample_sheet_appears_whole(config, undisturbed, tmp_path, monkeypatch):
     """The report shows the newest whole one, also where an earlier version left a part of one."""
     shutil.copytree(undisturbed, run := tmp_path / "run")
@@ -332,8 +362,8 @@ def test_a_sample_sheet_appears_whole(config, undisturbed, tmp_path, monkeypatch
     clips = np.zeros((1, 2, 8, 8, 3), np.uint8)
     with monkeypatch.context() as broken, pytest.raises(ZeroDivisionError):
         broken.setattr(samples.pictures, "save_png", lambda *_: 1 / 0)
-        samples.save_comparison(run / "samples" / "6", clips, clips, ["x"], 8.0)
-    assert not (run / "samples" / "6").exists()
+        samples.save_comparison(run / "samples" / "10", clips, clips, ["x"], 8.0)
+    assert not (run / "samples" / "10").exists()
     assert "after 4 steps" in report.write(run).read_text()
     for name, text in ("00.gif", None), ("captions.json", ""):  # lost, and cut off by a power cut
         (run / "samples" / "4" / name).unlink() if text is None else (run / "samples" / "4" / name).write_text(text)
@@ -342,9 +372,10 @@ def test_a_sample_sheet_appears_whole(config, undisturbed, tmp_path, monkeypatch
         (run / "synthetic.json").write_text(json.dumps(damaged))
         assert "synthetic.json: cannot be read: KeyError" in report.write(run).read_text()
     for caption in "xy":
-        samples.save_comparison(run / "samples" / "6", clips, clips, [caption], 8.0)
-    assert sorted(p.name for p in (run / "samples").iterdir()) == ["0", "2", "4", "5", "6"]
-    assert json.loads((run / "samples" / "6" / "captions.json").read_text()) == ["y"]
+        samples.save_comparison(run / "samples" / "10", clips, clips, [caption], 8.0)
+    assert sorted(p.name for p in (run / "samples").iterdir()) == ["0", "10", "2", "4", "5"]
+    assert json.loads((run / "samples" / "10" / "captions.json").read_text()) == ["y"]
+    assert "after 10 steps" in report.write(run).read_text()
 
 
 def test_a_run_without_held_out_clips_says_so(config, tmp_path, capsys):
@@ -420,11 +451,13 @@ def test_a_trace_that_the_end_cuts_short_is_written(config, tmp_path):
 
 
 def test_guarded_work_ends_at_the_next_item():
-    seen = []
+    """A second signal acts as usual, and so does every one afterwards."""
+    seen, usual = [], [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     with pytest.raises(Interrupted), StopSignal() as stop:
         for item in stop.guard(range(5)):
             seen.append(item)
             if item == 2:
                 os.kill(os.getpid(), signal.SIGTERM)
+                assert signal.getsignal(signal.SIGTERM) == usual[0] and signal.getsignal(signal.SIGINT) != usual[1]
     assert seen == [0, 1, 2] and stop.check()
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == usual

@@ -11,6 +11,7 @@ from motif_jax.training.metrics import MetricWriter, read_lines
 
 
 def test_lines_and_events_agree(tmp_path):
+    """Also before the writer is closed, which one that is killed never does."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     writer = MetricWriter(tmp_path)
@@ -18,13 +19,13 @@ def test_lines_and_events_agree(tmp_path):
     writer.write(2, {"loss": np.float32(1.5)})
     image = np.random.default_rng(0).integers(0, 256, (4, 6, 3), np.uint8)
     writer.write_image(2, "sheet", image)
-    writer.close()
     assert read_lines(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 2.0, "bad": None}, {"step": 2, "loss": 1.5}]
     events = EventAccumulator(str(tmp_path)).Reload()
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 2.0), (2, 1.5)]
     (shown,) = events.Images("sheet")
     assert (shown.width, shown.height) == (6, 4)
     np.testing.assert_array_equal(Image.open(io.BytesIO(shown.encoded_image_string)), image)
+    writer.close()
 
 
 def test_resuming_drops_lines_of_lost_work_and_half_a_line(tmp_path):

@@ -1,9 +1,13 @@
 """The status line and its metrics; a run that diverges names metric, step and the last good checkpoint."""
 
+import types
+
+import jax
 import jax.numpy as jnp
 import pytest
 
 from motif_jax.config import UserError
+from motif_jax.training import progress as module
 from motif_jax.training.metrics import MetricWriter, read_lines
 from motif_jax.training.progress import Progress
 
@@ -45,6 +49,23 @@ def test_a_window(progress, tmp_path, capsys):
     progress.flush(2)
     progress.flush(3)
     assert [line["loss"] for line in read_lines(tmp_path / "metrics.jsonl")] == [2.0, 9.0]
+
+
+def test_what_lies_between_windows_is_not_training(progress, tmp_path, monkeypatch):
+    """An evaluation of 100 s, then a first step with a second of compilation and one of 2 s, on a quarter of the job's devices."""
+    now = [100.0]
+    monkeypatch.setattr(module, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(jax, "device_count", lambda: 4 * jax.local_device_count())
+    progress.restart()
+    now[0] = 101.0
+    progress.add(1, {"loss": jnp.float32(1.0)}, 9.0)
+    progress.compiled()
+    now[0] = 103.0
+    progress.add(2, {"loss": jnp.float32(1.0)}, 0.5)
+    progress.flush(2)
+    (line,) = read_lines(tmp_path / "metrics.jsonl")
+    assert (line["compile_seconds"], line["seconds_per_step"], line["clips_per_second"], line["input_wait"]) == (1.0, 2.0, 2.0, 0.25)
+    assert line["tflops_per_device"] == pytest.approx(1e-3 / 2 / jax.device_count())
 
 
 def test_mfu_is_stated_with_its_peak(progress, tmp_path, capsys, monkeypatch):
