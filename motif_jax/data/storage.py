@@ -6,6 +6,7 @@ not at all, so that they need no renaming.
 
 import contextlib
 import functools
+import glob
 import hashlib
 import logging
 import os
@@ -62,7 +63,7 @@ class RemotePath:
 
     def glob(self, pattern: str) -> list["RemotePath"]:
         try:
-            return [RemotePath(self.files, path) for path in _ask(self.files.glob, f"{self.path}/{pattern}")]
+            return [RemotePath(self.files, path) for path in _ask(self.files.glob, f"{glob.escape(self.path)}/{pattern}")]
         except FileNotFoundError:  # not even a bucket
             return []
 

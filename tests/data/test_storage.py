@@ -150,6 +150,12 @@ def test_a_tar_archive_is_a_folder_of_its_name(tmp_path, kind, request):
     assert prepared(source, "one")[1] == 0
 
 
+@pytest.mark.parametrize("kind", ["memory", "gs"])
+def test_a_store_s_directory_may_have_brackets_in_its_name(kind, request):
+    url = f"{request.getfixturevalue(kind)}/{uuid.uuid4().hex}/data[1]*"
+    assert prepare(url).missing == 0 and verify(location(url)) == []
+
+
 def test_an_empty_file_of_an_archive_in_a_store_is_empty(monkeypatch):
     """Where a range ends before it begins, as that of no bytes does, S3 sends the whole object."""
     store = location(f"memory://{uuid.uuid4().hex}")
