@@ -236,8 +236,9 @@ def origin(init_from: str | Path, *passed: Path) -> str:
 
 
 def run_directory(directory: Path) -> Path:
-    """The work directory of WORKDIR/checkpoints/STEP; any other directory itself."""
-    is_step = directory.name.isdigit() and directory.absolute().parent.name == "checkpoints" and directory.is_dir()
+    """The work directory of WORKDIR/checkpoints/STEP; any other directory itself, also a run's that has such a name."""
+    named = directory.name.isdigit() and directory.absolute().parent.name == "checkpoints"
+    is_step = named and directory.is_dir() and not (directory / "config.json").exists()
     return directory.absolute().parent.parent if is_step else directory
 
 
