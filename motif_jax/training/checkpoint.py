@@ -337,11 +337,10 @@ class Checkpoints:
                     + (f"; --config.init_from={self.directory.parent} takes over its weights there" if fit else "")
                 ) from error
             others = [found for found in _steps(self.directory) if found != step]
-            raise CheckpointError(
-                f"checkpoint {directory} cannot be restored: {_reason(error)}\n"
-                + (f"--config.checkpoint.fallback=True continues from the newest one that can (others here: {others})" if others else "")
-                + ("" if others else "There is no other one here: begin anew with another --workdir")
-            ) from error
+            remedy = "There is no other one here: begin anew with another --workdir"
+            if others:
+                remedy = f"--config.checkpoint.fallback=True continues from the newest one that can (others here: {others})"
+            raise CheckpointError(f"checkpoint {directory} cannot be restored: {_reason(error)}\n{remedy}") from error
         return found.state, found.data, found.meta
 
     def wait(self) -> None:
