@@ -178,10 +178,10 @@ def machine() -> str:
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[pathlib.Path]:
-    """An absolute path on a disk to write to: when the block succeeds the file gets the name `path`, or is uploaded, else it is removed.
+    """An absolute path on a disk to write to. When the block succeeds the file is renamed to `path`, or uploaded there; else it is removed.
 
-    It has the name once its bytes are on the disk, and this returns once the name is, too: a power cut leaves no part of a file.
-    .tmp-PID@MACHINE@ and the end of the name: nothing that reads a directory by names, nor a task elsewhere, takes it for its own.
+    Bytes are synced before the rename and the directory after it, so that a power cut leaves no partial file. The temporary name,
+    .tmp-PID@MACHINE@ and the end of the file's own, is hidden and no other process uses it.
     """
     path = path if isinstance(path, RemotePath) else pathlib.Path(path).absolute()
     directory = pathlib.Path(tempfile.gettempdir()) if isinstance(path, RemotePath) else path.parent

@@ -184,7 +184,7 @@ def recorded(directory: str | pathlib.Path) -> dict[str, dict[str, Any]]:
 
 
 def described(directory: str | pathlib.Path) -> set[str]:
-    """Those of the networks that a YAML described when they were imported; of the others `recorded` has `assumptions`, too."""
+    """The networks whose settings came from a YAML; those that `recorded` has of the others are partly `assumptions`."""
     contents = _contents(pathlib.Path(directory))
     named = {name for name, part in contents["networks"].items() if part.get("yaml")}
     return named | (contents.get("weightless", {}).keys() if "denoiser" in named else set())
