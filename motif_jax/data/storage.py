@@ -79,9 +79,11 @@ class RemotePath:
 
     def replace(self, target: "RemotePath") -> "RemotePath":
         """Moves an object, or all below a prefix, to where nothing is yet."""
-        for found in _ask(self.files.find, self.path):
+        objects = _ask(self.files.find, self.path)
+        for found in objects:
             _ask(self.files.cp_file, found, target.path + found.removeprefix(self.path))
-        _ask(functools.partial(self.files.rm, recursive=True), self.path)
+        for found in objects:  # not `rm`, which takes a name for a pattern, and removes what else it matches
+            _ask(self.files.rm_file, found)
         return target
 
     def unlink(self, missing_ok: bool = False) -> None:

@@ -156,6 +156,16 @@ def test_a_store_s_directory_may_have_brackets_in_its_name(kind, request):
     assert prepare(url).missing == 0 and verify(location(url)) == []
 
 
+@pytest.mark.parametrize("kind", ["memory", "gs"])
+def test_a_move_takes_no_name_for_a_pattern(kind, request):
+    store = location(f"{request.getfixturevalue(kind)}/{uuid.uuid4().hex}")
+    for name in ("run?/5/a", "run?/5/b", "run1/5/a"):
+        write_whole(store / name, name)
+    (store / "run?/5").replace(store / "run?/damaged")
+    assert sorted(store.find()) == ["run1/5/a", "run?/damaged/a", "run?/damaged/b"]
+    assert (store / "run?/damaged/b").read_text() == "run?/5/b"
+
+
 def test_an_empty_file_of_an_archive_in_a_store_is_empty(monkeypatch):
     """Where a range ends before it begins, as that of no bytes does, S3 sends the whole object."""
     store = location(f"memory://{uuid.uuid4().hex}")
