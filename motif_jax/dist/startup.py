@@ -30,9 +30,8 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # parameters of glibc's mallopt
 TEXT_BYTES = 2048  # room for the facts of one process, which travel as one array
 
 
-def cluster(environment: Mapping[str, str]) -> str:
+def cluster(env: Mapping[str, str]) -> str:
     """What starts the processes of this job: "explicit", "slurm", "mpi", "kubernetes", "tpu", or "" for a process on its own."""
-    env = environment
     if COUNT in env or INDEX in env:
         return "explicit"
     if int(env.get("SLURM_NTASKS", 1)) > 1 and "SLURM_STEP_NODELIST" in env:  # a step made by srun, not the batch script itself
