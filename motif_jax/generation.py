@@ -7,7 +7,6 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, UInt8
 
-from motif_jax.config import Config
 from motif_jax.diffusion import objective, samplers
 from motif_jax.diffusion.guidance import classifier_free
 from motif_jax.models.networks import Networks, Params, image_condition
@@ -22,7 +21,7 @@ def make_generator(networks: Networks, mesh: Mesh | None = None) -> Callable[...
     frozen: parameters by network, and "unconditional" (`Networks.with_unconditional`).
     A clip depends on its own seed only, not on its neighbours in the batch. `mesh` says over which devices activations are laid out.
     """
-    config: Config = networks.config
+    config = networks.config
     s, d = config.sample, config.diffusion
     schedule = diffusion_schedule(config)
     timesteps = samplers.ddim_timesteps(d.num_timesteps, s.steps, "trailing")

@@ -18,7 +18,7 @@ from motif_jax.config import Config, UserError, enumerate_first
 from motif_jax.data import captions, shards, verification
 from motif_jax.data.shards import Shard, Skipped
 from motif_jax.data.sources import FlowEstimator, Source, SpriteClips, VideoClips, gone, identities
-from motif_jax.data.storage import Path, location
+from motif_jax.data.storage import Path, local_path, location
 
 if TYPE_CHECKING:
     from motif_jax.towers import Towers
@@ -110,9 +110,10 @@ def prepare(
 
 
 def _same_folder(source: str, output: str) -> bool:
-    if "://" in source:
+    here, there = local_path(source), local_path(output)
+    if here is None or there is None:
         return source.rstrip("/") == output.rstrip("/")
-    return os.path.isdir(source) and os.path.realpath(source) == os.path.realpath(output)
+    return os.path.isdir(here) and os.path.realpath(here) == os.path.realpath(there)
 
 
 def verify(output: str | os.PathLike, log: Log = _say) -> None:

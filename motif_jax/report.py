@@ -60,11 +60,10 @@ def _curves(lines: list[dict]) -> str:
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
+    buckets = sorted({int(k.removeprefix("eval/ratio_t")) for line in lines for k in line if k.startswith("eval/ratio_t")})
     panels = {
         "loss": ("loss_diffusion", "loss_motif", "eval/loss", "eval/loss_moving"),
-        "moving / overall loss, t0 clean to noise (figure 6)": tuple(
-            sorted({k for line in lines for k in line if k.startswith("eval/ratio_t")})
-        ),
+        "moving / overall loss, t0 clean to noise (figure 6)": tuple(f"eval/ratio_t{bucket}" for bucket in buckets),
         "mean flow, px per frame": ("sample/mean_flow", "sample/mean_flow_data"),
     }
     known = {name for line in lines for name, value in line.items() if value is not None}

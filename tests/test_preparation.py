@@ -515,8 +515,9 @@ def test_what_a_list_lacks_is_said_before_the_work(tmp_path, clips):
     config = dataclasses.replace(CONFIG, loss=dataclasses.replace(CONFIG.loss, heatmap="mask"))
     error, _ = prepare(clips / "list.csv", tmp_path / "out", config, estimator=Still())
     assert "loss.heatmap='mask': no line names a mask" in error and not (tmp_path / "out").exists()
-    error, _ = prepare(clips, clips, estimator=Still())
-    assert error == f"--output={clips}: is the folder of the videos; choose another, which can be deleted"
+    for source, output in ((clips, clips), (f"file://{clips}", clips), (clips, f"file://{clips}")):
+        error, _ = prepare(source, output, estimator=Still())
+        assert error == f"--output={output}: is the folder of the videos; choose another, which can be deleted"
 
 
 def test_captions_that_are_cut_off_are_counted(tmp_path, clips):

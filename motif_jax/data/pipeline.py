@@ -112,7 +112,7 @@ class Dataset(Sequence):
     def __init__(self, manifests: Sequence[Manifest], split: str, data: DataConfig | None = None) -> None:
         self.manifests, self.split, self.data = manifests, split, data or DataConfig()
         self.layout = manifests[0].layout
-        self._source = _Records(manifests, split)
+        self.source = _Records(manifests, split)  # the raw records
 
     @property
     def fingerprint(self) -> str:
@@ -120,16 +120,11 @@ class Dataset(Sequence):
         fingerprints = [manifest.fingerprint for manifest in self.manifests]
         return fingerprints[0] if len(fingerprints) == 1 else digest(fingerprints)
 
-    @property
-    def source(self) -> Sequence[bytes]:
-        """Random access to the raw records, for Grain."""
-        return self._source
-
     def __len__(self) -> int:
-        return len(self._source)
+        return len(self.source)
 
     def __getitem__(self, index: int) -> Example:
-        clip = records.decode_clip(self.layout, self._source[index])
+        clip = records.decode_clip(self.layout, self.source[index])
         fps = clip["fps"] / clip["frame_stride"]
         optional = (clip.get(name) for name in ("motion_mask", "latent_moments"))
         return Example(clip["clip_id"], clip["caption"], fps, clip.get("frames"), clip["flow"], *optional)

@@ -118,11 +118,13 @@ def decode_clip(layout: Layout, record: bytes, names: tuple[str, ...] | None = N
                 shape, dtype = arrays[name]
                 clip[name] = np.frombuffer(values[name][0], dtype).reshape(shape)
             elif name in TEXTS:
-                clip[name] = bytes(values[name][0]).decode()
+                clip[name] = str(values[name][0], "utf-8")
             else:
                 clip[name] = values[name][0]
     except (KeyError, IndexError) as error:
         raise ValueError(f"record without {error}; it holds {', '.join(sorted(values))}") from error
+    except TypeError as error:  # numbers where there should be bytes
+        raise ValueError(f"record whose {name} is of another type: {error}") from error
     return clip
 
 

@@ -6,6 +6,7 @@ not at all, so that they need no renaming.
 
 import contextlib
 import functools
+import glob
 import hashlib
 import logging
 import os
@@ -62,7 +63,7 @@ class RemotePath:
 
     def glob(self, pattern: str) -> list["RemotePath"]:
         try:
-            return [RemotePath(self.files, path) for path in _ask(self.files.glob, f"{self.path}/{pattern}")]
+            return [RemotePath(self.files, path) for path in _ask(self.files.glob, f"{glob.escape(self.path)}/{pattern}")]
         except FileNotFoundError:  # not even a bucket
             return []
 
@@ -78,9 +79,11 @@ class RemotePath:
 
     def replace(self, target: "RemotePath") -> "RemotePath":
         """Moves an object, or all below a prefix, to where nothing is yet."""
-        for found in _ask(self.files.find, self.path):
+        objects = _ask(self.files.find, self.path)
+        for found in objects:
             _ask(self.files.cp_file, found, target.path + found.removeprefix(self.path))
-        _ask(functools.partial(self.files.rm, recursive=True), self.path)
+        for found in objects:  # not `rm`, which takes a name for a pattern, and removes what else it matches
+            _ask(self.files.rm_file, found)
         return target
 
     def unlink(self, missing_ok: bool = False) -> None:
@@ -177,10 +180,10 @@ def machine() -> str:
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[pathlib.Path]:
-    """An absolute path on a disk to write to: when the block succeeds the file gets the name `path`, or is uploaded, else it is removed.
+    """An absolute path on a disk to write to. When the block succeeds the file is renamed to `path`, or uploaded there; else it is removed.
 
-    It has the name once its bytes are on the disk, and this returns once the name is, too: a power cut leaves no part of a file.
-    .tmp-PID@MACHINE@ and the end of the name: nothing that reads a directory by names, nor a task elsewhere, takes it for its own.
+    Bytes are synced before the rename and the directory after it, so that a power cut leaves no partial file. The temporary name,
+    .tmp-PID@MACHINE@ and the end of the file's own, is hidden and no other process uses it.
     """
     path = path if isinstance(path, RemotePath) else pathlib.Path(path).absolute()
     directory = pathlib.Path(tempfile.gettempdir()) if isinstance(path, RemotePath) else path.parent
@@ -229,6 +232,8 @@ def sha256(path: str | pathlib.Path) -> str:
 
 def read_part(path: File, start: int = 0, end: int | None = None) -> bytes:
     """The bytes of a file from `start` up to `end` (default: its own), fewer where it ends before. Raises OSError."""
+    if end is not None and end <= start:  # stores take such a range for none, and send the whole object
+        return b""
     if isinstance(path, Member):
         return read_part(path.archive, path.offset + start, path.offset + min(path.size, path.size if end is None else end))
     if isinstance(path, RemotePath):

@@ -83,11 +83,10 @@ def shard_like_params(tree: Any, params_names: set[str], mesh: Mesh) -> Any:
 
 def shard_networks(networks: Mapping[str, Mapping[str, Any]], mesh: Mesh) -> dict[str, dict[str, NamedSharding]]:
     """Shardings by the table for the parameters (arrays or shapes) of several networks."""
-
-    def one(params: Mapping[str, Any]) -> dict[str, NamedSharding]:
-        return {name: NamedSharding(mesh, partition(name, x.shape, mesh)) for name, x in params.items()}
-
-    return {name: one(params) for name, params in networks.items()}
+    return {
+        network: {name: NamedSharding(mesh, partition(name, x.shape, mesh)) for name, x in params.items()}
+        for network, params in networks.items()
+    }
 
 
 def place(tree: Any, shardings: Any) -> Any:

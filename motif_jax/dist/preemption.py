@@ -15,7 +15,7 @@ class Interrupted(Exception):
 
 
 class StopSignal:
-    """Context manager. One process has a flag of its own, for SIGTERM and SIGINT, and a second signal acts as usual.
+    """Context manager. One process has a flag of its own, for SIGTERM and SIGINT; the same signal once more acts as usual.
 
     In a job of several, SIGINT ends the process. Of a SIGTERM JAX's coordination service tells all of them, and picks a check that none
     has reached yet; so each must call `check` (or consume `guard`) in the same order.

@@ -27,12 +27,11 @@ ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "MOTIF_PROCESS_COUNT", "MOTIF
 HEARTBEAT = "MOTIF_HEARTBEAT_SECONDS"  # a process that is silent for so long is dead, and the job ends
 VERSIONS = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # parameters of glibc's mallopt
-TEXT_BYTES = 2048  # room for the facts of one process, which travel as one array
+TEXT_BYTES = 8192  # room for the facts of one process, which travel as one array; one may name a path, of 4096 bytes at most
 
 
-def cluster(environment: Mapping[str, str]) -> str:
+def cluster(env: Mapping[str, str]) -> str:
     """What starts the processes of this job: "explicit", "slurm", "mpi", "kubernetes", "tpu", or "" for a process on its own."""
-    env = environment
     if COUNT in env or INDEX in env:
         return "explicit"
     if int(env.get("SLURM_NTASKS", 1)) > 1 and "SLURM_STEP_NODELIST" in env:  # a step made by srun, not the batch script itself
@@ -143,7 +142,7 @@ def agree(facts: Mapping[str, str]) -> None:
         return
     from jax.experimental import multihost_utils
 
-    text = json.dumps({"host": socket.gethostname()} | dict(facts)).encode()
+    text = json.dumps({"host": socket.gethostname()} | dict(facts), ensure_ascii=False).encode()
     mine = np.zeros(TEXT_BYTES, np.uint8)
     mine[: len(text)] = np.frombuffer(text, np.uint8)
     everyone = [json.loads(bytes(row).rstrip(b"\0")) for row in np.asarray(multihost_utils.process_allgather(mine))]

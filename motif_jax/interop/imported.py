@@ -184,7 +184,7 @@ def recorded(directory: str | pathlib.Path) -> dict[str, dict[str, Any]]:
 
 
 def described(directory: str | pathlib.Path) -> set[str]:
-    """Those of the networks that a YAML described when they were imported; of the others `recorded` has `assumptions`, too."""
+    """The networks whose settings came from a YAML; those that `recorded` has of the others are partly `assumptions`."""
     contents = _contents(pathlib.Path(directory))
     named = {name for name, part in contents["networks"].items() if part.get("yaml")}
     return named | (contents.get("weightless", {}).keys() if "denoiser" in named else set())
@@ -194,15 +194,14 @@ def imported_settings(directory: str | pathlib.Path) -> Settings:
     """What the networks of a directory are; defaults for those that it does not hold."""
     contents, given = _contents(pathlib.Path(directory)), recorded(directory)
     errors: list[str] = []
-    found = [build(cls, given.get(name, {}), f"{name}.", errors) for name, cls in _CONFIGS.items()]
+    found = {name: build(cls, given.get(name, {}), f"{name}.", errors) for name, cls in _CONFIGS.items()}
     diffusion = build(DiffusionConfig, contents.get("diffusion", {}), "diffusion.", errors)
     if errors:
         raise UserError(f"{directory}/{CONTENTS}: " + "; ".join(errors))
-    for i, name in enumerate(_CONFIGS):
-        if name in ("text", "image") and given.get(name) and "heads" not in given[name]:
-            found[i] = dataclasses.replace(found[i], heads=0)
-    unet, autoencoder, text, image, resampler = found
-    return Settings(unet, autoencoder, text, diffusion, image, resampler)
+    for name in ("text", "image"):
+        if given.get(name) and "heads" not in given[name]:
+            found[name] = dataclasses.replace(found[name], heads=0)
+    return Settings(unet=found.pop("denoiser"), diffusion=diffusion, **found)
 
 
 def assumptions(directory: str | pathlib.Path, names: Iterable[str]) -> str:

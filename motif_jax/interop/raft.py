@@ -1,4 +1,4 @@
-"""RAFT weights in and out: the authors' key layout (with or without `module.`) and torchvision's, both ways, strictly.
+"""RAFT weights in and out: the authors' key layout and torchvision's, both ways, strictly.
 
 In: a .safetensors, .pth or .pt file, or a dict of numpy tensors under the reference's names. Out: a `RAFT`, and back.
 """
@@ -69,20 +69,18 @@ def _duplicate(name: str, layout: str) -> str | None:
     return name.replace(".downsample.1.", ".norm3.") if layout == "original" and ".downsample.1." in name else None
 
 
-def detect(tensors: Mapping[str, np.ndarray]) -> tuple[str, str, str]:
-    """(variant, layout, prefix) of a state dict by its names; ValueError when they are not RAFT's."""
-    prefix = "module." if tensors and all(name.startswith("module.") for name in tensors) else ""
-    bare = [name.removeprefix(prefix) for name in tensors]
-    if any(name.startswith(("fnet.", "cnet.")) for name in bare):
+def detect(tensors: Mapping[str, np.ndarray]) -> tuple[str, str]:
+    """(variant, layout) of a state dict by its names; ValueError when they are not RAFT's."""
+    if any(name.startswith(("fnet.", "cnet.")) for name in tensors):
         layout, mask = "original", "update_block.mask."
-    elif any(name.startswith(("feature_encoder.", "context_encoder.")) for name in bare):
+    elif any(name.startswith(("feature_encoder.", "context_encoder.")) for name in tensors):
         layout, mask = "torchvision", "mask_predictor."
     else:
-        first = ", ".join(sorted(bare)[:3]) or "nothing"
+        first = ", ".join(sorted(tensors)[:3]) or "nothing"
         raise ValueError(
             f"these are not RAFT weights: no name starts with fnet., cnet. or feature_encoder., context_encoder. (found {first}, ...)"
         )
-    return ("large" if any(name.startswith(mask) for name in bare) else "small"), layout, prefix
+    return ("large" if any(name.startswith(mask) for name in tensors) else "small"), layout
 
 
 def from_reference(
@@ -93,10 +91,10 @@ def from_reference(
     `variant` ("small", "large") is checked against the file when given. PyTorch's counters of batches, which old files do not have, are
     zero then. Raises one ValueError listing every tensor that is missing, left over, misshapen, or a duplicate that differs from its twin.
     """
-    found, layout, prefix = detect(tensors)
+    found, layout = detect(tensors)
     if variant is not None and found != variant:
         raise ValueError(f"these are weights of RAFT {found}, but RAFT {variant} was asked for; choose raft_{found} or another file")
-    left = {name.removeprefix(prefix): np.asarray(tensor) for name, tensor in tensors.items()}
+    left = {name: np.asarray(tensor) for name, tensor in tensors.items()}
     for name in names(found, layout):
         if name.endswith("num_batches_tracked"):
             left.setdefault(name, np.zeros((), np.int64))
@@ -110,19 +108,19 @@ def from_reference(
     return nnx.merge(graph, jax.tree.map(jnp.array, to_jax(left, state, what, rename=LAYOUTS[layout])))
 
 
-def to_reference(model: RAFT, layout: str = "original", prefix: str = "") -> dict[str, np.ndarray]:
-    """The state dict of `model` under the reference's names, each preceded by `prefix` ("module." as in the authors' files).
+def to_reference(model: RAFT, layout: str = "original") -> dict[str, np.ndarray]:
+    """The state dict of `model` under the reference's names, which loads with strict=True in the reference code.
 
-    The original layout repeats the norm of a shortcut under both of its names; loads with strict=True in the reference code.
+    The original layout repeats the norm of a shortcut under both of its names.
     """
     found, tensors = to_torch(nnx.state(model)), {}
     for name, path in names(model.variant, layout).items():
         tensor = np.array(found[torch_name(path)])
         if name.endswith("num_batches_tracked"):
             tensor = tensor.astype(np.int64)
-        tensors[prefix + name] = tensor
+        tensors[name] = tensor
         if twin := _duplicate(name, layout):
-            tensors[prefix + twin] = tensor.copy()
+            tensors[twin] = tensor.copy()
     return tensors
 
 

@@ -138,7 +138,7 @@ def constructors(settings: Settings, dtype: Any) -> dict[str, Callable]:
 def read_checkpoint(
     path: str | pathlib.Path, yaml: str | pathlib.Path | None = None, only: str | None = None
 ) -> tuple[Settings, LazyWeights]:
-    """({network: {our path: array}}, not yet read, of the networks that a file holds) and what they are.
+    """(what the networks of a file are, {network: {our path: array, not yet read}} of those that it holds).
 
     The file may be a whole model or one network with or without its prefix. Every tensor's name and shape is checked against
     the YAML, or without one against the architecture that the shapes imply. only: the one network to read, if it is there.

@@ -20,8 +20,7 @@ _UNET_DEFAULTS = {"temporal_conv": False, "temporal_attention": True, "addition_
 _UNET_NAMES = {
     "fs_condition": "fps_cond",
     "use_image_attention": "image_cross_attention",
-    "norm_groups": "norm_groups",  # ours: the reference always has 32
-    **{f.name: f.name for f in dataclasses.fields(UNetConfig) if f.name not in ("temporal_dropout", "norm_groups")},
+    **{f.name: f.name for f in dataclasses.fields(UNetConfig) if f.name != "temporal_dropout"},  # norm_groups is ours: always 32 there
 }
 # What the reference can do and this U-Net cannot: the only value read.
 _UNET_FIXED = {

@@ -67,10 +67,8 @@ def heat_colours(heat: Num[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape 3
     return np.rint((1 - share) * _HEAT[low] + share * _HEAT[low + 1]).astype(np.uint8)
 
 
-def overlay(
-    frames_THW3: UInt8[np.ndarray, "T H W 3"], heat_Thw: Num[np.ndarray, "T h w"], strength: float = 0.75
-) -> UInt8[np.ndarray, "T H W 3"]:
-    """Frames in dim grey with the heatmap's colours over them: opacity rises with the heat and reaches `strength` at one half.
+def overlay(frames_THW3: UInt8[np.ndarray, "T H W 3"], heat_Thw: Num[np.ndarray, "T h w"]) -> UInt8[np.ndarray, "T H W 3"]:
+    """Frames in dim grey with the heatmap's colours over them: opacity rises with the heat, to 3/4 at one half.
 
     The heatmap's cells are drawn as they are, unsmoothed. Raises ValueError when the numbers of frames differ.
     """
@@ -79,7 +77,7 @@ def overlay(
         raise ValueError(f"{len(frames)} frames need a heatmap [{len(frames)}, h, w], got {list(heat.shape)}")
     heat = np.stack([_resize_cells(h, *frames.shape[1:3]) for h in heat])
     grey = np.repeat((frames @ np.array([0.299, 0.587, 0.114]))[..., None], 3, -1)
-    opacity = strength * np.clip(heat / MARKED, 0, 1)[..., None]
+    opacity = 0.75 * np.clip(heat / MARKED, 0, 1)[..., None]
     return np.rint((1 - opacity) * 0.75 * grey + opacity * heat_colours(heat)).astype(np.uint8)
 
 
@@ -164,12 +162,11 @@ def clip_sheet(
     heat_Thw: Float[np.ndarray, "T h w"],
     text: str = "",
     columns: int = 6,
-    largest: float | None = None,
 ) -> Picture:
     """A clip at a glance: frames, flow, heatmap over the frames; each frame's share of moving cells is written under it.
 
-    Flow is in pixels at the frames' size; `largest` is the length of the most saturated colour, by default the clip's 99.5th
-    percentile, at least one pixel, so that noise in a still clip stays pale. Both are written into the sheet.
+    Flow is in pixels at the frames' size. The most saturated colour is that of the clip's 99.5th percentile, or of one pixel in a
+    still clip, so that its noise stays pale; that length is written into the sheet.
     """
     import cv2
 
@@ -177,7 +174,7 @@ def clip_sheet(
     if len(flow) != len(frames):
         raise ValueError(f"{len(frames)} frames need as many flow fields, got {len(flow)}")
     length = np.hypot(flow[..., 0], flow[..., 1])
-    largest = max(1.0, float(np.quantile(length, 0.995))) if largest is None else largest
+    largest = max(1.0, float(np.quantile(length, 0.995)))
     chosen = _spaced(len(frames), columns)
     height, width = frames.shape[1:3]
     colours = [_tile(flow_colours(cv2.resize(flow[t], (width, height), interpolation=cv2.INTER_LINEAR), largest)) for t in chosen]

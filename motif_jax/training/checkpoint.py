@@ -44,10 +44,10 @@ def _checksum(x: jax.Array) -> jax.Array:
 
 
 def _checksums(state: dict[str, Any]) -> dict[str, list[jax.Array]]:
-    """`_checksum` of every array, by field; where the device works in the background they may not have been computed yet."""
+    """`_checksum` of every array, by field, still on the device: an accelerator may not have computed them yet."""
 
     def one(x: jax.Array) -> jax.Array:
-        # Several programs under way at once can wait for each other for ever in XLA's CPU collectives.
+        # On CPU several programs with collectives, run at once, can deadlock.
         alone = jax.default_backend() != "cpu" or not isinstance(x, jax.Array) or len(x.sharding.device_set) == 1
         return _checksum(x) if alone else jax.block_until_ready(_checksum(x))
 
@@ -166,7 +166,7 @@ def set_damaged_aside(workdir: Path) -> list[str]:
 
 
 def _is_no_damage(error: BaseException | None) -> bool:
-    """Whether what kept a checkpoint from being read is this process's or a store's trouble, by TensorStore's codes where it was its."""
+    """Whether a failed read says nothing about the checkpoint: too little memory, no permission, a store that does not answer."""
     codes = "PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED"
     return isinstance(error, MemoryError | PermissionError | TimeoutError | StoreError) or re.search(codes, str(error)) is not None
 
@@ -232,7 +232,7 @@ def _differences(directory: Path, template: Any) -> list[str]:
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Keeps Orbax' threads and event loops from telling of a failure at length. They do so long after, too: it stays quiet then."""
+    """Silences the logs of Orbax' threads and event loops. After a failure they stay silent, because these threads report it much later."""
     loggers, hook = [logging.getLogger(name) for name in ("absl", "asyncio")], sys.unraisablehook
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -247,9 +247,9 @@ def _quietly() -> Iterator[None]:
 class Checkpoints:
     """The directory `<workdir>/checkpoints`: asynchronous saves, newest `keep` kept (and every `keep_every`-th).
 
-    The loop waits for no more than handing over the checksums and a copy of the state to the host's memory, which the device works off
-    as it does a step. All of Orbax runs in another thread, because its Python work per array adds up to several steps when there are
-    thousands; its processes meet in JAX's coordination service there, and not in collectives, which belong to the steps.
+    A save queues the checksums and a copy of the state to the host's memory on the device, behind the last step, and returns. All of Orbax
+    runs in another thread, because its Python work per array, for thousands of arrays, takes as long as several steps. There processes
+    synchronize through JAX's coordination service, and not by collectives, which would mix with those of the steps.
     """
 
     def __init__(self, workdir: Path, config: CheckpointConfig) -> None:
@@ -337,11 +337,10 @@ class Checkpoints:
                     + (f"; --config.init_from={self.directory.parent} takes over its weights there" if fit else "")
                 ) from error
             others = [found for found in _steps(self.directory) if found != step]
-            raise CheckpointError(
-                f"checkpoint {directory} cannot be restored: {_reason(error)}\n"
-                + (f"--config.checkpoint.fallback=True continues from the newest one that can (others here: {others})" if others else "")
-                + ("" if others else "There is no other one here: begin anew with another --workdir")
-            ) from error
+            remedy = "There is no other one here: begin anew with another --workdir"
+            if others:
+                remedy = f"--config.checkpoint.fallback=True continues from the newest one that can (others here: {others})"
+            raise CheckpointError(f"checkpoint {directory} cannot be restored: {_reason(error)}\n{remedy}") from error
         return found.state, found.data, found.meta
 
     def wait(self) -> None:

@@ -261,7 +261,9 @@ class _Run:
                 self.progress.check(self.step, scalars)
                 shown = "  ".join(f"{name} {value:.4f}" for name, value in scalars.items() if not name[-1].isdigit())
                 say(f"step {self.step}/{self.config.steps}  {shown}")
-            for _ in self.stop.guard(range(bool(sample))):
+            if sample:
+                if self.stop.check():
+                    return False
                 self.sheets.write(self.step, self.state.best, self.frozen, self.mirror.local, self.writer)
             if evaluate and self.writer:  # not before: what is cut short is evaluated again
                 self.writer.write(self.step, scalars)

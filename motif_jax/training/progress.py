@@ -36,7 +36,7 @@ class Progress:
         self._window.append(_Step(step, metrics, wait, self._clock.submit(_when_computed, metrics)))
 
     def flush(self, step: int) -> None:
-        """Writes the window that ends with update number `step`; a later one stays. Raises UserError when a metric is not finite."""
+        """Writes the means since the last call up to update `step`; keeps later ones. Raises UserError when a metric is not finite."""
         window, later = ([entry for entry in self._window if (entry.number > step) == after] for after in (False, True))
         if not window:
             return

@@ -24,7 +24,8 @@ IMAGE_PATH = re.compile(r"image_proj_model\..*|.*\.attn2\.(to_[kv]_ip\.kernel|al
 FIRST_KERNEL = "input_blocks.0.0.kernel"  # whose input channels grow with the image latent
 WEIGHTS_STREAM = 2**31 - 2  # fold_in number of the initial weights: no training step reaches it
 FROZEN = ("autoencoder", "text", "image")
-# What a network computes with, and no shape of its weights tells. Latents' scale is part of what the denoiser was trained on.
+# Settings that change what a network computes and that the shapes of its weights do not show: {network: {group: fields}}. The latents'
+# scale is among them because the denoiser was trained on latents of that scale.
 UNTOLD = {
     "denoiser": {
         "denoiser": ("num_head_channels", "norm_groups", "patch"),
@@ -70,9 +71,10 @@ def initial_weights(config: Config, networks: Networks) -> Weights:
 def frozen_weights(
     networks: Networks, loaded: dict[str, Params] | None = None, source: str = "", names: Sequence[str] = FROZEN
 ) -> dict[str, Params]:
-    """The frozen networks' weights: of `loaded`, which came from `source`, and where that lacks one, of the configuration's `init_from`.
+    """{network: weights} of the frozen networks. Pretrained ones are taken from `loaded`, which was read from `source`, or, where it
+    lacks them, from the configuration's `init_from`; the others are made.
 
-    Raises UserError for a pretrained network, of those called for by `names`, that neither holds.
+    Raises UserError when one of the pretrained networks in `names` is in neither.
     """
     init_from, need = networks.config.init_from, [name for name in networks.pretrained if name in names]
     found = {name: (source, loaded[name]) for name in need if name in (loaded or {})}
@@ -94,9 +96,9 @@ def frozen_weights(
 
 
 def check_untold(config: Config, source: str | Path, network: str) -> None:
-    """Raises UserError where a network of an import or a run was made with another setting that its shapes do not tell (`UNTOLD`).
+    """Raises UserError when the configuration gives `network` another value of an `UNTOLD` setting than the import or run `source` does.
 
-    Where an import only assumed it, since there was no YAML to say it, a line says that the configuration's is taken.
+    If the import had no YAML, its value was only assumed: then a line is printed, and the configuration's value is used.
     """
     source = run_location(source)
     if is_imported(source):
@@ -127,9 +129,9 @@ def check_untold(config: Config, source: str | Path, network: str) -> None:
 
 
 def _new_image_path(networks: Networks, key: jax.Array) -> Params:
-    """What a text-to-video model lacks for image cross attention: drawn from the seed, but the values that it would add are zero.
+    """The parameters of image cross attention that a text-to-video model lacks, drawn from `key`; {} if the network has none.
 
-    At step 0 the network then equals the text-to-video model, as it does with new input channels.
+    The kernels of the image's values are zero, so that at step 0 the network equals the text-to-video model.
     """
     names = [name for name in networks.denoiser.shapes if IMAGE_PATH.fullmatch(name)]
     if not names:
@@ -170,7 +172,7 @@ def load(directory: str | Path, kind: str = "best") -> dict[str, Params]:
 
 
 def source_checksum(directory: Path) -> str:
-    """Of all that a checkpoint, or an import's directory, holds, by the checksums that it keeps of its arrays or files."""
+    """sha256 of the checksums that a checkpoint keeps of its arrays, or an import's directory of its files."""
     kept = (directory / CONTENTS).read_text() if is_imported(directory) else json.dumps(read_meta(directory)["checksums"], sort_keys=True)
     return hashlib.sha256(kept.encode()).hexdigest()
 
@@ -186,7 +188,7 @@ def params_checksum(params: Params) -> str:
 
 
 def other_objective(directory: str | Path, config: Config) -> list[str]:
-    """A line for each setting of the process that the weights of an import or a run were not trained with, for who samples from them."""
+    """A line for each diffusion setting of `config`, to sample with, other than that which `directory`'s weights were trained with."""
     trained = imported_settings(directory) if is_imported(directory) else read_config(directory)
     theirs, ours = dataclasses.asdict(trained.diffusion), dataclasses.asdict(config.diffusion)
     return [
@@ -203,7 +205,7 @@ def _assembled(imported: dict[str, Params]) -> dict[str, Params]:
 
 
 def load_frozen(directory: str | Path) -> dict[str, Params]:
-    """The "autoencoder", "text" and "image" of an `init_from`, through the work directories that started from one another."""
+    """The "autoencoder", "text" and "image" of the import that an `init_from` leads to (see `origin`); {} without one."""
     start = origin(directory)
     return read_imported(start, FROZEN) if start and is_imported(start) else {}
 
@@ -220,9 +222,9 @@ def lacking(init_from: str, names: list[str]) -> UserError:
 
 
 def origin(init_from: str | Path, *passed: Path) -> str:
-    """What the first of the work directories that started from one another began with: an import, or what is not there; "" is chance.
+    """Where the chain of runs that started from one another begins: an import, a path that does not exist, or "" (random weights).
 
-    Raises UserError when they go round in a circle; `passed` are those before.
+    Raises UserError when the chain is a circle; `passed` are the work directories that come before `init_from` in it.
     """
     while str(init_from) and (start := run_location(init_from)).exists() and not is_imported(start):
         passed = (*passed, run_directory(start).resolve())
@@ -236,8 +238,9 @@ def origin(init_from: str | Path, *passed: Path) -> str:
 
 
 def run_directory(directory: Path) -> Path:
-    """The work directory of WORKDIR/checkpoints/STEP; any other directory itself."""
-    is_step = directory.name.isdigit() and directory.absolute().parent.name == "checkpoints" and directory.is_dir()
+    """The work directory of WORKDIR/checkpoints/STEP; any other directory itself, also a run's that has such a name."""
+    named = directory.name.isdigit() and directory.absolute().parent.name == "checkpoints"
+    is_step = named and directory.is_dir() and not (directory / "config.json").exists()
     return directory.absolute().parent.parent if is_step else directory
 
 

@@ -89,7 +89,7 @@ def test_frames_per_second_are_those_shown(dataset):
     record = records.encode_clip(dataset.layout, clip | {"fps": 30.0, "frame_stride": 4})
     assert pipeline.Collate(dataset.layout, TOKENIZER)([record], 1)["fps"].tolist() == [7.5]
     other = copy.copy(dataset)
-    other._source = [record]
+    other.source = [record]
     assert other[0].fps == 7.5
 
 

@@ -113,6 +113,15 @@ def test_refuses(layout, clip, change, message):
         encode_clip(layout, clip | change)
 
 
+@pytest.mark.parametrize("name", ["caption", "flow", "frames"])
+def test_a_number_where_bytes_should_be(layout, clip, name):
+    values = records.decode_example(encode_clip(layout, clip))
+    values = {k: [bytes(x) if isinstance(x, memoryview) else x for x in v] for k, v in values.items()}
+    record = records.encode_example(values | {name: [1] * len(values[name])})
+    with pytest.raises(ValueError, match=f"record whose {name} is of another type"):
+        decode_clip(layout, record)
+
+
 def test_damaged_bytes_are_an_error_not_a_clip(layout, clip):
     data = encode_clip(layout, clip)
     for length in (1, 10, len(data) // 2, len(data) - 1):

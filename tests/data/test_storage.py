@@ -18,7 +18,7 @@ import pytest
 from motif_jax import preparation
 from motif_jax.config import Config, DataConfig, PrepareConfig, StoreError, UserError
 from motif_jax.data import pipeline, shards
-from motif_jax.data.storage import location, write_whole
+from motif_jax.data.storage import Member, location, read_part, write_whole
 from motif_jax.data.verification import verify
 from motif_jax.data.videos import save_video
 
@@ -148,6 +148,36 @@ def test_a_tar_archive_is_a_folder_of_its_name(tmp_path, kind, request):
 
     assert prepared(str(folder), "one")[0] == prepared(source, "two")[0]
     assert prepared(source, "one")[1] == 0
+
+
+@pytest.mark.parametrize("kind", ["memory", "gs"])
+def test_a_store_s_directory_may_have_brackets_in_its_name(kind, request):
+    url = f"{request.getfixturevalue(kind)}/{uuid.uuid4().hex}/data[1]*"
+    assert prepare(url).missing == 0 and verify(location(url)) == []
+
+
+@pytest.mark.parametrize("kind", ["memory", "gs"])
+def test_a_move_takes_no_name_for_a_pattern(kind, request):
+    store = location(f"{request.getfixturevalue(kind)}/{uuid.uuid4().hex}")
+    for name in ("run?/5/a", "run?/5/b", "run1/5/a"):
+        write_whole(store / name, name)
+    (store / "run?/5").replace(store / "run?/damaged")
+    assert sorted(store.find()) == ["run1/5/a", "run?/damaged/a", "run?/damaged/b"]
+    assert (store / "run?/damaged/b").read_text() == "run?/5/b"
+
+
+def test_an_empty_file_of_an_archive_in_a_store_is_empty(monkeypatch):
+    """Where a range ends before it begins, as that of no bytes does, S3 sends the whole object."""
+    store = location(f"memory://{uuid.uuid4().hex}")
+    cat_file = type(store.files).cat_file
+
+    def as_s3(files, path, start=None, end=None):
+        return cat_file(files, path) if start is not None and start == end else cat_file(files, path, start, end)
+
+    monkeypatch.setattr(type(store.files), "cat_file", as_s3)
+    write_whole(store / "a.tar", "header" * 100)
+    assert read_part(Member(store / "a.tar", "empty.txt", 512, 0)) == b"" == read_part(store / "a.tar", 5, 5)
+    assert read_part(Member(store / "a.tar", "full.txt", 6, 6)) == b"header"
 
 
 @pytest.mark.parametrize("request_name", ["info", "cat_file", "get_file"])

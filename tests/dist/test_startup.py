@@ -7,7 +7,9 @@ import subprocess
 import sys
 
 import jax
+import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 
 from motif_jax.config import UserError
 from motif_jax.dist import startup
@@ -70,6 +72,12 @@ def test_a_fact_that_only_some_have():
     assert startup.compare([{"host": "a", "x": "1"}, {"host": "b"}, {"host": "c", "x": "1"}]) == [
         "x: process 1 on b has nothing; 2 of 3 have 1"
     ]
+
+
+def test_a_fact_may_name_the_longest_path(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(multihost_utils, "process_allgather", lambda x: np.stack([x, x]))
+    startup.agree({f"the newest checkpoint in {'/日本語' * 409}": "7"})
 
 
 def test_code_version_follows_the_sources(tmp_path, monkeypatch):

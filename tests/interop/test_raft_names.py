@@ -28,12 +28,11 @@ def tensors(variant, layout="torchvision"):
 def test_there_and_back_is_the_identity(variant, layout):
     given = tensors(variant, layout)
     assert {name: list(tensor.shape) for name, tensor in given.items()} == NAMES[variant][layout]
-    prefix = "module." if layout == "original" else ""
-    back = interop.to_reference(interop.from_reference({prefix + n: t for n, t in given.items()}, variant), layout, prefix)
-    assert set(back) == {prefix + name for name in given}
+    back = interop.to_reference(interop.from_reference(given, variant), layout)
+    assert set(back) == set(given)
     for name, tensor in given.items():
-        assert back[prefix + name].dtype == tensor.dtype
-        np.testing.assert_array_equal(back[prefix + name], tensor, err_msg=name)
+        assert back[name].dtype == tensor.dtype
+        np.testing.assert_array_equal(back[name], tensor, err_msg=name)
 
 
 def test_number_of_parameters():
@@ -67,13 +66,13 @@ def test_names_of_the_same_tensor(original, torchvision):
 )
 def test_published_files_leave_as_they_came(shared, variant, file, prefix):
     path = shared / "raft" / f"{file}.safetensors"
-    given = safetensors.numpy.load_file(path)
+    given = {name.removeprefix(prefix): tensor for name, tensor in safetensors.numpy.load_file(path).items()}
     model = interop.load_raft(path, variant)
-    back = interop.to_reference(model, "original", prefix)
+    back = interop.to_reference(model)
     assert set(back) == set(given)
     for name in given:
         np.testing.assert_array_equal(back[name], given[name], err_msg=name)
-    again = interop.to_reference(interop.from_reference(interop.to_reference(model, "torchvision"), variant), "original", prefix)
+    again = interop.to_reference(interop.from_reference(interop.to_reference(model, "torchvision"), variant))
     for name in given:
         np.testing.assert_array_equal(again[name], given[name], err_msg=name)
 
@@ -144,9 +143,9 @@ def test_files(tmp_path, monkeypatch):
 
 def test_pytorch_files(tmp_path):
     torch = pytest.importorskip("torch")
-    given = {"module." + name: tensor for name, tensor in tensors("large", "original").items()}
-    torch.save({name: torch.from_numpy(tensor) for name, tensor in given.items()}, tmp_path / "weights.pth")
-    back = interop.to_reference(interop.load_raft(tmp_path / "weights.pth", "large"), prefix="module.")
+    given = tensors("large", "original")
+    torch.save({f"module.{name}": torch.from_numpy(tensor) for name, tensor in given.items()}, tmp_path / "weights.pth")
+    back = interop.to_reference(interop.load_raft(tmp_path / "weights.pth", "large"))
     assert set(back) == set(given)
     for name in given:
         np.testing.assert_array_equal(back[name], given[name])

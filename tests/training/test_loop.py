@@ -393,6 +393,12 @@ def test_a_run_without_held_out_clips_says_so(config, tmp_path, capsys):
     assert widths[0] == 2 * widths[1] > widths[2] == 0
 
 
+def test_curves_of_many_buckets_go_from_clean_to_noise(monkeypatch):
+    monkeypatch.setattr(report.html, "plot", lambda figure, description: figure)
+    (axes,) = report._curves([{"step": 1, **{f"eval/ratio_t{bucket}": 1.0 for bucket in range(12)}}]).axes
+    assert [line.get_label() for line in axes.lines] == [f"eval/ratio_t{bucket}" for bucket in range(12)]
+
+
 def test_held_out_clips_that_fill_a_batch_by_repetition_make_no_deciles(config, tmp_path):
     """Of motion: fewer than ten clips, in a batch of sixteen rows."""
     few = changed(config, batch_size=16, steps=0, data={"path": str(tmp_path / "data")}, sample={"every": 0})

@@ -99,6 +99,13 @@ def test_a_checkpoint_of_its_own(make_run, monkeypatch):
         weights.load("8")
 
 
+def test_a_run_may_have_the_name_of_a_checkpoint(run, tmp_path):
+    directory = tmp_path / "checkpoints" / "3"
+    shutil.copytree(run[0], directory)
+    assert_same(weights.load(directory, "raw")["denoiser"], run[1])
+    assert_same(weights.load(directory / "checkpoints" / "7", "raw")["denoiser"], run[1])
+
+
 def test_an_animator_says_which_checkpoint_it_loaded(make_run, monkeypatch):
     """Also when the run has a newer one by then; the same one by its own directory gives the same settings."""
     directory, _, average = make_run()
