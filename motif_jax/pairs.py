@@ -95,6 +95,8 @@ def _jsonl_rows(text: str) -> tuple[list[tuple[int, dict[str, str]]], list[str]]
             continue
         try:
             found = json.loads(line)
+            if not isinstance(found, dict):
+                raise TypeError("is no object with the keys image and prompt")
             image = next((k for k in ("image_file", "file_name") if k in found), "image")
             row = {"image": found[image], "prompt": found["prompt"], **{k: found.get(k, "") for k in ("id", "scenario")}}
             for key, value in row.items():

@@ -100,7 +100,7 @@ def test_every_bad_line_is_told(benchmark):
         ("list.csv", "image,prompt,id\n{image},It moves.,x\n{image},It stays.\n", "line 3: 2 columns, the header has 3"),
         ("list.csv", "image,id,prompt\n{image},x\n", "line 2: 2 columns, the header has 3"),
         ("list.jsonl", "", "holds no pair"),
-        ("list.jsonl", "[1]", "line 1: list indices must be"),
+        ("list.jsonl", "[1]", "line 1: is no object with the keys image and prompt"),
         ("list.jsonl", "here.png,x\n" * 300, r"line 10: Expecting[^;]*; and 290 more$"),
         ("list.txt", "x", "a folder needs a prompt.csv, or one .csv or .jsonl file; found none"),
     ],
