@@ -232,11 +232,11 @@ def sha256(path: str | pathlib.Path) -> str:
 
 def read_part(path: File, start: int = 0, end: int | None = None) -> bytes:
     """The bytes of a file from `start` up to `end` (default: its own), fewer where it ends before. Raises OSError."""
-    if end is not None and end <= start:  # stores take such a range for none, and send the whole object
-        return b""
     if isinstance(path, Member):
         return read_part(path.archive, path.offset + start, path.offset + min(path.size, path.size if end is None else end))
     if isinstance(path, RemotePath):
+        if end is not None and end <= start:  # stores take such a range for none, and send the whole object
+            return b""
         return _ask(functools.partial(path.files.cat_file, start=start, end=end), path.path)
     with path.open("rb") as file:
         file.seek(start)
