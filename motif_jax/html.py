@@ -23,9 +23,9 @@ def page(title: str, body: Iterable[str], width: int, style: str = "") -> str:
     return head + "\n".join(part for part in body if part) + "</html>\n"
 
 
-def picture(data: bytes, kind: str, description: str) -> str:
-    """An img element that holds its data; kind: as in image/png."""
-    return f'<img alt="{escape(description)}" src="data:image/{kind};base64,{base64.b64encode(data).decode()}">'
+def picture(data: bytes, kind: str, description: str, style: str = "") -> str:
+    """An img element that holds its data; kind: as in image/png; style: CSS of the element."""
+    return f'<img alt="{escape(description)}" style="{style}" src="data:image/{kind};base64,{base64.b64encode(data).decode()}">'
 
 
 def plot(figure: Any, description: str, kind: str = "png") -> str:
@@ -34,8 +34,8 @@ def plot(figure: Any, description: str, kind: str = "png") -> str:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph ")  # of a name that the font lacks: the page's text has it, too
         figure.savefig(buffer, format=kind, dpi=110)
-    shown = picture(buffer.getvalue(), {"svg": "svg+xml"}.get(kind, kind), description)
-    return f"<div class=plot>{shown.replace('<img', f'<img style=min-width:{60 * figure.get_figwidth():.0f}px', 1)}</div>"
+    style = f"min-width:{60 * figure.get_figwidth():.0f}px"
+    return f"<div class=plot>{picture(buffer.getvalue(), {'svg': 'svg+xml'}.get(kind, kind), description, style)}</div>"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

@@ -131,7 +131,10 @@ class Dataset(Sequence):
 
 
 def read_manifests(data: DataConfig) -> list[Manifest]:
-    """The datasets at `data.path`, in its order. Raises UserError unless they are whole, of the configured shape and alike in fields."""
+    """The datasets at `data.path`, one directory or several with commas between, in its order.
+
+    Raises UserError unless they are whole, of the configured shape and alike in fields.
+    """
     manifests = [read_manifest(path.strip()) for path in ([data.path] if os.path.isdir(data.path) else data.path.split(","))]
     first = manifests[0].layout
     for manifest in manifests:

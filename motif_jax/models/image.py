@@ -95,7 +95,7 @@ def _resize_matrix(old: int, new: int) -> np.ndarray:
 
 
 def _cubic(x: float) -> float:
-    a = -0.75
+    a = -0.75  # PyTorch's
     if x >= 2:
         return 0.0
     return (a + 2) * x**3 - (a + 3) * x**2 + 1 if x <= 1 else a * (x**3 - 5 * x**2 + 8 * x - 4)

@@ -45,7 +45,8 @@ def diffusion_schedule(config: Config) -> Schedule:
 
 
 class Draws(NamedTuple):
-    """What chance decides about each clip of a batch; a micro-batch takes its clips' share."""
+    """The random numbers of a batch, some of each clip: three kinds of Gaussian noise of unit variance, timesteps, and numbers in [0, 1)
+    that say which conditions are dropped."""
 
     latent: Float[Array, "B T h w C"]
     noise: Float[Array, "B T h w C"]
@@ -55,7 +56,7 @@ class Draws(NamedTuple):
 
 
 def draw(config: Config, key: PRNGKeyArray, clips: int) -> Draws:
-    """The draws of a batch of so many clips, each kind from its own stream of the step's key."""
+    """Of `clips` clips, each kind from its own stream of `key`; timesteps are uniform (DDPM, algorithm 1)."""
 
     def stream(which: Stream) -> PRNGKeyArray:
         return jax.random.fold_in(key, which)
@@ -82,8 +83,8 @@ def predict(
 ) -> tuple[Float[Array, "B T h w C"], Float[Array, "B T h w C"], Float[Array, "B T h w C"]]:
     """Noise a batch and denoise it: (prediction, target, mean of the posterior of z_0), the first two in the space of the loss.
 
-    Without a key for dropout it is an evaluation, in which no condition is dropped or noised either. frozen: parameters by network, and
-    "unconditional" (`Networks.with_unconditional`).
+    dropout: the key of dropout's masks; None is an evaluation, in which no condition is dropped or noised either. frozen: parameters by
+    network, and "unconditional" (`Networks.with_unconditional`).
     """
     config, train = networks.config, dropout is not None
     d, t_B = config.diffusion, draws.timestep

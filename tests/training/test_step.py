@@ -335,6 +335,19 @@ def test_motion_weight_zero_and_heatmap_none_agree(tiny, one_weight):
     assert first_loss(motion_weight=1.0) > plain * 1.001
 
 
+def test_a_micro_batch_takes_every_nth_clip_and_a_dropout_key_of_its_own(tiny, one_weight, monkeypatch):
+    config, batch = oblong(tiny, condition={"text_drop": 0.0}, grad_accumulation=2, loss={"heatmap": "none"})
+    networks, frozen, _ = one_weight(config)
+    monkeypatch.setattr(Networks, "denoise", lambda self, params, x, *rest: params["w"] * x * jax.random.normal(rest[-1]))
+    optimizer = make_optimizer(config)
+    _, metrics = make_train_step(networks, optimizer)(train_state.create({"w": jnp.float32(0.5)}, optimizer, False), frozen, batch)
+    key = jax.random.fold_in(jax.random.key(5), 0)
+    _, _, _, x_t, v = by_hand(config, batch, key)
+    factors = [float(jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, 4), i))) for i in range(2)]
+    expected = np.mean([np.mean((v[i::2] - 0.5 * factors[i] * x_t[i::2]) ** 2) for i in range(2)])
+    assert float(metrics["loss"]) == pytest.approx(expected, rel=1e-5)
+
+
 def test_evaluation_is_repeatable_and_sees_the_moving_region(setup):
     config, networks, params, frozen = setup
     step = jax.jit(make_eval_step(networks))
