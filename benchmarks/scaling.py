@@ -195,7 +195,7 @@ def compile_small(config: Config, devices: int):
     from motif_jax.compilation import lower_step
     from motif_jax.dist.mesh import make_mesh
 
-    lowered, matmuls = lower_step(config, make_mesh(config.mesh, jax.devices()[:devices]))
+    lowered, matmuls, _ = lower_step(config, make_mesh(config.mesh, jax.devices()[:devices]))
     return lowered.compile(), matmuls
 
 

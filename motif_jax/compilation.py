@@ -50,6 +50,7 @@ class Report:
     program_bytes: int
     model_flops: int  # three times the forward pass; without recomputation
     matmul_flops: int  # matrix products and convolutions, with recomputation
+    kernel_flops: int  # those of them in Pallas kernels, which XLA neither counts nor estimates
     xla_flops: float  # XLA's count of one chip: elementwise work too, but one turn of each loop
     bytes_accessed: float  # XLA's count, likewise
     optimal_seconds: float | None  # XLA's estimate, likewise; None where it has none
@@ -65,12 +66,15 @@ class Report:
     @property
     def loops(self) -> float:
         """How much more the chip does than XLA counted, for loops that turn more than once (blockwise attention, accumulation)."""
-        return max(1.0, self.matmul_flops / self.chips / self.xla_flops)
+        return max(1.0, (self.matmul_flops - self.kernel_flops) / self.chips / self.xla_flops)
 
     @property
     def step_seconds(self) -> float | None:
-        """XLA's estimate with all turns of its loops, taken to be as fast as the rest."""
-        return self.optimal_seconds and self.optimal_seconds * self.loops
+        """XLA's estimate with all turns of its loops, taken to be as fast as the rest, and the products of kernels at the chip's peak."""
+        if self.optimal_seconds is None or (self.kernel_flops and not self.peak_tflops):
+            return None
+        kernels = self.kernel_flops / self.chips / (self.peak_tflops * 1e12) if self.kernel_flops else 0.0
+        return self.optimal_seconds * self.loops + kernels
 
     @property
     def mfu_bound(self) -> float | None:
@@ -100,6 +104,7 @@ class Report:
             ("", f"arguments {gib(self.argument_bytes)}, temporaries {gib(self.temporary_bytes)},"),
             ("", f"further outputs {gib(self.output_bytes)}, program {gib(self.program_bytes)}"),
             ("model FLOPs", f"{flop(self.model_flops)} a step; {flop(self.matmul_flops)} executed, with recomputation"),
+            *[("", f"of these {flop(self.kernel_flops)} in Pallas kernels")] * bool(self.kernel_flops),
             ("XLA's count", f"{flop(self.xla_flops)} and {gib(self.bytes_accessed)} accessed on a chip, one turn of each loop"),
             ("optimal time", f"{time_per_step} a step by XLA's estimate, without waiting for communication (loops: x {self.loops:.2f})"),
             ("MFU bound", bound),
@@ -161,8 +166,8 @@ def batch_shapes(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     return {name: one(name, *field) for name, field in fields.items()}
 
 
-def lower_step(config: Config, mesh: Mesh) -> tuple[jax.stages.Lowered, int]:
-    """(the train step of the training loop, lowered for `mesh`; the matrix FLOPs that it executes on all devices together)."""
+def lower_step(config: Config, mesh: Mesh) -> tuple[jax.stages.Lowered, int, int]:
+    """(the train step of the training loop, lowered for `mesh`; the matrix FLOPs that it executes on all devices; those in kernels)."""
     check_fits(mesh, config.batch_size, config.grad_accumulation, config.data.frames)
     networks, optimizer = Networks.of(config), make_optimizer(config)
     template, _ = make_state(config, networks, mesh, optimizer)
@@ -175,7 +180,7 @@ def lower_step(config: Config, mesh: Mesh) -> tuple[jax.stages.Lowered, int]:
     frozen["unconditional"] = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=replicated), nothing)
     with target_platform(mesh.devices.flat[0].platform):
         traced = jit_train_step(networks, optimizer, mesh, template).trace(template, frozen, batch_shapes(config, mesh))
-    return traced.lower(), jaxpr_flops(traced.jaxpr.jaxpr)
+    return traced.lower(), jaxpr_flops(traced.jaxpr.jaxpr), jaxpr_flops(traced.jaxpr.jaxpr, in_kernels=True)
 
 
 def set_effort(effort: float) -> None:
@@ -195,7 +200,7 @@ def compile_step(config: Config, devices: list[jax.Device], effort: float = -1.0
     set_effort(effort)
     mesh = make_mesh(config.mesh, devices)
     began = time.perf_counter()
-    lowered, matmuls = lower_step(config, mesh)
+    lowered, matmuls, kernels = lower_step(config, mesh)
     lowering = time.perf_counter() - began
     chip = devices[0].device_kind
     try:
@@ -217,6 +222,7 @@ def compile_step(config: Config, devices: list[jax.Device], effort: float = -1.0
         program_bytes=memory.generated_code_size_in_bytes,
         model_flops=training_flops(config),
         matmul_flops=matmuls,
+        kernel_flops=kernels,
         xla_flops=cost["flops"],
         bytes_accessed=cost["bytes accessed"],
         optimal_seconds=seconds if (seconds := cost.get("optimal_seconds", 0.0)) > 0 else None,

@@ -41,7 +41,7 @@ TINY = {
 def measure() -> dict[str, float]:
     """Counts of one device: floating point operations, bytes read and written, bytes of temporaries, bytes at most in use."""
     config = from_config_dict(TINY)
-    lowered, _ = lower_step(config, make_mesh(config.mesh, jax.devices()[:1]))
+    lowered, *_ = lower_step(config, make_mesh(config.mesh, jax.devices()[:1]))
     compiled = lowered.compile(compiler_options={"xla_backend_optimization_level": 0})  # of machine code: compiles faster, counts the same
     cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
     return {

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from motif_jax.config import UserError
-from motif_jax.models import packed, splash
+from motif_jax.models import along_frames, packed, splash
 from motif_jax.models.layers import Dense, Initializer, gathered, product
 from motif_jax.models.placement import CLIPS, ampere, constrain, kernels_on, platform
 
@@ -35,9 +35,9 @@ def attention(
     """softmax(q k^T / sqrt(K)) v per head, softmax in float32; `causal` hides the keys after a query.
 
     implementation: "reference" is written out here; "xla" and "cudnn" are those of `jax.nn.dot_product_attention` (an `Attention` with
-    "cudnn" takes `models.packed` among few tokens); "splash" is TPU's kernel of that name where both sequences are long, else "xla";
-    "auto" takes cudnn on an NVIDIA GPU (`placement.ampere`) for half precision and head widths that cuDNN supports, reference on CPU,
-    xla elsewhere.
+    "cudnn" takes `models.packed` among few tokens); "splash" is TPU's kernel of that name where both sequences are long, else "xla" (an
+    `Attention` with "splash" takes `models.along_frames` along time); "auto" takes cudnn on an NVIDIA GPU (`placement.ampere`) and splash
+    on a TPU, both for half precision and head widths that they are good at, reference on CPU, xla elsewhere.
     Where L * S is large, "reference" and "xla" take the queries in blocks and recompute each block's weights in the backward
     pass, so that memory does not grow with L * S. Raises ValueError for a name it does not know, or a kernel of another platform.
     """
@@ -90,6 +90,19 @@ def _on_each_device(attend: Callable, *arrays: Array) -> Array:
     heads = "tensor" if arrays[0].shape[-2] % mesh.shape["tensor"] == 0 else None
     specs = tuple(PartitionSpec(rows or None, *(None,) * (x.ndim - 3), heads) for x in arrays)
     return jax.shard_map(attend, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(rows or None, None, heads), check_vma=False)(*arrays)
+
+
+def _along_frames(heads: int, *qkv_BTPC: Array) -> Array:
+    """`along_frames.attend` on each device's clips, pixels and heads; what does not divide is replicated."""
+    B, _, P, C = qkv_BTPC[0].shape
+    attend = functools.partial(along_frames.attend, C // heads)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return attend(*qkv_BTPC)
+    clips = CLIPS if B % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0 else None
+    context, tensor = (name if n % mesh.shape[name] == 0 else None for name, n in (("context", P), ("tensor", heads)))
+    spec = PartitionSpec(clips, None, context, tensor)
+    return jax.shard_map(attend, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)(*qkv_BTPC)
 
 
 def _sequences_of_a_device(sequences: int) -> tuple[tuple[str, ...], int]:
@@ -181,11 +194,15 @@ _heads_first.defvjp(_attend, _attend_backward)
 def _choose(width: int, dtype: Any) -> str:
     if ampere() and jnp.dtype(dtype).itemsize == 2 and width % 8 == 0 and width <= 128:
         return "cudnn"
+    if kernels_on(dtype, "tpu") and width <= 128:
+        return "splash"
     return "reference" if platform() == "cpu" else "xla"
 
 
 class Attention(nnx.Module):
     """Multi-head attention from x to `context` (to x itself without one); heads are the major part of the inner axis.
+
+    Where it `takes_frames`, x may also be [B, T, P, C]: attention along T at each of P pixels.
 
     With `image`, a second set of keys and values reads image tokens, [M, I, D] with M a multiple of N: each of the M / N equal
     parts of L attends to its own tokens, and the result is added (DynamiCrafter's `to_k_ip`, `to_v_ip`); with `image_scale` it is
@@ -245,10 +262,22 @@ class Attention(nnx.Module):
         """As `__call__`, from the products of x, for what adds `bias` itself."""
         return self.to_out[0].without_bias(self._heads(products, context_NSD, image_MID))
 
+    @property
+    def _chosen(self) -> tuple[str, int, Any]:
+        """(implementation, width of a head, dtype)"""
+        width, dtype = self.to_q.kernel.shape[-1] // self.heads, self.to_q.dtype
+        return _choose(width, dtype) if self.implementation == "auto" else self.implementation, width, dtype
+
     def _packed(self, shape: tuple[int, ...]) -> bool:
-        head_width, dtype = self.to_q.kernel.shape[-1] // self.heads, self.to_q.dtype
-        chosen = _choose(head_width, dtype) if self.implementation == "auto" else self.implementation
-        return chosen == "cudnn" and kernels_on(dtype) and packed.fits(_sequences_of_a_device(shape[0])[1], shape[1], head_width)
+        chosen, width, dtype = self._chosen
+        return chosen == "cudnn" and kernels_on(dtype) and packed.fits(_sequences_of_a_device(shape[0])[1], shape[1], width)
+
+    def takes_frames(self, T: int, P: int) -> bool:
+        """Whether x may be [B, T, P, C]: on a TPU, where `models.along_frames` takes what each device has of it."""
+        chosen, _, dtype = self._chosen
+        mesh = jax.sharding.get_abstract_mesh()
+        parts = 1 if mesh.empty or P % mesh.shape["context"] else mesh.shape["context"]
+        return chosen == "splash" and kernels_on(dtype, "tpu") and along_frames.fits(T, P // parts)
 
     def _heads(self, products: list[Array], context_NSD: Array | None, image_MID: Array | None) -> Float[Array, "N L I"]:
         """The heads' results side by side."""
@@ -256,6 +285,8 @@ class Attention(nnx.Module):
         def split(a):
             return a.reshape(*a.shape[:-1], self.heads, -1)
 
+        if len(products) == 3 and products[0].ndim == 4:
+            return _along_frames(self.heads, *products)
         if products[0].ndim == 4:
             out = _on_each_device(packed.attend, split(products[0]))
             return out.reshape(*out.shape[:-2], -1)

@@ -61,29 +61,41 @@ def _product(a: Array, b: Array, axis_a: int, axis_b: int) -> Array:
     return jax.lax.dot_general(a, b, (((axis_a,), (axis_b,)), ((), ())), preferred_element_type=jnp.float32)
 
 
-def _weights(length: int, q_RK: Array, k_RK: Array) -> Float[Array, "R R"]:
-    """Of the keys that are `length` consecutive rows with the query; zero elsewhere."""
-    sequence_R = jax.lax.broadcasted_iota(jnp.int32, (ROWS, 1), 0) // length
-    logits_RR = _product(q_RK, k_RK, 1, 1) * q_RK.shape[-1] ** -0.5
-    logits_RR = jnp.where(sequence_R == sequence_R.reshape(1, ROWS), logits_RR, -jnp.inf)
+def _weights(hidden_RR: Array, q_RK: Array, k_RK: Array) -> Float[Array, "R R"]:
+    logits_RR = jnp.where(hidden_RR, -jnp.inf, _product(q_RK, k_RK, 1, 1) * q_RK.shape[-1] ** -0.5)
     weights_RR = jnp.exp(logits_RR - logits_RR.max(-1, keepdims=True))
     return weights_RR / weights_RR.sum(-1, keepdims=True)
 
 
-def _forward(length: int, qkv, out) -> None:
-    q_RK, k_RK, v_RK = (qkv[:, j] for j in range(3))
-    out[...] = _product(_weights(length, q_RK, k_RK).astype(v_RK.dtype), v_RK, 1, 0).astype(out.dtype)
+def result(hidden_RR: Array, q_RK: Array, k_RK: Array, v_RK: Array) -> tuple[Float[Array, "R K"]]:
+    """Attention of one head: queries (rows of `hidden`) do not see keys (columns) where that is true."""
+    return (_product(_weights(hidden_RR, q_RK, k_RK).astype(v_RK.dtype), v_RK, 1, 0).astype(v_RK.dtype),)
 
 
-def _backward(length: int, qkv, g, dqkv) -> None:
-    q_RK, k_RK, v_RK = (qkv[:, j] for j in range(3))
-    g_RK, weights_RR = g[...], _weights(length, q_RK, k_RK)
-    dqkv[:, 2] = _product(weights_RR.astype(g_RK.dtype), g_RK, 0, 0).astype(dqkv.dtype)
+def gradients(hidden_RR: Array, q_RK: Array, k_RK: Array, v_RK: Array, g_RK: Array) -> tuple[Array, Array, Array]:
+    """Those of q, k and v, [R, K], from that of `result`."""
+    weights_RR = _weights(hidden_RR, q_RK, k_RK)
     dweights_RR = _product(g_RK, v_RK, 1, 1)
     dlogits_RR = weights_RR * (dweights_RR - (weights_RR * dweights_RR).sum(-1, keepdims=True)) * q_RK.shape[-1] ** -0.5
     dlogits_RR = dlogits_RR.astype(q_RK.dtype)
-    dqkv[:, 0] = _product(dlogits_RR, k_RK, 1, 0).astype(dqkv.dtype)
-    dqkv[:, 1] = _product(dlogits_RR, q_RK, 0, 0).astype(dqkv.dtype)
+    dq, dk = _product(dlogits_RR, k_RK, 1, 0), _product(dlogits_RR, q_RK, 0, 0)
+    dv = _product(weights_RR.astype(g_RK.dtype), g_RK, 0, 0)
+    return dq.astype(q_RK.dtype), dk.astype(k_RK.dtype), dv.astype(v_RK.dtype)
+
+
+def _hidden(length: int) -> Array:
+    """[ROWS, ROWS]: whether a key is in another sequence than the query; a sequence is `length` consecutive rows."""
+    sequence_R = jax.lax.broadcasted_iota(jnp.int32, (ROWS, 1), 0) // length
+    return sequence_R != sequence_R.reshape(1, ROWS)
+
+
+def _forward(length: int, qkv, out) -> None:
+    (out[...],) = result(_hidden(length), *(qkv[:, j] for j in range(3)))
+
+
+def _backward(length: int, qkv, g, dqkv) -> None:
+    for j, x in enumerate(gradients(_hidden(length), *(qkv[:, j] for j in range(3)), g[...])):
+        dqkv[:, j] = x
 
 
 def _attend_and_save(qkv_NLjHK: Array) -> tuple[Array, Array]:
@@ -91,8 +103,8 @@ def _attend_and_save(qkv_NLjHK: Array) -> tuple[Array, Array]:
     return checkpoint_name(_run(_forward, qkv_NLjHK, out_shape=(N, L, H, K)), "attention"), qkv_NLjHK
 
 
-def _gradients(qkv_NLjHK: Array, g_NLHK: Array) -> tuple[Array]:
+def _backward_pass(qkv_NLjHK: Array, g_NLHK: Array) -> tuple[Array]:
     return (_run(_backward, qkv_NLjHK, g_NLHK.astype(qkv_NLjHK.dtype), out_shape=qkv_NLjHK.shape),)
 
 
-attend.defvjp(_attend_and_save, _gradients)
+attend.defvjp(_attend_and_save, _backward_pass)

@@ -54,7 +54,7 @@ def target_platform(name: str, interpret: bool = False) -> Iterator[None]:
 
 @contextlib.contextmanager
 def use_kernels(on: bool) -> Iterator[None]:
-    """Trace with Triton kernels inside the block, where `kernels_on` and what they take allow it, or without them."""
+    """Trace with our own kernels inside the block, where `kernels_on` and what they take allow it, or without them."""
     token = _kernels.set(on)
     try:
         yield
@@ -82,9 +82,12 @@ def constrain(x: Array, *axes: Axis) -> Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
 
 
-def kernels_on(dtype: Any) -> bool:
-    """Whether Triton kernels are to be run: on such a GPU (`ampere`), in half precision, unless `use_kernels(False)`."""
-    return ampere() and jnp.dtype(dtype).itemsize == 2 and _kernels.get()
+def kernels_on(dtype: Any, where: str = "gpu") -> bool:
+    """Whether the kernels for `where` are to be run: on a GPU that they run on (`ampere`) or a "tpu", in half precision.
+
+    Not with `use_kernels(False)`.
+    """
+    return (ampere() if where == "gpu" else platform() == where) and jnp.dtype(dtype).itemsize == 2 and _kernels.get()
 
 
 def kernel_rows(rows: int, dtype: Any, frames_apart: bool = True) -> tuple[str, ...] | None:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 LANES = 128  # sequences are padded to multiples of this
-BLOCK = 512
+QUERIES, KEYS, AT_ONCE = 640, 2560, 640  # of one program, and keys in one product, at most: what fits into a v5e's on-chip memory
 
 
 def attend(
@@ -23,20 +23,29 @@ def attend(
 
     q_NHLK, k_NHSK, v_NHSK = padded(q_NLHK * width**-0.5), padded(k_NSHK), padded(v_NSHK)
     long, short = q_NHLK.shape[2], k_NHSK.shape[2]
-    block_q, block_kv = (max(b for b in range(LANES, BLOCK + 1, LANES) if n % b == 0) for n in (long, short))
+    block_q, block_kv = _block(long, QUERIES), _block(short, KEYS)
     sizes = kernel.BlockSizes(
         block_q=block_q,
         block_kv=block_kv,
-        block_kv_compute=block_kv,
+        block_kv_compute=_block(block_kv, AT_ONCE),
         block_q_dkv=block_q,
         block_kv_dkv=block_kv,
-        block_kv_dkv_compute=block_kv,
-        block_q_dq=block_q,
-        block_kv_dq=block_kv,
+        block_kv_dkv_compute=_block(block_kv, AT_ONCE),
+        use_fused_bwd_kernel=True,
+        # XLA has products' results with the tokens last, and splash takes them so: no copies between the two.
+        **{f"{name}_layout": kernel.QKVLayout.SEQ_MINOR for name in "qkv"},
     )
     mask = masks.MultiHeadMask([masks.FullMask((long, short))] * heads)
-    run = kernel.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
+    run = kernel.make_splash_mha(
+        mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, residual_checkpoint_name="attention", interpret=interpret
+    )
     # Padded keys are another segment than every query.
-    segments = kernel.SegmentIds(q=jnp.zeros(long, jnp.int32), kv=(jnp.arange(short) >= keys).astype(jnp.int32))
+    padding = jnp.arange(short) >= keys
+    segments = kernel.SegmentIds(q=jnp.zeros(long, jnp.int32), kv=padding.astype(jnp.int32)) if short > keys else None
     out_NHLK = jax.vmap(run, in_axes=(0, 0, 0, None))(q_NHLK, k_NHSK, v_NHSK, segments)
     return out_NHLK.swapaxes(1, 2)[:, :queries]
+
+
+def _block(length: int, most: int) -> int:
+    """The largest multiple of LANES that divides `length`, which is one, up to `most`."""
+    return max(size for size in range(LANES, most + 1, LANES) if length % size == 0)

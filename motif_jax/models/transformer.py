@@ -166,13 +166,18 @@ class TemporalTransformer(nnx.Module):
 
     def __call__(self, x_BThwC: Float[Array, "B T h w C"]) -> Float[Array, "B T h w C"]:
         B, T, h, w, C = x_BThwC.shape
+        as_it_lies = self.transformer_blocks[0].attn1.takes_frames(T, h * w)
+        y, x_BThwC = normalised([self.norm], x_BThwC, by_pixel=not as_it_lies)
         # Over `context` the pixels are split here, no longer the frames: every device sees whole trajectories.
-        y_BPTC, x_BThwC = normalised([self.norm], x_BThwC, by_pixel=True)
-        y_BPTC = constrain(y_BPTC, CLIPS, "context")
-        total = Residual(self.proj_in, y_BPTC.reshape(B * h * w, T, C))
+        if as_it_lies:
+            y = constrain(y.reshape(B, T, h * w, C), CLIPS, None, "context")
+        else:
+            y = constrain(y, CLIPS, "context").reshape(B * h * w, T, C)
+        total = Residual(self.proj_in, y)
         for block in self.transformer_blocks:
             total.add(block.attn1, block.norm1)
             total.add(block.attn2, block.norm2)
             total.add(block.ff, block.norm3)
-        y_BThwC = self.proj_out(total.sum).reshape(B, h * w, T, C).swapaxes(1, 2).reshape(x_BThwC.shape)
-        return y_BThwC + x_BThwC
+        y = self.proj_out(total.sum)
+        y = y if as_it_lies else y.reshape(B, h * w, T, C).swapaxes(1, 2)
+        return y.reshape(x_BThwC.shape) + x_BThwC

@@ -66,22 +66,29 @@ def matmul_flops(function: Callable, *args: Any) -> int:
     return jaxpr_flops(jax.make_jaxpr(function)(*args).jaxpr)
 
 
-def jaxpr_flops(jaxpr: core.Jaxpr) -> int:
-    """`matmul_flops` of a function that is traced already."""
+def jaxpr_flops(jaxpr: core.Jaxpr, in_kernels: bool = False) -> int:
+    """`matmul_flops` of a function that is traced already, on all devices together; with `in_kernels` those in Pallas kernels alone."""
     total = 0
     for equation in jaxpr.eqns:
-        name = equation.primitive.name
-        if name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
+        name, params = equation.primitive.name, equation.params
+        if name == "dot_general" and not in_kernels:
+            (contracted, _), _ = params["dimension_numbers"]
             depth = math.prod(equation.invars[0].aval.shape[i] for i in contracted)
             total += 2 * depth * math.prod(equation.outvars[0].aval.shape)
-        elif name == "conv_general_dilated":
+        elif name == "conv_general_dilated" and not in_kernels:
             kernel = equation.invars[1].aval.shape
-            features = kernel[equation.params["dimension_numbers"].rhs_spec[0]]
+            features = kernel[params["dimension_numbers"].rhs_spec[0]]
             total += 2 * math.prod(kernel) // features * math.prod(equation.outvars[0].aval.shape)
-        else:
-            inner = [jaxpr_flops(sub) for sub in core.jaxprs_in_params(equation.params)]
-            if inner:
-                times = equation.params["length"] if name == "scan" else 1
-                total += max(inner) if name == "cond" else times * sum(inner)
+        elif inner := [jaxpr_flops(sub, in_kernels and name != "pallas_call") for sub in core.jaxprs_in_params(params)]:
+            match name:
+                case "cond":
+                    total += max(inner)
+                case "scan":
+                    total += params["length"] * sum(inner)
+                case "pallas_call":
+                    total += math.prod(params["grid_mapping"].grid) * sum(inner)
+                case "shard_map":
+                    total += params["mesh"].size * sum(inner)
+                case _:
+                    total += sum(inner)
     return total
