@@ -166,6 +166,33 @@ except UserError as error:
     print("fine")
 """
 
+# The chip with the least on-chip memory that a program may use; the paper's two finest levels, other widths, odd frames, keys in blocks.
+KERNELS = """
+import functools, jax, jax.numpy as jnp
+from motif_jax.compilation import set_effort, tpu_devices
+from motif_jax.models import along_frames, splash
+from motif_jax.models.placement import target_platform
+
+sharding = jax.sharding.SingleDeviceSharding(tpu_devices("v5e:2x2")[0])
+set_effort(-1.0)
+
+def compiled(attend, *shape):
+    def all_of_it(q, k, v, g):
+        out, pull = jax.vjp(attend, q, k, v)
+        return out, pull(g)
+
+    x = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=sharding)
+    with target_platform("tpu"):
+        text = jax.jit(all_of_it).trace(x, x, x, x).lower().compile().as_text()
+    assert text.count('custom_call_target="tpu_custom_call"') == 2, text  # forward and backward
+
+for L, H, K in ((2560, 5, 64), (640, 10, 64), (5000, 1, 128), (640, 2, 40)):
+    compiled(splash.attend, 1, L, H, K)
+for T, P, H, K in ((16, 2560, 5, 64), (16, 40, 20, 64), (32, 64, 5, 64), (25, 64, 2, 128), (3, 8, 3, 40)):
+    compiled(functools.partial(along_frames.attend, K), 1, T, P, H * K)
+print("fine")
+"""
+
 
 def compile_for_tpu(*arguments):
     path = os.pathsep.join(filter(None, (LIBTPU, os.environ.get("PYTHONPATH"))))
@@ -184,6 +211,11 @@ class TestForTpu:
         """Axes that divide those of the torus otherwise than along its sides, and two slices, between which lies `data`."""
         path = os.pathsep.join(filter(None, (LIBTPU, os.environ.get("PYTHONPATH"))))
         done = run("-c", MESHES, PYTHONPATH=path)
+        assert done.returncode == 0 and done.stdout == "fine\n", done.stderr
+
+    def test_kernels(self):
+        path = os.pathsep.join(filter(None, (LIBTPU, os.environ.get("PYTHONPATH"))))
+        done = run("-c", KERNELS, PYTHONPATH=path, JAX_ENABLE_COMPILATION_CACHE="0")
         assert done.returncode == 0 and done.stdout == "fine\n", done.stderr
 
     def test_tiny(self, tmp_path):

@@ -136,7 +136,9 @@ def test_the_choice_of_kernel():
     for where in ("cpu", "tpu", "gpu"):
         with placement.target_platform(where):
             choices[where] = [module._choose(width, dtype) for width, dtype in heads]
-    assert choices == {"cpu": ["reference"] * 3, "tpu": ["xla"] * 3, "gpu": ["cudnn", "xla", "xla"]}
+        with placement.target_platform(where), placement.use_kernels(False):  # --config.kernels=xla
+            assert (module._choose(64, jnp.bfloat16) == "cudnn") == (where == "gpu") and module._choose(64, jnp.bfloat16) != "splash"
+    assert choices == {"cpu": ["reference"] * 3, "tpu": ["splash", "xla", "xla"], "gpu": ["cudnn", "xla", "xla"]}
 
 
 @pytest.mark.parametrize(("length", "causal", "taken"), [(512, False, True), (511, False, False), (512, True, False)])

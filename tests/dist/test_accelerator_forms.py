@@ -1,4 +1,4 @@
-"""What the program for GPUs does on a mesh, compiled for eight fake devices: kernels and layouts that XLA cannot partition by itself."""
+"""What programs for GPUs and TPUs do on a mesh, compiled for eight fake devices: kernels and layouts that XLA cannot partition by itself."""
 
 import os
 import subprocess
@@ -98,6 +98,26 @@ names = ("layer_norm_forward", "layer_norm_backward", "geglu_forward", "geglu_ba
 assert all(name in str(found.trace(*given).jaxpr) for name in names)
 for a, b in zip(jax.tree.leaves(found(*given)), jax.tree.leaves(jax.jit(lambda *given: slopes(None, *given))(x, state)), strict=True):
     np.testing.assert_allclose(np.float32(a), np.float32(b), rtol=2e-2, atol=2e-2 * np.abs(np.float32(b)).max())  # sums of bfloat16, five steps of 2^-8
+
+# A TPU's temporal attention: each device has its clips, pixels and heads.
+mesh = make_mesh(MeshConfig(data=2, fsdp=1, context=2, tensor=2))
+layer = attention.Attention(64, 64, 4, 16, init=Initializer(nnx.Rngs(0)), dtype=jnp.bfloat16, implementation="auto")
+lies = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), None, "context", "tensor"))
+q, k, v, weight = (jnp.asarray(rng.normal(size=(2, 4, 16, 64)), jnp.bfloat16) for _ in range(4))
+
+def along(mesh, *qkv):
+    with use_mesh(mesh), target_platform("tpu", interpret=True):
+        assert layer.takes_frames(4, 16)
+        return layer._heads(qkv, None, None)
+
+def along_slopes(mesh, *qkv):
+    return jax.grad(lambda *qkv: jnp.sum((along(mesh, *qkv) * weight).astype(jnp.float32)), (0, 1, 2))(*qkv)
+
+program = jax.jit(lambda *qkv: (along(mesh, *qkv), along_slopes(mesh, *qkv)), in_shardings=lies).lower(q, k, v).compile()
+assert not re.findall(MOVES, program.as_text())
+found, wanted = program(*jax.device_put((q, k, v), lies)), (along(None, q, k, v), along_slopes(None, q, k, v))
+for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+    np.testing.assert_allclose(np.float32(a), np.float32(b), rtol=1e-2, atol=1e-2)  # bfloat16, sums in another order
 print("fine")
 """
 
