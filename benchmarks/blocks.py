@@ -1,10 +1,12 @@
 """The blocks of the paper's U-Net at its finest level, forward and backward, compiled ahead of time for one chip: what bounds them.
 
     python benchmarks/blocks.py [--chip=v6e:2x2, h100 or here] [--clips=4] [--blocks residual spatial temporal]
-        [--remat block convs dots] [--kernels auto xla]
+        [--remat block convs dots] [--kernels auto xla] [--effort=-1]
 
 Needs the chip's compiler and no chip. A TPU's: docs/compile.md, about a minute of one core per row. "optimal" is XLA's estimate; it counts
-one turn of the loop over the queries of long self-attention (spatial) only. An H100's: `pip install 'jax[cuda12]'` in a virtual
+one turn of the loop over the queries of long self-attention (spatial) only, and no Pallas kernel. With --effort=0 programs are compiled as
+JAX compiles them by default, and columns are million cycles: what XLA estimates for its operations (of loops all turns), and the lengths of
+the kernels' schedules times their programs, waiting for memory not included. An H100's: `pip install 'jax[cuda12]'` in a virtual
 environment of its own, five seconds per row; XLA gives no estimate there, and does not try kernels. "accessed" is then what all kernels
 read and write, "elementwise" the part of it outside of matrix products, convolutions, attention and Triton kernels. On a GPU
 `--chip=here` measures: milliseconds of a call, of ten on end.
@@ -17,6 +19,8 @@ import math
 import os
 import pathlib
 import re
+import shutil
+import tempfile
 import time
 
 import jax
@@ -25,6 +29,7 @@ import numpy as np
 from common import run
 from flax import nnx
 from jax.experimental import topologies
+from jax.extend import core
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from motif_jax.compilation import set_effort, tpu_devices
@@ -38,8 +43,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 BLOCKS, REMAT = ["residual", "spatial", "temporal"], ["block", "convs", "dots"]
 
 
-def lower(name: str, clips: int, remat: str, device: jax.Device, kernels: str = "auto") -> tuple[jax.stages.Lowered, tuple]:
-    """(a block's output and the gradients of its parameters and its input, lowered for `device`; the shapes of its arguments)."""
+def trace(name: str, clips: int, remat: str, device: jax.Device, kernels: str = "auto") -> tuple[jax.stages.Traced, tuple]:
+    """(a block's output and the gradients of its parameters and its input, traced for `device`; the shapes of its arguments)."""
     config = load_config(str(ROOT / "configs/motif.py"))
     u, sharding = config.unet, jax.sharding.SingleDeviceSharding(device)
     width, head = u.model_channels, u.num_head_channels
@@ -73,7 +78,7 @@ def lower(name: str, clips: int, remat: str, device: jax.Device, kernels: str = 
     # JAX 0.11 asks what GPU it is that Triton's kernels are for, where none is here.
     mesh = AbstractMesh((), (), abstract_device=AbstractDevice(device.device_kind, None, device.platform))
     with target_platform(platform), use_kernels(kernels == "auto"), jax.sharding.use_abstract_mesh(mesh):
-        return jax.jit(both).trace(*arguments).lower(), arguments
+        return jax.jit(both).trace(*arguments), arguments
 
 
 def milliseconds(compiled: jax.stages.Compiled, shapes: tuple, calls: int = 10) -> float:
@@ -133,36 +138,86 @@ def accessed(hlo: str) -> tuple[float, float]:
     return total, elementwise
 
 
+def programs(jaxpr: core.Jaxpr) -> dict[str, int]:
+    """How many programs each Pallas kernel is, by its name."""
+    found = {}
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "pallas_call":
+            name = equation.params["name"]
+            found[name] = math.prod(equation.params["grid_mapping"].grid)
+        for inner in core.jaxprs_in_params(equation.params):
+            found |= programs(inner)
+    return found
+
+
+def cycles(hlo: str, dump: pathlib.Path, programs: dict[str, int]) -> tuple[float, float]:
+    """(what XLA estimates for its operations, of loops all turns; the schedules of Pallas kernels), of a compiled program for a TPU."""
+    bodies = dict(re.findall(r"^(?:ENTRY )?%?([\w.-]+) \(.*?\{$(.*?)^\}", hlo, re.MULTILINE | re.DOTALL))
+
+    def bundles(kernel: str) -> int:
+        """Of one program; a kernel that is called twice is compiled once."""
+        schedule = next(dump.glob(f"*{kernel}*-schedule-analysis_final_bundles.txt")).read_text()
+        return int(re.search(r"total scheduled bundles:\s+(\d+)", schedule)[1])
+
+    def walk(name: str) -> tuple[float, float]:
+        estimated, scheduled = 0.0, 0.0
+        for line in bodies[name].splitlines():
+            if " while(" in line:
+                condition, body = (re.search(rf"{part}=%?([\w.-]+)", line)[1] for part in ("condition", "body"))
+                turns = max(map(int, re.findall(r"constant\((\d+)\)", bodies[condition])))
+                inner = walk(body)
+                estimated, scheduled = estimated + turns * inner[0], scheduled + turns * inner[1]
+            elif 'custom_call_target="tpu_custom_call"' in line:
+                call = re.match(r"\s+(?:ROOT )?%?(\S+) = ", line)[1]
+                kernel = max((kernel for kernel in programs if kernel in call), key=len)
+                scheduled += bundles(kernel) * programs[kernel]
+            elif found := re.search(r'estimated_cycles":"(\d+)"', line):
+                estimated += int(found[1])
+        return estimated, scheduled
+
+    return walk(re.search(r"^ENTRY %?([\w.-]+)", hlo, re.MULTILINE)[1])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chip", default="v6e:2x2", help="a TPU slice, of which one chip counts, h100, or here")
     parser.add_argument("--clips", type=int, default=4)
     parser.add_argument("--blocks", nargs="+", choices=BLOCKS, default=BLOCKS)
     parser.add_argument("--remat", nargs="+", choices=REMAT, default=REMAT)
-    parser.add_argument("--kernels", nargs="+", choices=["auto", "xla"], default=["auto"], help="of a GPU: config.kernels")
+    parser.add_argument("--kernels", nargs="+", choices=["auto", "xla"], default=["auto"], help="config.kernels")
+    parser.add_argument("--effort", type=float, default=-1.0, help="of a TPU: XLA's exec_time_optimization_effort, -1 or 0")
     arguments = parser.parse_args()
     here, gpu = arguments.chip == "here", arguments.chip in ("h100", "here")
+    dump = pathlib.Path(tempfile.mkdtemp())
+    if estimates := not gpu and arguments.effort >= 0:
+        os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true " + os.environ.get("LIBTPU_INIT_ARGS", "")
     device = jax.devices()[0] if here else h100() if gpu else tpu_devices(arguments.chip)[0]
-    columns = [*["ms"] * here, "elementwise, GiB"] if gpu else ["optimal, ms", "TFLOP"]
+    columns = [*["ms"] * here, "elementwise, GiB"] if gpu else ["XLA's, Mcycles", "kernels'"] if estimates else ["optimal, ms", "TFLOP"]
     if not here:
-        set_effort(-1.0)
+        set_effort(-1.0 if gpu else arguments.effort)
     print(f"{arguments.clips} clips on one {device.device_kind}, bfloat16, jax {jax.__version__}")
     print(f"| block | remat | kernels | {' | '.join(columns)} | accessed, GiB | temporaries, GiB | compile, s |")
     print("|---|---|---|---|---|---|---|" + "---|" * (len(columns) - 1), flush=True)
     for name, remat, kernels in itertools.product(arguments.blocks, arguments.remat, arguments.kernels):
         began = time.perf_counter()
-        lowered, shapes = lower(name, arguments.clips, remat, device, kernels)
-        compiled = lowered.compile()
+        for path in dump.iterdir():  # tens of thousands, of the row before
+            path.unlink()
+        traced, shapes = trace(name, arguments.clips, remat, device, kernels)
+        compiled = traced.lower().compile()
         compilation = time.perf_counter() - began
         temporaries = compiled.memory_analysis().temp_size_in_bytes / 2**30
         if gpu:
             total, elementwise = (size / 2**30 for size in accessed(compiled.as_text()))
             numbers = *([milliseconds(compiled, shapes)] if here else []), elementwise, total, temporaries
+        elif estimates:
+            found = cycles(compiled.as_text(), dump, programs(traced.jaxpr.jaxpr))
+            numbers = *(count / 1e6 for count in found), compiled.cost_analysis()["bytes accessed"] / 2**30, temporaries
         else:
             cost = compiled.cost_analysis()
             numbers = cost["optimal_seconds"] * 1e3, cost["flops"] / 1e12, cost["bytes accessed"] / 2**30, temporaries
         row = " | ".join(f"{number:.2f}" for number in numbers)
         print(f"| {name} | {remat} | {kernels} | {row} | {compilation:.0f} |", flush=True)
+    shutil.rmtree(dump)
 
 
 if __name__ == "__main__":

@@ -108,7 +108,8 @@ def _along_frames(heads: int, *qkv_BTPC: Array) -> Array:
 def _sequences_of_a_device(sequences: int) -> tuple[tuple[str, ...], int]:
     """(the mesh axes that this many sequences are split over, or none where they do not divide; how many a device then has)"""
     mesh = jax.sharding.get_abstract_mesh()
-    rows = () if mesh.empty else tuple(name for name in ("data", "fsdp", "context") if mesh.shape[name] > 1)
+    # Also axes of one device: gradients would be added up over those that shard_map is not told of.
+    rows = () if mesh.empty else ("data", "fsdp", "context")
     devices = math.prod(mesh.shape[name] for name in rows)
     return ((), sequences) if sequences % devices else (rows, sequences // devices)
 
