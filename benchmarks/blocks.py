@@ -152,7 +152,7 @@ def programs(jaxpr: core.Jaxpr) -> dict[str, int]:
 
 def cycles(hlo: str, dump: pathlib.Path, programs: dict[str, int]) -> tuple[float, float]:
     """(what XLA estimates for its operations, of loops all turns; the schedules of Pallas kernels), of a compiled program for a TPU."""
-    bodies = dict(re.findall(r"^(?:ENTRY )?%?([\w.-]+) \(.*?\{$(.*?)^\}", hlo, re.MULTILINE | re.DOTALL))
+    bodies = dict(re.findall(r"^(?:ENTRY )?%?([\w.-]+) \(.*?\{$(.*?)^\}$", hlo, re.MULTILINE | re.DOTALL))
 
     def bundles(kernel: str) -> int:
         """Of one program; a kernel that is called twice is compiled once."""

@@ -22,7 +22,6 @@ from motif_jax.models.placement import CLIPS, ampere, constrain, kernels_on, pla
 IMAGE_TOKENS = 16  # per frame, from DynamiCrafter's resampler
 BLOCKWISE_FROM = 2**22  # query-key pairs of one head: 2560 pixels (a 320x512 frame) are beyond it, 1280 are not
 QUERY_BLOCK = 512
-SPLASH_FROM = 512  # queries and keys
 
 
 def attention(
@@ -34,10 +33,10 @@ def attention(
 ) -> Float[Array, "N L H K"]:
     """softmax(q k^T / sqrt(K)) v per head, softmax in float32; `causal` hides the keys after a query.
 
-    implementation: "reference" is written out here; "xla" and "cudnn" are those of `jax.nn.dot_product_attention` (an `Attention` with
-    "cudnn" takes `models.packed` among few tokens); "splash" is TPU's kernel of that name where both sequences are long, else "xla" (an
-    `Attention` with "splash" takes `models.along_frames` along time); "auto" takes cudnn on an NVIDIA GPU (`placement.ampere`) and splash
-    on a TPU, both for half precision and head widths that they are good at, reference on CPU, xla elsewhere.
+    implementation: "reference" is written out here; "xla" and "cudnn" are those of `jax.nn.dot_product_attention`; "splash" is TPU's kernel
+    of that name among long sequences, else "xla"; among few tokens, an `Attention` with "cudnn" takes `models.packed`, and along time one
+    with "splash" `models.along_frames`. "auto" takes cudnn on an NVIDIA GPU (`placement.ampere`) for half precision and head widths that
+    cuDNN supports, splash on a TPU for half precision, reference on CPU, xla elsewhere.
     Where L * S is large, "reference" and "xla" take the queries in blocks and recompute each block's weights in the backward
     pass, so that memory does not grow with L * S. Raises ValueError for a name it does not know, or a kernel of another platform.
     """
@@ -48,10 +47,9 @@ def attention(
     if implementation == "splash":
         if platform() != "tpu":
             raise ValueError(f"attention='splash' is a TPU kernel and this is {platform()}; use 'auto'")
-        # Short sequences (frames, words) do not fill its blocks.
-        implementation = "splash" if min(q_NLHK.shape[1], k_NSHK.shape[1]) >= SPLASH_FROM and not causal else "xla"
-    if implementation == "splash":
-        return _on_each_device(splash.attend, q_NLHK, k_NSHK, v_NSHK)
+        if not causal and splash.fits(q_NLHK.shape, k_NSHK.shape, q_NLHK.dtype) and (attend := _splash_on_each_device(q_NLHK.shape)):
+            return attend(q_NLHK, k_NSHK, v_NSHK)
+        implementation = "xla"
     if implementation not in ("reference", "xla"):
         raise ValueError(f"attention={implementation!r}: must be one of 'auto', 'reference', 'xla', 'cudnn', 'splash'")
     old = platform() == "gpu" and not ampere()  # without the products in bfloat16 that "xla" asks for
@@ -92,6 +90,29 @@ def _on_each_device(attend: Callable, *arrays: Array) -> Array:
     return jax.shard_map(attend, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(rows or None, None, heads), check_vma=False)(*arrays)
 
 
+def _axes(n: int, *names: str) -> tuple[str, ...] | None:
+    """These axes of the mesh, if n entries divide among them."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if n % math.prod(mesh.shape[name] for name in names) else names
+
+
+def _splash_on_each_device(shape: tuple[int, ...]) -> Callable | None:
+    """`splash.attend` for queries of this shape, on each device's sequences and heads.
+
+    Of sequences that do not divide among all devices, `context` splits the queries; None where that does not work either.
+    """
+    mesh, (N, L, H, _) = jax.sharding.get_abstract_mesh(), shape
+    if mesh.empty:
+        return splash.attend
+    rows, queries = _axes(N, *CLIPS, "context"), None
+    if rows is None:
+        rows, queries = _axes(N, *CLIPS), _axes(L, "context")
+        if rows is None or queries is None:
+            return None
+    q, kv = (PartitionSpec(rows, along, _axes(H, "tensor")) for along in (queries, None))
+    return jax.shard_map(splash.attend, mesh=mesh, in_specs=(q, kv, kv), out_specs=q, check_vma=False)
+
+
 def _along_frames(heads: int, *qkv_BTPC: Array) -> Array:
     """`along_frames.attend` on each device's clips, pixels and heads; what does not divide is replicated."""
     B, _, P, C = qkv_BTPC[0].shape
@@ -99,9 +120,7 @@ def _along_frames(heads: int, *qkv_BTPC: Array) -> Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return attend(*qkv_BTPC)
-    clips = CLIPS if B % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0 else None
-    context, tensor = (name if n % mesh.shape[name] == 0 else None for name, n in (("context", P), ("tensor", heads)))
-    spec = PartitionSpec(clips, None, context, tensor)
+    spec = PartitionSpec(_axes(B, *CLIPS), None, _axes(P, "context"), _axes(heads, "tensor"))
     return jax.shard_map(attend, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)(*qkv_BTPC)
 
 
@@ -195,7 +214,7 @@ _heads_first.defvjp(_attend, _attend_backward)
 def _choose(width: int, dtype: Any) -> str:
     if ampere() and jnp.dtype(dtype).itemsize == 2 and width % 8 == 0 and width <= 128:
         return "cudnn"
-    if kernels_on(dtype, "tpu") and width <= 128:
+    if kernels_on(dtype, "tpu"):
         return "splash"
     return "reference" if platform() == "cpu" else "xla"
 

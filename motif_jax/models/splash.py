@@ -1,5 +1,7 @@
 """TPU's splash attention (blockwise softmax in on-chip memory) with the interface of `models.attention`: no weights are stored."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -7,7 +9,13 @@ from jaxtyping import Array, Float
 from motif_jax.models.placement import interpreted
 
 LANES = 128
+SHORTEST, WIDEST = 512, 256  # queries and keys; bytes of a head
 QUERIES, KEYS, AT_ONCE = 640, 2560, 640  # of one program, and keys in one product, at most: what fits into a v5e's on-chip memory
+
+
+def fits(q_shape: tuple[int, ...], k_shape: tuple[int, ...], dtype: Any) -> bool:
+    """Whether `attend` takes such queries and keys: long sequences, which fill its tiles, and narrow heads, which leave room for them."""
+    return min(q_shape[1], k_shape[1]) >= SHORTEST and q_shape[3] * jnp.dtype(dtype).itemsize <= WIDEST
 
 
 def attend(q_NLHK: Float[Array, "N L H K"], k_NSHK: Float[Array, "N S H K"], v_NSHK: Float[Array, "N S H K"]) -> Float[Array, "N L H K"]:

@@ -118,6 +118,23 @@ assert not re.findall(MOVES, program.as_text())
 found, wanted = program(*jax.device_put((q, k, v), lies)), (along(None, q, k, v), along_slopes(None, q, k, v))
 for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
     np.testing.assert_allclose(np.float32(a), np.float32(b), rtol=1e-2, atol=1e-2)  # bfloat16, sums in another order
+
+# Its spatial attention, of one sequence per clip: the queries are split over `context`.
+lies = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), "context", "tensor"))
+q, k, v, weight = (jnp.asarray(rng.normal(size=(2, 1024, 2, 8)), jnp.float32) for _ in range(4))
+
+def long(mesh, *qkv):
+    with use_mesh(mesh), target_platform("tpu", interpret=True):
+        return attention.attention(*qkv, "splash" if mesh else "xla")
+
+def long_slopes(mesh, *qkv):
+    return jax.grad(lambda *qkv: jnp.sum(long(mesh, *qkv) * weight), (0, 1, 2))(*qkv)
+
+program = jax.jit(lambda *qkv: (long(mesh, *qkv), long_slopes(mesh, *qkv)), in_shardings=lies)
+assert str(program.trace(q, k, v).jaxpr).count("splash_mha") >= 2
+found, wanted = program(*jax.device_put((q, k, v), lies)), (long(None, q, k, v), long_slopes(None, q, k, v))
+for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(b).max()))  # sums in another order
 print("fine")
 """
 

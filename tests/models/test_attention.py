@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from motif_jax.models import attention as module
 from motif_jax.models import placement
@@ -138,14 +139,38 @@ def test_the_choice_of_kernel():
             choices[where] = [module._choose(width, dtype) for width, dtype in heads]
         with placement.target_platform(where), placement.use_kernels(False):  # --config.kernels=xla
             assert (module._choose(64, jnp.bfloat16) == "cudnn") == (where == "gpu") and module._choose(64, jnp.bfloat16) != "splash"
-    assert choices == {"cpu": ["reference"] * 3, "tpu": ["splash", "xla", "xla"], "gpu": ["cudnn", "xla", "xla"]}
+    assert choices == {"cpu": ["reference"] * 3, "tpu": ["splash", "xla", "splash"], "gpu": ["cudnn", "xla", "xla"]}
 
 
-@pytest.mark.parametrize(("length", "causal", "taken"), [(512, False, True), (511, False, False), (512, True, False)])
-def test_splash_is_for_long_sequences_of_which_nothing_is_hidden(length, causal, taken):
-    x = jax.ShapeDtypeStruct((1, length, 1, 64), jnp.bfloat16)
+@pytest.mark.parametrize(
+    ("length", "width", "dtype", "causal", "taken"),
+    [
+        (512, 64, jnp.bfloat16, False, True),
+        (511, 64, jnp.bfloat16, False, False),
+        (512, 64, jnp.bfloat16, True, False),
+        (512, 64, jnp.float32, False, True),
+        (512, 128, jnp.float32, False, False),  # does not leave room
+        (512, 512, jnp.bfloat16, False, False),
+    ],
+)
+def test_splash_is_for_long_sequences_of_which_nothing_is_hidden(length, width, dtype, causal, taken):
+    x = jax.ShapeDtypeStruct((1, length, 1, width), dtype)
     with placement.target_platform("tpu"):
         assert ("pallas_call" in str(jax.make_jaxpr(lambda x: attention(x, x, x, "splash", causal))(x))) == taken
+
+
+@pytest.mark.parametrize(
+    ("sequences", "length", "rows", "queries"),
+    [(8, 512, ("data", "fsdp", "context"), None), (4, 512, ("data", "fsdp"), "context"), (4, 513, None, None), (3, 512, None, None)],
+)
+def test_splash_on_a_mesh(sequences, length, rows, queries):
+    """By sequences; a clip's only one by queries; else XLA finds its way."""
+    x = jax.ShapeDtypeStruct((sequences, length, 2, 64), jnp.bfloat16)
+    mesh = jax.sharding.AbstractMesh((2, 2, 2, 1), ("data", "fsdp", "context", "tensor"))
+    with placement.target_platform("tpu"), jax.sharding.use_abstract_mesh(mesh):
+        jaxpr = jax.make_jaxpr(lambda x: attention(x, x, x, "splash"))(x)
+    mapped = [equation.params["in_specs"][-3:] for equation in jaxpr.eqns if equation.primitive.name == "shard_map"]
+    assert mapped == ([(PartitionSpec(rows, queries, "tensor"), *[PartitionSpec(rows, None, "tensor")] * 2)] if rows else [])
 
 
 @pytest.mark.parametrize(("capability", "new"), [("7.5", False), ("gfx942", False), ("8.0", True), ("12.0", True)])
