@@ -276,7 +276,9 @@ class Config:
     )
     attention: str = _f("auto", "attention kernel", choices=("auto", "reference", "xla", "cudnn", "splash"))
     kernels: str = _f(
-        "auto", "norms, gates, few tokens' attention on a GPU: auto has Triton kernels for half precision", choices=("auto", "xla")
+        "auto",
+        "auto has its own for half precision: a GPU's norms, gates and few tokens' attention, a TPU's attention",
+        choices=("auto", "xla"),
     )
     finetune: str = _f("all", "which of the denoiser's parameters are trained", choices=("all", "temporal", "input", "lora"))
     lora_rank: int = _f(16, "finetune='lora': rank of the updates of the attention projections", low=1)

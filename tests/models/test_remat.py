@@ -19,7 +19,7 @@ from jax.ad_checkpoint import print_saved_residuals
 from motif_jax.models.layers import Initializer, recompute
 from motif_jax.models.networks import Networks
 from motif_jax.models.placement import target_platform
-from motif_jax.models.transformer import TemporalTransformer
+from motif_jax.models.transformer import SpatialTransformer, TemporalTransformer
 from motif_jax.models.unet3d import ResBlock
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -86,13 +86,27 @@ def test_what_goes_into_convolutions_is_kept_on_a_gpu(tiny, platform, remat, cou
     assert text.getvalue().count("named 'conv_input'") == count
 
 
+def saved(platform: str, remat: str, block: nnx.Module, *args: jax.Array) -> str:
+    """What `block` keeps for its backward pass."""
+    graph, state = nnx.split(block)
+    text = io.StringIO()
+    with target_platform(platform), contextlib.redirect_stdout(text):
+        print_saved_residuals(recompute(lambda state: nnx.merge(graph, state)(*args).sum(), remat), state)
+    return text.getvalue()
+
+
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
 @pytest.mark.parametrize("remat, count", [("dots", 2), ("convs", 0)])
-def test_the_kernel_of_attention_over_frames_runs_once(remat, count):
+def test_the_kernel_of_attention_over_frames_runs_once(platform, remat, count):
     """Of a temporal transformer's kernels the results of its two attentions are kept; those of its norms would be as many again."""
     options = {"conv_projections": False, "init": Initializer(nnx.Rngs(0)), "dtype": jnp.bfloat16, "implementation": "auto"}
-    graph, state = nnx.split(TemporalTransformer(32, 2, 16, 1, 8, **options))
-    x = jnp.ones((1, 16, 2, 2, 32))
-    text = io.StringIO()
-    with target_platform("gpu"), contextlib.redirect_stdout(text):
-        print_saved_residuals(recompute(lambda state: nnx.merge(graph, state)(x).sum(), remat), state)
-    assert text.getvalue().count("named 'attention'") == count and "output of pallas_call" not in text.getvalue(), text.getvalue()
+    text = saved(platform, remat, TemporalTransformer(32, 2, 16, 1, 8, **options), jnp.ones((1, 16, 2, 4, 32)))
+    assert text.count("named 'attention'") == count and "output of pallas_call" not in text, text
+
+
+@pytest.mark.parametrize("remat, count", [("dots", 2), ("convs", 0)])
+def test_splash_attention_runs_once(remat, count):
+    """Kept are its result and the logarithms of the weights' sums."""
+    options = {"image": False, "image_scale": False, "init": Initializer(nnx.Rngs(0)), "dtype": jnp.bfloat16, "implementation": "auto"}
+    text = saved("tpu", remat, SpatialTransformer(32, 16, 1, 8, 8, **options), jnp.ones((1, 2, 16, 32, 32)), jnp.ones((1, 7, 8)))
+    assert text.count("output of jitted function '_splash_attention'") == count and "output of pallas_call" not in text, text
