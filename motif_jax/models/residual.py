@@ -18,7 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from motif_jax.models.layers import Conv, Dense, LayerNorm
-from motif_jax.models.placement import interpreted, kernel_rows, on_each_device
+from motif_jax.models.placement import Axis, constrain, interpreted, kernel_rows, on_each_device
 
 ELEMENTS = 4096  # tokens times channels that a program has in registers at a time, at most
 TURNS = 16  # at most; a program of the backward pass takes them to add up over tokens in registers
@@ -31,14 +31,22 @@ class Residual:
 
     rows: the mesh axes that its sequences lie over, for the kernels; None: no kernels; "auto": what `placement.kernel_rows` says.
     Without a GPU the kernels run in Pallas' interpreter, very slowly.
+    axes: without kernels, the mesh axes that each axis of the sum, which may then have more, is to be split over (`placement.constrain`).
     """
 
-    def __init__(self, layer: Dense | Conv, x: Float[Array, "N L I"], rows: tuple[str, ...] | str | None = "auto"):
+    def __init__(
+        self,
+        layer: Dense | Conv,
+        x: Float[Array, "N L I"],
+        rows: tuple[str, ...] | str | None = "auto",
+        axes: tuple[Axis, ...] | None = None,
+    ):
         self.shape = (*x.shape[:-1], layer.kernel.shape[-1])
+        self.axes = axes
         self.rows = rows if rows != "auto" else kernel_rows(self.shape[0], layer.dtype) if fits(self.shape) else None
         self.total, self.before = None, ()  # what the kernels have added up, and its parts
         if self.rows is None:
-            self.total = layer(x).astype(jnp.float32)
+            self.total = self._placed(layer(x).astype(jnp.float32))
         else:
             self.newest = layer.without_bias(x), layer.bias[...]
 
@@ -49,8 +57,8 @@ class Residual:
         """
         lead = lead or self.shape[:-1]
         if self.rows is None:
-            y = layer(norm(self.total).reshape(*lead, -1), *args)
-            self.total = self.total + y.reshape(self.shape).astype(jnp.float32)
+            y = layer(self._placed(norm(self.total)).reshape(*lead, -1), *args)
+            self.total = self._placed(self.total + y.reshape(self.shape).astype(jnp.float32))
             return
         kernels = tuple(layer.kernels((*lead, self.shape[-1]), *args))
         norm_parameters = norm.scale[...], norm.bias[...]
@@ -59,6 +67,9 @@ class Residual:
         self.before = (*self.before, jax.lax.stop_gradient(self.newest))
         y = layer.from_products([x.reshape(*lead, *x.shape[2:]) for x in products], *args)
         self.newest = y.reshape(self.shape), layer.bias[...]
+
+    def _placed(self, x: Array) -> Array:
+        return x if self.axes is None else constrain(x, *self.axes)
 
     @property
     def sum(self) -> Float[Array, "N L C"]:

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 from motif_jax.models import gated
 from motif_jax.models.attention import IMAGE_TOKENS, Attention
 from motif_jax.models.group_norm import normalised
-from motif_jax.models.layers import Conv, Dense, Dropout, GroupNorm, Initializer, LayerNorm, apply, gathered, gelu
+from motif_jax.models.layers import Conv, Dense, Dropout, GroupNorm, Initializer, LayerNorm, apply, gathered, gelu, product
 from motif_jax.models.placement import CLIPS, constrain, kernel_rows
 from motif_jax.models.residual import Residual
 
@@ -23,10 +23,10 @@ class Geglu(nnx.Module):
     def __call__(self, x: Float[Array, "*n C"]) -> Float[Array, "*n I"]:
         # Two products, not one that is split: the backward pass need not join the halves of a very wide activation.
         kernel, bias = gathered(self.proj.kernel, self.proj.dtype), self.proj.bias[...].astype(self.proj.dtype)
-        inner, flat = kernel.shape[-1] // 2, x.reshape(-1, x.shape[-1])
-        value = flat @ kernel[:, :inner] + bias[:inner]
-        gate = flat @ kernel[:, inner:] + bias[inner:]
-        return (value * gelu(gate)).reshape(*x.shape[:-1], inner)
+        inner = kernel.shape[-1] // 2
+        value = product(x, kernel[:, :inner]) + bias[:inner]
+        gate = product(x, kernel[:, inner:]) + bias[inner:]
+        return value * gelu(gate)
 
 
 class FeedForward(nnx.Module):
@@ -170,14 +170,15 @@ class TemporalTransformer(nnx.Module):
         y, x_BThwC = normalised([self.norm], x_BThwC, by_pixel=not as_it_lies)
         # Over `context` the pixels are split here, no longer the frames: every device sees whole trajectories.
         if as_it_lies:
-            y = constrain(y.reshape(B, T, h * w, C), CLIPS, None, "context")
+            # The sum is told so, too: it is near to activations whose frames are split, and XLA would split it now this way, now that.
+            axes = CLIPS, None, "context"
+            total = Residual(self.proj_in, constrain(y.reshape(B, T, h * w, C), *axes), axes=axes)
         else:
-            y = constrain(y, CLIPS, "context").reshape(B * h * w, T, C)
-        total = Residual(self.proj_in, y)
+            total = Residual(self.proj_in, constrain(y, CLIPS, "context").reshape(B * h * w, T, C))
         for block in self.transformer_blocks:
             total.add(block.attn1, block.norm1)
             total.add(block.attn2, block.norm2)
             total.add(block.ff, block.norm3)
         y = self.proj_out(total.sum)
-        y = y if as_it_lies else y.reshape(B, h * w, T, C).swapaxes(1, 2)
+        y = constrain(y, *axes) if as_it_lies else y.reshape(B, h * w, T, C).swapaxes(1, 2)
         return y.reshape(x_BThwC.shape) + x_BThwC
