@@ -172,7 +172,8 @@ class TemporalTransformer(nnx.Module):
         if as_it_lies:
             # The sum is told so, too: it is near to activations whose frames are split, and XLA would split it now this way, now that.
             axes = CLIPS, None, "context"
-            total = Residual(self.proj_in, constrain(y.reshape(B, T, h * w, C), *axes), axes=axes)
+            y = constrain(y.reshape(B, T, h * w, C), CLIPS, "context")
+            total = Residual(self.proj_in, constrain(y, *axes), axes=axes)
         else:
             total = Residual(self.proj_in, constrain(y, CLIPS, "context").reshape(B * h * w, T, C))
         for block in self.transformer_blocks:
@@ -180,5 +181,5 @@ class TemporalTransformer(nnx.Module):
             total.add(block.attn2, block.norm2)
             total.add(block.ff, block.norm3)
         y = self.proj_out(total.sum)
-        y = constrain(y, *axes) if as_it_lies else y.reshape(B, h * w, T, C).swapaxes(1, 2)
+        y = constrain(constrain(y, *axes), CLIPS, "context") if as_it_lies else y.reshape(B, h * w, T, C).swapaxes(1, 2)
         return y.reshape(x_BThwC.shape) + x_BThwC
