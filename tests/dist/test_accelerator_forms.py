@@ -138,7 +138,7 @@ for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
 
 # Between them a whole temporal transformer stays split by pixels, also where it is recomputed: of three passes each comes and goes once.
 mesh = make_mesh(MeshConfig(data=2, fsdp=2, context=2, tensor=1))
-graph, state = nnx.split(TemporalTransformer(32, 2, 16, 1, 8, conv_projections=False, **kwargs))
+graph, state = nnx.split(TemporalTransformer(32, 2, 16, 1, 8, conv_projections=False, implementation="auto", **kwargs))
 lies = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), "context"))
 x, weight = (jnp.asarray(rng.normal(size=(4, 4, 4, 4, 32)), jnp.float32) for _ in range(2))
 
