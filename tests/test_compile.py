@@ -125,6 +125,7 @@ def test_a_report_by_hand():
         program_bytes=gib // 2,
         model_flops=197 * 10**12,
         matmul_flops=8 * 10**12,
+        kernel_flops=0,
         xla_flops=1e12,
         bytes_accessed=1e9,
         optimal_seconds=0.25,
@@ -137,6 +138,11 @@ def test_a_report_by_hand():
     for text in ("8.00 GiB of 16.00 GiB, 50 %", "0.5 s a step by XLA's estimate", "(loops: x 2.00)", "50.0 % of 197 TFLOP/s"):
         assert text in str(report)
     assert dataclasses.replace(report, matmul_flops=10**9).loops == 1.0  # XLA counts elementwise work too
+    # Kernels are no loops: a quarter of a chip's second of products comes on top.
+    with_kernels = dataclasses.replace(report, matmul_flops=8 * 10**12 + 197 * 10**12, kernel_flops=197 * 10**12)
+    assert (with_kernels.loops, with_kernels.step_seconds) == (2.0, 0.75)
+    assert "of these 197.0 TFLOP in Pallas kernels" in str(with_kernels) and "Pallas" not in str(report)
+    assert dataclasses.replace(with_kernels, peak_tflops=None).step_seconds is None
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed")

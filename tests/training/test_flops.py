@@ -3,9 +3,11 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import PartitionSpec
 
+from motif_jax.models import along_frames
 from motif_jax.models.placement import target_platform
-from motif_jax.training.flops import matmul_flops, peak_tflops, training_flops
+from motif_jax.training.flops import jaxpr_flops, matmul_flops, peak_tflops, training_flops
 
 
 def test_products_convolutions_and_loops():
@@ -76,3 +78,23 @@ def test_the_platform_s_kernels_do_not_matter(tiny, platform):
     expected = training_flops(config)
     with target_platform(platform):
         assert training_flops(config) == expected
+
+
+def test_in_kernels(monkeypatch):
+    """Every program of a kernel counts, on every device: two heads, products of 8 x 16 pixels' frames with each other and the values."""
+    x = jax.ShapeDtypeStruct((4, 16, 32, 16), jnp.bfloat16)
+    expected = 4 * 4 * 2 * 2 * (2 * 128 * 128 * 8)
+
+    def attend(q, m):
+        return along_frames.attend(8, q, q, q), m @ m
+
+    square = jax.ShapeDtypeStruct((4, 4), jnp.float32)
+    for elements in (1, 2**18):  # programs of 8 and of 32 pixels
+        monkeypatch.setattr(along_frames, "ELEMENTS", elements)
+        jaxpr = jax.make_jaxpr(attend)(x, square).jaxpr
+        assert jaxpr_flops(jaxpr, in_kernels=True) == expected and jaxpr_flops(jaxpr) == expected + 2 * 64
+    mesh = jax.sharding.AbstractMesh((2, 2), ("data", "context"))
+    spec = PartitionSpec("data", None, "context")
+    with jax.sharding.use_abstract_mesh(mesh):
+        split = jax.shard_map(lambda q: along_frames.attend(8, q, q, q), mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+        assert matmul_flops(split, x) == expected
