@@ -44,9 +44,9 @@ class Chip(NamedTuple):
 
 
 CHIPS = {
-    "v5e": Chip(197, 15.75, 100, 0.32),
-    "v5p": Chip(459, 95.74, 300, 0.38),
-    "v6e": Chip(918, 31.25, 200, 0.18),
+    "v5e": Chip(197, 15.75, 100, 0.45),
+    "v5p": Chip(459, 95.74, 300, 0.53),
+    "v6e": Chip(918, 31.25, 200, 0.29),
     "H100": Chip(989, 71.6, 450, 0.34),
     "H200": Chip(989, 126, 450, 0.34),
 }
@@ -63,8 +63,8 @@ MESHES = {
 GATHERS = 1  # of all kernels in a step, in bfloat16; the backward pass uses them again
 STATE = 20  # bytes of a parameter: itself, two moments, average and gradient, all float32
 # GiB beside state and kept activations, gathered kernels and the block in work: through two compiled steps (docs/compile.md), v5e:8x8 with
-# one clip on a chip, 8.5 GiB in all, and v5p:2x2x4 with four, 24.2.
-WORK, WORK_PER_CLIP = 3.27, 1.60
+# one clip on a chip, 7.9 GiB in all, and v5p:2x2x4 with four, 21.8.
+WORK, WORK_PER_CLIP = 3.30, 0.98
 
 
 def changed(config: Config, **values) -> Config:
