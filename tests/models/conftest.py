@@ -115,3 +115,18 @@ def _tensor(prefix: str, name: str, shape: tuple[int, ...]) -> np.ndarray:
 def difference():
     """Relative L2 distance of two arrays."""
     return lambda ours, theirs: float(np.linalg.norm(np.asarray(ours, np.float64) - theirs) / np.linalg.norm(theirs))
+
+
+@pytest.fixture(scope="session")
+def with_gradients():
+    """Of a kernel for attention and q, k, v: [its result, their gradients]."""
+
+    def run(attend, *x):
+        def loss(*x):
+            out = attend(*x)
+            return jnp.sum(jnp.sin(out.astype(jnp.float32))), out
+
+        gradients, out = jax.grad(loss, (0, 1, 2), has_aux=True)(*x)
+        return [out, *gradients]
+
+    return run

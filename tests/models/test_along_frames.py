@@ -26,17 +26,8 @@ def by_hand(width: int, *x):
     return attention(q, k, v, "reference").reshape(B, P, T, C).swapaxes(1, 2)
 
 
-def with_gradients(attend, *x):
-    def loss(*x):
-        out = attend(*x)
-        return jnp.sum(jnp.sin(out.astype(jnp.float32))), out
-
-    gradients, out = jax.grad(loss, (0, 1, 2), has_aux=True)(*x)
-    return [out, *gradients]
-
-
 @pytest.mark.parametrize("B, T, P, H, K", [(2, 16, 16, 3, 16), (1, 2, 24, 1, 8), (1, 25, 8, 2, 32)])
-def test_equal_to_the_reference(monkeypatch, B, T, P, H, K):
+def test_equal_to_the_reference(with_gradients, monkeypatch, B, T, P, H, K):
     """Float32: only the order of sums differs. Clips, several programs, in each several products and heads, any number of frames."""
     assert along_frames.fits(T, P)
     x = inputs(B, T, P, H, K)
@@ -47,7 +38,7 @@ def test_equal_to_the_reference(monkeypatch, B, T, P, H, K):
             np.testing.assert_allclose(a, b, atol=3e-6)
 
 
-def test_bfloat16():
+def test_bfloat16(with_gradients):
     x = inputs(1, 16, 16, 2, 64)
     wanted = with_gradients(lambda *x: by_hand(64, *x), *x)
     found = with_gradients(lambda *x: along_frames.attend(64, *x), *(jnp.asarray(a, jnp.bfloat16) for a in x))

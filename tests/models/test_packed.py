@@ -22,17 +22,8 @@ def joint(q, k, v):
     return packed.attend(jnp.stack([q, k, v], 2))
 
 
-def with_gradients(attend, *x):
-    def loss(*x):
-        out = attend(*x)
-        return jnp.sum(jnp.sin(out.astype(jnp.float32))), out
-
-    gradients, out = jax.grad(loss, (0, 1, 2), has_aux=True)(*x)
-    return [out, *gradients]
-
-
 @pytest.mark.parametrize("N, L", [(8, 16), (16, 8), (4, 32), (96, 2)])
-def test_equal_to_the_reference(N, L):
+def test_equal_to_the_reference(with_gradients, N, L):
     """Float32, several programs and heads: only the order of sums differs."""
     x = inputs(N, L)
     assert packed.fits(N, L, 16)
@@ -40,7 +31,7 @@ def test_equal_to_the_reference(N, L):
         np.testing.assert_allclose(found, wanted, atol=2e-6)
 
 
-def test_bfloat16():
+def test_bfloat16(with_gradients):
     x = inputs(8, 16, K=64)
     wanted = with_gradients(lambda *x: attention(*x, "reference"), *x)
     for found, exact in zip(with_gradients(joint, *(jnp.asarray(a, jnp.bfloat16) for a in x)), wanted, strict=True):
