@@ -19,7 +19,6 @@ import math
 import os
 import pathlib
 import re
-import shutil
 import tempfile
 import time
 
@@ -188,7 +187,8 @@ def main() -> None:
     parser.add_argument("--effort", type=float, default=-1.0, help="of a TPU: XLA's exec_time_optimization_effort, -1 or 0")
     arguments = parser.parse_args()
     here, gpu = arguments.chip == "here", arguments.chip in ("h100", "here")
-    dump = pathlib.Path(tempfile.mkdtemp())
+    scratch = tempfile.TemporaryDirectory()  # goes with the process
+    dump = pathlib.Path(scratch.name)
     if estimates := not gpu and arguments.effort >= 0:
         os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true " + os.environ.get("LIBTPU_INIT_ARGS", "")
     device = jax.devices()[0] if here else h100() if gpu else tpu_devices(arguments.chip)[0]
@@ -217,7 +217,6 @@ def main() -> None:
             numbers = cost["optimal_seconds"] * 1e3, cost["flops"] / 1e12, cost["bytes accessed"] / 2**30, temporaries
         row = " | ".join(f"{number:.2f}" for number in numbers)
         print(f"| {name} | {remat} | {kernels} | {row} | {compilation:.0f} |", flush=True)
-    shutil.rmtree(dump)
 
 
 if __name__ == "__main__":

@@ -194,7 +194,7 @@ def compiled(attend, *shape):
 
 for L, H, K in ((2560, 5, 64), (640, 10, 64), (5000, 1, 128), (640, 2, 40)):
     compiled(splash.attend, 1, L, H, K)
-for T, P, H, K in ((16, 2560, 5, 64), (16, 40, 20, 64), (32, 64, 5, 64), (25, 64, 2, 128), (3, 8, 3, 40)):
+for T, P, H, K in ((16, 2560, 5, 64), (16, 40, 20, 64), (32, 64, 20, 64), (25, 64, 2, 128), (3, 8, 3, 40)):
     compiled(functools.partial(along_frames.attend, K), 1, T, P, H * K)
 print("fine")
 """

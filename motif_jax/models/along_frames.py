@@ -2,6 +2,8 @@
 
 XLA would bring the frames of a pixel together first, pad 16 of them to 128, and write all weights to memory in layouts that it copies to
 and from. Here the frames of a few pixels are one product, in which pixels do not see each other, and nothing but the result is written.
+As in `models.packed`, a program holds all keys of its queries (Vaswani et al. 2017, equation 1), and the backward pass computes the weights
+again (Dao et al. 2022, appendix B).
 """
 
 import functools
@@ -17,7 +19,7 @@ from motif_jax.models.placement import interpreted
 
 PIXELS = 8  # of one product: a tile's rows
 FRAMES = 32  # at most: PIXELS * FRAMES is the size of a v6e's matrix unit
-ELEMENTS = 2**18  # of one array in a program, at most
+ELEMENTS = 2**18  # of one array in a program, unless PIXELS are more: seven of them, twice, fit into a v5e's on-chip memory
 
 
 def fits(T: int, P: int) -> bool:

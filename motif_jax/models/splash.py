@@ -1,4 +1,8 @@
-"""TPU's splash attention (blockwise softmax in on-chip memory) with the interface of `models.attention`: no weights are stored."""
+"""JAX's splash attention for TPUs with the interface of `models.attention`: no weights are stored.
+
+It computes the softmax by blocks of keys in on-chip memory (FlashAttention, Dao et al. 2022). Its time goes with its tiles, which are as
+long as fit: `benchmarks/blocks.py --effort=0` has the lengths of its schedules.
+"""
 
 from typing import Any
 

@@ -160,7 +160,7 @@ print("fine")
 
 
 def test_eight_devices():
-    """Each device works on its own part: nothing is sent."""
+    """Each device works on its own part: kernels send nothing, and a transformer along the frames no more than it must."""
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-c", EIGHT_DEVICES], env=environment, capture_output=True, text=True, timeout=120)
     assert done.stdout == "fine\n", done.stderr
