@@ -4,6 +4,7 @@
 evaluation mode) for `TINY`; layouts are the reference's, [B, C, T, H, W]. The weights are a function of their names.
 """
 
+import contextlib
 import pathlib
 import zlib
 
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.experimental.pallas import tpu
 
 from motif_jax.config import AutoencoderConfig, TextConfig, UNetConfig
 from motif_jax.interop import names
@@ -115,6 +117,14 @@ def _tensor(prefix: str, name: str, shape: tuple[int, ...]) -> np.ndarray:
 def difference():
     """Relative L2 distance of two arrays."""
     return lambda ours, theirs: float(np.linalg.norm(np.asarray(ours, np.float64) - theirs) / np.linalg.norm(theirs))
+
+
+@pytest.fixture
+def tpu_memory():
+    """A TPU's kernels run on one that JAX imitates, where this is none: what they read before it is written is NaN."""
+    imitated = tpu.InterpretParams(uninitialized_memory="nan")
+    with tpu.force_tpu_interpret_mode(imitated) if jax.default_backend() != "tpu" else contextlib.nullcontext():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,8 @@ from motif_jax.models.layers import Initializer
 from motif_jax.models.placement import target_platform, use_kernels
 from motif_jax.models.transformer import TemporalTransformer
 
+pytestmark = pytest.mark.usefixtures("tpu_memory")
+
 
 def inputs(B: int, T: int, P: int, H: int, K: int) -> list[np.ndarray]:
     rng = np.random.default_rng(T)

@@ -8,6 +8,8 @@ import pytest
 from motif_jax.models import splash
 from motif_jax.models.attention import attention
 
+pytestmark = pytest.mark.usefixtures("tpu_memory")
+
 
 @pytest.mark.parametrize("queries, keys, width", [(120, 150, 64), (1280, 3200, 8)])
 def test_equal_to_xla(queries, keys, width):
