@@ -12,14 +12,16 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import UInt8
+from PIL.Image import Image
 
 from motif_jax.config import Config, UserError
-from motif_jax.data.images import MediaError, cover, read_image
+from motif_jax.data.images import MediaError, cover, read_image, rgb
 from motif_jax.data.storage import Path, run_location
 from motif_jax.data.tokens import make_tokenizer
 from motif_jax.data.videos import save_video
 from motif_jax.dist.mesh import BATCH
-from motif_jax.generation import make_generator
+from motif_jax.generation import Sampler, make_generator, sample_latents
+from motif_jax.method import DEFAULT, Method
 from motif_jax.models.attention import check_kernel, missing_for
 from motif_jax.models.networks import Networks, Params
 from motif_jax.pairs import read_pairs
@@ -42,13 +44,14 @@ class Animator:
     directory: Path = pathlib.Path()  # of the run or import that it was loaded from
     step: int | None = None  # of the run
     weights: str = ""  # checksum of what was loaded
+    sampler: Sampler = sample_latents
 
     def __post_init__(self) -> None:
         place = None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
         self.params, self.frozen = jax.device_put((self.params, self.frozen), place)  # once, not for every batch
         self._tokenizer = make_tokenizer(self.config.text)
         self.frozen = self.networks.with_unconditional(self.frozen, self._tokenizer, place)
-        self._generate = make_generator(self.networks, self.mesh)
+        self._generate = make_generator(self.networks, self.mesh, self.sampler)
         self._round_trip = jax.jit(lambda params, clip: self.networks.decode(params, self.networks.encode(params, clip)))
 
     @classmethod
@@ -61,8 +64,14 @@ class Animator:
         guidance: float | None = None,
         frame_stride: int | None = None,
         mesh: Mesh | None = None,
+        method: Method = DEFAULT,
     ) -> "Animator":
-        """From a work directory or one of its checkpoints, by the config.json of that run unless a `config` is given. Raises UserError."""
+        """From a work directory (its newest checkpoint), a checkpoint, or an import's directory.
+
+        config: by default the config.json of the run; an import needs one. steps, guidance: in place of `config.sample`'s. frame_stride:
+        tells the model the frame rate 24 / frame_stride in place of `config.sample.fps`. method: the one that the run was trained with; of
+        it the denoiser and the sampler count. Raises UserError.
+        """
         directory = run_location(directory)
         if config is None:
             if not (weights.run_directory(directory) / "config.json").exists():
@@ -82,7 +91,7 @@ class Animator:
         if changed.get("steps", 1) > config.diffusion.num_timesteps:
             raise UserError(f"--steps={steps}: at most {config.diffusion.num_timesteps}, the timesteps of training")
         config = dataclasses.replace(config, sample=dataclasses.replace(config.sample, **changed))
-        networks = Networks.of(config)
+        networks = Networks.of(config, method.denoiser)
         for line in weights.other_objective(directory, config):
             print(line, flush=True)
         path = weights.checkpoint_of(directory)  # once: a run that goes on has another one soon
@@ -91,7 +100,8 @@ class Animator:
         params = weights.fit(loaded["denoiser"], networks.denoiser.shapes, str(directory))
         weights.check_untold(config, directory, "denoiser")
         fps = SOURCE_FPS / frame_stride if frame_stride else config.sample.fps
-        return cls(config, networks, params, frozen, fps, mesh, run, None if run == path else int(path.name), weights.source_checksum(path))
+        step = None if run == path else int(path.name)
+        return cls(config, networks, params, frozen, fps, mesh, run, step, weights.source_checksum(path), method.sampler)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -101,10 +111,17 @@ class Animator:
         sample = {name: value for name, value in dataclasses.asdict(c.sample).items() if name not in ("every", "count")}
         return {**model, "frames": c.data.frames, "height": c.data.height, "width": c.data.width, "fps_condition": self.fps, **sample}
 
-    def __call__(self, images: list[UInt8[np.ndarray, "H W 3"]], prompts: list[str], seeds: list[int]) -> UInt8[np.ndarray, "B T H W 3"]:
-        """Clips that start at `images` (any size: covered and centre-cropped) and move as `prompts` say."""
+    def __call__(
+        self, images: Sequence[UInt8[np.ndarray, "H W 3"] | Image], prompts: Sequence[str], seeds: Sequence[int]
+    ) -> UInt8[np.ndarray, "B T H W 3"]:
+        """Clips that start at `images` (Pillow's, or arrays; any size: covered and centre-cropped) and move as `prompts` say.
+
+        seeds: of each clip's noise. Raises ValueError for another number of prompts or seeds, and arrays that are not uint8 [H, W, 3].
+        """
         height, width = self.config.data.height, self.config.data.width
-        batch = np.stack([cover(image, height, width) for image in images])
+        if not len(images) == len(prompts) == len(seeds):
+            raise ValueError(f"{len(images)} images, {len(prompts)} prompts and {len(seeds)} seeds: each clip needs one of each")
+        batch = np.stack([cover(rgb(image), height, width) for image in images])
         fps = np.full(len(images), self.fps, np.float32)
         inputs = (batch, self._tokenizer(prompts), fps, np.asarray(seeds, np.int32))
         if self.mesh is not None:  # whose devices take as many each: the last clip makes the batch full

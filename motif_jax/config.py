@@ -6,6 +6,7 @@ that every entry point can answer --help at once.
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
 import runpy
@@ -341,6 +342,15 @@ def from_config_dict(given: Mapping[str, Any]) -> Config:
         several = f"the configuration has {len(errors)} mistakes:\n  " if len(errors) > 1 else ""
         raise ConfigError(several + "\n  ".join(errors))
     return config
+
+
+def override(config: Config, values: Mapping[str, Any]) -> Config:
+    """`config` with other values of fields named as on the command line, such as {"data.path": "DATA"}. Raises `ConfigError`."""
+    given = to_dict(config)
+    for name, value in values.items():
+        *groups, field = name.split(".")
+        functools.reduce(lambda group, key: group.setdefault(key, {}), groups, given)[field] = value
+    return from_config_dict(given)
 
 
 def to_dict(config: Any) -> dict[str, Any]:

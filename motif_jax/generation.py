@@ -5,26 +5,58 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
+from motif_jax.config import Config
 from motif_jax.diffusion import objective, samplers
 from motif_jax.diffusion.guidance import classifier_free
+from motif_jax.diffusion.schedule import Schedule
 from motif_jax.models.networks import Networks, Params, image_condition
 from motif_jax.models.placement import use_mesh
 from motif_jax.training.step import diffusion_schedule
 
+# (config, noise schedule, denoising function, pure noise, a random key of each clip) -> latents. The function takes the noisy latents and
+# their timesteps [B] and returns the network's output, guidance applied.
+Sampler = Callable[
+    [Config, Schedule, samplers.Denoise, Float[Array, "B T h w C"], PRNGKeyArray],
+    Float[Array, "B T h w C"],
+]
 
-def make_generator(networks: Networks, mesh: Mesh | None = None) -> Callable[..., Array]:
+
+def sample_latents(
+    config: Config,
+    schedule: Schedule,
+    denoise: samplers.Denoise,
+    x_BThwC: Float[Array, "B T h w C"],
+    keys_B: PRNGKeyArray,
+) -> Float[Array, "B T h w C"]:
+    """DDIM on trailing timesteps, or Euler steps on flow matching's path, as `config.sample` and `config.diffusion.prediction` say.
+
+    Fold-in number 0 of a key made the clip's pure noise `x`; number 1 makes the noise of all steps with eta > 0.
+    """
+    s, d = config.sample, config.diffusion
+    timesteps = samplers.ddim_timesteps(d.num_timesteps, s.steps, "trailing")
+    if d.prediction in objective.STRAIGHT:
+        return samplers.flow_euler(denoise, schedule, x_BThwC, timesteps, d.prediction)
+    noise, shape = None, (len(timesteps), *x_BThwC.shape[1:])
+    if s.eta > 0:
+        noise = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 1), shape), out_axes=1)(keys_B)
+    # The references' last step leaves a trace of noise in the latents; in pixels one would see it.
+    final = "exact" if config.autoencoder.kind == "pixel" else "reference"
+    return samplers.ddim(denoise, schedule, x_BThwC, timesteps, d.prediction, s.eta, final=final, noise=noise)
+
+
+def make_generator(networks: Networks, mesh: Mesh | None = None, sampler: Sampler = sample_latents) -> Callable[..., Array]:
     """A jitted function from images and tokens to clips, with `config.sample`'s steps and guidance.
 
     generate(params, frozen, images [B,H,W,3] uint8, tokens [B,L], fps [B], seeds [B]) -> [B,T,H,W,3] uint8.
     frozen: parameters by network, and "unconditional" (`Networks.with_unconditional`).
-    A clip depends on its own seed only, not on its neighbours in the batch. `mesh` says over which devices activations are laid out.
+    A clip depends on its own seed only, not on its neighbours in the batch. `mesh` says over which devices activations are laid out,
+    `sampler` how latents are made of noise.
     """
     config = networks.config
-    s, d = config.sample, config.diffusion
+    s = config.sample
     schedule = diffusion_schedule(config)
-    timesteps = samplers.ddim_timesteps(d.num_timesteps, s.steps, "trailing")
 
     @jax.jit
     @use_mesh(mesh)
@@ -64,15 +96,6 @@ def make_generator(networks: Networks, mesh: Mesh | None = None) -> Callable[...
         keys = jax.vmap(jax.random.key)(seeds_B)
         shape = (frames, *z_BhwC.shape[1:])
         x_T = jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, 0), shape))(keys)
-        if d.prediction in objective.STRAIGHT:
-            z_BThwC = samplers.flow_euler(denoise, schedule, x_T, timesteps, d.prediction)
-        else:
-            noise = None
-            if s.eta > 0:
-                noise = jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, 1), (len(timesteps), *shape)), out_axes=1)(keys)
-            # The references' last step leaves a trace of noise in the latents; in pixels one would see it.
-            final = "exact" if config.autoencoder.kind == "pixel" else "reference"
-            z_BThwC = samplers.ddim(denoise, schedule, x_T, timesteps, d.prediction, s.eta, final=final, noise=noise)
-        return networks.decode(frozen["autoencoder"], z_BThwC)
+        return networks.decode(frozen["autoencoder"], sampler(config, schedule, denoise, x_T, keys))
 
     return generate

@@ -8,6 +8,7 @@ from PIL import Image
 
 from motif_jax.animation import Animator, animate_list, animate_one, noise_seed
 from motif_jax.config import UserError
+from motif_jax.models.networks import Networks
 
 
 @pytest.fixture
@@ -126,6 +127,13 @@ def test_a_manifest_that_cannot_be_written(folder, tiny):
 def test_noise_depends_on_the_seed_and_the_id():
     """The numbers by which clips that were made can be made again: CRC-32 of "seed:id" (as gzip computes it), in 31 bits."""
     assert [noise_seed(0, "a"), noise_seed(0, "b"), noise_seed(1, "a")] == [1144435509, 1564467855, 1173674242]
+
+
+def test_every_clip_needs_an_image_a_prompt_and_a_seed(tiny):
+    networks = Networks.of(tiny())
+    animate = Animator(networks.config, networks, {}, networks.init_frozen(), 8.0)
+    with pytest.raises(ValueError, match="1 images, 2 prompts and 1 seeds"):
+        animate([Image.new("RGB", (16, 16))], ["a", "b"], [0])
 
 
 def test_a_kernel_of_other_machines_is_refused(tiny, tmp_path):

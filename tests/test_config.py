@@ -109,6 +109,15 @@ def test_motif_is_valid_and_survives_json(size):
     assert c.from_json(c.to_json(config)) == config
 
 
+def test_override():
+    config = c.load_config("configs/motif.py:tiny")
+    changed = c.override(config, {"data.path": "DATA", "steps": 3})
+    assert (changed.data.path, changed.steps) == ("DATA", 3)
+    assert c.override(changed, {"data.path": config.data.path, "steps": config.steps}) == config
+    with pytest.raises(c.ConfigError, match=r"(?s)sampler: no such field.*steps=-1: must be in.*data\.pth: no such field"):
+        c.override(config, {"data.pth": "DATA", "steps": -1, "sampler.steps": 3})
+
+
 def test_unknown_size():
     with pytest.raises(c.UserError, match="use paper, small or tiny"):
         c.load_config("configs/motif.py:huge")

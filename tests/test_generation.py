@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from motif_jax.data.tokens import make_tokenizer
-from motif_jax.generation import make_generator
+from motif_jax.generation import make_generator, sample_latents
 from motif_jax.models.networks import Networks
 
 FROZEN = {"autoencoder": {}, "text": {}}
@@ -18,7 +18,7 @@ SHAPE = (4, 4, 6, 48)  # of a clip's latents
 def make(tiny, monkeypatch):
     """A function from a formula of (x, t, context, fps, image) and settings to (networks, clips of two images and two sentences)."""
 
-    def of(formula, seeds=SEEDS, **overrides):
+    def of(formula, seeds=SEEDS, sampler=sample_latents, **overrides):
         monkeypatch.setattr(Networks, "denoise", lambda self, params, *given: formula(*given))
         config = tiny(data={"width": 24}, backbone="dit", dit={"width": 8, "depth": 1, "num_head_channels": 8}, **overrides)
         networks, tokenizer = Networks.of(config), make_tokenizer(config.text)
@@ -26,7 +26,7 @@ def make(tiny, monkeypatch):
         tokens, fps = tokenizer(["the red circle moves left", "a blue square"]), np.array([8, 24], np.float32)
         frozen = networks.with_unconditional(FROZEN, tokenizer)
         params = networks.denoiser.init(jax.random.key(0))
-        clips = make_generator(networks)(params, frozen, images, tokens, fps, seeds)
+        clips = make_generator(networks, sampler=sampler)(params, frozen, images, tokens, fps, seeds)
         sentences = [np.asarray(networks.embed({}, x), np.float64).sum((1, 2)) for x in (tokens, tokenizer(["", ""]))]
         return networks, np.asarray(clips).astype(int), images, sentences
 
@@ -81,3 +81,17 @@ def test_steps_and_fresh_noise(make, eta):
         latents.append(x)
     wanted = np.asarray(networks.decode({}, jnp.asarray(np.stack(latents), jnp.float32))).astype(int)
     assert np.abs(clips - wanted).max() <= 1 and wanted.std() > 5
+
+
+def test_another_sampler(make):
+    """It calls the network as it likes, and has a key for each clip."""
+
+    def sampler(config, schedule, denoise, x_BThwC, keys_B):
+        shift = jax.vmap(lambda key: jax.random.uniform(key))(keys_B)[:, None, None, None, None]
+        return denoise(x_BThwC, jnp.full(2, config.diffusion.num_timesteps // 2)) + 0.1 * shift
+
+    networks, clips, _, _ = make(lambda x, t, *given: 100 * x / t[0], sampler=sampler, sample={"guidance": 1.0})
+    keys = [jax.random.key(seed) for seed in SEEDS]
+    latents = [jax.random.normal(jax.random.fold_in(key, 0), SHAPE) / 5 + 0.1 * jax.random.uniform(key) for key in keys]
+    wanted = np.asarray(networks.decode({}, jnp.stack(latents))).astype(int)
+    assert np.abs(clips - wanted).max() <= 1 and len(np.unique(wanted)) > 5

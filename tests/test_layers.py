@@ -29,6 +29,7 @@ LAYERS = (
     (
         "training",
         "generation",
+        "method",
         "requested",
         "pairs",
         "animation",

@@ -36,6 +36,21 @@ def cover(picture: UInt8[np.ndarray, "h w 3"], height: int, width: int, aspect: 
     return np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC, box))
 
 
+def rgb(image: Image.Image | UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h w 3"]:
+    """The pixels of one of Pillow's images, upright, transparent parts on white; an array as it is.
+
+    Raises ValueError for an array that is not uint8 [h, w, 3].
+    """
+    if not isinstance(image, Image.Image):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
+            raise ValueError(f"an image must be one of Pillow's, or uint8 [height, width, 3], not {image.dtype} {list(image.shape)}")
+        return image
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":  # more than 8 bits of grey, which Pillow would clip instead of scale
+        image = Image.fromarray(_to_8_bits(np.asarray(image, np.float64), image.mode))
+    return on_white(np.asarray(image.convert("RGBA")))
+
+
 def read_image(path: str | os.PathLike, height: int | None = None, width: int | None = None) -> UInt8[np.ndarray, "H W 3"]:
     """RGB of an image file, upright, transparent parts on white; covered to height x width when both are given.
 
@@ -43,10 +58,7 @@ def read_image(path: str | os.PathLike, height: int | None = None, width: int | 
     """
     try:
         with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I") or image.mode == "F":  # more than 8 bits of grey, which Pillow would clip instead of scale
-                image = Image.fromarray(_to_8_bits(np.asarray(image, np.float64), image.mode))
-            picture = on_white(np.asarray(image.convert("RGBA")))
+            picture = rgb(image)
     except FileNotFoundError as error:
         raise MediaError("missing file") from error
     except Image.DecompressionBombError as error:

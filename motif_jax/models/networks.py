@@ -39,8 +39,10 @@ class Network:
 
     @classmethod
     def of(cls, make: Callable[[nnx.Rngs], nnx.Module]) -> "Network":
-        abstract = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
-        graph, state = nnx.split(abstract, nnx.Param)
+        """Of the module that `make` gives. Raises ValueError if it keeps other state than parameters, which would be lost between steps."""
+        graph, state, other = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))), nnx.Param, ...)
+        if kept := [".".join(map(str, path)) for path, _ in nnx.to_flat_state(other)]:
+            raise ValueError(f"a network keeps nothing but nnx.Param; this one also keeps {', '.join(kept)}")
         flat = {".".join(map(str, path)): (path, leaf) for path, leaf in nnx.to_flat_state(state)}
         return cls(make, graph, {k: p for k, (p, _) in flat.items()}, {k: v.get_value() for k, (_, v) in flat.items()})
 
@@ -64,6 +66,22 @@ class Network:
         return {**params, **{f"{name}.kernel": params[f"{name}.kernel"].astype(layer.dtype) for name, layer in layers}}
 
 
+# (config, the generators of its weights, type of its activations) -> the denoising network, called as `Networks.denoise` does.
+MakeDenoiser = Callable[[Config, nnx.Rngs, jnp.dtype], nnx.Module]
+
+
+def make_denoiser(config: Config, rngs: nnx.Rngs, dtype: jnp.dtype) -> UNet3D | VideoDiT:
+    """The backbone `config.backbone` names; with image cross attention the resampler, trained with it, is its `image_proj_model`."""
+    kwargs = {"rngs": rngs, "dtype": dtype, "remat": config.remat, "attention": config.attention}
+    if config.backbone == "dit":
+        return VideoDiT(config.dit, config.in_channels, config.autoencoder.z_channels, config.text.width, **kwargs)
+    unet = UNet3D(config.unet, **kwargs)
+    if config.image_tokens:
+        options = {"rngs": rngs, "dtype": dtype, "attention": config.attention}
+        unet.image_proj_model = Resampler(config.resampler, config.image.width, config.unet.context_dim, **options)
+    return unet
+
+
 @dataclasses.dataclass(frozen=True)
 class Networks:
     """The trained denoising network and the frozen ones: autoencoder, text tower and, with image cross attention, image tower."""
@@ -75,11 +93,12 @@ class Networks:
     image: Network | None = None
 
     @classmethod
-    def of(cls, config: Config) -> "Networks":
+    def of(cls, config: Config, denoiser: MakeDenoiser = make_denoiser) -> "Networks":
+        """The networks of `config`; `denoiser` makes the trained one."""
         dtype = jnp.dtype(config.dtype)
         return cls(
             config,
-            Network.of(lambda rngs: make_denoiser(config, rngs, dtype)),
+            Network.of(lambda rngs: denoiser(config, rngs, dtype)),
             Network.of(lambda rngs: make_autoencoder(config.autoencoder, rngs=rngs, dtype=dtype)),
             Network.of(lambda rngs: make_text_tower(config.text, rngs=rngs, dtype=dtype)),
             Network.of(lambda rngs: ImageTower(config.image, rngs=rngs, dtype=dtype)) if config.image_tokens else None,
@@ -153,18 +172,6 @@ class Networks:
         params = self.denoiser.cast(params)  # a block would do it again in its backward pass
         with use_kernels(self.config.kernels == "auto"):
             return self.denoiser.bind(params)(x, t_B, context_BLD, fps_B, dropout_rng=dropout_rng).astype(jnp.float32)
-
-
-def make_denoiser(config: Config, rngs: nnx.Rngs, dtype: jnp.dtype) -> UNet3D | VideoDiT:
-    """The backbone `config.backbone` names; with image cross attention the resampler, trained with it, is its `image_proj_model`."""
-    kwargs = {"rngs": rngs, "dtype": dtype, "remat": config.remat, "attention": config.attention}
-    if config.backbone == "dit":
-        return VideoDiT(config.dit, config.in_channels, config.autoencoder.z_channels, config.text.width, **kwargs)
-    unet = UNet3D(config.unet, **kwargs)
-    if config.image_tokens:
-        options = {"rngs": rngs, "dtype": dtype, "attention": config.attention}
-        unet.image_proj_model = Resampler(config.resampler, config.image.width, config.unet.context_dim, **options)
-    return unet
 
 
 def image_condition(z_BhwC: Float[Array, "B h w C"], frames: int, kind: str) -> Float[Array, "B T h w K"]:

@@ -332,8 +332,8 @@ class Checkpoints:
                 fit = not any(name.startswith("params") for name in differs)
                 raise CheckpointError(
                     f"checkpoint {directory} holds another training state than this code makes ({enumerate_first(differs, 3, ', ')}): it "
-                    f"was written by another version of motif_jax "
-                    f"({read_meta(directory).get('version', 'unknown')}) or another optimizer. Continue with that, or use another --workdir"
+                    f"was written by another version of motif_jax ({read_meta(directory).get('version', 'unknown')}) or with another "
+                    "network or optimizer. Continue with that, or use another --workdir"
                     + (f"; --config.init_from={self.directory.parent} takes over its weights there" if fit else "")
                 ) from error
             others = [found for found in _steps(self.directory) if found != step]

@@ -12,7 +12,7 @@ from jax.extend import core
 
 from motif_jax.config import Config
 from motif_jax.models.attention import IMAGE_TOKENS
-from motif_jax.models.networks import Networks, image_condition
+from motif_jax.models.networks import MakeDenoiser, Networks, image_condition, make_denoiser
 
 # Dense bfloat16 TFLOP/s of one JAX device, by the first words of its `device_kind`; longest match wins. From the vendors' data
 # sheets (cloud.google.com/tpu/docs, nvidia.com), without sparsity. A device that is not here has no MFU.
@@ -40,13 +40,13 @@ def peak_tflops(device_kind: str) -> float | None:
     return PEAK_TFLOPS[max(known, key=len)] if known else None
 
 
-def training_flops(config: Config) -> int:
+def training_flops(config: Config, denoiser: MakeDenoiser = make_denoiser) -> int:
     """Model FLOPs of one step over the whole batch: three times the denoiser's forward pass, twice when most of it is frozen.
 
-    Recomputation, optimizer and frozen networks are left out, so that the number depends on the model alone.
+    Recomputation, optimizer and frozen networks are left out, so that the number depends on the model alone, which `denoiser` makes.
     """
     # Written-out attention, so that its products show in the trace.
-    networks = Networks.of(dataclasses.replace(config, attention="reference"))
+    networks = Networks.of(dataclasses.replace(config, attention="reference"), denoiser)
     clips, d, z = config.batch_size, config.data, config.autoencoder.z_channels
     latent = jax.ShapeDtypeStruct((clips, d.frames, config.latent_height, config.latent_width, z), jnp.float32)
     image = jax.eval_shape(lambda z: image_condition(z[:, 0], d.frames, config.condition.image), latent)

@@ -24,6 +24,7 @@ from motif_jax.data.tokens import make_tokenizer
 from motif_jax.dist import startup
 from motif_jax.dist.mesh import batch_rows, check_fits, global_batch, make_mesh, place, shard_like_params, shard_networks
 from motif_jax.dist.preemption import Interrupted, StopSignal
+from motif_jax.method import DEFAULT, Method
 from motif_jax.models.attention import check_kernel
 from motif_jax.models.networks import Networks, Params
 from motif_jax.towers import check_towers
@@ -33,10 +34,9 @@ from motif_jax.training.evaluation import validate
 from motif_jax.training.flops import training_flops
 from motif_jax.training.metrics import MetricWriter
 from motif_jax.training.mirror import METRICS, Mirror
-from motif_jax.training.optimizer import make_optimizer
 from motif_jax.training.progress import Progress
 from motif_jax.training.samples import SampleSheets
-from motif_jax.training.step import make_eval_step, make_train_step
+from motif_jax.training.step import Loss, make_eval_step, make_train_step, motion_focal_loss
 from motif_jax.training.weights import Weights, frozen_weights, initial_weights, params_checksum
 
 
@@ -53,10 +53,17 @@ def make_state(config: Config, networks: Networks, mesh: Mesh, optimizer: optax.
     return template, jax.jit(create, out_shardings=shardings, donate_argnums=0)
 
 
-def jit_train_step(networks: Networks, optimizer: optax.GradientTransformation, mesh: Mesh, template: train_state.TrainState):
+def jit_train_step(
+    networks: Networks,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    template: train_state.TrainState,
+    loss: Loss = motion_focal_loss,
+    learning_rate: optax.Schedule | None = None,
+):
     """The train step as a run calls it: the state is donated and stays where `make_state`'s template says."""
     shardings = jax.tree.map(lambda s: s.sharding, template), NamedSharding(mesh, PartitionSpec())
-    return jax.jit(make_train_step(networks, optimizer, mesh), donate_argnums=0, out_shardings=shardings)
+    return jax.jit(make_train_step(networks, optimizer, mesh, loss, learning_rate), donate_argnums=0, out_shardings=shardings)
 
 
 def newest_checkpoint(directory: Path) -> int | None:
@@ -91,10 +98,11 @@ def finished(config: Config, directory: Path, step: int | None) -> bool:
     return True
 
 
-def train(config: Config, directory: str | Path) -> bool:
+def train(config: Config, directory: str | Path, method: Method = DEFAULT) -> bool:
     """Trains until `config.steps`, continuing what `directory` holds; False when a signal ended it before.
 
-    Raises UserError with the remedy on bad input; then the directory's run is as it was.
+    method: functions in place of the library's own, the same whenever a run goes on. Raises UserError with the remedy on bad input; then
+    the directory's run is as it was.
     """
     directory = run_location(directory)
     check_kernel(config.attention, jax.default_backend())
@@ -114,7 +122,7 @@ def train(config: Config, directory: str | Path) -> bool:
         startup.agree({"the data": dataset.fingerprint})
         with workdir.lock(directory) if jax.process_index() == 0 else contextlib.nullcontext():
             restored = find_start(config, directory)
-            return finished(config, directory, restored) or _Run(config, directory, dataset, mesh, restored).train()
+            return finished(config, directory, restored) or _Run(config, directory, dataset, mesh, restored, method).train()
 
 
 def say(text: str) -> None:
@@ -126,12 +134,16 @@ def say(text: str) -> None:
 class _Run:
     """This process's part of a run, from the new or `restored` state to the last step."""
 
-    def __init__(self, config: Config, directory: Path, dataset: pipeline.Dataset, mesh: Mesh, restored: int | None) -> None:
-        self.config, self.directory, self.dataset, self.mesh = config, directory, dataset, mesh
-        self.tokenizer, self.networks, optimizer = make_tokenizer(config.text), Networks.of(config), make_optimizer(config)
+    def __init__(
+        self, config: Config, directory: Path, dataset: pipeline.Dataset, mesh: Mesh, restored: int | None, method: Method
+    ) -> None:
+        self.config, self.directory, self.dataset, self.mesh, self.method = config, directory, dataset, mesh, method
+        self.tokenizer, self.networks = make_tokenizer(config.text), Networks.of(config, method.denoiser)
+        learning_rate = method.learning_rate(config)
+        optimizer = method.optimizer(config, learning_rate)
         template, create = make_state(config, self.networks, mesh, optimizer)
         replicated = NamedSharding(mesh, PartitionSpec())
-        self.train_step = jit_train_step(self.networks, optimizer, mesh, template)
+        self.train_step = jit_train_step(self.networks, optimizer, mesh, template, method.loss, learning_rate)
         self.eval_step = jax.jit(make_eval_step(self.networks, mesh), out_shardings=replicated)
 
         weights = initial_weights(config, self.networks) if restored is None else Weights({}, frozen_weights(self.networks))
@@ -153,7 +165,7 @@ class _Run:
             say(f"continuing at step {self.step} of {config.steps}, {directory}")
         self.saved = restored  # the newest step that is
         self.inputs = self.tokenizer, batch_rows(mesh, config.batch_size), config.image_tokens
-        self.validation, self.sheets = (), SampleSheets(config, self.networks, self.tokenizer, mesh)
+        self.validation, self.sheets = (), SampleSheets(config, self.networks, self.tokenizer, mesh, method.sampler)
         if config.eval.every:
             self.validation = pipeline.validation_batches(config.data, config.batch_size, config.eval.batches, *self.inputs)
             if not self.validation:
@@ -193,7 +205,7 @@ class _Run:
             self.writer = MetricWriter(self.mirror.local, begin, self.visited) if first_process else None
             if self.writer:
                 opened.callback(self.writer.close)
-            self.progress = Progress(self.writer, config, training_flops(config), self.saved)
+            self.progress = Progress(self.writer, config, training_flops(config, self.method.denoiser), self.saved)
             opened.callback(self._close_checkpoints)
             batches = pipeline.make_iterator(self.dataset, config.batch_size, config.seed, self.step, *self.inputs)
             opened.callback(batches.close)

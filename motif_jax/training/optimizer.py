@@ -24,11 +24,14 @@ def make_schedule(config: Config) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(config.learning_rate / warmup, config.learning_rate, warmup - 1), after], [warmup])
 
 
-def make_optimizer(config: Config) -> optax.GradientTransformation:
-    """The state has the same structure whatever the learning rate, its schedule and the clipping are."""
+def make_optimizer(config: Config, learning_rate: optax.Schedule | None = None) -> optax.GradientTransformation:
+    """AdamW at `learning_rate`, by default the configuration's schedule.
+
+    The state has the same structure whatever the learning rate, its schedule and the clipping are.
+    """
     o = config.optimizer
     clip = optax.clip_by_global_norm(o.grad_clip) if o.grad_clip > 0 else optax.identity()
-    adamw = optax.adamw(make_schedule(config), b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay)
+    adamw = optax.adamw(learning_rate or make_schedule(config), b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay)
     return optax.chain(clip, adamw)
 
 

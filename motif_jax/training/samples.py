@@ -19,7 +19,7 @@ from motif_jax.config import Config
 from motif_jax.data import pipeline
 from motif_jax.data.videos import save_video
 from motif_jax.dist.mesh import BATCH, ROWS, on_host, place
-from motif_jax.generation import make_generator
+from motif_jax.generation import Sampler, make_generator, sample_latents
 from motif_jax.models.networks import Networks, Params
 from motif_jax.motion import pictures
 from motif_jax.motion.dis import mean_flow
@@ -55,11 +55,12 @@ class SampleSheets:
         networks: Networks,
         tokenizer: Callable,
         mesh: Mesh,
+        sampler: Sampler = sample_latents,
     ) -> None:
         self._config, self._mesh = config, mesh
         self._examples = pipeline.examples(config.data, config.sample.count) if config.sample.every else []
         if self._examples:
-            self._generate = make_generator(networks, mesh)
+            self._generate = make_generator(networks, mesh, sampler)
             self._tokens = tokenizer([e.caption for e in self._examples])
             self._decode = jax.jit(lambda frozen, moments: networks.decode(frozen["autoencoder"], networks.latents(moments)))
             self._truth: np.ndarray | None = None

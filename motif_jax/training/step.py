@@ -40,6 +40,7 @@ class Stream(enum.IntEnum):
 
 
 def diffusion_schedule(config: Config) -> Schedule:
+    """The tables of the noise schedule that `config.diffusion` describes."""
     d = config.diffusion
     return make_schedule(d.num_timesteps, d.beta_start, d.beta_end, d.zero_terminal_snr, d.base_scale)
 
@@ -72,6 +73,15 @@ def draw(config: Config, key: PRNGKeyArray, clips: int) -> Draws:
     )
 
 
+class Predicted(NamedTuple):
+    """Of a noised batch, float32: the network's prediction and its target, both in the space of the loss, and the clean latents, which are
+    the means of the posterior."""
+
+    prediction: Float[Array, "B T h w C"]
+    target: Float[Array, "B T h w C"]
+    latents: Float[Array, "B T h w C"]
+
+
 def predict(
     networks: Networks,
     schedule: Schedule,
@@ -80,8 +90,8 @@ def predict(
     batch: Batch,
     draws: Draws,
     dropout: PRNGKeyArray | None,
-) -> tuple[Float[Array, "B T h w C"], Float[Array, "B T h w C"], Float[Array, "B T h w C"]]:
-    """Noise a batch and denoise it: (prediction, target, mean of the posterior of z_0), the first two in the space of the loss.
+) -> Predicted:
+    """Noise a batch and denoise it.
 
     dropout: the key of dropout's masks; None is an evaluation, in which no condition is dropped or noised either. frozen: parameters by
     network, and "unconditional" (`Networks.with_unconditional`).
@@ -120,20 +130,21 @@ def predict(
     )
     space = d.loss_space or d.prediction
     prediction = objective.convert(schedule, x_t, output, t_B, d.prediction, space)
-    return prediction, objective.target(schedule, z_BThwC, draws.noise, t_B, d.prediction, space), networks.latents(moments)
+    target = objective.target(schedule, z_BThwC, draws.noise, t_B, d.prediction, space)
+    return Predicted(prediction, target, networks.latents(moments))
 
 
-def motion_heatmap(config: Config, batch: Batch, kind: str, mean_BThwC: Array | None = None) -> Float[Array, "B T h w"]:
+def motion_heatmap(config: Config, batch: Batch, kind: str, latents_BThwC: Array | None = None) -> Float[Array, "B T h w"]:
     """m' of a batch on the latent grid (the paper's sigma of the flow intensity, and the heatmaps of its ablations).
 
-    Raises ValueError where the batch lacks what the kind is made of; "latent_difference" is made of the posterior's
+    Raises ValueError where the batch lacks what the kind is made of; "latent_difference" is made of `latents`, the posterior's
     means: samples differ from frame to frame where nothing moves.
     """
     return heatmap(
         kind,
         flow=batch.get("flow"),
         mask=batch.get("motion_mask"),
-        latents=mean_BThwC,
+        latents=latents_BThwC,
         height=config.data.height,
         width=config.data.width,
         latent_hw=(config.latent_height, config.latent_width),
@@ -143,20 +154,39 @@ def motion_heatmap(config: Config, batch: Batch, kind: str, mean_BThwC: Array | 
     )
 
 
+# (config, batch, what was predicted, its timesteps [B]) -> (the scalar to minimise, more scalars to log: each must be finite).
+Loss = Callable[[Config, Batch, Predicted, Int[Array, " B"]], tuple[Float[Array, ""], dict[str, Float[Array, ""]]]]
+
+
+def motion_focal_loss(
+    config: Config, batch: Batch, found: Predicted, t_B: Int[Array, " B"]
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """The paper's loss with the heatmap of `config.loss`, at all timesteps alike."""
+    m = motion_heatmap(config, batch, config.loss.heatmap, found.latents)
+    loss, parts = losses.motif_loss(found.prediction, found.target, m, config.loss.motion_weight)
+    return loss, {**parts, "heatmap_mean": jnp.mean(m)}
+
+
 def make_train_step(
-    networks: Networks, optimizer: optax.GradientTransformation, mesh: Mesh | None = None
+    networks: Networks,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh | None = None,
+    loss: Loss = motion_focal_loss,
+    learning_rate: optax.Schedule | None = None,
 ) -> Callable[[TrainState, dict[str, Params], Batch], tuple[TrainState, dict[str, Array]]]:
-    """(state, frozen parameters, batch) -> (next state, metrics); `mesh` says over which devices activations are laid out."""
+    """(state, frozen parameters, batch) -> (next state, metrics), to be jitted.
+
+    frozen: as for `predict`. batch: arrays as `data.pipeline.make_iterator` yields them. mesh: over which devices activations are laid out.
+    learning_rate: the optimizer's schedule, by default that of `config`; it is only logged.
+    """
     config = networks.config
     schedule = diffusion_schedule(config)
-    learning_rate = make_learning_rate(config)
+    learning_rate = learning_rate or make_learning_rate(config)
 
     def loss_fn(trained: Params, params: Params, frozen: dict[str, Params], batch: Batch, draws: Draws, dropout: PRNGKeyArray):
-        params = {**params, **trained}
-        prediction, target, mean = predict(networks, schedule, params, frozen, batch, draws, dropout)
-        m = motion_heatmap(config, batch, config.loss.heatmap, mean)
-        loss, parts = losses.motif_loss(prediction, target, m, config.loss.motion_weight)
-        return loss, {**parts, "heatmap_mean": jnp.mean(m)}
+        found = predict(networks, schedule, {**params, **trained}, frozen, batch, draws, dropout)
+        total, metrics = loss(config, batch, found, draws.timestep)
+        return total, {**metrics, "loss": total}
 
     grad_fn = jax.grad(loss_fn, has_aux=True)
 
@@ -204,7 +234,7 @@ def make_eval_step(networks: Networks, mesh: Mesh | None = None) -> Callable[...
     def eval_step(params: Params, frozen: dict[str, Params], batch: Batch, t_B: Array, key: PRNGKeyArray) -> losses.RegionLosses:
         draws = draw(config, key, len(t_B))._replace(timestep=t_B)
         with use_mesh(mesh):
-            prediction, target, _ = predict(networks, schedule, params, frozen, batch, draws, None)
-        return losses.region_losses(prediction, target, motion_heatmap(config, batch, "flow"), 0.5)
+            found = predict(networks, schedule, params, frozen, batch, draws, None)
+        return losses.region_losses(found.prediction, found.target, motion_heatmap(config, batch, "flow"), 0.5)
 
     return eval_step

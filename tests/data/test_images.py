@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from motif_jax.data.images import MediaError, cover, read_image
+from motif_jax.data.images import MediaError, cover, read_image, rgb
 
 
 def test_cover_leaves_a_picture_of_the_right_size_alone():
@@ -60,6 +60,15 @@ def test_read_image(tmp_path):
     rgba = np.concatenate([picture, np.zeros_like(picture[..., :1])], -1)
     Image.fromarray(rgba).save(tmp_path / "clear.png")
     assert (read_image(tmp_path / "clear.png") == 255).all()
+
+
+def test_pixels_of_a_picture_in_memory():
+    picture = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
+    np.testing.assert_array_equal(rgb(Image.fromarray(picture)), picture)
+    assert rgb(picture) is picture
+    for wrong in (np.float32(picture), picture[..., 0], np.zeros((20, 30, 4), np.uint8)):
+        with pytest.raises(ValueError, match=r"uint8 \[height, width, 3\], not"):
+            rgb(wrong)
 
 
 def test_bad_images(tmp_path):

@@ -6,12 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.extend import core
 
 from motif_jax.data.tokens import make_tokenizer
 from motif_jax.generation import make_generator
 from motif_jax.models import lora
-from motif_jax.models.networks import Networks
+from motif_jax.models.networks import Network, Networks
 from motif_jax.models.placement import target_platform
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -44,6 +45,11 @@ def test_cast_parameters_are_the_same_network(tiny):
     expected = denoise(params, *inputs)
     np.testing.assert_array_equal(denoise(cast, *inputs), expected)
     assert np.abs(expected).max() > 0.1
+
+
+def test_state_that_a_step_would_lose_is_refused():
+    with pytest.raises(ValueError, match=r"nothing but nnx\.Param; this one also keeps mean, var"):
+        Network.of(lambda rngs: nnx.BatchNorm(4, rngs=rngs))
 
 
 def frozen_of(networks):

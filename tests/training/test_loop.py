@@ -26,6 +26,7 @@ from motif_jax.data import pipeline
 from motif_jax.data.videos import save_video
 from motif_jax.dist.preemption import Interrupted, StopSignal
 from motif_jax.interop.files import write_safetensors
+from motif_jax.method import Method
 from motif_jax.models.networks import Networks
 from motif_jax.motion.dis import mean_flow
 from motif_jax.training import checkpoint, loop, samples, weights, workdir
@@ -438,13 +439,12 @@ def test_a_process_that_is_about_to_end_is_waited_for(tmp_path, monkeypatch, cap
         assert "waiting up to 60 s" in capsys.readouterr().out
 
 
-def test_a_checkpoint_of_another_optimizer_is_not_called_damaged(config, undisturbed, tmp_path, monkeypatch):
+def test_a_checkpoint_of_another_optimizer_is_not_called_damaged(config, undisturbed, tmp_path):
     """Its weights are there for a new run, as the message says."""
     shutil.copytree(undisturbed, run := tmp_path / "run")
     before = files(run)
-    monkeypatch.setattr(loop, "make_optimizer", lambda _: optax.adamw(1e-3))
     with pytest.raises(UserError, match=rf"checkpoints/4 holds another training state .*--config\.init_from={run} takes") as found:
-        loop.train(changed(config, steps=6), run)
+        loop.train(changed(config, steps=6), run, Method(optimizer=lambda _, learning_rate: optax.adamw(learning_rate)))
     assert f"motif_jax ({motif_jax.__version__})" in str(found.value) and "fallback" not in str(found.value)
     assert files(run) == before
     initial_weights(changed(config, init_from=str(run)), Networks.of(config))

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from motif_jax.data.tokens import make_tokenizer
@@ -226,6 +227,26 @@ def test_a_step_by_hand(tiny, one_weight):
     assert {name: float(value) for name, value in metrics.items()} == pytest.approx(expected, rel=1e-5)
     assert int(after.step) == 4 and new != 0.5
     assert float(after.ema["w"]) == pytest.approx(2 + 0.75 * (new - 2), rel=1e-6)  # decay 0.25, below (1 + 3) / (10 + 3)
+
+
+def test_another_loss(tiny, one_weight):
+    """It sees the batch, its timesteps and the means of the posterior; its gradient moves the weight, and what it returns is logged."""
+    config, batch = oblong(tiny, condition={"text_drop": 0.0})
+    networks, frozen, _ = one_weight(config)
+
+    def loss(given, batch, found, t_B):
+        assert given is config
+        metrics = {"t": jnp.sum(t_B), "fps": jnp.sum(batch["fps"]), "target": jnp.mean(found.target), "mean": jnp.mean(found.latents)}
+        return jnp.mean(found.prediction**2), metrics
+
+    sgd = optax.sgd(0.1)
+    step = make_train_step(networks, sgd, loss=loss, learning_rate=lambda step: 7.0 + step)
+    after, metrics = step(train_state.create({"w": jnp.float32(0.5)}, sgd, False), frozen, batch)
+    _, t, _, x_t, v = by_hand(config, batch, jax.random.fold_in(jax.random.key(5), 0))
+    power, mean = np.mean(x_t**2), np.split(batch["latent_moments"].astype(np.float64), 2, -1)[0].mean()
+    assert float(after.params["w"]) == pytest.approx(0.5 - 0.1 * power, rel=1e-5)
+    expected = {"loss": 0.25 * power, "t": t.sum(), "fps": 50, "target": v.mean(), "mean": mean, "learning_rate": 7}
+    assert {name: float(metrics[name]) for name in expected} == pytest.approx(expected, rel=1e-4)
 
 
 def test_the_latent_difference_is_that_of_the_means(tiny, one_weight):
