@@ -6,7 +6,6 @@ that every entry point can answer --help at once.
 """
 
 import dataclasses
-import functools
 import json
 import pathlib
 import runpy
@@ -348,8 +347,10 @@ def override(config: Config, values: Mapping[str, Any]) -> Config:
     """`config` with other values of fields named as on the command line, such as {"data.path": "DATA"}. Raises `ConfigError`."""
     given = to_dict(config)
     for name, value in values.items():
-        *groups, field = name.split(".")
-        functools.reduce(lambda group, key: group.setdefault(key, {}), groups, given)[field] = value
+        group, _, field = name.rpartition(".")
+        inner = given.get(group) if group else given
+        changed = {**(inner if isinstance(inner, dict) else {}), field: value}
+        given = {**given, group: changed} if group else changed
     return from_config_dict(given)
 
 

@@ -16,8 +16,8 @@ from motif_jax.training.step import Loss, motion_focal_loss
 class Method:
     """Functions whose first argument is the `Config`; the defaults (`DEFAULT`) are what the entry points run.
 
-    A work directory keeps the configuration, but not these: give the same ones to continue a run (`training.loop.train`) and to sample it
-    (`Animator.load`).
+    A work directory keeps the configuration, and of these only the names: give the same ones to continue a run (`training.loop.train`) and
+    to sample it (`Animator.load`).
     """
 
     denoiser: MakeDenoiser = make_denoiser
@@ -25,6 +25,16 @@ class Method:
     learning_rate: Callable[[Config], optax.Schedule] = make_schedule
     optimizer: Callable[[Config, optax.Schedule], optax.GradientTransformation] = make_optimizer
     sampler: Sampler = sample_latents
+
+    @property
+    def names(self) -> dict[str, str]:
+        """By dotted name, what a continued run shares with its beginning: what the functions are called that training depends on."""
+
+        def name(function: Callable, own: Callable) -> str:
+            return "the library's" if function is own else getattr(function, "__qualname__", type(function).__qualname__)
+
+        fields = "denoiser", "loss", "learning_rate", "optimizer"
+        return {f"method.{field}": name(getattr(self, field), getattr(Method, field)) for field in fields}
 
 
 DEFAULT = Method()

@@ -116,6 +116,8 @@ def test_override():
     assert c.override(changed, {"data.path": config.data.path, "steps": config.steps}) == config
     with pytest.raises(c.ConfigError, match=r"(?s)sampler: no such field.*steps=-1: must be in.*data\.pth: no such field"):
         c.override(config, {"data.pth": "DATA", "steps": -1, "sampler.steps": 3})
+    with pytest.raises(c.ConfigError, match="steps"):
+        c.override(config, {"steps.more": 3})
 
 
 def test_unknown_size():

@@ -153,7 +153,8 @@ class _Run:
         drawn_or_read = {"denoiser": params_checksum(weights.denoiser)} if restored is None and jax.process_count() > 1 else {}
         startup.agree({"the weights to start from": startup.digest(json.dumps(pretrained | drawn_or_read))})
         self.position = {"global_batch": config.batch_size, "seed": config.seed, "dataset": dataset.fingerprint}
-        self.meta = {"version": motif_jax.__version__, "settings": workdir.settings(config), "pretrained": pretrained}
+        settings = workdir.settings(config) | method.names
+        self.meta = {"version": motif_jax.__version__, "settings": settings, "pretrained": pretrained}
         self.checkpoints = checkpoint.Checkpoints(directory, config.checkpoint)
         if restored is None:
             shardings = jax.tree.map(lambda s: s.sharding, template.params)

@@ -37,7 +37,7 @@ FREE_TO_CHANGE = (
 )
 # A run that goes on for longer, or diverged, may be continued with other values of these, which is said: the learning rates to come
 # depend on them. None of them changes what the optimizer's state holds.
-STEERING = ("steps", "learning_rate", "optimizer.grad_clip", "optimizer.warmup_steps", "optimizer.schedule")
+STEERING = ("steps", "learning_rate", "optimizer.grad_clip", "optimizer.warmup_steps", "optimizer.schedule", "method.learning_rate")
 LOCK_SECONDS = 60  # how long `lock` waits for another process to end
 
 

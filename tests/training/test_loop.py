@@ -280,11 +280,17 @@ def test_a_run_keeps_its_pretrained_networks_wherever_they_lie(config, tmp_path,
 
 
 def test_a_refused_run_is_left_as_it_was(config, undisturbed, tmp_path):
-    """Refused by the settings, by those of the checkpoint alone, by its place in the data; or with nothing to do."""
+    """Refused by the settings, by those of the checkpoint alone, by another loss, by its place in the data; or with nothing to do."""
+
+    def mine(config, batch, found, t_B):
+        return (found.prediction**2).mean(), {}
+
     shutil.copytree(undisturbed, run := tmp_path / "run")
     before = files(run)
     with pytest.raises(UserError, match=r"other settings: loss\.motion_weight was 1\.0 and is now 2\.0\. Use"):
         loop.train(changed(config, steps=6, loss={"motion_weight": 2.0}), run)
+    with pytest.raises(UserError, match=r"other settings: method\.loss was \"the library's\" and is now '.*mine'\. Use"):
+        loop.train(changed(config, steps=6), run, Method(loss=mine))
     loop.train(changed(config, steps=2), run)
     small = tmp_path / "small"
     preparation.prepare(config, "synthetic:shapes:20", small, log=lambda line: None)
