@@ -27,6 +27,7 @@ from motif_jax.models.networks import Networks, Params
 from motif_jax.pairs import read_pairs
 from motif_jax.requested import Request, check_images, check_made, make_output, write_manifest, writing
 from motif_jax.training import weights
+from motif_jax.training.checkpoint import read_meta
 
 SOURCE_FPS = 24.0  # --frame_stride counts frames of a film
 
@@ -95,7 +96,13 @@ class Animator:
         for line in weights.other_objective(directory, config):
             print(line, flush=True)
         path = weights.checkpoint_of(directory)  # once: a run that goes on has another one soon
-        loaded, run = weights.load(path), weights.run_directory(path)
+        run = weights.run_directory(path)
+        theirs, ours = {} if run == path else read_meta(path).get("settings", {}), method.names["method.denoiser"]
+        if theirs.get("method.denoiser", ours) != ours:
+            raise UserError(
+                f"{directory}: its network is {theirs['method.denoiser']}, not {ours}; sample from Python, with its Method (docs/extend.md)"
+            )
+        loaded = weights.load(path)
         frozen = weights.frozen_weights(networks, loaded, str(directory))
         params = weights.fit(loaded["denoiser"], networks.denoiser.shapes, str(directory))
         weights.check_untold(config, directory, "denoiser")

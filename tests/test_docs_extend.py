@@ -10,6 +10,8 @@ import pytest
 import safetensors.numpy
 from PIL import Image
 
+from motif_jax.animation import Animator
+from motif_jax.config import UserError
 from motif_jax.training.metrics import read_lines
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -37,5 +39,7 @@ def test_the_page_runs(tmp_path, monkeypatch):
     assert names["clips"].shape == (1, 16, 64, 64, 3) and pathlib.Path("dog.mp4").stat().st_size > 0
     heat = names["heat_Thw"]
     assert heat.shape == (16, 8, 8) and np.median(heat) < 0.1 and heat.max() > 0.99 and pathlib.Path("heatmap.png").stat().st_size > 0
+    with pytest.raises(UserError, match=r"RUN: its network is SpaceTime, not the library's; sample from Python, with its Method"):
+        Animator.load("RUN")
     assert names["flow"].shape == (1, 64, 80, 2)
     assert int(names["state"].step) == 1 and names["metrics"]["loss"] > 0
