@@ -25,6 +25,8 @@ from motif_jax.data.storage import replacing
 THUMBNAIL = (64, 36)  # width, height
 # A pause longer than this many seconds and ten frames is a jump of the clock (a cut, a paused recorder), not a still.
 _LONGEST_STILL = 1.0
+# Where a frame lasts this many usual steps on average, clips would be stills, and a list of all steps larger than memory.
+_LONGEST_HOLD = 100
 # What a damaged file makes FFmpeg, its Python binding and arithmetic with the file's numbers raise.
 _DAMAGE = (av.error.FFmpegError, OSError, ValueError, LookupError, ArithmeticError, MemoryError)
 
@@ -99,8 +101,9 @@ def read_video(path: str | os.PathLike) -> Clip:
 
 
 def _open(path: Any) -> Any:
-    # Absolute, because FFmpeg takes what stands before a colon for a protocol; tags may be in any encoding and are not used.
-    return av.open(os.path.abspath(path), metadata_errors="replace")
+    # Absolute, because FFmpeg takes what stands before a colon for a protocol; tags may be in any encoding and are not used; a playlist
+    # (HLS) that does not say that it is complete is not waited for.
+    return av.open(os.path.abspath(path), metadata_errors="replace", options={"max_reload": "1"})
 
 
 def _first_stream(path: Any, read: Callable[[int], Clip]) -> Clip:
@@ -174,7 +177,8 @@ def _packet_timeline(path: Any, index: int) -> Timeline | None:
     """The timeline from the container alone; None when packets carry no time stamps."""
     with _open(path) as container:
         stream = container.streams[index]
-        declared = len(stream.index_entries)  # mp4 and mov list every frame in front of the data, other formats do not
+        # Mp4 and mov list every frame in front of the data, other formats do not. An empty one shows the frame before for longer.
+        declared = sum(entry.size > 0 for entry in stream.index_entries)
         pts, read, end = [], 0, 0.0
         for packet in container.demux():
             if packet.pts is not None:
@@ -190,7 +194,9 @@ def _packet_timeline(path: Any, index: int) -> Timeline | None:
             raise MediaError("truncated", f"{end:.1f} of {whole:.1f} seconds are in the file")
         if not pts or None in pts or len(set(pts)) < len(pts):
             return None
-        return _timeline(sorted(pts), stream)
+        shown = sorted(pts)
+        # B-frames are stored behind the later frames they lean on: stamps that rise all the same are not of the file (AVI has none).
+        return None if shown == pts and stream.codec_context.has_b_frames else _timeline(shown, stream)
 
 
 def _decoded_timeline(path: Any, index: int) -> Timeline:
@@ -220,6 +226,8 @@ def _timeline(pts: list[int] | None, stream: Any, count: int = 0) -> Timeline:
     period = steps[ordinary if ordinary.any() else steps <= usual].mean()
     if ordinary.all():
         return Timeline(pts, np.arange(len(pts)), round(1 / period, 6))
+    if seconds[-1] > _LONGEST_HOLD * period * len(pts):
+        raise MediaError("no frame rate", f"{len(pts)} frames in {seconds[-1]:.4g} s, most of them {period:.2g} s apart")
     grid = np.arange(int(seconds[-1] / period + 0.5) + 1) * period
     after = np.clip(np.searchsorted(seconds, grid), 1, len(pts) - 1)
     nearest = np.where(grid - seconds[after - 1] <= seconds[after] - grid, after - 1, after)
@@ -231,8 +239,12 @@ def _frames(container: Any, stream: Any):
     stream.codec_context.thread_count = 1  # videos are decoded side by side instead
     started = False
     for packet in container.demux(stream):
+        if not packet.size and packet.dts is not None:
+            continue  # an empty sample: the frame before it is shown for longer
         try:
             for frame in packet.decode():
+                if frame.width * frame.height > Image.MAX_IMAGE_PIXELS:
+                    raise MediaError("too large", f"frames of {frame.width}x{frame.height}, more than {Image.MAX_IMAGE_PIXELS:,} pixels")
                 started = True
                 yield frame
         except av.error.InvalidDataError as error:
@@ -288,7 +300,7 @@ def _decode_from(
 
 def _picture(frame: Any) -> tuple[np.ndarray, bool]:
     """(RGB as it is to be seen, whether its rows were columns)."""
-    if any(c.is_alpha for c in frame.format.components):
+    if frame.format.name == "pal8" or any(c.is_alpha for c in frame.format.components):
         picture = on_white(frame.to_ndarray(format="rgba"))
     else:
         picture = frame.to_ndarray(format="rgb24")

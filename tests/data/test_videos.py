@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from motif_jax.data import videos
+from motif_jax.data import images, videos
 from motif_jax.data.images import MediaError
 from motif_jax.data.videos import choose_clip, read_clip, read_video, save_video
 
@@ -115,6 +115,7 @@ def test_too_short_says_how_much_is_missing():
         ("one_key.mkv", "libx264", "yuv444p", {"g": "500"}),
         ("a.webm", "libvpx-vp9", "yuv420p", {"cpu-used": "8", "deadline": "realtime"}),
         ("a.avi", "mpeg4", "yuv420p", {"bf": "2"}),
+        ("no_stamps.avi", "libx264", "yuv420p", {"bf": "3"}),
         ("a.ts", "mpeg2video", "yuv420p", {}),
         ("raw.h264", "libx264", "yuv420p", {"bf": "2"}),
         ("a.gif", "gif", "rgb8", {}),
@@ -168,10 +169,25 @@ def test_odd_sizes(tmp_path):
     np.testing.assert_allclose(clip.frames.astype(int), frames[1:5], atol=2)  # rounding to YUV and back
 
 
-def test_transparency_is_laid_on_white(tmp_path):
+def test_transparency_is_laid_on_white(tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "_PIXELS_AT_ONCE", 300)  # in bands of four rows
     frames = np.zeros((4, 48, 64, 4), np.uint8)
     frames[:, :24] = (10, 20, 30, 255)
     clip = take(write(tmp_path / "a.mov", frames, "qtrle", "argb"), 0, 1)
+    assert (clip.frames[:, :24] == (10, 20, 30)).all() and (clip.frames[:, 24:] == 255).all()
+
+
+def test_transparency_of_a_palette_is_laid_on_white(tmp_path):
+    colours = np.zeros((256, 4), np.uint8)  # alpha, red, green, blue
+    colours[:2] = (0, 70, 80, 90), (255, 10, 20, 30)
+    picture = np.zeros((48, 64), np.uint8)
+    picture[:24] = 1
+    with av.open(str(tmp_path / "a.mov"), "w") as container:
+        stream = container.add_stream("png", rate=10)
+        stream.height, stream.width, stream.pix_fmt = 48, 64, "pal8"
+        for _ in range(4):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray((picture, colours), format="pal8")))
+    clip = take(tmp_path / "a.mov", 0, 1)
     assert (clip.frames[:, :24] == (10, 20, 30)).all() and (clip.frames[:, 24:] == 255).all()
 
 
@@ -257,6 +273,29 @@ def test_a_median_between_a_short_and_a_long_step(tmp_path):
     assert [number(f) for f in take(path, 1, 3).frames] == [1, 1, 2, 2]
 
 
+def test_bursts_have_no_frame_rate(tmp_path):
+    """Four frames in 3 ms every 0.9 s: at 1000 a second, nearly every clip would be one frame."""
+    path = write(tmp_path / "burst.mkv", numbered(20), "ffv1", "yuv420p", pts=[900 * (i // 4) + i % 4 for i in range(20)])
+    with pytest.raises(MediaError, match=r"no frame rate: 20 frames in 3\.603 s, most of them 0\.001 s apart"):
+        take(path, 0, 1)
+
+
+def test_an_empty_sample_is_the_frame_before_it(tmp_path):
+    """The last of a file that lists as many as before, as some recorders write for a frame without change."""
+    path = write(tmp_path / "a.mp4", numbered(20), "mjpeg", "yuvj420p")
+    data = bytearray(path.read_bytes())
+    last = data.index(b"stsz") + 16 + 4 * 19  # type 4, version and flags 4, common size 4, count 4
+    data[last : last + 4] = bytes(4)
+    path.write_bytes(data)
+    assert [number(f) for f in take(path, 15, 1).frames] == [15, 16, 17, 18] and len(read_video(path).frames) == 19
+
+
+def test_a_playlist_without_an_end_is_not_waited_for(tmp_path):
+    write(tmp_path / "a.ts", numbered(9), "mpeg2video", rate=25)
+    (tmp_path / "live.m3u8").write_text("#EXTM3U\n#EXT-X-TARGETDURATION:0\n#EXTINF:0,\na.ts\n")
+    assert [number(f) for f in take(tmp_path / "live.m3u8", 2, 1).frames] == [2, 3, 4, 5]
+
+
 # Streams
 
 
@@ -319,6 +358,16 @@ def test_bad_files(tmp_path):
     (tmp_path / "text.mp4").write_text("not a video\n" * 100)
     assert kind_of(tmp_path / "text.mp4") == "cannot be read"
     assert kind_of(write(tmp_path / "one.mp4", numbered(1))) == "too short"
+
+
+def test_frames_that_would_fill_the_memory(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.mp4", numbered(9))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 48 * 64)
+    assert len(read_video(path).frames) == 9
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 48 * 64 - 1)
+    for read in (read_video, lambda path: take(path, 3, 1)):
+        with pytest.raises(MediaError, match="too large: frames of 64x48, more than 3,071 pixels"):
+            read(path)
 
 
 def test_audio_only(tmp_path):
