@@ -17,7 +17,7 @@ import pytest
 
 from motif_jax import preparation
 from motif_jax.config import Config, DataConfig, PrepareConfig, StoreError, UserError
-from motif_jax.data import pipeline, shards
+from motif_jax.data import pipeline, shards, storage
 from motif_jax.data.storage import Member, location, read_part, write_whole
 from motif_jax.data.verification import verify
 from motif_jax.data.videos import save_video
@@ -122,7 +122,8 @@ def test_videos_in_an_object_store_give_what_those_on_a_disk_give(tmp_path, kind
 
 
 @pytest.mark.parametrize("kind", ["disk", "memory", "gs"])
-def test_a_tar_archive_is_a_folder_of_its_name(tmp_path, kind, request):
+def test_a_tar_archive_is_a_folder_of_its_name(tmp_path, kind, request, monkeypatch):
+    monkeypatch.setattr(storage, "_BYTES_AT_ONCE", 500)  # a video is copied in many parts
     config = dataclasses.replace(CONFIG, prepare=dataclasses.replace(CONFIG.prepare, flow="dis"))
     folder, packed = tmp_path / "folder", tmp_path / "packed"
     (folder / "0.tar/sub").mkdir(parents=True)
@@ -132,9 +133,15 @@ def test_a_tar_archive_is_a_folder_of_its_name(tmp_path, kind, request):
         (folder / f"{name}.txt").write_text(f"number {i}")
     for name in ("a.mp4", "a.txt"):
         shutil.copy(folder / name, packed / name)
-    with tarfile.open(packed / "0.tar", "w") as archive:  # in an order of its own, with what is no file and what is hidden
-        for name in ("sub", "b.txt", "b.mp4"):
+    (folder / "0.tar/d.mp4").hardlink_to(folder / "0.tar/b.mp4")
+    (folder / "0.tar/d.txt").write_text("b once more")
+    with tarfile.open(packed / "0.tar", "w") as archive:  # in an order of its own, with what is no file, twice there, hidden or in pieces
+        archive.add(folder / "0.tar/d.txt", "./b.txt")
+        for name in ("sub", "b.txt", "b.mp4", "d.txt", "d.mp4"):
             archive.add(folder / "0.tar" / name, f"./{name}")
+        sparse = tarfile.TarInfo("sparse.mp4")
+        sparse.type = tarfile.GNUTYPE_SPARSE
+        archive.addfile(sparse)
         archive.add(folder / "0.tar/b.mp4", ".hidden.mp4")
     source = str(packed)
     if kind != "disk":
@@ -143,7 +150,7 @@ def test_a_tar_archive_is_a_folder_of_its_name(tmp_path, kind, request):
 
     def prepared(source, name):
         summary = preparation.prepare(config, source, tmp_path / name, log=str)
-        assert sum(summary.clips.values()) == 3 and not summary.skipped
+        assert sum(summary.clips.values()) == 4 and not summary.skipped
         return {p.name: p.read_bytes() for p in (tmp_path / name).rglob("*") if p.is_file()}, summary.written
 
     assert prepared(str(folder), "one")[0] == prepared(source, "two")[0]
@@ -235,7 +242,7 @@ def test_a_store_that_goes_away_is_a_disk_that_does(monkeypatch, request_name):
 
 
 def test_stores_that_cannot_be_used():
-    with pytest.raises(UserError, match="nonsense"):
+    with pytest.raises(UserError, match="Protocol not known: nonsense; write a path, or a URL of gs://"):
         location("nonsense://bucket/data")
     with pytest.raises(UserError, match=r"caf\\udce9': its name is not UTF-8"):
         location(os.fsdecode(b"caf\xe9"))
