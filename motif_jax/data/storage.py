@@ -225,7 +225,10 @@ def size(path: File) -> int:
     """Bytes of a file. Raises FileNotFoundError."""
     if isinstance(path, Member):
         return path.size
-    return path.stat().st_size if isinstance(path, pathlib.Path) else _ask(path.files.info, path.path)["size"]
+    if isinstance(path, pathlib.Path):
+        return path.stat().st_size
+    told = _ask(path.files.info, path.path)["size"]
+    return len(read_part(path)) if told is None else told  # many a web server does not say
 
 
 def sha256(path: str | pathlib.Path) -> str:

@@ -187,6 +187,14 @@ def test_an_empty_file_of_an_archive_in_a_store_is_empty(monkeypatch):
     assert read_part(Member(store / "a.tar", "full.txt", 6, 6)) == b"header"
 
 
+def test_a_server_that_does_not_say_how_long_a_file_is(monkeypatch):
+    store = location(f"memory://{uuid.uuid4().hex}")
+    write_whole(store / "a.mp4", "header")
+    info = type(store.files).info
+    monkeypatch.setattr(type(store.files), "info", lambda *a, **k: info(*a, **k) | {"size": None})
+    assert storage.size(store / "a.mp4") == 6
+
+
 @pytest.mark.parametrize("request_name", ["info", "cat_file", "get_file"])
 def test_videos_whose_store_goes_away_are_not_taken_for_missing(tmp_path, monkeypatch, request_name):
     store = location(f"memory://{uuid.uuid4().hex}")
