@@ -145,7 +145,7 @@ def test_exactly_the_chosen_frames(tmp_path, name, codec, pixels, options):
 
 
 def test_colours_survive(tmp_path):
-    """Also those of the other matrix: a file that says BT.709 is not read as BT.601."""
+    """Also those of the other matrix and range: a file that says BT.709 is not read as BT.601, nor one of 0..255 as of 16..235."""
     red = np.full((3, 48, 64, 3), (200, 30, 60), np.uint8)
     path = tmp_path / "709.mp4"
     with av.open(str(path), "w") as container:
@@ -157,7 +157,8 @@ def test_colours_survive(tmp_path):
                 stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format="yuv420p", dst_colorspace="itu709"))
             )
         container.mux(stream.encode())
-    for file in (path, write(tmp_path / "601.mkv", red, "ffv1", "yuv444p")):
+    full = write(tmp_path / "full.mov", red, "mjpeg", "yuvj444p")
+    for file in (path, write(tmp_path / "601.mkv", red, "ffv1", "yuv444p"), full):
         clip = take(file, 0, 1, frames=3)
         assert np.abs(clip.frames.astype(int) - (200, 30, 60)).max() <= 4  # 8-bit YUV
 
