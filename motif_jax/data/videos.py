@@ -27,6 +27,7 @@ THUMBNAIL = (64, 36)  # width, height
 _LONGEST_STILL = 1.0
 # Where a frame lasts this many usual steps on average, clips would be stills, and a list of all steps larger than memory.
 _LONGEST_HOLD = 100
+_MOST_PIXELS = 100_000_000  # of a frame; a few megabytes of PNG can hold more, and many threads decode side by side
 # What a damaged file makes FFmpeg, its Python binding and arithmetic with the file's numbers raise.
 _DAMAGE = (av.error.FFmpegError, OSError, ValueError, LookupError, ArithmeticError, MemoryError)
 
@@ -195,7 +196,8 @@ def _packet_timeline(path: Any, index: int) -> Timeline | None:
         if not pts or None in pts or len(set(pts)) < len(pts):
             return None
         shown = sorted(pts)
-        # B-frames are stored behind the later frames they lean on: stamps that rise all the same are not of the file (AVI has none).
+        # B-frames are stored behind the later frames they lean on: stamps that rise all the same are not theirs (AVI has none, and old DivX
+        # packs two frames into one).
         return None if shown == pts and stream.codec_context.has_b_frames else _timeline(shown, stream)
 
 
@@ -243,8 +245,8 @@ def _frames(container: Any, stream: Any):
             continue  # an empty sample: the frame before it is shown for longer
         try:
             for frame in packet.decode():
-                if frame.width * frame.height > Image.MAX_IMAGE_PIXELS:
-                    raise MediaError("too large", f"frames of {frame.width}x{frame.height}, more than {Image.MAX_IMAGE_PIXELS:,} pixels")
+                if frame.width * frame.height > _MOST_PIXELS:
+                    raise MediaError("too large", f"frames of {frame.width}x{frame.height}, more than {_MOST_PIXELS:,} pixels")
                 started = True
                 yield frame
         except av.error.InvalidDataError as error:

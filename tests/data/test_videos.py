@@ -363,9 +363,9 @@ def test_bad_files(tmp_path):
 
 def test_frames_that_would_fill_the_memory(tmp_path, monkeypatch):
     path = write(tmp_path / "a.mp4", numbered(9))
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 48 * 64)
+    monkeypatch.setattr(videos, "_MOST_PIXELS", 48 * 64)
     assert len(read_video(path).frames) == 9
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 48 * 64 - 1)
+    monkeypatch.setattr(videos, "_MOST_PIXELS", 48 * 64 - 1)
     for read in (read_video, lambda path: take(path, 3, 1)):
         with pytest.raises(MediaError, match="too large: frames of 64x48, more than 3,071 pixels"):
             read(path)
