@@ -175,17 +175,19 @@ def _read_stream(path: Any, stream: int, frames: int, height: int, width: int, c
 
 
 def _packet_timeline(path: Any, index: int) -> Timeline | None:
-    """The timeline from the container alone; None when packets carry no time stamps."""
+    """The timeline from the container alone; None when its time stamps cannot be those of the frames."""
     with _open(path) as container:
         stream = container.streams[index]
         # Mp4 and mov list every frame in front of the data, other formats do not. An empty one shows the frame before for longer.
         declared = sum(entry.size > 0 for entry in stream.index_entries)
-        pts, read, end = [], 0, 0.0
+        pts, dts, read, end = [], [], 0, 0.0
         for packet in container.demux():
             if packet.pts is not None:
                 end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
             if packet.stream_index == index and packet.size:
                 read += 1
+                if packet.dts is not None:
+                    dts.append(packet.dts)
                 if not packet.is_discard:
                     pts.append(packet.pts)
         if read < declared:
@@ -193,7 +195,8 @@ def _packet_timeline(path: Any, index: int) -> Timeline | None:
         whole = (container.duration or 0) / av.time_base
         if "matroska" in container.format.name and end < 0.9 * whole:
             raise MediaError("truncated", f"{end:.1f} of {whole:.1f} seconds are in the file")
-        if not pts or None in pts or len(set(pts)) < len(pts):
+        # Where the clock goes back, files were joined (transport streams, DVDs).
+        if not pts or None in pts or len(set(pts)) < len(pts) or dts != sorted(dts):
             return None
         shown = sorted(pts)
         # B-frames are stored behind the later frames they lean on: stamps that rise all the same are not theirs (AVI has none, and old DivX

@@ -266,6 +266,15 @@ def test_a_jump_of_the_clock_is_not_a_still(tmp_path):
     assert [number(f) for f in clip.frames] == [14, 18, 22, 26] and clip.fps == pytest.approx(25)
 
 
+def test_files_joined_end_to_end(tmp_path):
+    """The clock of the second begins anew, between the stamps of the first: its frames come behind those, not between them."""
+    path = tmp_path / "a.ts"
+    parts = [write(path, numbered(40), "mpeg4", rate=25, pts=[40 * i + late for i in range(40)]).read_bytes() for late in (0, 13)]
+    path.write_bytes(b"".join(parts))
+    clip = take(path, 36, 3)
+    assert [number(f) for f in clip.frames] == [36, 39, 2, 5] and clip.fps == 25
+
+
 def test_a_median_between_a_short_and_a_long_step(tmp_path):
     """Two steps of 40 and 360 ms: nothing is near their median of 200, the short one is the period."""
     path = write(tmp_path / "vfr.mkv", numbered(3), "ffv1", "yuv420p", pts=[0, 40, 400])
