@@ -292,7 +292,7 @@ def _decode_from(
             # The decoder hides damage by painting over it, and what it painted lives on until the next key frame.
             damaged = bool(frame.is_corrupt) or (damaged and not frame.key_frame)
             if small is not None and i is not None and i >= first:
-                small.append(frame.reformat(*THUMBNAIL, format="rgb24", interpolation="AREA").to_ndarray())
+                small.append(frame.reformat(*THUMBNAIL, format="rgb24", interpolation="AREA", threads=1).to_ndarray())
             if i in wanted:
                 if damaged:
                     raise MediaError("does not decode", f"frame {i} is damaged")
@@ -305,10 +305,11 @@ def _decode_from(
 
 def _picture(frame: Any) -> tuple[np.ndarray, bool]:
     """(RGB as it is to be seen, whether its rows were columns)."""
+    # By default every conversion of a frame starts a thread per processor, which takes longer than the conversion.
     if frame.format.name == "pal8" or any(c.is_alpha for c in frame.format.components):
-        picture = on_white(frame.to_ndarray(format="rgba"))
+        picture = on_white(frame.to_ndarray(format="rgba", threads=1))
     else:
-        picture = frame.to_ndarray(format="rgb24")
+        picture = frame.to_ndarray(format="rgb24", threads=1)
     side_data = frame.side_data.get(SideDataType.DISPLAYMATRIX)
     if side_data is None:
         return picture, False
