@@ -24,6 +24,7 @@ from typing import Any, BinaryIO
 from motif_jax.config import StoreError, UserError
 
 _REQUESTS = 32  # at once
+_NOT_GIVEN = (401, 403, 410, 451)  # what a web server answers to who asks for one of its files: forbidden, gone
 _BYTES_AT_ONCE = 2**26  # of a file in an archive
 
 
@@ -119,6 +120,8 @@ def _ask(request: Callable[..., Any], path: str, *arguments: Any) -> Any:
     except (FileNotFoundError, tarfile.TarError):
         raise
     except Exception as error:
+        if getattr(error, "status", None) in _NOT_GIVEN:
+            raise FileNotFoundError(f"{path}: {error}") from error
         raise StoreError(f"{path}: {type(error).__name__}: {' '.join(str(error).split())}") from error
 
 

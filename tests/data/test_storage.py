@@ -1,7 +1,9 @@
 """Object stores: the same bytes as on a disk, continued after damage, read back whole."""
 
 import collections
+import contextlib
 import dataclasses
+import http.server
 import json
 import os
 import pathlib
@@ -193,6 +195,29 @@ def test_a_server_that_does_not_say_how_long_a_file_is(monkeypatch):
     info = type(store.files).info
     monkeypatch.setattr(type(store.files), "info", lambda *a, **k: info(*a, **k) | {"size": None})
     assert storage.size(store / "a.mp4") == 6
+
+
+@pytest.mark.parametrize(("status", "error"), [(200, None), (403, FileNotFoundError), (410, FileNotFoundError), (503, StoreError)])
+def test_a_web_server_that_does_not_give_a_file(status, error):
+    """Of a long list of addresses some are always gone, which does not end the job; a server that fails does."""
+    pytest.importorskip("aiohttp")
+
+    class Page(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(status)
+            self.send_header("Content-Length", "5")
+            self.end_headers()
+            self.wfile.write(b"video")
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Page) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        video = location(f"http://127.0.0.1:{server.server_port}/a.mp4?key=1", look=False)
+        with pytest.raises(error) if error else contextlib.nullcontext():
+            assert read_part(video) == b"video"
+        server.shutdown()
 
 
 @pytest.mark.parametrize("request_name", ["info", "cat_file", "get_file"])
