@@ -310,7 +310,11 @@ def _picture(frame: Any) -> tuple[np.ndarray, bool]:
         picture = on_white(frame.to_ndarray(format="rgba", threads=1))
     else:
         picture = frame.to_ndarray(format="rgb24", threads=1)
-    side_data = frame.side_data.get(SideDataType.DISPLAYMATRIX)
+    try:
+        side_data = frame.side_data.get(SideDataType.DISPLAYMATRIX)
+    except ValueError:  # beside it lies what PyAV has no name for (Exif, views of a stereo pair); what is left tells turns, but no mirrors
+        quarters = round(frame.rotation / 90)
+        return np.ascontiguousarray(np.rot90(picture, quarters)), bool(quarters % 2)
     if side_data is None:
         return picture, False
     # A pixel (x, y) is shown at (a x + c y, b x + d y), up to a shift; only quarter turns and mirrors are followed.

@@ -222,6 +222,24 @@ def test_display_matrix(tmp_path, matrix, expected):
     np.testing.assert_array_equal(take(path, 0, 1, 2, *shown.shape[:2]).frames, [shown] * 2)
 
 
+@pytest.mark.parametrize(("orientation", "quarters"), [(1, 0), (6, -1), (3, 2), (8, 1)])
+def test_turned_as_exif_says(tmp_path, orientation, quarters):
+    """Motion JPEG of a camera, each frame with the tags of a photograph."""
+    picture = np.random.default_rng(0).integers(0, 256, (4, 6, 3), np.uint8).repeat(8, 0).repeat(8, 1)
+    tags = Image.Exif()
+    tags[0x0112] = orientation
+    Image.fromarray(picture).save(tmp_path / "a.jpg", quality=95, subsampling=0, exif=tags)
+    with av.open(str(tmp_path / "a.mov"), "w") as container:
+        stream = container.add_stream("mjpeg", rate=10)
+        stream.height, stream.width, stream.pix_fmt = 32, 48, "yuvj444p"
+        for i in range(4):
+            packet = av.Packet((tmp_path / "a.jpg").read_bytes())
+            packet.stream, packet.pts, packet.dts, packet.time_base = stream, i, i, Fraction(1, 10)
+            container.mux(packet)
+    shown = np.rot90(picture, quarters)
+    assert np.abs(take(tmp_path / "a.mov", 0, 1, 2, *shown.shape[:2]).frames - shown.astype(int)).mean() < 4
+
+
 def test_pixels_that_are_not_square(tmp_path):
     """A file 32 wide with pixels twice as wide as high shows a 64 wide picture."""
     path = write(tmp_path / "wide.mkv", numbered(4, 48, 32), "ffv1", "yuv444p", aspect=Fraction(2, 1))
