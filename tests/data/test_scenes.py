@@ -45,6 +45,9 @@ def test_a_cut_and_nothing_else():
     assert not len(scenes.cuts(np.random.default_rng(0).integers(0, 256, (12, 36, 64, 3), np.uint8), THRESHOLD))  # noise has no scenes
     assert scenes.cuts(np.concatenate([scene(1, 1), scene(2, 1)]), THRESHOLD).tolist() == [1]
     assert not len(scenes.cuts(scene(1, 1), THRESHOLD))
+    flash = scene(1, 9)
+    flash[4] = 255
+    assert scenes.cuts(flash, THRESHOLD).tolist() == [4, 5]
 
 
 @pytest.mark.parametrize("times", [2, 3, 6])
