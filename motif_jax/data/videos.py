@@ -312,7 +312,7 @@ def _picture(frame: Any) -> tuple[np.ndarray, bool]:
         picture = frame.to_ndarray(format="rgb24", threads=1)
     try:
         side_data = frame.side_data.get(SideDataType.DISPLAYMATRIX)
-    except ValueError:  # beside it lies what PyAV has no name for (Exif, views of a stereo pair); what is left tells turns, but no mirrors
+    except ValueError:  # beside it lies what PyAV has no name for, such as Exif; what is left tells turns, but no mirrors
         quarters = round(frame.rotation / 90)
         return np.ascontiguousarray(np.rot90(picture, quarters)), bool(quarters % 2)
     if side_data is None:
