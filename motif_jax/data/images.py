@@ -6,6 +6,8 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageOps
 
+_PIXELS_AT_ONCE = 2**20  # in 16 bits, a large picture would take several times its memory
+
 
 class MediaError(ValueError):
     """A file without a usable clip or picture. `kind` is the reason in two words, for counting; the message adds the numbers."""
@@ -17,8 +19,12 @@ class MediaError(ValueError):
 
 def on_white(rgba: UInt8[np.ndarray, "H W 4"]) -> UInt8[np.ndarray, "H W 3"]:
     """The picture laid on white; alpha is not premultiplied."""
-    rgb, alpha = rgba[..., :3].astype(np.uint16), rgba[..., 3:].astype(np.uint16)
-    return ((rgb * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
+    picture = np.empty((*rgba.shape[:2], 3), np.uint8)
+    rows = max(1, _PIXELS_AT_ONCE // rgba.shape[1])
+    for top in range(0, len(rgba), rows):
+        rgb, alpha = np.split(rgba[top : top + rows].astype(np.uint16), [3], axis=-1)
+        picture[top : top + rows] = (rgb * alpha + 255 * (255 - alpha) + 127) // 255
+    return picture
 
 
 def cover(picture: UInt8[np.ndarray, "h w 3"], height: int, width: int, aspect: float = 1.0) -> UInt8[np.ndarray, "H W 3"]:

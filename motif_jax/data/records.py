@@ -120,10 +120,10 @@ def decode_clip(layout: Layout, record: bytes, names: tuple[str, ...] | None = N
             elif name in TEXTS:
                 clip[name] = str(values[name][0], "utf-8")
             else:
-                clip[name] = values[name][0]
+                clip[name] = +values[name][0]  # bytes have no sign
     except (KeyError, IndexError) as error:
         raise ValueError(f"record without {error}; it holds {', '.join(sorted(values))}") from error
-    except TypeError as error:  # numbers where there should be bytes
+    except TypeError as error:  # numbers where there should be bytes, or bytes for a number
         raise ValueError(f"record whose {name} is of another type: {error}") from error
     return clip
 
@@ -135,7 +135,7 @@ def _decode_frames(layout: Layout, encoded: list[bytes], count: int) -> UInt8[np
         raise ValueError(f"record with {len(encoded)} frames, the dataset has {layout.frames}")
     frames = np.empty((count, layout.height, layout.width, 3), np.uint8)
     for frame, data in zip(frames, encoded, strict=False):
-        picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
+        picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB) if len(data) else None
         if picture is None or picture.shape != frame.shape:
             raise ValueError(f"record with a frame of {None if picture is None else picture.shape}, the dataset has {frame.shape}")
         frame[:] = picture
@@ -231,6 +231,8 @@ def _read_varint(data: memoryview, at: int) -> tuple[int, int]:
         return value, at + 1
     value, shift = value & 127, 7
     while True:
+        if shift > 63:
+            raise IndexError("an integer of more than 64 bits")
         at += 1
         byte = data[at]
         value |= (byte & 127) << shift

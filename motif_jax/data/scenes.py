@@ -9,6 +9,9 @@ from jaxtyping import Float, Int, UInt8
 
 CONTRAST = 3.0  # times the median of its neighbours that a cut's change exceeds
 _NEIGHBOURS = 2  # on each side
+# A smaller change, in levels, is of a picture that is shown again (a cartoon of 8 pictures a second in a file of 24 frames a second). Fewer
+# than six of them in a row do not count: between them every move would stand out like a cut.
+_REPEAT, _STILL = 1.0, 6
 
 
 def changes(thumbnails_NHW3: UInt8[np.ndarray, "N H W 3"]) -> Float[np.ndarray, " N-1"]:
@@ -26,9 +29,13 @@ def cuts(thumbnails_NHW3: UInt8[np.ndarray, "N H W 3"], threshold: float) -> Int
     in a jump of a hand-held camera; 47 levels without that contrast; hard cuts have at least 49 levels and 6 times.
     """
     change = changes(thumbnails_NHW3)
+    still = change < _REPEAT
+    runs = np.split(np.arange(len(change)), np.flatnonzero(np.diff(still)) + 1)
+    places = np.concatenate([run for run in runs if not still[run].any() or len(run) >= _STILL] or [[]]).astype(np.int64)
+    change = change[places]
     found = []
     for i in np.flatnonzero(change >= threshold):
         around = np.concatenate([change[max(0, i - _NEIGHBOURS) : i], change[i + 1 : i + 1 + _NEIGHBOURS]])
         if not len(around) or change[i] > CONTRAST * np.median(around):
-            found.append(i + 1)
+            found.append(places[i] + 1)
     return np.array(found, np.int64)

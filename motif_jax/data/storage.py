@@ -5,6 +5,7 @@ not at all, so that they need no renaming.
 """
 
 import contextlib
+import dataclasses
 import functools
 import glob
 import hashlib
@@ -23,6 +24,8 @@ from typing import Any, BinaryIO
 from motif_jax.config import StoreError, UserError
 
 _REQUESTS = 32  # at once
+_NOT_GIVEN = (401, 403, 410, 451)  # what a web server answers to who asks for one of its files: forbidden, gone
+_BYTES_AT_ONCE = 2**26  # of a file in an archive
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,8 @@ def _ask(request: Callable[..., Any], path: str, *arguments: Any) -> Any:
     except (FileNotFoundError, tarfile.TarError):
         raise
     except Exception as error:
+        if getattr(error, "status", None) in _NOT_GIVEN:
+            raise FileNotFoundError(f"{path}: {error}") from error
         raise StoreError(f"{path}: {type(error).__name__}: {' '.join(str(error).split())}") from error
 
 
@@ -165,8 +170,10 @@ def location(name: str, look: bool = True) -> Path:
         files, path = fsspec.core.url_to_fs(name)
         if look:
             files.exists(path)
-    except (ImportError, ValueError) as error:
+    except ImportError as error:
         raise UserError(f"{name}: {error}; pip install -e '.[gs]' or '.[s3]'") from error
+    except ValueError as error:
+        raise UserError(f"{name}: {error}; write a path, or a URL of gs://, s3:// or another store of fsspec") from error
     except Exception as error:  # the stores' clients share no class of errors (no credentials, no such host, ...)
         raise UserError(f"{name} cannot be reached: {type(error).__name__}: {error}") from error
     return RemotePath(files, path.rstrip("/"))
@@ -221,7 +228,10 @@ def size(path: File) -> int:
     """Bytes of a file. Raises FileNotFoundError."""
     if isinstance(path, Member):
         return path.size
-    return path.stat().st_size if isinstance(path, pathlib.Path) else _ask(path.files.info, path.path)["size"]
+    if isinstance(path, pathlib.Path):
+        return path.stat().st_size
+    told = _ask(path.files.info, path.path)["size"]
+    return len(read_part(path)) if told is None else told  # many a web server does not say
 
 
 def sha256(path: str | pathlib.Path) -> str:
@@ -244,15 +254,23 @@ def read_part(path: File, start: int = 0, end: int | None = None) -> bytes:
 
 
 def members(archive: Path) -> list[Member]:
-    """The files in an uncompressed tar archive, of which only the headers are read. Raises tarfile.TarError, OSError."""
+    """The files in an uncompressed tar archive, of which only the headers are read. Raises tarfile.TarError, OSError.
+
+    Of two with one name the later one counts. Symbolic links and sparse files (tar -S, whose bytes lie in pieces) are left out.
+    """
 
     def read(file: BinaryIO) -> list[Member]:
+        inside: dict[str, Member] = {}
         with file, tarfile.open(fileobj=file, mode="r:") as tar:
-            inside = [Member(archive, found.name, found.offset_data, found.size) for found in tar if found.isreg()]
+            for found in tar:
+                if found.islnk() and found.linkname in inside:
+                    inside[found.name] = dataclasses.replace(inside[found.linkname], name=found.name)
+                elif found.isreg() and not found.issparse():
+                    inside[found.name] = Member(archive, found.name, found.offset_data, found.size)
             file.seek(tar.offset)
             if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # or the last ones would be left out without a word
                 raise tarfile.ReadError("cut off")
-            return inside
+            return list(inside.values())
 
     if isinstance(archive, pathlib.Path):
         return read(archive.open("rb"))
@@ -288,7 +306,9 @@ def local_copy(path: File) -> Iterator[pathlib.Path]:
     with tempfile.TemporaryDirectory() as scratch:
         copy = pathlib.Path(scratch) / posixpath.basename(path.name)[-40:]
         if isinstance(path, Member):
-            copy.write_bytes(read_part(path))
+            with copy.open("wb") as file:
+                for start in range(0, path.size, _BYTES_AT_ONCE):
+                    file.write(read_part(path, start, start + _BYTES_AT_ONCE))
         else:
             download(path, copy)
         yield copy

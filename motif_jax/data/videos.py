@@ -25,6 +25,9 @@ from motif_jax.data.storage import replacing
 THUMBNAIL = (64, 36)  # width, height
 # A pause longer than this many seconds and ten frames is a jump of the clock (a cut, a paused recorder), not a still.
 _LONGEST_STILL = 1.0
+# Where a frame lasts this many usual steps on average, clips would be stills, and a list of all steps larger than memory.
+_LONGEST_HOLD = 100
+_MOST_PIXELS = 100_000_000  # of a frame; a few megabytes of PNG can hold more, and many threads decode side by side
 # What a damaged file makes FFmpeg, its Python binding and arithmetic with the file's numbers raise.
 _DAMAGE = (av.error.FFmpegError, OSError, ValueError, LookupError, ArithmeticError, MemoryError)
 
@@ -99,8 +102,9 @@ def read_video(path: str | os.PathLike) -> Clip:
 
 
 def _open(path: Any) -> Any:
-    # Absolute, because FFmpeg takes what stands before a colon for a protocol; tags may be in any encoding and are not used.
-    return av.open(os.path.abspath(path), metadata_errors="replace")
+    # Absolute, because FFmpeg takes what stands before a colon for a protocol; tags may be in any encoding and are not used; a playlist
+    # (HLS) that does not say that it is complete is not waited for.
+    return av.open(os.path.abspath(path), metadata_errors="replace", options={"max_reload": "1"})
 
 
 def _first_stream(path: Any, read: Callable[[int], Clip]) -> Clip:
@@ -171,16 +175,19 @@ def _read_stream(path: Any, stream: int, frames: int, height: int, width: int, c
 
 
 def _packet_timeline(path: Any, index: int) -> Timeline | None:
-    """The timeline from the container alone; None when packets carry no time stamps."""
+    """The timeline from the container alone; None when its time stamps cannot be those of the frames."""
     with _open(path) as container:
         stream = container.streams[index]
-        declared = len(stream.index_entries)  # mp4 and mov list every frame in front of the data, other formats do not
-        pts, read, end = [], 0, 0.0
+        # Mp4 and mov list every frame in front of the data, other formats do not. An empty one shows the frame before for longer.
+        declared = sum(entry.size > 0 for entry in stream.index_entries)
+        pts, dts, read, end = [], [], 0, 0.0
         for packet in container.demux():
             if packet.pts is not None:
                 end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
             if packet.stream_index == index and packet.size:
                 read += 1
+                if packet.dts is not None:
+                    dts.append(packet.dts)
                 if not packet.is_discard:
                     pts.append(packet.pts)
         if read < declared:
@@ -188,9 +195,13 @@ def _packet_timeline(path: Any, index: int) -> Timeline | None:
         whole = (container.duration or 0) / av.time_base
         if "matroska" in container.format.name and end < 0.9 * whole:
             raise MediaError("truncated", f"{end:.1f} of {whole:.1f} seconds are in the file")
-        if not pts or None in pts or len(set(pts)) < len(pts):
+        # Where the clock goes back, files were joined (transport streams, DVDs).
+        if not pts or None in pts or len(set(pts)) < len(pts) or dts != sorted(dts):
             return None
-        return _timeline(sorted(pts), stream)
+        shown = sorted(pts)
+        # B-frames are stored behind the later frames they lean on: stamps that rise all the same are not theirs (AVI has none, and old DivX
+        # packs two frames into one).
+        return None if shown == pts and stream.codec_context.has_b_frames else _timeline(shown, stream)
 
 
 def _decoded_timeline(path: Any, index: int) -> Timeline:
@@ -220,6 +231,8 @@ def _timeline(pts: list[int] | None, stream: Any, count: int = 0) -> Timeline:
     period = steps[ordinary if ordinary.any() else steps <= usual].mean()
     if ordinary.all():
         return Timeline(pts, np.arange(len(pts)), round(1 / period, 6))
+    if seconds[-1] > _LONGEST_HOLD * period * len(pts):
+        raise MediaError("no frame rate", f"{len(pts)} frames in {seconds[-1]:.4g} s, most of them {period:.2g} s apart")
     grid = np.arange(int(seconds[-1] / period + 0.5) + 1) * period
     after = np.clip(np.searchsorted(seconds, grid), 1, len(pts) - 1)
     nearest = np.where(grid - seconds[after - 1] <= seconds[after] - grid, after - 1, after)
@@ -231,8 +244,12 @@ def _frames(container: Any, stream: Any):
     stream.codec_context.thread_count = 1  # videos are decoded side by side instead
     started = False
     for packet in container.demux(stream):
+        if not packet.size and packet.dts is not None:
+            continue  # an empty sample: the frame before it is shown for longer
         try:
             for frame in packet.decode():
+                if frame.width * frame.height > _MOST_PIXELS:
+                    raise MediaError("too large", f"frames of {frame.width}x{frame.height}, more than {_MOST_PIXELS:,} pixels")
                 started = True
                 yield frame
         except av.error.InvalidDataError as error:
@@ -275,7 +292,7 @@ def _decode_from(
             # The decoder hides damage by painting over it, and what it painted lives on until the next key frame.
             damaged = bool(frame.is_corrupt) or (damaged and not frame.key_frame)
             if small is not None and i is not None and i >= first:
-                small.append(frame.reformat(*THUMBNAIL, format="rgb24", interpolation="AREA").to_ndarray())
+                small.append(frame.reformat(*THUMBNAIL, format="rgb24", interpolation="AREA", threads=1).to_ndarray())
             if i in wanted:
                 if damaged:
                     raise MediaError("does not decode", f"frame {i} is damaged")
@@ -288,11 +305,16 @@ def _decode_from(
 
 def _picture(frame: Any) -> tuple[np.ndarray, bool]:
     """(RGB as it is to be seen, whether its rows were columns)."""
-    if any(c.is_alpha for c in frame.format.components):
-        picture = on_white(frame.to_ndarray(format="rgba"))
+    # By default every conversion of a frame starts a thread per processor, which takes longer than the conversion.
+    if frame.format.name == "pal8" or any(c.is_alpha for c in frame.format.components):
+        picture = on_white(frame.to_ndarray(format="rgba", threads=1))
     else:
-        picture = frame.to_ndarray(format="rgb24")
-    side_data = frame.side_data.get(SideDataType.DISPLAYMATRIX)
+        picture = frame.to_ndarray(format="rgb24", threads=1)
+    try:
+        side_data = frame.side_data.get(SideDataType.DISPLAYMATRIX)
+    except ValueError:  # beside it lies what PyAV has no name for, such as Exif; what is left tells turns, but no mirrors
+        quarters = round(frame.rotation / 90)
+        return np.ascontiguousarray(np.rot90(picture, quarters)), bool(quarters % 2)
     if side_data is None:
         return picture, False
     # A pixel (x, y) is shown at (a x + c y, b x + d y), up to a shift; only quarter turns and mirrors are followed.

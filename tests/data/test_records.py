@@ -113,11 +113,11 @@ def test_refuses(layout, clip, change, message):
         encode_clip(layout, clip | change)
 
 
-@pytest.mark.parametrize("name", ["caption", "flow", "frames"])
-def test_a_number_where_bytes_should_be(layout, clip, name):
+@pytest.mark.parametrize(("name", "other"), [("caption", 1), ("flow", 1), ("frames", 1), ("fps", b"1"), ("first_frame", b"1")])
+def test_a_number_where_bytes_should_be_or_the_reverse(layout, clip, name, other):
     values = records.decode_example(encode_clip(layout, clip))
     values = {k: [bytes(x) if isinstance(x, memoryview) else x for x in v] for k, v in values.items()}
-    record = records.encode_example(values | {name: [1] * len(values[name])})
+    record = records.encode_example(values | {name: [other] * len(values[name])})
     with pytest.raises(ValueError, match=f"record whose {name} is of another type"):
         decode_clip(layout, record)
 
@@ -127,7 +127,12 @@ def test_damaged_bytes_are_an_error_not_a_clip(layout, clip):
     for length in (1, 10, len(data) // 2, len(data) - 1):
         with pytest.raises(ValueError, match=r"not a tf\.train\.Example"):
             decode_clip(layout, data[:length])
+    with pytest.raises(ValueError, match="an integer of more than 64 bits"):
+        decode_clip(layout, data[:1] + b"\xff" * 100)
     with pytest.raises(ValueError, match="without"):
         decode_clip(layout, b"")
+    empty = records.encode_example({"frames": [b""] * 3})
+    with pytest.raises(ValueError, match="record with a frame of None"):
+        decode_clip(layout, empty, ("frames",))
     with pytest.raises(ValueError, match="record with 3 frames, the dataset has 4"):
         decode_clip(dataclasses.replace(layout, frames=4), data, ("frames",))

@@ -44,6 +44,20 @@ def test_a_cut_and_nothing_else():
     assert not len(scenes.cuts(scene(1, 30, step=7), THRESHOLD))  # fast, but steady
     assert not len(scenes.cuts(np.random.default_rng(0).integers(0, 256, (12, 36, 64, 3), np.uint8), THRESHOLD))  # noise has no scenes
     assert scenes.cuts(np.concatenate([scene(1, 1), scene(2, 1)]), THRESHOLD).tolist() == [1]
+    assert not len(scenes.cuts(scene(1, 1), THRESHOLD))
+    flash = scene(1, 9)
+    flash[4] = 255
+    assert scenes.cuts(flash, THRESHOLD).tolist() == [4, 5]
+
+
+@pytest.mark.parametrize("times", [2, 3, 6])
+def test_pictures_that_are_shown_several_times(times):
+    """A fast move stays one, a cut stays a cut, also beside a still scene and of two stills."""
+    still, one, other = scene(2, 1).repeat(9, 0), scene(1, 9), scene(3, 9)
+    assert not len(scenes.cuts(scene(1, 9, step=7).repeat(times, 0), THRESHOLD))
+    for parts in ((one, other), (one, still, other), (scene(1, 1), scene(2, 1))):
+        ends = np.cumsum([len(part) for part in parts[:-1]])
+        assert scenes.cuts(np.concatenate(parts).repeat(times, 0), THRESHOLD).tolist() == (times * ends).tolist()
 
 
 def test_change_is_the_difference_of_luma_and_chroma():
@@ -85,7 +99,10 @@ def test_a_video_of_cuts_is_left_out(tmp_path):
 
 
 def test_real_clips_put_together(shared):
-    """Eight frames of one clip, then eight of another: 72 ordered pairs, the middle frame is the cut. Alone, a clip has none."""
+    """Eight frames of one clip, then eight of another: 72 ordered pairs, the middle frame is the cut. Alone, a clip has none.
+
+    The same holds when every frame is shown three times.
+    """
     clips = {}
     for path in sorted((shared / "clips").glob("*.m??")):
         with av.open(str(path)) as container:
@@ -93,6 +110,8 @@ def test_real_clips_put_together(shared):
             clips[path.name] = np.stack([f.reformat(*THUMBNAIL, format="rgb24", interpolation="AREA").to_ndarray() for f in frames])
     assert len(clips) == 9
     for (a, first), (b, second) in itertools.permutations(clips.items(), 2):
-        for at in (20, 75):
-            assert scenes.cuts(np.concatenate([first[at : at + 8], second[at : at + 8]]), THRESHOLD).tolist() == [8], (a, b, at)
-    assert {name: scenes.cuts(frames, THRESHOLD).tolist() for name, frames in clips.items()} == {name: [] for name in clips}
+        for at, times in itertools.product((20, 75), (1, 3)):
+            both = np.concatenate([first[at : at + 8], second[at : at + 8]]).repeat(times, 0)
+            assert scenes.cuts(both, THRESHOLD).tolist() == [8 * times], (a, b, at, times)
+    for times in (1, 3):
+        assert {name: scenes.cuts(f.repeat(times, 0), THRESHOLD).tolist() for name, f in clips.items()} == {name: [] for name in clips}

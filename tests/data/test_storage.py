@@ -1,7 +1,9 @@
 """Object stores: the same bytes as on a disk, continued after damage, read back whole."""
 
 import collections
+import contextlib
 import dataclasses
+import http.server
 import json
 import os
 import pathlib
@@ -17,7 +19,7 @@ import pytest
 
 from motif_jax import preparation
 from motif_jax.config import Config, DataConfig, PrepareConfig, StoreError, UserError
-from motif_jax.data import pipeline, shards
+from motif_jax.data import pipeline, shards, storage
 from motif_jax.data.storage import Member, location, read_part, write_whole
 from motif_jax.data.verification import verify
 from motif_jax.data.videos import save_video
@@ -122,7 +124,8 @@ def test_videos_in_an_object_store_give_what_those_on_a_disk_give(tmp_path, kind
 
 
 @pytest.mark.parametrize("kind", ["disk", "memory", "gs"])
-def test_a_tar_archive_is_a_folder_of_its_name(tmp_path, kind, request):
+def test_a_tar_archive_is_a_folder_of_its_name(tmp_path, kind, request, monkeypatch):
+    monkeypatch.setattr(storage, "_BYTES_AT_ONCE", 500)  # a video is copied in many parts
     config = dataclasses.replace(CONFIG, prepare=dataclasses.replace(CONFIG.prepare, flow="dis"))
     folder, packed = tmp_path / "folder", tmp_path / "packed"
     (folder / "0.tar/sub").mkdir(parents=True)
@@ -132,9 +135,15 @@ def test_a_tar_archive_is_a_folder_of_its_name(tmp_path, kind, request):
         (folder / f"{name}.txt").write_text(f"number {i}")
     for name in ("a.mp4", "a.txt"):
         shutil.copy(folder / name, packed / name)
-    with tarfile.open(packed / "0.tar", "w") as archive:  # in an order of its own, with what is no file and what is hidden
-        for name in ("sub", "b.txt", "b.mp4"):
+    (folder / "0.tar/d.mp4").hardlink_to(folder / "0.tar/b.mp4")
+    (folder / "0.tar/d.txt").write_text("b once more")
+    with tarfile.open(packed / "0.tar", "w") as archive:  # in an order of its own, with what is no file, twice there, hidden or in pieces
+        archive.add(folder / "0.tar/d.txt", "./b.txt")
+        for name in ("sub", "b.txt", "b.mp4", "d.txt", "d.mp4"):
             archive.add(folder / "0.tar" / name, f"./{name}")
+        sparse = tarfile.TarInfo("sparse.mp4")
+        sparse.type = tarfile.GNUTYPE_SPARSE
+        archive.addfile(sparse)
         archive.add(folder / "0.tar/b.mp4", ".hidden.mp4")
     source = str(packed)
     if kind != "disk":
@@ -143,7 +152,7 @@ def test_a_tar_archive_is_a_folder_of_its_name(tmp_path, kind, request):
 
     def prepared(source, name):
         summary = preparation.prepare(config, source, tmp_path / name, log=str)
-        assert sum(summary.clips.values()) == 3 and not summary.skipped
+        assert sum(summary.clips.values()) == 4 and not summary.skipped
         return {p.name: p.read_bytes() for p in (tmp_path / name).rglob("*") if p.is_file()}, summary.written
 
     assert prepared(str(folder), "one")[0] == prepared(source, "two")[0]
@@ -178,6 +187,37 @@ def test_an_empty_file_of_an_archive_in_a_store_is_empty(monkeypatch):
     write_whole(store / "a.tar", "header" * 100)
     assert read_part(Member(store / "a.tar", "empty.txt", 512, 0)) == b"" == read_part(store / "a.tar", 5, 5)
     assert read_part(Member(store / "a.tar", "full.txt", 6, 6)) == b"header"
+
+
+def test_a_server_that_does_not_say_how_long_a_file_is(monkeypatch):
+    store = location(f"memory://{uuid.uuid4().hex}")
+    write_whole(store / "a.mp4", "header")
+    info = type(store.files).info
+    monkeypatch.setattr(type(store.files), "info", lambda *a, **k: info(*a, **k) | {"size": None})
+    assert storage.size(store / "a.mp4") == 6
+
+
+@pytest.mark.parametrize(("status", "error"), [(200, None), (403, FileNotFoundError), (410, FileNotFoundError), (503, StoreError)])
+def test_a_web_server_that_does_not_give_a_file(status, error):
+    """Of a long list of addresses some are always gone, which does not end the job; a server that fails does."""
+    pytest.importorskip("aiohttp")
+
+    class Page(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(status)
+            self.send_header("Content-Length", "5")
+            self.end_headers()
+            self.wfile.write(b"video")
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Page) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        video = location(f"http://127.0.0.1:{server.server_port}/a.mp4?key=1", look=False)
+        with pytest.raises(error) if error else contextlib.nullcontext():
+            assert read_part(video) == b"video"
+        server.shutdown()
 
 
 @pytest.mark.parametrize("request_name", ["info", "cat_file", "get_file"])
@@ -235,7 +275,7 @@ def test_a_store_that_goes_away_is_a_disk_that_does(monkeypatch, request_name):
 
 
 def test_stores_that_cannot_be_used():
-    with pytest.raises(UserError, match="nonsense"):
+    with pytest.raises(UserError, match="Protocol not known: nonsense; write a path, or a URL of gs://"):
         location("nonsense://bucket/data")
     with pytest.raises(UserError, match=r"caf\\udce9': its name is not UTF-8"):
         location(os.fsdecode(b"caf\xe9"))

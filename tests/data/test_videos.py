@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from motif_jax.data import videos
+from motif_jax.data import images, videos
 from motif_jax.data.images import MediaError
 from motif_jax.data.videos import choose_clip, read_clip, read_video, save_video
 
@@ -115,6 +115,7 @@ def test_too_short_says_how_much_is_missing():
         ("one_key.mkv", "libx264", "yuv444p", {"g": "500"}),
         ("a.webm", "libvpx-vp9", "yuv420p", {"cpu-used": "8", "deadline": "realtime"}),
         ("a.avi", "mpeg4", "yuv420p", {"bf": "2"}),
+        ("no_stamps.avi", "libx264", "yuv420p", {"bf": "3"}),
         ("a.ts", "mpeg2video", "yuv420p", {}),
         ("raw.h264", "libx264", "yuv420p", {"bf": "2"}),
         ("a.gif", "gif", "rgb8", {}),
@@ -144,7 +145,7 @@ def test_exactly_the_chosen_frames(tmp_path, name, codec, pixels, options):
 
 
 def test_colours_survive(tmp_path):
-    """Also those of the other matrix: a file that says BT.709 is not read as BT.601."""
+    """Also those of the other matrix and range: a file that says BT.709 is not read as BT.601, nor one of 0..255 as of 16..235."""
     red = np.full((3, 48, 64, 3), (200, 30, 60), np.uint8)
     path = tmp_path / "709.mp4"
     with av.open(str(path), "w") as container:
@@ -156,7 +157,8 @@ def test_colours_survive(tmp_path):
                 stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format="yuv420p", dst_colorspace="itu709"))
             )
         container.mux(stream.encode())
-    for file in (path, write(tmp_path / "601.mkv", red, "ffv1", "yuv444p")):
+    full = write(tmp_path / "full.mov", red, "mjpeg", "yuvj444p")
+    for file in (path, write(tmp_path / "601.mkv", red, "ffv1", "yuv444p"), full):
         clip = take(file, 0, 1, frames=3)
         assert np.abs(clip.frames.astype(int) - (200, 30, 60)).max() <= 4  # 8-bit YUV
 
@@ -168,10 +170,25 @@ def test_odd_sizes(tmp_path):
     np.testing.assert_allclose(clip.frames.astype(int), frames[1:5], atol=2)  # rounding to YUV and back
 
 
-def test_transparency_is_laid_on_white(tmp_path):
+def test_transparency_is_laid_on_white(tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "_PIXELS_AT_ONCE", 300)  # in bands of four rows
     frames = np.zeros((4, 48, 64, 4), np.uint8)
     frames[:, :24] = (10, 20, 30, 255)
     clip = take(write(tmp_path / "a.mov", frames, "qtrle", "argb"), 0, 1)
+    assert (clip.frames[:, :24] == (10, 20, 30)).all() and (clip.frames[:, 24:] == 255).all()
+
+
+def test_transparency_of_a_palette_is_laid_on_white(tmp_path):
+    colours = np.zeros((256, 4), np.uint8)  # alpha, red, green, blue
+    colours[:2] = (0, 70, 80, 90), (255, 10, 20, 30)
+    picture = np.zeros((48, 64), np.uint8)
+    picture[:24] = 1
+    with av.open(str(tmp_path / "a.mov"), "w") as container:
+        stream = container.add_stream("png", rate=10)
+        stream.height, stream.width, stream.pix_fmt = 48, 64, "pal8"
+        for _ in range(4):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray((picture, colours), format="pal8")))
+    clip = take(tmp_path / "a.mov", 0, 1)
     assert (clip.frames[:, :24] == (10, 20, 30)).all() and (clip.frames[:, 24:] == 255).all()
 
 
@@ -205,19 +222,33 @@ def test_display_matrix(tmp_path, matrix, expected):
     np.testing.assert_array_equal(take(path, 0, 1, 2, *shown.shape[:2]).frames, [shown] * 2)
 
 
-def test_pixels_that_are_not_square(tmp_path):
-    """A file 32 wide with pixels twice as wide as high shows a 64 wide picture."""
-    path = write(tmp_path / "wide.mkv", numbered(4, 48, 32), "ffv1", "yuv444p", aspect=Fraction(2, 1))
-    assert [number(f) for f in take(path, 0, 1).frames] == [0, 1, 2, 3]  # nothing is cut off at the sides
+@pytest.mark.parametrize(("orientation", "quarters"), [(1, 0), (6, -1), (3, 2), (8, 1)])
+def test_turned_as_exif_says(tmp_path, orientation, quarters):
+    """Motion JPEG of a camera, each frame with the tags of a photograph."""
+    picture = np.random.default_rng(0).integers(0, 256, (4, 6, 3), np.uint8).repeat(8, 0).repeat(8, 1)
+    tags = Image.Exif()
+    tags[0x0112] = orientation
+    Image.fromarray(picture).save(tmp_path / "a.jpg", quality=95, subsampling=0, exif=tags)
+    with av.open(str(tmp_path / "a.mov"), "w") as container:
+        stream = container.add_stream("mjpeg", rate=10)
+        stream.height, stream.width, stream.pix_fmt = 32, 48, "yuvj444p"
+        for i in range(4):
+            packet = av.Packet((tmp_path / "a.jpg").read_bytes())
+            packet.stream, packet.pts, packet.dts, packet.time_base = stream, i, i, Fraction(1, 10)
+            container.mux(packet)
+    shown = np.rot90(picture, quarters)
+    assert np.abs(take(tmp_path / "a.mov", 0, 1, 2, *shown.shape[:2]).frames - shown.astype(int)).mean() < 4
 
 
-def test_pixels_that_are_not_square_and_turned(tmp_path):
-    """A quarter turn makes wide pixels high ones: of 24 x 16 blocks, 8 x 8 of them alike, 48 x 16 are shown."""
-    picture = np.random.default_rng(0).integers(0, 256, (2, 3, 3), np.uint8).repeat(8, 0).repeat(8, 1)
-    path = turn(write(tmp_path / "a.mov", [picture] * 4, "qtrle", "rgb24", aspect=Fraction(2, 1)), (0, 1, -1, 0))
-    shown = np.rot90(picture, -1).repeat(2, 0)
-    centres = np.s_[8::16, 4::8]  # of the blocks: the picture is enlarged, and their edges are soft
-    np.testing.assert_array_equal(take(path, 0, 1, 2, 48, 16).frames[0][centres], shown[centres])
+@pytest.mark.parametrize("matrix", [(1, 0, 0, 1), (0, 1, -1, 0)])
+def test_pixels_that_are_not_square(tmp_path, matrix):
+    """Of 24 x 32 pixels that are twice as wide as high, 48 x 32 are shown; a quarter turn makes them high ones."""
+    picture = np.random.default_rng(0).integers(0, 256, (4, 3, 3), np.uint8).repeat(8, 0).repeat(8, 1)
+    path = turn(write(tmp_path / "a.mov", [picture] * 4, "qtrle", "rgb24", aspect=Fraction(2, 1)), matrix)
+    turned = matrix[0] == 0
+    frame = take(path, 0, 1, 2, *((48, 32) if turned else (32, 48))).frames[0]
+    centres = np.s_[4::8, 8::16]  # of the blocks: the picture is enlarged, and their edges are soft
+    np.testing.assert_array_equal(np.rot90(frame, int(turned))[centres], picture.repeat(2, 1)[centres])
 
 
 # Time
@@ -249,12 +280,44 @@ def test_a_jump_of_the_clock_is_not_a_still(tmp_path):
     assert [number(f) for f in clip.frames] == [14, 18, 22, 26] and clip.fps == pytest.approx(25)
 
 
+def test_files_joined_end_to_end(tmp_path):
+    """The clock of the second begins anew, between the stamps of the first: its frames come behind those, not between them."""
+    path = tmp_path / "a.ts"
+    parts = [write(path, numbered(40), "mpeg4", rate=25, pts=[40 * i + late for i in range(40)]).read_bytes() for late in (0, 13)]
+    path.write_bytes(b"".join(parts))
+    clip = take(path, 36, 3)
+    assert [number(f) for f in clip.frames] == [36, 39, 2, 5] and clip.fps == 25
+
+
 def test_a_median_between_a_short_and_a_long_step(tmp_path):
     """Two steps of 40 and 360 ms: nothing is near their median of 200, the short one is the period."""
     path = write(tmp_path / "vfr.mkv", numbered(3), "ffv1", "yuv420p", pts=[0, 40, 400])
     clip = read_video(path)
     assert clip.fps == pytest.approx(25) and [number(f) for f in clip.frames] == [0] + [1] * 5 + [2] * 5
     assert [number(f) for f in take(path, 1, 3).frames] == [1, 1, 2, 2]
+
+
+def test_bursts_have_no_frame_rate(tmp_path):
+    """Four frames in 3 ms every 0.9 s: at 1000 a second, nearly every clip would be one frame."""
+    path = write(tmp_path / "burst.mkv", numbered(20), "ffv1", "yuv420p", pts=[900 * (i // 4) + i % 4 for i in range(20)])
+    with pytest.raises(MediaError, match=r"no frame rate: 20 frames in 3\.603 s, most of them 0\.001 s apart"):
+        take(path, 0, 1)
+
+
+def test_an_empty_sample_is_the_frame_before_it(tmp_path):
+    """The last of a file that lists as many as before, as some recorders write for a frame without change."""
+    path = write(tmp_path / "a.mp4", numbered(20), "mjpeg", "yuvj420p")
+    data = bytearray(path.read_bytes())
+    last = data.index(b"stsz") + 16 + 4 * 19  # type 4, version and flags 4, common size 4, count 4
+    data[last : last + 4] = bytes(4)
+    path.write_bytes(data)
+    assert [number(f) for f in take(path, 15, 1).frames] == [15, 16, 17, 18] and len(read_video(path).frames) == 19
+
+
+def test_a_playlist_without_an_end_is_not_waited_for(tmp_path):
+    write(tmp_path / "a.ts", numbered(9), "mpeg2video", rate=25)
+    (tmp_path / "live.m3u8").write_text("#EXTM3U\n#EXT-X-TARGETDURATION:0\n#EXTINF:0,\na.ts\n")
+    assert [number(f) for f in take(tmp_path / "live.m3u8", 2, 1).frames] == [2, 3, 4, 5]
 
 
 # Streams
@@ -319,6 +382,16 @@ def test_bad_files(tmp_path):
     (tmp_path / "text.mp4").write_text("not a video\n" * 100)
     assert kind_of(tmp_path / "text.mp4") == "cannot be read"
     assert kind_of(write(tmp_path / "one.mp4", numbered(1))) == "too short"
+
+
+def test_frames_that_would_fill_the_memory(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.mp4", numbered(9))
+    monkeypatch.setattr(videos, "_MOST_PIXELS", 48 * 64)
+    assert len(read_video(path).frames) == 9
+    monkeypatch.setattr(videos, "_MOST_PIXELS", 48 * 64 - 1)
+    for read in (read_video, lambda path: take(path, 3, 1)):
+        with pytest.raises(MediaError, match="too large: frames of 64x48, more than 3,071 pixels"):
+            read(path)
 
 
 def test_audio_only(tmp_path):
