@@ -15,6 +15,13 @@ from absl import app, flags, logging
 from motif_jax.config import Config, StoreError, UserError, from_config_dict, to_dict
 from motif_jax.fields import field_names
 
+# What absl and Python say of a flag, and what is meant.
+_PLAIN = (
+    (r"flag (--\S+)=None: Flag \S+ must have a value other than None\.", r"\1 must be given"),
+    (r"invalid literal for int\(\) with base 10: .*", "must be a whole number"),
+    (r"could not convert string to float: .*", "must be a number"),
+    (r"\('Non-boolean argument to boolean flag', .*\)", "must be True or False"),
+)
 HELP = frozenset({"--help", "-help", "-h", "--helpshort", "--helpfull", "-?"})
 
 
@@ -166,7 +173,10 @@ def _reason(error: Exception) -> str:
     if "Traceback" in text:
         flag = text.partition(": ")[0]
         text = f"{flag}: " + re.sub(r"^\s*\w*(Error|Exception): ", "", text.strip().splitlines()[-1])
-    return " ".join(text.split())
+    text = " ".join(text.split())
+    for said, meant in _PLAIN:
+        text = re.sub(said, meant, text)
+    return text
 
 
 def configuration(flag: flags.FlagHolder) -> Config:

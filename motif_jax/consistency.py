@@ -103,11 +103,11 @@ def contradictions(c: "Config") -> list[str]:
         c.diffusion.loss_space in ("", *same_family),
         f"diffusion.loss_space={c.diffusion.loss_space!r}: with prediction={c.diffusion.prediction!r} one of {same_family}",
     )
-    check(
-        [c.mesh.data, c.mesh.fsdp, c.mesh.context, c.mesh.tensor].count(-1) <= 1,
-        "mesh: at most one axis may be -1",
-    )
-    check(0 not in (c.mesh.data, c.mesh.fsdp, c.mesh.context, c.mesh.tensor), "mesh: an axis of 0 devices is impossible; use 1")
+    axes = {f"mesh.{name}": getattr(c.mesh, name) for name in ("data", "fsdp", "context", "tensor")}
+    taking = ", ".join(f"{name}=-1" for name, size in axes.items() if size == -1)
+    check(taking.count("-1") <= 1, f"{taking}: only one axis can take the devices that are left; give the others a size")
+    for name, size in axes.items():
+        check(size != 0, f"{name}=0: must be 1 or more, or -1 for the devices that are left")
     check(
         c.profile.start == 0 or c.profile.start < c.steps,
         f"profile.start={c.profile.start}: no step comes after it, steps={c.steps}; use a smaller one, or 0 (off)",

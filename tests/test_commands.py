@@ -347,6 +347,15 @@ BAD_CALLS = {
         ["motif_jax.main", CONFIG, "--workdir={tmp}/w", "--steps=4"],
         "motif_jax.main: --steps: did you mean --config.steps?",
     ),
+    "no flag that must be given": (["motif_jax.main", CONFIG], "motif_jax.main: --workdir must be given"),
+    "a fraction for a whole number": (
+        ["motif_jax.main", CONFIG, "--workdir={tmp}/w", "--config.data.frames=8.5"],
+        "motif_jax.main: flag --config.data.frames=8.5: must be a whole number",
+    ),
+    "a word for a switch": (
+        ["motif_jax.main", CONFIG, "--workdir={tmp}/w", "--config.ema.warmup=maybe"],
+        "motif_jax.main: flag --config.ema.warmup=maybe: must be True or False",
+    ),
     "a name of bytes": (
         ["motif_jax.main", CONFIG, *SMALL, "--workdir={tmp}/\udcff", "--config.data.path={data}"],
         "\\udcff' is not UTF-8",

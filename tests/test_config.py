@@ -46,7 +46,6 @@ def test_every_mistake_is_named_at_once():
         ({"grad_accumulation": 7}, "grad_accumulation=7: must divide batch_size=64"),
         ({"init_from": "s3://bucket/weights"}, "init_from=s3://bucket/weights: weights are read from files, and runs from gs:// too"),
         ({"ema": {"decay": 1.0, "warmup": False}}, "ema.decay=1.0: the average would never move"),
-        ({"mesh": {"fsdp": -1}}, "at most one axis may be -1"),
         ({"autoencoder": {"kind": "pixel"}}, "a pixel autoencoder of factor 8 has 192"),
         ({"prepare": {"flow_stride": 4}}, "RAFT's grid is 8 pixels"),
         ({"prepare": {"frame_stride_min": 7}}, "must not exceed prepare.frame_stride_max=6"),
@@ -63,7 +62,8 @@ def test_every_mistake_is_named_at_once():
         ({"diffusion": {"beta_start": 0.1}}, "diffusion.beta_start=0.1: must not exceed diffusion.beta_end=0.012"),
         ({"diffusion": {"beta_start": 0.0}}, "diffusion.beta_start=0.0, beta_end=0.012: must lie between 0 and 1"),
         ({"diffusion": {"prediction": "flow", "base_scale": 0.7}}, "base_scale=0.7: flow matching has no dynamic rescale"),
-        ({"mesh": {"tensor": 0}}, "an axis of 0 devices is impossible"),
+        ({"mesh": {"tensor": 0}}, "mesh.tensor=0: must be 1 or more, or -1 for the devices that are left"),
+        ({"mesh": {"fsdp": -1}}, "mesh.data=-1, mesh.fsdp=-1: only one axis can take the devices that are left"),
         ({"sample": {"steps": 1001}}, "sample.steps=1001: at most diffusion.num_timesteps=1000"),
     ],
 )

@@ -226,3 +226,16 @@ def test_importing_the_package_loads_neither_tensorflow_nor_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_help_of_the_benchmarks_waits_for_no_large_package():
+    code = (
+        "import importlib, sys\n"
+        "from motif_jax.bench.__main__ import COMMANDS\n"
+        "for name, _ in COMMANDS.values():\n"
+        "    importlib.import_module(name)\n"
+        "    loaded = {'jax', 'scipy.stats', 'scipy.ndimage', 'tensorflow', 'torch'} & set(sys.modules)\n"
+        "    assert not loaded, f'{name} loads {loaded}'\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -21,14 +21,17 @@ COMMANDS = {
 
 def main(argv: list[str]) -> None:
     commands.begin("motif_jax.bench", argv)
-    overview = argparse.ArgumentParser(
+    overview = Parser(
         prog="python -m motif_jax.bench",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="commands:\n" + "\n".join(f"  {name:<12}{summary}" for name, (_, summary) in COMMANDS.items()),
     )
     overview.add_argument("command", choices=COMMANDS, metavar="COMMAND")
-    name = overview.parse_args(argv[:1]).command
+    try:
+        name = overview.parse_args(argv[:1]).command
+    except UserError as error:
+        sys.exit(f"motif_jax.bench: {error}")
     commands.keep_compiled_programs()
     command = importlib.import_module(COMMANDS[name][0])
     parser = Parser(prog=f"{overview.prog} {name}", description=command.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

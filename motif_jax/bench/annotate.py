@@ -14,6 +14,7 @@ import numpy as np
 from motif_jax.bench import study
 from motif_jax.bench.arguments import at_least, folders, positive, size
 from motif_jax.config import UserError, enumerate_first
+from motif_jax.requested import writing
 
 SIDES = range(16, 4097, 2)  # pixels: even, for 4:2:0
 
@@ -93,7 +94,8 @@ def run_build(arguments: argparse.Namespace) -> None:
 
     temporary = arguments.output.with_name(f".tmp-{arguments.output.name}")
     shutil.rmtree(temporary, ignore_errors=True)
-    (temporary / "page" / "media").mkdir(parents=True)
+    with writing(arguments.output):
+        (temporary / "page" / "media").mkdir(parents=True)
     try:
         key = _make(arguments, temporary, pairs, files, asked)
         study.save(key, temporary)
@@ -183,8 +185,9 @@ def run_export(arguments: argparse.Namespace) -> None:
     if arguments.output.resolve() in {path.resolve() for path in arguments.votes}:
         raise UserError(f"--output={arguments.output}: is one of --votes, and would lose what is refused; choose another name")
     found, refused = votes.read_all(arguments.votes, arguments.study)
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    votes.write_votes(arguments.output, found)
+    with writing(arguments.output):
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        votes.write_votes(arguments.output, found)
     for line in refused:
         print(f"refused: {line[:300]}")
     progress = study.load(arguments.study).progress(v.task for v in found)

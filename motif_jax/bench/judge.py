@@ -9,7 +9,7 @@ import math
 from typing import Any
 
 import numpy as np
-from scipy import ndimage
+import scipy
 
 from motif_jax.data import sprites
 
@@ -51,14 +51,14 @@ def locate(mask_THW: np.ndarray, start_2: np.ndarray, min_pixels: float) -> tupl
     centres, pixels = np.full((len(mask_THW), 2), np.nan), np.zeros(mask_THW.shape, bool)
     last = np.asarray(start_2, float)
     for t, mask in enumerate(mask_THW):
-        labels, count = ndimage.label(mask, np.ones((3, 3)))
+        labels, count = scipy.ndimage.label(mask, np.ones((3, 3)))
         if count == 0:
             continue
         index = np.arange(1, count + 1)
         large = index[np.bincount(labels.reshape(-1), minlength=count + 1)[1:] >= min_pixels]
         if not len(large):
             continue
-        found = np.array(ndimage.center_of_mass(mask, labels, large))[:, ::-1]
+        found = np.array(scipy.ndimage.center_of_mass(mask, labels, large))[:, ::-1]
         best = np.hypot(*(found - last).T).argmin()
         centres[t] = last = found[best]
         pixels[t] = labels == large[best]
@@ -169,13 +169,13 @@ def _judge_one(frames: np.ndarray, clips: dict[str, Any], i: int, ceiling: dict[
         ceiling = {"background_mae": 0.0, "shape_iou": _shape_iou(clips, i, np.zeros_like(true_centres[0]), true_pixels)}
 
     around = np.ones((1, 3, 3))  # outlines are mixtures, neither object nor background
-    true_background, background_THW = (~ndimage.binary_dilation(found >= 0, around) for found in (true_colours[:1], colours))
+    true_background, background_THW = (~scipy.ndimage.binary_dilation(found >= 0, around) for found in (true_colours[:1], colours))
     shift = background_shift(truth[0].mean(-1), true_background[0], frames.mean(-1), background_THW)
     still = bool(clips["direction"][i] == sprites.STILL)
     motion = _motion(true_centres, centres, shift, still, side, width, spec.travel)
 
     # Pixels that no object ever covers, one pixel beyond their outlines included.
-    covered = ndimage.binary_dilation((true_colours >= 0).any(0), np.ones((3, 3)), iterations=1)
+    covered = scipy.ndimage.binary_dilation((true_colours >= 0).any(0), np.ones((3, 3)), iterations=1)
     difference = frames.astype(np.float32) - truth.astype(np.float32)
     background = difference[:, ~covered]
     seen = frames[pixels].astype(np.float32)

@@ -10,8 +10,8 @@ from statistics import NormalDist
 from typing import Any
 
 import numpy as np
+import scipy
 from jaxtyping import Float, Int
-from scipy import optimize, special, stats
 
 CONFIDENCE = 0.95
 MIN_CLUSTERS = 5  # fewer say nothing of those that were not drawn: no interval
@@ -47,7 +47,7 @@ def rate(hits_N: Sequence[float] | np.ndarray) -> dict[str, Any]:
 
 def binomial_p(wins: int, count: int) -> float:
     """Two-sided exact p of `wins` out of `count` against one half; 1 when nothing was counted."""
-    return float(stats.binomtest(wins, count).pvalue) if count else 1.0
+    return float(scipy.stats.binomtest(wins, count).pvalue) if count else 1.0
 
 
 def sign_flip_p(leads_N: Sequence[int] | np.ndarray, clusters_N: Sequence) -> float:
@@ -142,7 +142,7 @@ def design_effect(hits_N: Float[np.ndarray, "N"], weights_BN: Int[np.ndarray, "B
 
 def smallest_significant(count: int, alpha: float = 0.05) -> int | None:
     """The fewest wins of `count` above one half that the two-sided exact test calls significant; None when not even all are."""
-    wins = int(stats.binom.isf(alpha / 2, count, 0.5)) + 1  # the smallest k with P(X >= k) <= alpha / 2
+    wins = int(scipy.stats.binom.isf(alpha / 2, count, 0.5)) + 1  # the smallest k with P(X >= k) <= alpha / 2
     return wins if wins <= count else None
 
 
@@ -152,7 +152,7 @@ def minimum_detectable(count: float, power: float = 0.8, alpha: float = 0.05) ->
     wins = smallest_significant(count, alpha)
     if wins is None:
         return None
-    return float(optimize.brentq(lambda p: stats.binom.sf(wins - 1, count, p) - power, 0.5, 1.0))
+    return float(scipy.optimize.brentq(lambda p: scipy.stats.binom.sf(wins - 1, count, p) - power, 0.5, 1.0))
 
 
 def fleiss_kappa(counts_NC: Int[np.ndarray, "N C"]) -> float:
@@ -207,7 +207,7 @@ def bradley_terry(wins_MM: Float[np.ndarray, "*B M M"], prior: float = 0.5) -> F
     played = wins + np.swapaxes(wins, -1, -2)
     strength = np.zeros(wins.shape[:-1])
     for _ in range(1000):
-        rate = special.expit(strength[..., :, None] - strength[..., None, :])
+        rate = scipy.special.expit(strength[..., :, None] - strength[..., None, :])
         slope = (wins - played * rate).sum(-1)
         curvature = played * rate * (1 - rate)
         laplacian = np.eye(len(met)) * curvature.sum(-1, keepdims=True) - curvature

@@ -20,6 +20,7 @@ from motif_jax.bench.preference_analysis import BALANCED, LOW_AGREEMENT, MIN_CLU
 from motif_jax.bench.standings import METRICS, STATIC
 from motif_jax.bench.votes import Vote, read_all, write_votes
 from motif_jax.config import UserError
+from motif_jax.requested import make_output
 
 BESIDE = ("dynamic_degree", "mean_flow", "ssim0_image", "ssim_image")  # measures shown beside the votes: each alone can be gamed
 WON, NEITHER, LOST = "#1f6fb4", "#d9d9de", "#b8560f"  # blue and orange, which all eyes tell apart
@@ -55,7 +56,7 @@ def run(arguments: argparse.Namespace) -> None:
             found["tasks"] = {"answered": len(answered), "all": len(asked)}
     if arguments.scores:
         found["scores"] = _read_scores(arguments.scores, found["models"])
-    arguments.output.mkdir(parents=True, exist_ok=True)
+    make_output(arguments.output)
     given = {path.resolve() for path in arguments.votes}
     for path in (arguments.output / "votes.json", arguments.output / "votes.csv"):
         if path.resolve() not in given:  # somebody's own table may hold more than we keep

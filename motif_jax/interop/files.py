@@ -11,6 +11,7 @@ import math
 import pathlib
 import re
 import struct
+import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -146,12 +147,18 @@ def _read_pytorch(path: pathlib.Path) -> dict[str, Lazy]:
     if zipped and (damaged := _damaged_member(path)):
         raise UserError(f"{path}: is damaged (the checksum of {damaged} is another); fetch it again")
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        with warnings.catch_warnings(record=True) as remarks:
+            found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # PyTorch's reader raises what a damaged file makes it stumble over
         if asked := re.search(r"(?:GLOBAL|function) (\S+)", str(error)):
             raise UserError(
                 f"{path}: refused, because reading it would run code: it asks for {asked[1]}. Only tensors in plain dicts are read; "
                 "save its state_dict alone, or as .safetensors, where you trust it"
+            ) from error
+        if protocol := re.search(r"pickle protocol ([45])", " ".join(str(remark.message) for remark in remarks)):
+            raise UserError(
+                f"{path}: refused, because reading it could run code: of a pickle of protocol {protocol[1]} PyTorch cannot read the "
+                "tensors alone. Save its state_dict by torch.save, in its own protocol, or as .safetensors, where you trust it"
             ) from error
         reason = re.search(r"WeightsUnpickler error: (.+)", str(error))
         raise UserError(f"{path}: is not a PyTorch checkpoint of tensors, or damaged{f' ({reason[1]})' if reason else ''}") from error

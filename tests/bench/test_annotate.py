@@ -208,6 +208,26 @@ def test_a_study_is_never_overwritten(small_study, material):
         material.build(small_study)
 
 
+def test_an_output_that_cannot_be_written_is_named(small_study, material, tmp_path):
+    key = study.load(small_study)
+    votes = tmp_path / "anna.json"
+    votes.write_text(json.dumps({"study": key.id, "annotator": "anna", "votes": [answer(t) for t in key.sheets["1-1"]]}))
+    output = votes / "out.csv"  # below a file
+    given = (f"--study={small_study}", f"--votes={votes}", f"--output={output}")
+    for call in (
+        lambda: material.build(output),
+        lambda: annotate("export", *given),
+        lambda: bench.main(["report", *given, "--samples=100"]),
+    ):
+        with pytest.raises(SystemExit, match=r"--output=.*out\.csv: cannot be written"):
+            call()
+
+
+def test_an_unknown_command_is_one_line():
+    with pytest.raises(SystemExit, match=r"^motif_jax\.bench: argument COMMAND: invalid choice: 'foo'"):
+        bench.main(["foo"])
+
+
 def answer(task, annotator="anna", sheet="1-1", **more) -> dict:
     record = {"task": task.id, "annotator": annotator, "sheet": sheet, "choice": "left", "reasons": ["text_alignment"]}
     return record | {"comment": "", "seconds": 12.5, "plays": 2, "time": "2026-01-01T00:00:00Z"} | more

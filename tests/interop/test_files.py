@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pathlib
+import pickle
 import struct
 import sys
 
@@ -216,6 +217,15 @@ def test_a_file_that_would_run_code_is_refused(tmp_path, monkeypatch, call, name
     assert os.listdir() == ["x.ckpt"]
 
 
+@pytest.mark.parametrize("protocol", [4, 5])
+def test_a_plain_pickle_is_refused_without_a_warning(tmp_path, recwarn, protocol):
+    pytest.importorskip("torch")
+    (tmp_path / "x.ckpt").write_bytes(pickle.dumps({"state_dict": {"a": np.zeros(2)}}, protocol))
+    with pytest.raises(UserError, match=rf"x\.ckpt: refused, because reading it could run code: of a pickle of protocol {protocol}"):
+        files.read_tensors(tmp_path / "x.ckpt")
+    assert not recwarn
+
+
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.99])
 def test_truncated_pytorch_files(tmp_path, zipped, share):
@@ -229,7 +239,6 @@ def test_truncated_pytorch_files(tmp_path, zipped, share):
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-@pytest.mark.filterwarnings("ignore")  # PyTorch's, of what it stumbles over
 def test_pytorch_files_damaged_anywhere(tmp_path, zipped):
     """Cut off at any length, or with one byte changed: a UserError or tensors, nothing else is raised."""
     torch = pytest.importorskip("torch")
