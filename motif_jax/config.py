@@ -44,18 +44,21 @@ class DataConfig:
     frames: int = _f(16, "frames per clip, T", low=2)
     height: int = _f(320, "clip height in pixels", low=8)
     width: int = _f(512, "clip width in pixels", low=8)
-    workers: int = _f(0, "Grain worker processes; 0 reads in threads of the training process", low=0)
-    threads: int = _f(4, "read threads per process", low=1)
-    prefetch: int = _f(8, "batches read ahead", low=1)
+    workers: int = _f(0, "Grain worker processes; 0 reads in threads of the training process", low=0, high=1024)
+    threads: int = _f(4, "read threads per process", low=1, high=1024)
+    prefetch: int = _f(8, "batches read ahead", low=1, high=1024)
 
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    """The offline job: videos and captions -> clips -> flow -> shards (the paper's training data, DynamiCrafter's loader)."""
+    """The offline job: videos and captions -> clips -> flow -> shards (the paper's training data, DynamiCrafter's loader).
+
+    Strides, clips per video and cuts are of videos; a synthetic world has none.
+    """
 
     frame_stride_min: int = _f(1, "smallest distance between sampled frames, in source frames", low=1)
     frame_stride_max: int = _f(6, "largest distance between sampled frames, in source frames", low=1)
-    clips_per_video: int = _f(1, "clips cut from each video", low=1)
+    clips_per_video: int = _f(1, "clips cut from each video", low=1, high=10_000)
     clips_per_shard: int = _f(64, "records per ArrayRecord shard", low=1)
     flow: str = _f("raft_small", "flow estimator; dis needs no weights", choices=("raft_small", "raft_large", "dis", "exact"))
     flow_weights: str = _f("", "RAFT weights, .safetensors or .pth, original or torchvision names; '' only with flow=dis or exact")
@@ -187,9 +190,12 @@ class DiffusionConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """The motion focal loss: sigma, m' and lambda of the paper."""
+    """The motion focal loss: sigma, m' and lambda of the paper.
 
-    motion_weight: float = _f(1.0, "lambda", low=0.0)
+    sigma and its unit are of the heatmaps flow and inverse, and of the moving region in validation, whatever the heatmap is.
+    """
+
+    motion_weight: float = _f(1.0, "lambda; nothing to weigh with heatmap='none'", low=0.0)
     heatmap: str = _f("flow", "what the heatmap is made of", choices=("flow", "inverse", "latent_difference", "mask", "none"))
     intensity: str = _f("diagonal", "unit of the flow magnitude", choices=("diagonal", "size", "clip_max", "frame_max"))
     sharpness: float = _f(100.0, "slope of sigma", low=0.0)
@@ -283,7 +289,7 @@ class Config:
         choices=("auto", "xla"),
     )
     finetune: str = _f("all", "which of the denoiser's parameters are trained", choices=("all", "temporal", "input", "lora"))
-    lora_rank: int = _f(16, "finetune='lora': rank of the updates of the attention projections", low=1)
+    lora_rank: int = _f(16, "finetune='lora': rank of the updates of the attention projections", low=1, high=1024)
     log_every: int = _f(10, "steps between log lines", low=1)
     data: DataConfig = _f(DataConfig(), "clips")
     prepare: PrepareConfig = _f(PrepareConfig(), "the offline job")
