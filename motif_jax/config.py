@@ -250,14 +250,14 @@ class ProfileConfig:
 @dataclass(frozen=True)
 class EvalConfig:
     every: int = _f(1000, "steps between validations; 0 is off", low=0)
-    batches: int = _f(4, "validation batches", low=1)
+    batches: int = _f(4, "validation batches, or as many as there are", low=1)
     buckets: int = _f(5, "timestep buckets of figure 6", low=1)
 
 
 @dataclass(frozen=True)
 class SampleConfig:
     every: int = _f(2000, "steps between sample sheets; 0 is off", low=0)
-    count: int = _f(4, "clips on a sheet", low=1)
+    count: int = _f(4, "clips on a sheet, or as many as are held out", low=1)
     steps: int = _f(50, "DDIM steps", low=1)
     guidance: float = _f(7.5, "classifier-free guidance scale; 1 is off", low=0.0)
     guidance_rescale: float = _f(0.0, "phi of the guidance rescale; none with guidance=1", low=0.0, high=1.0)
