@@ -70,7 +70,8 @@ def contradictions(c: "Config") -> list[str]:
     for axis, side in enumerate(("height", "width")):
         n = getattr(c.data, side)
         unit = factor * (2 ** (len(u.channel_mult) - 1) if unet else dit.patch[1 + axis])
-        check(n % unit == 0, f"data.{side}={n}: must be a multiple of {unit} (autoencoder.factor times the backbone's downsampling)")
+        whose = "the downsampling of unet.channel_mult" if unet else "dit.patch"
+        check(n % unit == 0, f"data.{side}={n}: must be a multiple of {unit} (autoencoder.factor times {whose})")
         check(n % c.prepare.flow_stride == 0, f"data.{side}={n}: must be a multiple of prepare.flow_stride={c.prepare.flow_stride}")
     check(
         c.prepare.frame_stride_min <= c.prepare.frame_stride_max,
@@ -115,11 +116,10 @@ def contradictions(c: "Config") -> list[str]:
         c.diffusion.loss_space in ("", *same_family),
         f"diffusion.loss_space={c.diffusion.loss_space!r}: with prediction={c.diffusion.prediction!r} one of {same_family}",
     )
-    check(
-        [c.mesh.data, c.mesh.fsdp, c.mesh.context, c.mesh.tensor].count(-1) <= 1,
-        "mesh: at most one axis may be -1",
-    )
-    check(0 not in (c.mesh.data, c.mesh.fsdp, c.mesh.context, c.mesh.tensor), "mesh: an axis of 0 devices is impossible; use 1")
+    axes = {axis: getattr(c.mesh, axis) for axis in ("data", "fsdp", "context", "tensor")}
+    shape = ", ".join(f"mesh.{axis}={size}" for axis, size in axes.items())
+    check(list(axes.values()).count(-1) <= 1, f"{shape}: at most one axis may be -1; the others need a number of devices")
+    check(0 not in axes.values(), f"{shape}: an axis of 0 devices is impossible; use 1")
     check(
         c.profile.start == 0 or c.profile.start < c.steps,
         f"profile.start={c.profile.start}: no step comes after it, steps={c.steps}; use a smaller one, or 0 (off)",

@@ -48,7 +48,7 @@ def test_every_mistake_is_named_at_once():
         ({"grad_accumulation": 7}, "grad_accumulation=7: must divide batch_size=64"),
         ({"init_from": "s3://bucket/weights"}, "init_from=s3://bucket/weights: weights are read from files, and runs from gs:// too"),
         ({"ema": {"decay": 1.0, "warmup": False}}, "ema.decay=1.0: the average would never move"),
-        ({"mesh": {"fsdp": -1}}, "at most one axis may be -1"),
+        ({"mesh": {"fsdp": -1}}, "mesh.data=-1, mesh.fsdp=-1, mesh.context=1, mesh.tensor=1: at most one axis may be -1"),
         ({"autoencoder": {"kind": "pixel"}}, "a pixel autoencoder of factor 8 has 192"),
         ({"prepare": {"flow_stride": 4}}, "RAFT's grid is 8 pixels"),
         ({"prepare": {"frame_stride_min": 7}}, "must not exceed prepare.frame_stride_max=6"),
@@ -66,7 +66,7 @@ def test_every_mistake_is_named_at_once():
         ({"diffusion": {"beta_end": 0.9}}, "diffusion.beta_end=0.9: after num_timesteps=1000, alpha_bar is less than 1e-37"),
         ({"eval": {"buckets": 1001}}, "eval.buckets=1001: at most diffusion.num_timesteps=1000"),
         ({"diffusion": {"prediction": "flow", "base_scale": 0.7}}, "base_scale=0.7: flow matching has no dynamic rescale"),
-        ({"mesh": {"tensor": 0}}, "an axis of 0 devices is impossible"),
+        ({"mesh": {"tensor": 0}}, "mesh.tensor=0: an axis of 0 devices is impossible"),
         ({"sample": {"steps": 1001}}, "sample.steps=1001: at most diffusion.num_timesteps=1000"),
     ],
 )
