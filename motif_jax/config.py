@@ -44,18 +44,21 @@ class DataConfig:
     frames: int = _f(16, "frames per clip, T", low=2)
     height: int = _f(320, "clip height in pixels", low=8)
     width: int = _f(512, "clip width in pixels", low=8)
-    workers: int = _f(0, "Grain worker processes; 0 reads in threads of the training process", low=0)
-    threads: int = _f(4, "read threads per process", low=1)
-    prefetch: int = _f(8, "batches read ahead", low=1)
+    workers: int = _f(0, "Grain worker processes; 0 reads in threads of the training process", low=0, high=1024)
+    threads: int = _f(4, "read threads per process", low=1, high=1024)
+    prefetch: int = _f(8, "batches read ahead", low=1, high=1024)
 
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    """The offline job: videos and captions -> clips -> flow -> shards (the paper's training data, DynamiCrafter's loader)."""
+    """The offline job: videos and captions -> clips -> flow -> shards (the paper's training data, DynamiCrafter's loader).
+
+    Strides, clips per video and cuts are of videos; a synthetic world has none.
+    """
 
     frame_stride_min: int = _f(1, "smallest distance between sampled frames, in source frames", low=1)
     frame_stride_max: int = _f(6, "largest distance between sampled frames, in source frames", low=1)
-    clips_per_video: int = _f(1, "clips cut from each video", low=1)
+    clips_per_video: int = _f(1, "clips cut from each video", low=1, high=10_000)
     clips_per_shard: int = _f(64, "records per ArrayRecord shard", low=1)
     flow: str = _f("raft_small", "flow estimator; dis needs no weights", choices=("raft_small", "raft_large", "dis", "exact"))
     flow_weights: str = _f("", "RAFT weights, .safetensors or .pth, original or torchvision names; '' only with flow=dis or exact")
@@ -84,7 +87,7 @@ class UNetConfig:
     model_channels: int = _f(320, "width of the outermost level", low=8)
     channel_mult: tuple[int, ...] = _f((1, 2, 4, 4), "width of each level over model_channels")
     num_res_blocks: int = _f(2, "residual blocks per level", low=1)
-    attention_resolutions: tuple[int, ...] = _f((4, 2, 1), "downsampling rates that carry attention")
+    attention_resolutions: tuple[int, ...] = _f((4, 2, 1), "downsampling rates with attention: 1, 2, 4, ...; those of no level do nothing")
     num_head_channels: int = _f(64, "width of one attention head", low=1)
     transformer_depth: int = _f(1, "blocks per transformer", low=1)
     context_dim: int = _f(1024, "width of the text tokens", low=1)
@@ -95,7 +98,9 @@ class UNetConfig:
     dropout: float = _f(0.0, "dropout in residual blocks", low=0.0, high=0.9)
     temporal_dropout: float = _f(0.1, "dropout in the temporal convolutions (the reference hard-codes 0.1)", low=0.0, high=0.9)
     image_cross_attention: bool = _f(False, "the image also enters as tokens, through DynamiCrafter's separate projections (cx-attn)")
-    image_cross_attention_scale_learnable: bool = _f(False, "weigh the image's attention by tanh(alpha) + 1 (DynamiCrafter-256)")
+    image_cross_attention_scale_learnable: bool = _f(
+        False, "with image_cross_attention: weigh the image's attention by tanh(alpha) + 1 (DynamiCrafter-256)"
+    )
     norm_groups: int = _f(32, "groups of every GroupNorm", low=1)
 
 
@@ -128,7 +133,7 @@ class TextConfig:
 
     kind: str = _f("openclip", "text tower", choices=("openclip", "words"))
     tokenizer: str = _f("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "openclip: local folder or Hugging Face name of the vocabulary")
-    vocab_size: int = _f(49408, "number of token ids", low=2)
+    vocab_size: int = _f(49408, "number of token ids", low=3)
     context_length: int = _f(77, "tokens per sentence, L", low=2)
     width: int = _f(1024, "width of one token, D", low=1)
     layers: int = _f(24, "openclip: residual blocks (the last one is not run)", low=2)
@@ -176,18 +181,21 @@ class DiffusionConfig:
 
     prediction: str = _f("v", "what the network predicts", choices=("v", "eps", "x0", "flow", "flow_x0"))
     loss_space: str = _f("", "space of the loss; '' is that of the prediction", choices=("", "v", "eps", "x0", "flow", "flow_x0"))
-    num_timesteps: int = _f(1000, "training timesteps", low=2)
-    beta_start: float = _f(8.5e-4, "first beta; betas are linear in the square root", low=0.0, high=1.0)
-    beta_end: float = _f(1.2e-2, "last beta", low=0.0, high=1.0)
-    zero_terminal_snr: bool = _f(True, "rescale the schedule so that the last step is pure noise")
+    num_timesteps: int = _f(1000, "training timesteps", low=2, high=100_000)
+    beta_start: float = _f(8.5e-4, "v, eps and x0: first beta; betas are linear in the square root", low=1e-6, high=0.999)
+    beta_end: float = _f(1.2e-2, "v, eps and x0: last beta", low=1e-6, high=0.999)
+    zero_terminal_snr: bool = _f(True, "v, eps and x0: rescale the schedule so that the last step is pure noise")
     base_scale: float = _f(1.0, "dynamic rescale of x_0: 0.7 in VideoCrafter2 and DynamiCrafter-512, 1 is off", low=0.01, high=1.0)
 
 
 @dataclass(frozen=True)
 class LossConfig:
-    """The motion focal loss: sigma, m' and lambda of the paper."""
+    """The motion focal loss: sigma, m' and lambda of the paper.
 
-    motion_weight: float = _f(1.0, "lambda", low=0.0)
+    sigma and its unit are of the heatmaps flow and inverse, and of the moving region in validation, whatever the heatmap is.
+    """
+
+    motion_weight: float = _f(1.0, "lambda; nothing to weigh with heatmap='none'", low=0.0)
     heatmap: str = _f("flow", "what the heatmap is made of", choices=("flow", "inverse", "latent_difference", "mask", "none"))
     intensity: str = _f("diagonal", "unit of the flow magnitude", choices=("diagonal", "size", "clip_max", "frame_max"))
     sharpness: float = _f(100.0, "slope of sigma", low=0.0)
@@ -242,19 +250,19 @@ class ProfileConfig:
 @dataclass(frozen=True)
 class EvalConfig:
     every: int = _f(1000, "steps between validations; 0 is off", low=0)
-    batches: int = _f(4, "validation batches", low=1)
+    batches: int = _f(4, "validation batches, or as many as there are", low=1)
     buckets: int = _f(5, "timestep buckets of figure 6", low=1)
 
 
 @dataclass(frozen=True)
 class SampleConfig:
     every: int = _f(2000, "steps between sample sheets; 0 is off", low=0)
-    count: int = _f(4, "clips on a sheet", low=1)
+    count: int = _f(4, "clips on a sheet, or as many as are held out", low=1)
     steps: int = _f(50, "DDIM steps", low=1)
     guidance: float = _f(7.5, "classifier-free guidance scale; 1 is off", low=0.0)
-    guidance_rescale: float = _f(0.0, "phi of the guidance rescale", low=0.0, high=1.0)
+    guidance_rescale: float = _f(0.0, "phi of the guidance rescale; none with guidance=1", low=0.0, high=1.0)
     eta: float = _f(0.0, "DDIM eta", low=0.0, high=1.0)
-    fps: float = _f(8.0, "frame rate of the written video", low=0.1)
+    fps: float = _f(8.0, "frame rate of the written video", low=0.1, high=1000.0)
 
 
 @dataclass(frozen=True)
@@ -263,7 +271,7 @@ class Config:
 
     name: str = _f("motif", "name of the experiment")
     seed: int = _f(0, "seed of weights, data order and noise", low=0, high=2**32 - 1)
-    steps: int = _f(32_000, "training steps", low=0, high=2**31 - 1)
+    steps: int = _f(32_000, "training steps", low=0)
     batch_size: int = _f(64, "clips per step over all devices", low=1, high=2**20)
     grad_accumulation: int = _f(1, "micro-batches per step; the clips and their noise are those of the whole batch", low=1)
     learning_rate: float = _f(5e-5, "peak learning rate", low=0.0)
@@ -281,7 +289,7 @@ class Config:
         choices=("auto", "xla"),
     )
     finetune: str = _f("all", "which of the denoiser's parameters are trained", choices=("all", "temporal", "input", "lora"))
-    lora_rank: int = _f(16, "finetune='lora': rank of the updates of the attention projections", low=1)
+    lora_rank: int = _f(16, "finetune='lora': rank of the updates of the attention projections", low=1, high=1024)
     log_every: int = _f(10, "steps between log lines", low=1)
     data: DataConfig = _f(DataConfig(), "clips")
     prepare: PrepareConfig = _f(PrepareConfig(), "the offline job")

@@ -1,9 +1,13 @@
 """What the fields of a `Config` demand of each other; each alone is checked where it is read."""
 
+import math
 import typing
 
 if typing.TYPE_CHECKING:
     from motif_jax.config import Config
+
+
+LEAST_SIGNAL = 1e-37  # smallest alpha_bar of the schedule before it is rescaled: float32 has no less
 
 
 def contradictions(c: "Config") -> list[str]:
@@ -36,8 +40,12 @@ def contradictions(c: "Config") -> list[str]:
         check(u.in_channels == c.in_channels, f"unet.in_channels={u.in_channels}: must be {c.in_channels} ({parts})")
         check(u.context_dim == c.text.width, f"unet.context_dim={u.context_dim}: must equal text.width={c.text.width}")
         check(min(u.channel_mult, default=0) > 0, f"unet.channel_mult={u.channel_mult}: must name at least one level, each of 1 or more")
-        for width in [m * u.model_channels for m in u.channel_mult]:
-            check(width % u.norm_groups == 0, f"unet.norm_groups={u.norm_groups}: must divide the level width {width}")
+        check(
+            u.model_channels % u.norm_groups == 0, f"unet.norm_groups={u.norm_groups}: must divide unet.model_channels={u.model_channels}"
+        )
+        rates = all(rate > 0 and rate.bit_count() == 1 for rate in u.attention_resolutions)
+        check(rates, f"unet.attention_resolutions={u.attention_resolutions}: must be of 1, 2, 4, ...; every level halves height and width")
+        for width in sorted({u.model_channels * m for m in u.channel_mult}):
             check(width % u.num_head_channels == 0, f"unet.num_head_channels={u.num_head_channels}: must divide the level width {width}")
     else:
         check(len(dit.patch) == 3 and min(dit.patch) > 0, f"dit.patch={dit.patch}: must be (frames, rows, columns)")
@@ -62,7 +70,8 @@ def contradictions(c: "Config") -> list[str]:
     for axis, side in enumerate(("height", "width")):
         n = getattr(c.data, side)
         unit = factor * (2 ** (len(u.channel_mult) - 1) if unet else dit.patch[1 + axis])
-        check(n % unit == 0, f"data.{side}={n}: must be a multiple of {unit} (autoencoder.factor times the backbone's downsampling)")
+        whose = "the downsampling of unet.channel_mult" if unet else "dit.patch"
+        check(n % unit == 0, f"data.{side}={n}: must be a multiple of {unit} (autoencoder.factor times {whose})")
         check(n % c.prepare.flow_stride == 0, f"data.{side}={n}: must be a multiple of prepare.flow_stride={c.prepare.flow_stride}")
     check(
         c.prepare.frame_stride_min <= c.prepare.frame_stride_max,
@@ -85,6 +94,14 @@ def contradictions(c: "Config") -> list[str]:
         c.diffusion.beta_start <= c.diffusion.beta_end,
         f"diffusion.beta_start={c.diffusion.beta_start}: must not exceed diffusion.beta_end={c.diffusion.beta_end}",
     )
+    timesteps, first, last = c.diffusion.num_timesteps, math.sqrt(c.diffusion.beta_start), math.sqrt(c.diffusion.beta_end)
+    decay = sum(math.log1p(-((first + (last - first) * t / (timesteps - 1)) ** 2)) for t in range(timesteps))
+    check(
+        decay > math.log(LEAST_SIGNAL) or c.diffusion.prediction.startswith("flow"),
+        f"diffusion.beta_end={c.diffusion.beta_end}: after num_timesteps={timesteps}, alpha_bar is less than {LEAST_SIGNAL:g}; "
+        "use smaller betas",
+    )
+    check(c.eval.buckets <= timesteps, f"eval.buckets={c.eval.buckets}: at most diffusion.num_timesteps={timesteps}")
     check(
         not (c.diffusion.zero_terminal_snr and c.diffusion.prediction == "eps"),
         "diffusion.zero_terminal_snr=True: impossible with prediction='eps' (x_0 is undefined at the last step); "
@@ -93,10 +110,6 @@ def contradictions(c: "Config") -> list[str]:
     check(
         c.diffusion.base_scale == 1.0 or not c.diffusion.prediction.startswith("flow"),
         f"diffusion.base_scale={c.diffusion.base_scale}: flow matching has no dynamic rescale; set 1.0",
-    )
-    check(
-        0.0 < c.diffusion.beta_start and c.diffusion.beta_end < 1.0,
-        f"diffusion.beta_start={c.diffusion.beta_start}, beta_end={c.diffusion.beta_end}: must lie between 0 and 1",
     )
     same_family = ("flow", "flow_x0") if c.diffusion.prediction.startswith("flow") else ("v", "eps", "x0")
     check(
@@ -113,8 +126,8 @@ def contradictions(c: "Config") -> list[str]:
         f"profile.start={c.profile.start}: no step comes after it, steps={c.steps}; use a smaller one, or 0 (off)",
     )
     check(
-        c.sample.steps <= c.diffusion.num_timesteps,
-        f"sample.steps={c.sample.steps}: at most diffusion.num_timesteps={c.diffusion.num_timesteps}",
+        c.sample.steps <= timesteps,
+        f"sample.steps={c.sample.steps}: at most diffusion.num_timesteps={timesteps}",
     )
     check(
         c.sample.eta == 0.0 or not c.diffusion.prediction.startswith("flow"),

@@ -2,15 +2,18 @@
 
 import dataclasses
 import difflib
-import math
 import typing
 from collections.abc import Mapping
 from dataclasses import field
 from typing import Any
 
+LARGEST_FLOAT, LARGEST_INT = 2.0**127, 2**31 - 1  # what float32 and int32 hold, to about a factor of two
+
 
 def described(default: Any, help: str, **rule: Any) -> Any:
-    """A field with its help text and rule (`choices`, `low`, `high`)."""
+    """A field with its help text and rule (`choices`, `low`, `high`); an int goes up to LARGEST_INT unless `high` says otherwise."""
+    if type(default) is int:
+        rule = {"high": LARGEST_INT, **rule}
     return field(metadata={"help": help, **rule}, default=default)
 
 
@@ -23,17 +26,17 @@ def field_names(cls: type, prefix: str = "") -> list[str]:
 
 
 def _coerce(value: Any, kind: Any, name: str, errors: list[str]) -> Any:
-    """`value` as `kind`; int is accepted for float, list for tuple, nothing else is converted. Floats must be finite."""
+    """`value` as `kind`; int is accepted for float, list for tuple, nothing else is converted. Floats must be finite in float32."""
     if typing.get_origin(kind) is tuple:
         item = typing.get_args(kind)[0]
         if isinstance(value, (list, tuple)) and all(isinstance(v, item) and not isinstance(v, bool) for v in value):
             return tuple(value)
         errors.append(f"{name}={value!r}: must be a list of {item.__name__}")
         return None
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if kind is float and isinstance(value, float) and not math.isfinite(value):
-        errors.append(f"{name}={value!r}: must be finite")
+    if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        if abs(value) < LARGEST_FLOAT:
+            return float(value)
+        errors.append(f"{name}={value!r}: must be finite in float32")
         return None
     if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value

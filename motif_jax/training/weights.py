@@ -53,7 +53,10 @@ def initial_weights(config: Config, networks: Networks) -> Weights:
     if not config.init_from:
         frozen = frozen_weights(networks)
         return Weights(networks.denoiser.init(key), frozen)
-    loaded = load(config.init_from)
+    try:
+        loaded = load(config.init_from)
+    except UserError as error:
+        raise UserError(f"init_from: {error}") from error
     frozen = frozen_weights(networks, loaded, config.init_from)
     given = loaded["denoiser"]
     new = {} if any(IMAGE_PATH.fullmatch(name) for name in given) else _new_image_path(networks, key)

@@ -7,6 +7,7 @@ import inspect
 import json
 import lzma
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -265,6 +266,9 @@ def test_an_import_finds_the_yaml_beside_the_file(run, tmp_path, tiny):
 def test_a_run_starts_from_another(run, tiny):
     config = changed(tiny(), init_from=str(run[0]))
     assert_same(weights.initial_weights(config, Networks.of(config)).denoiser, run[2])
+    config = changed(config, init_from=str(run[0] / "samples"))
+    with pytest.raises(UserError, match=rf"^init_from: {re.escape(config.init_from)}: holds neither config\.json"):
+        weights.initial_weights(config, Networks.of(config))
 
 
 def test_clips_of_an_import_are_not_taken_for_those_of_another(run, tmp_path, tiny, monkeypatch):
