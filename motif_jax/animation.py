@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 import pathlib
 import zlib
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ from motif_jax.data.storage import Path, run_location
 from motif_jax.data.tokens import make_tokenizer
 from motif_jax.data.videos import save_video
 from motif_jax.dist.mesh import BATCH
+from motif_jax.fields import LARGEST_FLOAT
 from motif_jax.generation import Sampler, make_generator, sample_latents
 from motif_jax.method import DEFAULT, Method
 from motif_jax.models.attention import check_kernel, missing_for
@@ -86,8 +86,8 @@ class Animator:
         if frame_stride and config.backbone == "unet3d" and not config.unet.fps_cond:
             print(f"--frame_stride={frame_stride} changes nothing: this model is not told the frame rate (unet.fps_cond=False)", flush=True)
             frame_stride = None
-        if guidance is not None and not math.isfinite(guidance):
-            raise UserError(f"--guidance={guidance}: must be a finite number")
+        if guidance is not None and not abs(guidance) < LARGEST_FLOAT:
+            raise UserError(f"--guidance={guidance}: must be a finite number of float32")
         changed = {k: v for k, v in {"steps": steps, "guidance": guidance}.items() if v is not None}
         if changed.get("steps", 1) > config.diffusion.num_timesteps:
             raise UserError(f"--steps={steps}: at most {config.diffusion.num_timesteps}, the timesteps of training")

@@ -115,11 +115,19 @@ def interrupts_reported(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def memory_errors_reported() -> Iterator[None]:
-    """Turns an error of a device, or of this machine, without memory left into a UserError that says what can be done."""
+    """Turns an error of a device, or of this machine, without memory left into a UserError that says what can be done.
+
+    So does the end of one of Grain's worker processes, which the operating system kills first.
+    """
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         text = str(error).strip().partition("\n")[0]
+        if ended := re.search("Worker process was terminated unexpectedly with (exit code .?[0-9]+)", text):
+            raise UserError(
+                f"a worker process that reads data was ended from outside ({ended[1]}), most likely for want of memory: use fewer "
+                "data.workers or a smaller data.prefetch; the same command continues the run"
+            ) from error
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in text:
             raise
         where = "machine" if isinstance(error, MemoryError) else "device"

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from motif_jax import preparation
+from motif_jax.commands import memory_errors_reported
 from motif_jax.config import Config, DataConfig, PrepareConfig, TextConfig, UserError
 from motif_jax.data import pipeline, records
 from motif_jax.data.tokens import make_tokenizer
@@ -242,7 +243,7 @@ def test_records_are_counted_when_opening(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_all_processes_leaves_the_workers_at_work(data, number):
-    """As a terminal or a job scheduler sends it: on its way to a save the loop needs more batches than are there."""
+    """As a terminal or a job scheduler sends it: on its way to a save the loop needs more batches than are there. A killed one is named."""
     dataset = pipeline.open_dataset(dataclasses.replace(data, workers=1))
     iterator = pipeline.make_iterator(dataset, 4, 0, 0, TOKENIZER)
     try:
@@ -253,6 +254,11 @@ def test_a_signal_to_all_processes_leaves_the_workers_at_work(data, number):
             os.kill(worker.pid, number)
         for _ in range(40):
             next(iterator)
+        for worker in workers:  # as when memory is short
+            os.kill(worker.pid, signal.SIGKILL)
+        with pytest.raises(UserError, match=r"reads data was ended from outside \(exit code -9\).*data\.workers"), memory_errors_reported():
+            for _ in range(40):
+                next(iterator)
     finally:
         iterator.close()
 
