@@ -15,6 +15,7 @@ from typing import Any
 
 import av
 import numpy as np
+from av.sidedata.sidedata import SideDataContainer
 from av.sidedata.sidedata import Type as SideDataType
 from jaxtyping import UInt8
 from PIL import Image
@@ -311,7 +312,8 @@ def _picture(frame: Any) -> tuple[np.ndarray, bool]:
     else:
         picture = frame.to_ndarray(format="rgb24", threads=1)
     try:
-        side_data = frame.side_data.get(SideDataType.DISPLAYMATRIX)
+        # The attribute `side_data` would keep the frame, and the frame it, until Python looks for cycles: hundreds of frames.
+        side_data = SideDataContainer(frame).get(SideDataType.DISPLAYMATRIX)
     except ValueError:  # beside it lies what PyAV has no name for, such as Exif; what is left tells turns, but no mirrors
         quarters = round(frame.rotation / 90)
         return np.ascontiguousarray(np.rot90(picture, quarters)), bool(quarters % 2)

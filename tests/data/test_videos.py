@@ -1,5 +1,6 @@
 """Decoding: which frames are taken, from what kinds of files, how they are turned and cut, and what is refused."""
 
+import gc
 import pathlib
 import struct
 from fractions import Fraction
@@ -392,6 +393,18 @@ def test_frames_that_would_fill_the_memory(tmp_path, monkeypatch):
     for read in (read_video, lambda path: take(path, 3, 1)):
         with pytest.raises(MediaError, match="too large: frames of 64x48, more than 3,071 pixels"):
             read(path)
+
+
+def test_decoded_frames_are_freed_at_once(tmp_path):
+    """Not when Python next looks for cycles, by when hundreds may be there."""
+    save_video(tmp_path / "a.mp4", np.zeros((8, 16, 16, 3), np.uint8), 8)
+    gc.collect()
+    gc.disable()
+    try:
+        read_clip(tmp_path / "a.mp4", 8, 16, 16, lambda available: (0, 1), thumbnails=True)
+        assert not [found for found in gc.get_objects() if isinstance(found, av.VideoFrame)]
+    finally:
+        gc.enable()
 
 
 def test_audio_only(tmp_path):
