@@ -94,6 +94,7 @@ def contradictions(c: "Config") -> list[str]:
         c.diffusion.beta_start <= c.diffusion.beta_end,
         f"diffusion.beta_start={c.diffusion.beta_start}: must not exceed diffusion.beta_end={c.diffusion.beta_end}",
     )
+    # The logarithm of the last alpha_bar, of betas as in `diffusion.schedule.make_schedule` (a configuration is checked without NumPy).
     timesteps, first, last = c.diffusion.num_timesteps, math.sqrt(c.diffusion.beta_start), math.sqrt(c.diffusion.beta_end)
     decay = sum(math.log1p(-((first + (last - first) * t / (timesteps - 1)) ** 2)) for t in range(timesteps))
     check(

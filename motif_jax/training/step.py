@@ -161,7 +161,11 @@ Loss = Callable[[Config, Batch, Predicted, Int[Array, " B"]], tuple[Float[Array,
 def motion_focal_loss(
     config: Config, batch: Batch, found: Predicted, t_B: Int[Array, " B"]
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """The paper's loss with the heatmap of `config.loss`, at all timesteps alike."""
+    """The paper's loss (`losses.motif_loss`) with the heatmap of `config.loss`, at all timesteps alike.
+
+    Gives L, and beside its parts the mean of the heatmap.
+    Raises ValueError where the batch lacks what the heatmap is made of.
+    """
     m = motion_heatmap(config, batch, config.loss.heatmap, found.latents)
     loss, parts = losses.motif_loss(found.prediction, found.target, m, config.loss.motion_weight)
     return loss, {**parts, "heatmap_mean": jnp.mean(m)}
