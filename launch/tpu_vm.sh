@@ -2,7 +2,7 @@
 # Trains on a Cloud TPU slice over ssh: the same command on every host, which find each other by themselves.
 # Usage: launch/tpu_vm.sh [--dry-run] TPU_NAME --config=configs/X.py --workdir=DIR [--config.a.b=value ...]
 #   Copies this checkout, as committed, to ~/motif_jax of each host, installs it with the extras `tpu` and `gs`, and runs
-#   motif_jax.main in the foreground. DIR is gs://BUCKET/RUN, or on storage that every host mounts (Filestore), as the data must be.
+#   motif_jax.main in the foreground. DIR, data.path and init_from are gs://BUCKET/..., or on storage that every host mounts (Filestore).
 #   ZONE, PROJECT: of the slice (default: those of gcloud's configuration).
 #   ACCELERATOR=v5litepod-64: makes the slice as a queued resource first and waits for it; RUNTIME (default:
 #   the one for v5e, v5p or v6e), SPOT=1.

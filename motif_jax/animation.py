@@ -218,7 +218,7 @@ def make_videos(
     return animator
 
 
-def animate_one(load: Callable[[], Animator], image: str, prompt: str, output: str, seed: int) -> None:
+def animate_one(load: Callable[[], Animator], image: str, prompt: str, output: str | pathlib.Path, seed: int) -> None:
     """Writes one clip to `output` (.mp4 or .gif)."""
     if pathlib.Path(output).suffix.lower() not in (".mp4", ".gif"):
         raise UserError(f"--output={output}: must end in .mp4 or .gif")
@@ -234,7 +234,9 @@ def animate_one(load: Callable[[], Animator], image: str, prompt: str, output: s
     print(f"{output}: {len(clip)} frames of {clip.shape[1]}x{clip.shape[2]}")
 
 
-def animate_list(load: Callable[[], Animator], requests_file: str, output: str, seed: int, batch_size: int, suffix: str) -> None:
+def animate_list(
+    load: Callable[[], Animator], requests_file: str, output: str | pathlib.Path, seed: int, batch_size: int, suffix: str
+) -> None:
     """Writes `<output>/<id>.<suffix>` for every request, and a manifest of them; a stopped run continues, unless it was another one.
 
     The noise of a clip depends on (seed, id) alone. Raises UserError where a clip that is there was made otherwise.

@@ -40,7 +40,7 @@ class ConfigError(UserError):
 class DataConfig:
     """The clips a run trains on; also the shape that `prepare` writes."""
 
-    path: str = _f("", "dataset directory written by motif_jax.prepare, or several with commas between")
+    path: str = _f("", "dataset written by motif_jax.prepare, a directory or gs://BUCKET/DIR, or several with commas between")
     frames: int = _f(16, "frames per clip, T", low=2)
     height: int = _f(320, "clip height in pixels", low=8)
     width: int = _f(512, "clip width in pixels", low=8)
@@ -61,7 +61,9 @@ class PrepareConfig:
     clips_per_video: int = _f(1, "clips cut from each video", low=1, high=10_000)
     clips_per_shard: int = _f(64, "records per ArrayRecord shard", low=1)
     flow: str = _f("raft_small", "flow estimator; dis needs no weights", choices=("raft_small", "raft_large", "dis", "exact"))
-    flow_weights: str = _f("", "RAFT weights, .safetensors or .pth, original or torchvision names; '' only with flow=dis or exact")
+    flow_weights: str = _f(
+        "", "RAFT weights, .safetensors or .pth, a path or URL; original or torchvision names; '' only with flow=dis or exact"
+    )
     flow_iterations: int = _f(12, "RAFT refinement iterations", low=1)
     flow_dtype: str = _f(
         "float32", "type of RAFT's convolutions; correlation and positions stay float32", choices=("float32", "tensorfloat32", "bfloat16")

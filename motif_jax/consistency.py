@@ -19,8 +19,8 @@ def contradictions(c: "Config") -> list[str]:
             bad.append(text)
 
     check(
-        "://" not in c.init_from or c.init_from.startswith("gs://"),
-        f"init_from={c.init_from}: weights are read from files, and runs from gs:// too; copy or mount the directory first",
+        "://" not in c.init_from or c.init_from.startswith(("gs://", "file://")),
+        f"init_from={c.init_from}: weights are read from file systems and gs:// alone; copy or mount the directory first",
     )
     factor, z = c.autoencoder.factor, c.autoencoder.z_channels
     if c.autoencoder.kind == "pixel":

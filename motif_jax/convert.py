@@ -15,6 +15,7 @@ from absl import flags
 
 from motif_jax import commands
 from motif_jax.config import UserError
+from motif_jax.data.storage import here
 
 KIND = flags.DEFINE_enum(
     "kind", None, ["videocrafter", "dynamicrafter", "openclip", "openclip_image", "autoencoder", "raft"], "import: what the file holds"
@@ -43,6 +44,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"{command} does not take " + ", ".join(f"--{name}" for name in foreign))
     for stop in (signal.SIGTERM, signal.SIGINT):
         signal.signal(stop, lambda *_: sys.exit(f"motif_jax.convert: stopped; {OUTPUT.value} was not written"))
+    output = here(OUTPUT.value)
     if command == "import":
         from motif_jax.interop.imported import assumptions, import_checkpoint, yaml_beside
 
@@ -51,15 +53,15 @@ def main(argv: list[str]) -> None:
             yaml, remark = yaml_beside(KIND.value, INPUT.value)
             if remark:
                 print(remark)
-        counts = import_checkpoint(KIND.value, INPUT.value, OUTPUT.value, yaml)
+        counts = import_checkpoint(KIND.value, INPUT.value, output, yaml)
         for name, (tensors, parameters) in counts.items():
             print(f"{OUTPUT.value}/{name}.safetensors: {tensors} tensors, {parameters:,} parameters")
         if not yaml and KIND.value != "raft":
-            print(f"note: assumed, for want of a --yaml: {assumptions(OUTPUT.value, counts)}")
+            print(f"note: assumed, for want of a --yaml: {assumptions(output, counts)}")
     else:
         from motif_jax.training.export import export
 
-        yaml, tensors, remarks = export(WORKDIR.value, OUTPUT.value, WEIGHTS.value or "best", FROZEN.value)
+        yaml, tensors, remarks = export(WORKDIR.value, output, WEIGHTS.value or "best", FROZEN.value)
         print(f"{OUTPUT.value}: {tensors} tensors; {yaml}")
         for remark in remarks:
             print(f"note: {remark}")

@@ -14,6 +14,7 @@ from ml_collections import config_flags
 
 from motif_jax import commands
 from motif_jax.config import UserError
+from motif_jax.data.storage import here
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "configuration of --checkpoint", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "work directory of a run")
@@ -44,15 +45,15 @@ def main(argv: list[str]) -> None:
     one = [IMAGE.value is not None, PROMPT.value is not None]
     if any(one) if REQUESTS.value else not (all(one) and IMAGE.value):
         raise UserError("give either --image and --prompt, or --requests")
-    config = commands.configuration(CONFIG) if CONFIG.value else None
+    output, config = here(OUTPUT.value), commands.configuration(CONFIG) if CONFIG.value else None
     from motif_jax import animation
 
     options = {"steps": STEPS.value, "guidance": GUIDANCE.value, "frame_stride": FRAME_STRIDE.value}
     load = functools.partial(animation.Animator.load, WORKDIR.value or CHECKPOINT.value, config, **options)
     if REQUESTS.value:
-        animation.animate_list(load, REQUESTS.value, OUTPUT.value, SEED.value, BATCH.value, FORMAT.value)
+        animation.animate_list(load, REQUESTS.value, output, SEED.value, BATCH.value, FORMAT.value)
     else:
-        animation.animate_one(load, IMAGE.value, PROMPT.value, OUTPUT.value, SEED.value)
+        animation.animate_one(load, IMAGE.value, PROMPT.value, output, SEED.value)
 
 
 if __name__ == "__main__":

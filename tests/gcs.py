@@ -1,4 +1,4 @@
-"""A server of this machine that speaks as much of Google Cloud Storage's JSON interface as gcsfs and TensorStore use.
+"""A server of this machine that speaks as much of Google Cloud Storage's JSON interface as gcsfs, TensorStore and ArrayRecord use.
 
 Objects have generations, and conditions on them hold, which is what concurrent writers of a checkpoint rely on. In memory, one bucket.
 """
@@ -112,10 +112,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.answer(200, store.resource(name))
         else:
             headers = {"Content_Type": "application/octet-stream", "x_goog_generation": str(generation)}
-            if not (part := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))):
+            if not (part := re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", ""))):
                 self.answer(200, content, **headers)
                 return
-            first, last = int(part[1]), min(int(part[2] or len(content)), len(content) - 1)
+            first, last = int(part[1] or max(0, len(content) - int(part[2]))), len(content) - 1
+            if part[1] and part[2]:
+                last = min(int(part[2]), last)
             if first >= len(content):
                 self.answer(416)
                 return
@@ -190,5 +192,5 @@ class Server(http.server.ThreadingHTTPServer):
     def environment(self) -> dict[str, str]:
         """Variables that send the clients here."""
         address = f"http://127.0.0.1:{self.server_address[1]}"
-        names = {"STORAGE_EMULATOR_HOST": address, "TENSORSTORE_GCS_HTTP_URL": address}
+        names = dict.fromkeys(("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL", "CLOUD_STORAGE_EMULATOR_ENDPOINT"), address)
         return names | {"GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false", "FSSPEC_GS_TOKEN": "anon", "NO_GCE_CHECK": "true"}

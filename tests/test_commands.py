@@ -366,7 +366,15 @@ BAD_CALLS = {
     ),
     "a store that Orbax does not know as work directory": (
         ["motif_jax.main", CONFIG, *SMALL, "--workdir=s3://bucket/run", "--config.data.path={data}"],
-        "s3://bucket/run: checkpoints are written to file systems and gs:// alone; mount the store",
+        "s3://bucket/run: training reads and writes file systems and gs:// alone; mount the store",
+    ),
+    "an output in a store": (
+        ["motif_jax.convert", "import", "--kind=raft", "--input=x.pth", "--output=gs://bucket/weights"],
+        "motif_jax.convert: gs://bucket/weights: must be a path of this machine",
+    ),
+    "an output in a store, of bench": (
+        ["motif_jax.bench", "generate", "--list=x", "--workdir=gs://bucket/run", "--output=gs://bucket/videos"],
+        "argument --output: gs://bucket/videos: must be a path of this machine",
     ),
     "unknown group": (["motif_jax.main", CONFIG, "--workdir={tmp}/w", "--config.los.heatmap=flow"], "did you mean --config.loss.heatmap?"),
     "fields that the file leaves out": (

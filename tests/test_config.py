@@ -46,7 +46,7 @@ def test_every_mistake_is_named_at_once():
         ({"autoencoder": {"ch": 40}}, "autoencoder.ch, ch_mult: the level width 40 must be a multiple of 32"),
         ({"text": {"heads": 3}}, "text.heads=3: must divide text.width=1024"),
         ({"grad_accumulation": 7}, "grad_accumulation=7: must divide batch_size=64"),
-        ({"init_from": "s3://bucket/weights"}, "init_from=s3://bucket/weights: weights are read from files, and runs from gs:// too"),
+        ({"init_from": "s3://bucket/weights"}, "init_from=s3://bucket/weights: weights are read from file systems and gs:// alone"),
         ({"ema": {"decay": 1.0, "warmup": False}}, "ema.decay=1.0: the average would never move"),
         ({"autoencoder": {"kind": "pixel"}}, "a pixel autoencoder of factor 8 has 192"),
         ({"prepare": {"flow_stride": 4}}, "RAFT's grid is 8 pixels"),

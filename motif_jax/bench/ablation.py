@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from motif_jax.bench import comparison
-from motif_jax.bench.arguments import at_least
+from motif_jax.bench.arguments import at_least, local
 from motif_jax.bench.judge import judge
 from motif_jax.bench.synthetic import SPLITS, sample_all
 from motif_jax.config import UserError
@@ -33,7 +33,7 @@ ORDER = ("none", "flow", "inverse")  # first rows; the other arms follow by name
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--runs", required=True, type=pathlib.Path, help="directory of <arm>/<seed>/ work directories")
+    parser.add_argument("--runs", required=True, type=local, help="directory of <arm>/<seed>/ work directories")
     parser.add_argument("--only", default="", help="ARM/SEED: judge this run alone and write no report")
     parser.add_argument("--count", default=96, type=at_least(SHOWN), help="clips per split")
     parser.add_argument("--world", default="shapes", choices=sprites.WORLDS, help="name of the synthetic world")

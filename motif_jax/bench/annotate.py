@@ -12,7 +12,7 @@ import shutil
 import numpy as np
 
 from motif_jax.bench import study
-from motif_jax.bench.arguments import at_least, folders, positive, size
+from motif_jax.bench.arguments import at_least, folders, local, positive, size
 from motif_jax.config import UserError, enumerate_first
 from motif_jax.requested import writing
 
@@ -22,9 +22,9 @@ SIDES = range(16, 4097, 2)  # pixels: even, for 4:2:0
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(dest="action", required=True, metavar="build|serve|export")
     build = commands.add_parser("build", help="make a study from two or more folders of videos")
-    build.add_argument("--list", required=True, type=pathlib.Path, help="the image-text pairs: TI2V-Bench's folder, a .jsonl or a .csv")
+    build.add_argument("--list", required=True, type=local, help="the image-text pairs: TI2V-Bench's folder, a .jsonl or a .csv")
     build.add_argument("--videos", required=True, action="append", metavar="NAME=DIR", help="a system and its videos; twice or more")
-    build.add_argument("--output", required=True, type=pathlib.Path, metavar="STUDY", help="folder to make")
+    build.add_argument("--output", required=True, type=local, metavar="STUDY", help="folder to make")
     build.add_argument("--pairs", action="append", metavar="all|NAME:NAME", help="which systems meet (repeatable; default: all)")
     build.add_argument("--annotators", default=5, type=at_least(1), help="votes per comparison; default 5")
     build.add_argument("--per_sheet", default=40, type=at_least(1), help="comparisons a sitting; default 40, about 17 minutes at 25 s each")
@@ -39,8 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     build.add_argument("--seed", default=0, type=at_least(0), help="decides order and sides")
 
     serve = commands.add_parser("serve", help="serve a study to several annotators at once")
-    serve.add_argument("--study", required=True, type=pathlib.Path, help="folder made by build")
-    serve.add_argument("--votes", required=True, type=pathlib.Path, metavar="FILE.sqlite", help="where votes go; made when missing")
+    serve.add_argument("--study", required=True, type=local, help="folder made by build")
+    serve.add_argument("--votes", required=True, type=local, metavar="FILE.sqlite", help="where votes go; made when missing")
     serve.add_argument("--host", default="127.0.0.1", help="address to listen at; default 127.0.0.1, this machine only")
     serve.add_argument("--port", default=8000, type=int, help="default 8000; 0 takes a free one")
     serve.add_argument("--token", help="secret part of the link, of letters, digits, - and _; default: made once and kept with the votes")
@@ -52,11 +52,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
     export = commands.add_parser("export", help="raw votes with the names of the systems")
-    export.add_argument("--study", required=True, type=pathlib.Path, help="folder made by build")
+    export.add_argument("--study", required=True, type=local, help="folder made by build")
     export.add_argument(
-        "--votes", required=True, nargs="+", action="extend", type=pathlib.Path, help="the server's .sqlite, or .json files of the page"
+        "--votes", required=True, nargs="+", action="extend", type=local, help="the server's .sqlite, or .json files of the page"
     )
-    export.add_argument("--output", required=True, type=pathlib.Path, metavar="FILE.csv|.json")
+    export.add_argument("--output", required=True, type=local, metavar="FILE.csv|.json")
 
 
 def run(arguments: argparse.Namespace) -> None:

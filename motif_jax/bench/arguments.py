@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from motif_jax.config import UserError
+from motif_jax.data.storage import here
 from motif_jax.pairs import plain_name
 
 
@@ -15,6 +16,14 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
+
+
+def local(text: str) -> pathlib.Path:
+    """The type of a path of this machine."""
+    try:
+        return here(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def at_least(least: int, kind: type = int) -> Callable[[str], float]:

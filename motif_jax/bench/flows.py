@@ -7,7 +7,7 @@ import numpy as np
 
 from motif_jax.bench.video_metrics import FlowFn
 from motif_jax.config import UserError
-from motif_jax.data.storage import sha256
+from motif_jax.data.storage import on_disk, sha256
 from motif_jax.motion import dis
 
 ITERATIONS = 20  # as VBench
@@ -33,7 +33,8 @@ def make_flow(name: str, weights: str = "") -> tuple[FlowFn, dict[str, str]]:
     if not weights:
         raise UserError(f"--flow={name} needs --flow_weights (docs/data.md); --flow=dis needs none")
     try:
-        graph, state = nnx.split(load_raft(weights, name.removeprefix("raft_")))
+        file = on_disk(weights)
+        graph, state = nnx.split(load_raft(file, name.removeprefix("raft_")))
     except (OSError, ValueError) as error:
         raise UserError(f"--flow_weights={weights}: {error}") from error
     one_pair = jax.jit(lambda state, first, second: nnx.merge(graph, state)(first, second, ITERATIONS))
@@ -49,4 +50,4 @@ def make_flow(name: str, weights: str = "") -> tuple[FlowFn, dict[str, str]]:
             fields = [cv2.resize(f, (width, height), interpolation=cv2.INTER_AREA) / enlarge for f in fields]
         return np.stack(fields)
 
-    return flow, {"flow": name, "flow_weights_sha256": sha256(weights)}
+    return flow, {"flow": name, "flow_weights_sha256": sha256(file)}

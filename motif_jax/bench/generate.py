@@ -11,7 +11,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from motif_jax.bench.arguments import at_least
+from motif_jax.bench.arguments import at_least, local
 from motif_jax.config import UserError, load_config
 from motif_jax.data.storage import replacing
 from motif_jax.pairs import read_pairs, vbench_names
@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", help="weights to load instead of a work directory's (needs --config)")
     parser.add_argument("--config", help="configuration of --checkpoint: configs/X.py or a config.json")
     parser.add_argument("--list", required=True, help="pairs: the benchmark's folder (images and prompt.csv), a .jsonl or a .csv file")
-    parser.add_argument("--output", required=True, type=pathlib.Path, help="directory of the videos")
+    parser.add_argument("--output", required=True, type=local, help="directory of the videos")
     parser.add_argument("--seeds", default="0", help="comma-separated; a video for each (default: 0)")
     parser.add_argument("--batch_size", default=4, type=at_least(1), help="videos made together on each device (default: 4)")
     parser.add_argument("--steps", type=at_least(1), help="denoising steps (default: the configuration's)")

@@ -14,7 +14,7 @@ from typing import Any
 
 from motif_jax import html
 from motif_jax.bench import study
-from motif_jax.bench.arguments import at_least
+from motif_jax.bench.arguments import at_least, local
 from motif_jax.bench.preference import finite, wilson
 from motif_jax.bench.preference_analysis import BALANCED, LOW_AGREEMENT, MIN_CLUSTERS, analyse
 from motif_jax.bench.standings import METRICS, STATIC
@@ -32,15 +32,13 @@ STYLE = """td{white-space:nowrap}td:first-child{white-space:normal;min-width:min
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--votes", required=True, nargs="+", action="extend", type=pathlib.Path, help="files of votes; a system may be in several"
-    )
-    parser.add_argument("--output", required=True, type=pathlib.Path, help="folder for report.html, report.json, votes.json and votes.csv")
-    parser.add_argument("--study", type=pathlib.Path, help="folder of `annotate build`: key of blind votes, and the videos of the examples")
+    parser.add_argument("--votes", required=True, nargs="+", action="extend", type=local, help="files of votes; a system may be in several")
+    parser.add_argument("--output", required=True, type=local, help="folder for report.html, report.json, votes.json and votes.csv")
+    parser.add_argument("--study", type=local, help="folder of `annotate build`: key of blind votes, and the videos of the examples")
     parser.add_argument(
         "--reference", help="the system whose wins are counted; default: the study's first, or the one that met most others"
     )
-    parser.add_argument("--scores", type=pathlib.Path, help="scores.json of `bench score` with the same names: shown beside the votes")
+    parser.add_argument("--scores", type=local, help="scores.json of `bench score` with the same names: shown beside the votes")
     parser.add_argument("--examples", default=2, type=at_least(0), help="pairs shown per comparison and outcome, with --study; default 2")
     parser.add_argument("--samples", default=2000, type=at_least(100), help="bootstrap samples; default 2000")
     parser.add_argument("--seed", default=0, type=at_least(0), help="of the bootstrap")

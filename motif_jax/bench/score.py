@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from motif_jax.bench import flows, score_page
-from motif_jax.bench.arguments import at_least, folders, positive, size
+from motif_jax.bench.arguments import at_least, folders, local, positive, size
 from motif_jax.bench.preference import finite
 from motif_jax.bench.standings import METRICS, STATIC, standings
 from motif_jax.bench.study_clips import reaches, stride
@@ -261,7 +261,7 @@ def write(
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--list", required=True, help="pairs: the benchmark's folder (images and prompt.csv), a .jsonl or a .csv file")
     parser.add_argument("--videos", required=True, action="append", metavar="NAME=DIR", help="a model and its videos; once for each model")
-    parser.add_argument("--output", required=True, type=pathlib.Path, help="directory of the results")
+    parser.add_argument("--output", required=True, type=local, help="directory of the results")
     parser.add_argument("--flow", default="dis", choices=("dis", "raft_small", "raft_large"), help="optical flow (default: dis)")
     parser.add_argument("--flow_weights", default="", help="RAFT weights, .safetensors or .pth")
     parser.add_argument("--clip", default="", help="directory of a CLIP model (Hugging Face's layout): adds its alignments; needs PyTorch")

@@ -21,11 +21,13 @@ from jaxtyping import Float16, UInt8
 from motif_jax.config import DataConfig, UserError
 from motif_jax.data import records
 from motif_jax.data.shards import Manifest, digest, read_manifest
+from motif_jax.data.storage import Path
 
 Batch = dict[str, np.ndarray]
 Tokenizer = Callable[[Sequence[str]], np.ndarray]
 
 _OTHER_OPEN_FILES = 512  # libraries, logs, checkpoints, connections
+_FILES_PER_OBJECT = 2  # that ArrayRecord holds open for a shard in a store: the connection, and a descriptor of its client
 
 
 @dataclass(frozen=True)
@@ -52,24 +54,27 @@ class _Records(Sequence):
         shards = [(manifest.directory / name, count) for manifest in manifests for name, count, _ in manifest.shards[split]]
         self._paths = [path for path, _ in shards]
         self._ends = list(itertools.accumulate(count for _, count in shards))
+        # With a count nothing is opened until it is read: an object in a store would cost a request, and appears whole or not at all.
+        named = [str(path) if isinstance(path, pathlib.Path) else f"{path}[0:{count}]" for path, count in shards]
         try:
-            self._source = ArrayRecordDataSource([str(path) for path in self._paths])
+            self._source = ArrayRecordDataSource(named)
             if len(self._source) == self._ends[-1]:
                 return
         except RuntimeError:
             pass
-        for path, count in shards:
+        for name, (path, count) in zip(named, shards, strict=True):
             try:
-                found = len(ArrayRecordDataSource([str(path)]))
+                found = len(ArrayRecordDataSource([name]))
             except RuntimeError as error:
                 raise self._fault(path, error) from error
             if found != count:  # a file that was never closed opens as an empty one, without an error
                 raise self._fault(path, f"{found} records of {count}")
 
-    def _fault(self, path: pathlib.Path, reason: Exception | str) -> UserError:
+    def _fault(self, path: Path, reason: Exception | str) -> UserError:
+        allowed = "" if isinstance(path, pathlib.Path) else "if the store lets you read it, "
         return UserError(
-            f"dataset {path.parent}: split {self._split}, shard {path.name} cannot be read ({reason}): run the same motif_jax.prepare "
-            "command again, which repairs it"
+            f"dataset {path.parent}: split {self._split}, shard {path.name} cannot be read ({reason}): {allowed}run the same "
+            "motif_jax.prepare command again, which repairs it"
         )
 
     def __len__(self) -> int:
@@ -89,8 +94,12 @@ def _allow_open_files(manifests: Sequence[Manifest]) -> None:
 
     Raises UserError where the system does not allow as many.
     """
-    shards = sum(len(found) for manifest in manifests for found in manifest.shards.values())
-    wanted = shards + _OTHER_OPEN_FILES
+    shards = 0
+    wanted = _OTHER_OPEN_FILES
+    for manifest in manifests:
+        count = sum(map(len, manifest.shards.values()))
+        shards += count
+        wanted += count if isinstance(manifest.directory, pathlib.Path) else _FILES_PER_OBJECT * count
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= wanted:
         return
@@ -131,7 +140,7 @@ class Dataset(Sequence):
 
 
 def read_manifests(data: DataConfig) -> list[Manifest]:
-    """The datasets at `data.path`, one directory or several with commas between, in its order.
+    """The datasets at `data.path`, one directory or URL of gs:// or several with commas between, in its order.
 
     Raises UserError unless they are whole, of the configured shape and alike in fields.
     """

@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from motif_jax.config import UserError, enumerate_first
+from motif_jax.config import StoreError, UserError, enumerate_first
 from motif_jax.data import records, storage
-from motif_jax.data.storage import Path, local_path, machine, replacing, side_by_side, size
+from motif_jax.data.storage import Path, machine, replacing, run_location, side_by_side, size
 
 NAME = "motif"  # TFDS takes a dataset's name from its file names
 SPLITS = ("train", "validation")
@@ -57,7 +57,7 @@ class Skipped:
 class Manifest:
     """A complete dataset: `shards` maps a split to its (file name, records, bytes) in order; splits without records are left out."""
 
-    directory: pathlib.Path
+    directory: Path
     fingerprint: str
     layout: records.Layout
     shards: dict[str, tuple[tuple[str, int, int], ...]]
@@ -220,17 +220,14 @@ def metadata(manifests: Sequence[Mapping[str, Any]], plan: str, layout: records.
     return _tfds_metadata(layout, splits) | {"dataset.json": json.dumps(dataset, indent=1, sort_keys=True) + "\n"}
 
 
-def read_manifest(directory: str | os.PathLike) -> Manifest:
-    """The manifest of a finished dataset; every file in it is there with the length it had when it was written.
+def read_manifest(directory: str | Path) -> Manifest:
+    """The manifest of a finished dataset on a disk or in gs://; every file in it is there with the length it had when it was written.
 
     Raises UserError that names what is missing or damaged, with the remedy.
     """
     if not str(directory):
         raise UserError("data.path is not set: give the output of motif_jax.prepare, --config.data.path=DIR")
-    path = local_path(str(directory))
-    if path is None:
-        raise UserError(f"data.path={directory}: training reads local files; copy or mount the directory first (docs/data.md)")
-    directory = path
+    directory = run_location(directory)
     if directory.is_file():
         raise UserError(f"data.path={directory}: is a file; give the directory that motif_jax.prepare wrote (its --output)")
     again = "run the same motif_jax.prepare again, which rewrites what is missing or damaged and nothing else"
@@ -239,24 +236,23 @@ def read_manifest(directory: str | os.PathLike) -> Manifest:
         return _opened(directory, dataset, again)
     except FileNotFoundError as error:
         if (directory / "plan.json").exists():
-            done = len(list(directory.glob("manifests/*.json")))
+            done = len([*directory.glob("manifests/*.json")])
             raise UserError(f"dataset {directory} is not finished ({done} shards are there); {again}") from error
         raise UserError(
             f"no dataset in {str(directory)!r} (data.path): there is no dataset.json; make one with motif_jax.prepare"
         ) from error
-    except UserError:
+    except (UserError, StoreError):
         raise
     except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"dataset {directory}: dataset.json cannot be read ({error!r}); {again}") from error
 
 
-def _opened(directory: pathlib.Path, dataset: dict[str, Any], again: str) -> Manifest:
+def _opened(directory: Path, dataset: dict[str, Any], again: str) -> Manifest:
     if dataset["version"] != VERSION:
         raise UserError(f"dataset {directory} is of schema version {dataset['version']}, this code reads {VERSION}; {again}")
-    bad = []
+    bad, there = [], storage.sizes(directory)
     for shard in (s for split in dataset["splits"].values() for s in split):
-        fault = damage(directory / shard["shard"], shard["bytes"])
-        if fault:
+        if fault := _damaged_length(there.get(shard["shard"]), shard["bytes"]):
             bad.append(f"{shard['shard']} is {fault}")
     if bad:
         raise UserError(f"dataset {directory}: {enumerate_first(bad, 5)}; {again}")
@@ -321,10 +317,16 @@ def damage(path: Path, expected: int, sha256: str | None = None) -> str:
     try:
         found = size(path)
     except FileNotFoundError:
-        return "missing"
-    if found != expected:
-        return f"{'truncated' if found < expected else 'too long'} ({found} of {expected} bytes)"
+        found = None
+    if fault := _damaged_length(found, expected):
+        return fault
     return "damaged (its sha256 is not that of its manifest)" if sha256 and storage.sha256(path) != sha256 else ""
+
+
+def _damaged_length(found: int | None, expected: int) -> str:
+    if found is None:
+        return "missing"
+    return f"{'truncated' if found < expected else 'too long'} ({found} of {expected} bytes)" if found != expected else ""
 
 
 def _alive(process: int) -> bool:

@@ -28,7 +28,6 @@ from motif_jax.data.shards import Skipped
 
 DEFAULT_SYNTHETIC_CLIPS, MOST_SYNTHETIC_CLIPS = 1000, 9_999_999  # ids have seven digits
 _ATTEMPTS = 8  # clips that are drawn from a video until one crosses no cut
-_END = 2**16  # bytes
 _PIXELS_AT_ONCE = 2**24  # of a synthetic world, which makes many clips in one go
 
 
@@ -277,9 +276,7 @@ def _ends(path: storage.File) -> list[Any] | None:
     if isinstance(path, pathlib.Path) and not os.path.isfile(path):
         return None
     try:
-        size = storage.size(path)
-        first = storage.read_part(path, 0, min(size, _END))
-        return [size, hashlib.sha256(first + storage.read_part(path, max(0, size - _END), size)).hexdigest()]
+        return storage.ends(path)
     except StoreError:
         raise
     except OSError:

@@ -26,6 +26,7 @@ from motif_jax.config import StoreError, UserError
 _REQUESTS = 32  # at once
 _NOT_GIVEN = (401, 403, 410, 451)  # what a web server answers to who asks for one of its files: forbidden, gone
 _BYTES_AT_ONCE = 2**26  # of a file in an archive
+_END = 2**16  # bytes at each end of a file that tell it from others
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,9 @@ class RemotePath:
 
     def is_dir(self) -> bool:
         return _ask(self.files.isdir, self.path)
+
+    def is_file(self) -> bool:
+        return _ask(self.files.isfile, self.path)
 
     def mkdir(self, parents: bool = False, exist_ok: bool = False) -> None:
         """Nothing: an object's name brings its directories."""
@@ -141,14 +145,24 @@ def local_path(name: str) -> pathlib.Path | None:
     return pathlib.Path(path)
 
 
+def here(name: str) -> pathlib.Path:
+    """`local_path` for what only a path of this machine can be. Raises UserError for a URL, which would be taken for a folder `gs:`."""
+    if (path := local_path(name)) is None:
+        raise UserError(f"{name}: must be a path of this machine, not a URL; copy to or from the store")
+    return path
+
+
 def run_location(name: str | Path) -> Path:
-    """The directory of a run, or of weights: a path, or a URL of gs://, the only store that Orbax writes to. Raises UserError."""
+    """The directory of a run, of weights or of a dataset to train on: a path, or a URL of gs://. Raises UserError.
+
+    Orbax writes to no other store, and ArrayRecord reads from none.
+    """
     if not isinstance(name, str):
         return name
     if (path := local_path(name)) is not None:
         return path
     if not name.startswith("gs://"):
-        raise UserError(f"{name}: checkpoints are written to file systems and gs:// alone; mount the store, and name the directory there")
+        raise UserError(f"{name}: training reads and writes file systems and gs:// alone; mount the store, and name the directory there")
     return location(name)
 
 
@@ -234,6 +248,21 @@ def size(path: File) -> int:
     return len(read_part(path)) if told is None else told  # many a web server does not say
 
 
+def sizes(directory: Path) -> dict[str, int]:
+    """{name: bytes} of the files in a directory, which a store lists at once. Raises FileNotFoundError, StoreError."""
+    if isinstance(directory, pathlib.Path):
+        return {entry.name: entry.stat().st_size for entry in os.scandir(directory) if entry.is_file()}
+    found = _ask(functools.partial(directory.files.ls, detail=True), directory.path)
+    return {posixpath.basename(entry["name"]): entry["size"] for entry in found if entry["type"] == "file"}
+
+
+def ends(path: File) -> list[Any]:
+    """What tells a file from others, wherever it lies: its size, and the sha256 of its first and last 64 KiB. Raises OSError."""
+    found = size(path)
+    first = read_part(path, 0, min(found, _END))
+    return [found, hashlib.sha256(first + read_part(path, max(0, found - _END), found)).hexdigest()]
+
+
 def sha256(path: str | pathlib.Path) -> str:
     """The SHA-256 of a file on a disk, hexadecimal. Raises OSError."""
     with open(path, "rb") as file:
@@ -295,6 +324,30 @@ def download(path: RemotePath, local: pathlib.Path) -> None:
     """Copies a file of the store to a disk."""
     local.parent.mkdir(parents=True, exist_ok=True)
     _ask(path.files.get_file, path.path, str(local))
+
+
+def on_disk(file: str | Path) -> pathlib.Path:
+    """A file of this machine: the one that is named by a path, or the copy of one in a store, which later runs find again.
+
+    Copies are in `motif_jax` below $XDG_CACHE_HOME or ~/.cache. Raises FileNotFoundError, UserError, StoreError.
+    """
+    path = location(file) if isinstance(file, str) else file
+    if isinstance(path, pathlib.Path):
+        return path
+    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "motif_jax"
+    known = hashlib.sha256(repr([str(path), ends(path)]).encode()).hexdigest()
+    copy = cache / known[:16] / path.name
+    if copy.exists():
+        return copy
+    try:
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(copy) as temporary:
+            download(path, temporary)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise StoreError(f"{path} cannot be copied to {cache} (set XDG_CACHE_HOME for another place): {error}") from error
+    return copy
 
 
 @contextlib.contextmanager

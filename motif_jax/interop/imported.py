@@ -2,7 +2,7 @@
 
 `denoiser`, `autoencoder`, `text`, `image` and `resampler` hold float32 weights by dotted path and serve as `init_from`;
 `raft.safetensors` keeps the authors' names and serves as `prepare.flow_weights`. Several imports may share a directory as long
-as each brings other networks.
+as each brings other networks. It is written to a disk, and may then be copied to gs://, where it is read too.
 """
 
 import contextlib
@@ -16,8 +16,18 @@ from typing import Any
 
 import numpy as np
 
-from motif_jax.config import AutoencoderConfig, DiffusionConfig, ImageConfig, ResamplerConfig, TextConfig, UNetConfig, UserError
+from motif_jax.config import (
+    AutoencoderConfig,
+    DiffusionConfig,
+    ImageConfig,
+    ResamplerConfig,
+    StoreError,
+    TextConfig,
+    UNetConfig,
+    UserError,
+)
 from motif_jax.data import storage
+from motif_jax.data.storage import Path, run_location
 from motif_jax.fields import build
 from motif_jax.interop import files, raft
 from motif_jax.interop.reference import LazyWeights, read_checkpoint
@@ -142,7 +152,7 @@ def _check_output(output: pathlib.Path, present: dict[str, Any], new: dict[str, 
         raise UserError(f"--output={output}: is not empty and no import; name another directory")
 
 
-def _contents(directory: pathlib.Path) -> dict[str, Any]:
+def _contents(directory: Path) -> dict[str, Any]:
     path = directory / CONTENTS
     try:
         found = json.loads(path.read_text())
@@ -150,6 +160,8 @@ def _contents(directory: pathlib.Path) -> dict[str, Any]:
         groups = [found.get("diffusion", {}), found.get("weightless", {}), *(part["config"] for part in parts)]
         if all(isinstance(group, dict) for group in groups) and all(isinstance(part["sha256"], str) for part in parts):
             return found
+    except StoreError:
+        raise
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error}); import again") from error
     except (KeyError, TypeError, AttributeError):
@@ -157,42 +169,46 @@ def _contents(directory: pathlib.Path) -> dict[str, Any]:
     raise UserError(f"{path}: is no table of contents of an import; import again")
 
 
-def is_imported(directory: str | pathlib.Path) -> bool:
-    return "://" not in str(directory) and (pathlib.Path(directory) / CONTENTS).exists()
+def is_imported(directory: str | Path) -> bool:
+    return (run_location(directory) / CONTENTS).exists()
 
 
-def read_imported(directory: str | pathlib.Path, names: Iterable[str] = tuple(_CONFIGS)) -> LazyWeights:
-    """{network: {dotted path: array, not yet read}} of those of `names` that a directory holds.
+def read_imported(directory: str | Path, names: Iterable[str] = tuple(_CONFIGS)) -> LazyWeights:
+    """{network: {dotted path: array, not yet read}} of those of `names` that a directory holds; from gs://, of copies on the disk.
 
     Raises UserError, also for a file that is no longer what was imported.
     """
-    directory = pathlib.Path(directory)
+    directory = run_location(directory)
     contents, found = _contents(directory)["networks"], {}
     for name in names:
         if name in contents:
             path = directory / f"{name}.safetensors"
-            found[name] = files.read_tensors(path)
-            if storage.sha256(path) != contents[name]["sha256"]:
+            try:
+                file = storage.on_disk(path)
+            except FileNotFoundError as error:
+                raise UserError(f"{path}: there is no such file") from error
+            found[name] = files.read_tensors(file)
+            if storage.sha256(file) != contents[name]["sha256"]:
                 raise UserError(f"{path}: is not what was imported (its SHA-256 is not that in {CONTENTS}); import again")
     return found
 
 
-def recorded(directory: str | pathlib.Path) -> dict[str, dict[str, Any]]:
+def recorded(directory: str | Path) -> dict[str, dict[str, Any]]:
     """{network: its settings} of those that a directory holds, or that need no weights."""
-    contents = _contents(pathlib.Path(directory))
+    contents = _contents(run_location(directory))
     return contents.get("weightless", {}) | {name: part["config"] for name, part in contents["networks"].items()}
 
 
-def described(directory: str | pathlib.Path) -> set[str]:
+def described(directory: str | Path) -> set[str]:
     """The networks whose settings came from a YAML; those that `recorded` has of the others are partly `assumptions`."""
-    contents = _contents(pathlib.Path(directory))
+    contents = _contents(run_location(directory))
     named = {name for name, part in contents["networks"].items() if part.get("yaml")}
     return named | (contents.get("weightless", {}).keys() if "denoiser" in named else set())
 
 
-def imported_settings(directory: str | pathlib.Path) -> Settings:
+def imported_settings(directory: str | Path) -> Settings:
     """What the networks of a directory are; defaults for those that it does not hold."""
-    contents, given = _contents(pathlib.Path(directory)), recorded(directory)
+    contents, given = _contents(run_location(directory)), recorded(directory)
     errors: list[str] = []
     found = {name: build(cls, given.get(name, {}), f"{name}.", errors) for name, cls in _CONFIGS.items()}
     diffusion = build(DiffusionConfig, contents.get("diffusion", {}), "diffusion.", errors)
@@ -204,7 +220,7 @@ def imported_settings(directory: str | pathlib.Path) -> Settings:
     return Settings(unet=found.pop("denoiser"), diffusion=diffusion, **found)
 
 
-def assumptions(directory: str | pathlib.Path, names: Iterable[str]) -> str:
+def assumptions(directory: str | Path, names: Iterable[str]) -> str:
     """What no tensor of these networks says, so that an import without the reference's YAML took it from the published models."""
     settings = imported_settings(directory)
     d, u = settings.diffusion, settings.unet

@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
-from motif_jax.data.storage import sha256
+from motif_jax.data.storage import on_disk, sha256
 from motif_jax.dist.replicas import Replicas
 from motif_jax.interop.raft import load_raft
 from motif_jax.motion import dis
@@ -66,11 +66,12 @@ class RaftEstimator:
         pairs = pairs or (1 if jax.default_backend() == "cpu" else 8)
         self.name, self.iterations, self.stride, self.dtype = name, iterations, stride, dtype
         exact = {"precision": "default", "dtype": "float32"} if dtype == "tensorfloat32" else {"precision": "highest", "dtype": dtype}
-        graph, state = nnx.split(load_raft(weights, VARIANTS[name], **exact))
+        file = on_disk(weights)
+        graph, state = nnx.split(load_raft(file, VARIANTS[name], **exact))
         self._flow = Replicas(
             partial(_clip_flow, graph, iterations=iterations, stride=stride, pairs=pairs, enlarge_below=enlarge_below), state
         )
-        self._file, self._sha256 = pathlib.Path(weights).name, sha256(weights)
+        self._file, self._sha256 = file.name, sha256(file)
 
     def flow(self, frames_THW3: UInt8[np.ndarray, "T H W 3"]) -> Float[np.ndarray, "T h w 2"]:
         """(u, v) in clip pixels from each frame to the next; the last frame repeats the one before.

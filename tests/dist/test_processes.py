@@ -151,8 +151,11 @@ def test_two_processes_equal_one(environment, data, single, tmp_path):
 
 
 def test_two_processes_write_to_a_bucket(bucket, environment, data, single, tmp_path):
-    """Each its part of a checkpoint; a third process reads them."""
-    job = start(dict(os.environ) | environment, 2, data, "gs://bucket/pod")  # os.environ: where the bucket is
+    """Each its part of a checkpoint; a third process reads them. Their clips come from the bucket, too."""
+    for path in data.glob("*"):
+        if path.is_file():
+            bucket.put(f"data/{path.name}", path.read_bytes())
+    job = start(dict(os.environ) | environment, 2, "gs://bucket/data", "gs://bucket/pod")  # os.environ: where the bucket is
     text = end(job, timeout=300)
     assert job.returncode == 0 and f"done: {STEPS} steps; gs://bucket/pod/report.html" in text and "in 2 processes" in text, text
     for name, (content, _) in bucket.objects.items():

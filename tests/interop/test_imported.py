@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import uuid
 
 import jax
 import numpy as np
@@ -22,7 +23,7 @@ from motif_jax.config import AutoencoderConfig, Config, TextConfig, UNetConfig, 
 from motif_jax.data import storage
 from motif_jax.interop import files, imported, names, raft, reference
 from motif_jax.interop.buffers import schedule_buffers
-from motif_jax.interop.imported import import_checkpoint, imported_settings, read_imported, yaml_beside
+from motif_jax.interop.imported import import_checkpoint, imported_settings, is_imported, read_imported, yaml_beside
 from motif_jax.interop.settings import Settings, read_yaml, to_yaml
 from motif_jax.interop.tables import autoencoder, openclip, unet
 from motif_jax.models.autoencoder import make_autoencoder
@@ -314,6 +315,28 @@ def test_a_half_written_import_is_refused_when_read(tmp_path, model):
     (tmp_path / "in/text.safetensors").unlink()
     with pytest.raises(UserError, match=r"text\.safetensors: there is no such file"):
         read_imported(tmp_path / "in")
+
+
+def test_an_import_in_a_bucket(tmp_path, model, bucket, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    import_checkpoint("videocrafter", save(tmp_path / "x.safetensors", model), tmp_path / "in")
+    name = uuid.uuid4().hex
+    url = f"gs://bucket/{name}"
+    assert not is_imported(url)
+    for path in (tmp_path / "in").iterdir():
+        bucket.put(f"{name}/{path.name}", path.read_bytes())
+    assert is_imported(url) and imported_settings(url) == imported_settings(tmp_path / "in")
+    found, expected = read_imported(url), read_imported(tmp_path / "in")
+    assert found.keys() == expected.keys()
+    for network, tensors in expected.items():
+        same(found[network], {name: np.asarray(tensor) for name, tensor in tensors.items()})
+    content, _ = bucket.objects[f"{name}/text.safetensors"]
+    bucket.put(f"{name}/text.safetensors", content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(UserError, match=rf"{url}/text\.safetensors: is not what was imported"):
+        read_imported(url)
+    del bucket.objects[f"{name}/text.safetensors"]
+    with pytest.raises(UserError, match=rf"{url}/text\.safetensors: there is no such file"):
+        read_imported(url)
 
 
 def test_raft_serves_as_flow_weights(tmp_path):

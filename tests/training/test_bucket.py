@@ -42,8 +42,15 @@ def steps_and_values(lines: list[dict]) -> list[tuple]:
 
 
 def test_a_run_in_a_bucket_is_the_run_on_a_disk(eventful, bucket, url, tmp_path, capsys):
-    """In two parts, with a half-written save between them: state, metrics, pictures, marks; then read by those who read runs."""
+    """In two parts, with a half-written save between them: state, metrics, pictures, marks; then read by those who read runs.
+
+    So is its data, and its disk has another path than the bucket's.
+    """
     loop.train(eventful, tmp_path)
+    for path in pathlib.Path(eventful.data.path).glob("*"):
+        if path.is_file():
+            bucket.put(f"data-{url[-32:]}/{path.name}", path.read_bytes())
+    eventful = dataclasses.replace(eventful, data=dataclasses.replace(eventful.data, path=f"gs://bucket/data-{url[-32:]}"))
     assert loop.train(dataclasses.replace(eventful, steps=3), url)
     del bucket.objects[f"{url.removeprefix('gs://bucket/')}/checkpoints/3/commit_success.txt"]
     capsys.readouterr()
@@ -94,7 +101,7 @@ def test_a_damaged_checkpoint_in_a_bucket_is_set_aside(eventful, bucket, url, ca
 def test_a_bucket_that_refuses(eventful, bucket, url):
     with pytest.raises(UserError, match="cannot write to the work directory gs://nobody/run: "):
         loop.train(eventful, "gs://nobody/run")
-    with pytest.raises(UserError, match="s3://bucket/run: checkpoints are written to file systems and gs:// alone"):
+    with pytest.raises(UserError, match="s3://bucket/run: training reads and writes file systems and gs:// alone"):
         loop.train(eventful, "s3://bucket/run")
     with pytest.raises(UserError, match=r"holds neither config\.json"):
         weights.load(url)
