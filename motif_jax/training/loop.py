@@ -22,7 +22,7 @@ from motif_jax.data import pipeline
 from motif_jax.data.storage import Path, run_location
 from motif_jax.data.tokens import make_tokenizer
 from motif_jax.dist import startup
-from motif_jax.dist.mesh import batch_rows, check_fits, global_batch, make_mesh, place, shard_like_params, shard_networks
+from motif_jax.dist.mesh import batch_rows, check_fits, check_split, global_batch, make_mesh, place, shard_like_params, shard_networks
 from motif_jax.dist.preemption import Interrupted, StopSignal
 from motif_jax.method import DEFAULT, Method
 from motif_jax.models.attention import check_kernel
@@ -142,6 +142,7 @@ class _Run:
         learning_rate = method.learning_rate(config)
         optimizer = method.optimizer(config, learning_rate)
         template, create = make_state(config, self.networks, mesh, optimizer)
+        check_split(mesh, template.params)
         replicated = NamedSharding(mesh, PartitionSpec())
         self.train_step = jit_train_step(self.networks, optimizer, mesh, template, method.loss, learning_rate)
         self.eval_step = jax.jit(make_eval_step(self.networks, mesh), out_shardings=replicated)
