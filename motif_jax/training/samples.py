@@ -73,9 +73,15 @@ class SampleSheets:
             self._truth = self._true_clips(frozen)
         fps = np.asarray([e.fps for e in self._examples], np.float32)
         inputs = map(self._spread, (self._truth[:, 0], self._tokens, fps, np.arange(len(fps), dtype=np.int32)))
-        clips = on_host(self._generate(params, frozen, *inputs))[: len(fps)]
+        clips, finite = (on_host(x)[: len(fps)] for x in self._generate(params, frozen, *inputs))
         if writer is None:
             return
+        if not finite.all():
+            print(
+                f"step {step}  NaN or infinity in {len(fps) - finite.sum()} of {len(fps)} samples, which show nothing of the model: "
+                f"sample.guidance={self._config.sample.guidance:g} may be too large, or dtype={self._config.dtype!r} too narrow",
+                flush=True,
+            )
         captions = [e.caption for e in self._examples]
         sheet = save_comparison(workdir / "samples" / str(step), self._truth, clips, captions, self._config.sample.fps)
         writer.write_image(step, "samples", sheet)

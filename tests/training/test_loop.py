@@ -2,6 +2,7 @@
 
 import base64
 import collections
+import contextlib
 import dataclasses
 import errno
 import io
@@ -23,14 +24,16 @@ import motif_jax
 from motif_jax import preparation, report
 from motif_jax.config import ProfileConfig, UserError
 from motif_jax.data import pipeline
+from motif_jax.data.tokens import make_tokenizer
 from motif_jax.data.videos import save_video
+from motif_jax.dist.mesh import make_mesh
 from motif_jax.dist.preemption import Interrupted, StopSignal
 from motif_jax.interop.files import write_safetensors
 from motif_jax.method import Method
 from motif_jax.models.networks import Networks
 from motif_jax.motion.dis import mean_flow
 from motif_jax.training import checkpoint, loop, samples, weights, workdir
-from motif_jax.training.metrics import read_lines
+from motif_jax.training.metrics import MetricWriter, read_lines
 from motif_jax.training.weights import initial_weights
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -398,6 +401,18 @@ def test_a_run_without_held_out_clips_says_so(config, tmp_path, capsys):
     panels = [report._curves(lines) for lines in (read_lines(run / "metrics.jsonl"), [{"step": 1, "eval/ratio_t0": 1.0}], [])]
     widths = [Image.open(io.BytesIO(base64.b64decode(p.split("base64,")[1].split('"')[0]))).width if "<img" in p else 0 for p in panels]
     assert widths[0] == 2 * widths[1] > widths[2] == 0
+
+
+def test_samples_with_nan_are_told(config, tmp_path, capsys):
+    """The training goes on, and so does the sheet."""
+    networks, mesh = Networks.of(config), make_mesh(config.mesh, jax.devices()[:1])
+    tokenizer = make_tokenizer(config.text)
+    frozen = networks.with_unconditional(networks.init_frozen(), tokenizer)
+    sheets = samples.SampleSheets(config, networks, tokenizer, mesh, lambda config, schedule, denoise, x_BThwC, keys_B: x_BThwC * np.nan)
+    with contextlib.closing(MetricWriter(tmp_path, -1, False)) as writer:
+        sheets.write(3, networks.denoiser.init(jax.random.key(0)), frozen, tmp_path, writer)
+    assert "step 3  NaN or infinity in 1 of 1 samples, which show nothing of the model" in capsys.readouterr().out
+    assert (tmp_path / "samples" / "3" / "sheet.png").exists()
 
 
 def test_curves_of_many_buckets_go_from_clean_to_noise(monkeypatch):
