@@ -14,6 +14,7 @@ from jaxtyping import Bool, UInt8
 from PIL.Image import Image
 
 from motif_jax.config import Config, UserError, enumerate_first
+from motif_jax.consistency import UNGUIDED
 from motif_jax.data.images import MediaError, cover, read_image, rgb
 from motif_jax.data.storage import Path, run_location
 from motif_jax.data.tokens import make_tokenizer
@@ -96,6 +97,8 @@ class Animator:
             frame_stride = None
         if guidance is not None and not abs(guidance) < LARGEST_FLOAT:
             raise UserError(f"--guidance={guidance}: must be a finite number of float32")
+        if guidance == 0:
+            print(UNGUIDED.format("--guidance"), flush=True)
         changed = {k: v for k, v in {"steps": steps, "guidance": guidance}.items() if v is not None}
         if changed.get("steps", 1) > config.diffusion.num_timesteps:
             raise UserError(f"--steps={steps}: at most {config.diffusion.num_timesteps}, the timesteps of training")

@@ -138,6 +138,18 @@ def check_fits(mesh: Mesh, batch_size: int, grad_accumulation: int, frames: int)
         raise UserError(f"mesh.context={mesh.shape['context']}: must divide data.frames={frames}")
 
 
+def repeated_work(mesh: Mesh, batch_size: int, grad_accumulation: int) -> list[str]:
+    """A line when `context` splits several clips at a time: their frames become rows of one batch, which XLA does not split by frame."""
+    clips = batch_size // (math.prod(mesh.shape[a] for a in ROWS) * grad_accumulation)
+    context = mesh.shape["context"]
+    if context == 1 or clips == 1:
+        return []
+    return [
+        f"mesh.context={context} with {clips} clips at a time in each group of data x fsdp: its devices repeat most of each other's work "
+        f"(docs/scaling.md); grad_accumulation={clips * grad_accumulation} takes one at a time"
+    ]
+
+
 def check_split(mesh: Mesh, params: Mapping[str, Any]) -> None:
     """Raises UserError when fsdp or tensor splits less than half of the parameters (arrays or shapes).
 

@@ -3,6 +3,7 @@
 import contextlib
 import math
 import os
+import re
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from motif_jax.config import MeshConfig, UserError, from_config_dict
-from motif_jax.dist.mesh import AXES, check_fits, check_split, make_mesh, partition, shard_networks
+from motif_jax.dist.mesh import AXES, check_fits, check_split, make_mesh, partition, repeated_work, shard_networks
 from motif_jax.models.networks import Networks
 
 EIGHT_DEVICES = """
@@ -95,6 +96,16 @@ def test_a_batch_must_fit_the_mesh(batch_size, accumulation, frames, message):
     else:
         with pytest.raises(UserError, match=message):
             check_fits(mesh, batch_size, accumulation, frames)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "accumulation", "message"),
+    [(8, 1, None), (16, 2, None), (32, 2, r"mesh\.context=4 with 2 clips at a time .*; grad_accumulation=4 takes one")],
+)
+def test_frames_of_several_clips_are_not_split(batch_size, accumulation, message):
+    (found,) = repeated_work(AbstractMesh((2, 4, 4, 1), AXES), batch_size, accumulation) or [""]
+    assert re.match(message, found) if message else not found
+    assert not repeated_work(AbstractMesh((2, 4, 1, 1), AXES), 32, 2)
 
 
 @pytest.mark.parametrize(

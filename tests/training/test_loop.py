@@ -471,10 +471,15 @@ def test_a_checkpoint_of_another_optimizer_is_not_called_damaged(config, undistu
     initial_weights(changed(config, init_from=str(run)), Networks.of(config))
 
 
-def test_a_trace_that_the_end_cuts_short_is_written(config, tmp_path):
-    config = changed(config, eval={"every": 0}, sample={"every": 0})
-    loop.train(changed(config, profile={"start": 3, "steps": 5}), tmp_path)
-    assert len(list((tmp_path / "plugins" / "profile").rglob("*.xplane.pb"))) == 1
+def test_a_trace_that_the_end_cuts_short_is_written(config, tmp_path, capsys):
+    """A run that goes on makes none of a step that is done, and says so, as it says what else would surprise."""
+    config = changed(config, eval={"every": 0}, sample={"every": 0, "guidance": 0.0})
+    for steps in (4, 5):
+        loop.train(changed(config, steps=steps, profile={"start": 3, "steps": 5}), tmp_path)
+        said = capsys.readouterr().out
+        assert ("profile.start=3: that step is done, nothing is traced; use 4" in said) == (steps == 5)
+        assert "sample.guidance=0: samples do not see their sentence" in said
+        assert len(list((tmp_path / "plugins" / "profile").rglob("*.xplane.pb"))) == 1
 
 
 def test_guarded_work_ends_at_the_next_item():
