@@ -17,7 +17,7 @@ from motif_jax.config import Config, UserError, enumerate_first
 from motif_jax.consistency import UNGUIDED
 from motif_jax.data.images import MediaError, cover, read_image, rgb
 from motif_jax.data.storage import Path, run_location
-from motif_jax.data.tokens import make_tokenizer
+from motif_jax.data.tokens import make_tokenizer, too_long
 from motif_jax.data.videos import save_video
 from motif_jax.dist.mesh import BATCH
 from motif_jax.fields import LARGEST_FLOAT
@@ -246,6 +246,8 @@ def make_videos(
     check_made(output, requests)
     check_images(output, requests)
     animator = load()
+    if long := too_long(animator.config.text, "sentences", {r.pair.id: r.pair.prompt for r in requests}):
+        print(long, flush=True)
     with writing(output):
         write_manifest(output, requests, {**animator.settings, **settings})
     generate(animator, requests, output, animator.config.sample.fps, batch_size, functools.partial(print, flush=True), *tasks)
@@ -262,6 +264,8 @@ def animate_one(load: Callable[[], Animator], image: str, prompt: str, output: s
     make_output(path.parent)
     picture = open_image(image)
     animator = load()
+    if long := too_long(animator.config.text, "sentences", {"--prompt": prompt}):
+        print(long, flush=True)
     print(f"{animator}: compiling and sampling", flush=True)
     clip = animator([picture], [prompt], [seed])[0]
     save_clip(path, clip, animator.config.sample.fps)

@@ -72,8 +72,10 @@ def test_a_directory_holds_clips_of_one_kind(folder, tiny, capsys):
         animate_list(lambda: Still(config, guidance), save(folder, *requests), str(output), seed, 2, "gif")
 
     make({})
-    make({}, {"id": "2"})
-    assert "2 videos, 1 done before" in capsys.readouterr().out
+    make({}, {"id": "2", "prompt": "w " * 8})
+    said = capsys.readouterr().out
+    assert "1 sentences have more words than the text tower takes (text.context_length=8" in said and "the first: 2\n" in said
+    assert "2 videos, 1 done before" in said
     assert sorted(p.name for p in output.iterdir()) == ["1.gif", "2.gif", "manifest.json"]
     before = {p: p.read_bytes() for p in output.iterdir()}
     for other, message in (({"seed": 1}, "seed: 0 there, 1 now"), ({"guidance": 1.0}, "guidance: 7.5 there, 1.0 now")):
