@@ -21,7 +21,7 @@ from motif_jax.data.tokens import make_tokenizer, too_long
 from motif_jax.data.videos import save_video
 from motif_jax.dist.mesh import BATCH
 from motif_jax.fields import LARGEST_FLOAT
-from motif_jax.generation import Sampler, make_generator, sample_latents
+from motif_jax.generation import Sampler, make_generator, sample_latents, toward_finite
 from motif_jax.method import DEFAULT, Method
 from motif_jax.models.attention import check_kernel, missing_for
 from motif_jax.models.networks import Networks, Params
@@ -153,8 +153,7 @@ class Animator:
         if not finite.all():
             prompts = enumerate_first([repr(prompt) for prompt, ok in zip(prompts, finite, strict=True) if not ok], 3, ", ")
             raise NotFiniteError(
-                f"{self}: NaN or infinity in the clip of {prompts}; use another checkpoint, guidance nearer to 1 (now "
-                f"{self.config.sample.guidance:g}), or dtype='float32' (now {self.config.dtype!r})",
+                f"{self}: NaN or infinity in the clip of {prompts}; use {toward_finite(self.config, 'another checkpoint')}",
                 clips,
                 finite,
             )

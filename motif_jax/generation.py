@@ -46,6 +46,13 @@ def sample_latents(
     return samplers.ddim(denoise, schedule, x_BThwC, timesteps, d.prediction, s.eta, final=final, noise=noise)
 
 
+def toward_finite(config: Config, *more: str) -> str:
+    """What may help, beside `more`, when samples have NaN or infinity; for a message."""
+    guidance = config.sample.guidance
+    nearer, wider = [f"guidance nearer to 1 (now {guidance:g})"] * (guidance != 1), ["dtype='float32'"] * (config.dtype != "float32")
+    return " or ".join([*more, *nearer, *wider])
+
+
 def make_generator(networks: Networks, mesh: Mesh | None = None, sampler: Sampler = sample_latents) -> Callable[..., tuple[Array, Array]]:
     """A jitted function from images and tokens to clips, with `config.sample`'s steps and guidance.
 

@@ -160,7 +160,7 @@ def test_a_clip_with_infinity_is_named_and_not_written(folder, broken_animator, 
         with pytest.raises(UserError, match=message):
             animate_list(lambda: broken_animator, requests, str(folder / "out"), 0, 2, "gif")
         assert sorted(p.name for p in (folder / "out").glob("*.gif")) == ["0.gif", "2.gif"]
-        said = "RUN at step 7: NaN or infinity in the clip of 'go 3'; use another checkpoint, guidance nearer to 1 (now 7.5), or dtype="
+        said = "RUN at step 7: NaN or infinity in the clip of 'go 3'; use another checkpoint or guidance nearer to 1 (now 7.5)\n"
         assert said in capsys.readouterr().out
 
 

@@ -19,7 +19,7 @@ from motif_jax.config import Config
 from motif_jax.data import pipeline
 from motif_jax.data.videos import save_video
 from motif_jax.dist.mesh import BATCH, ROWS, on_host, place
-from motif_jax.generation import Sampler, make_generator, sample_latents
+from motif_jax.generation import Sampler, make_generator, sample_latents, toward_finite
 from motif_jax.models.networks import Networks, Params
 from motif_jax.motion import pictures
 from motif_jax.motion.dis import mean_flow
@@ -78,8 +78,8 @@ class SampleSheets:
             return
         if not finite.all():
             print(
-                f"step {step}  NaN or infinity in {len(fps) - finite.sum()} of {len(fps)} samples, which show nothing of the model: "
-                f"sample.guidance={self._config.sample.guidance:g} may be too large, or dtype={self._config.dtype!r} too narrow",
+                f"step {step}  NaN or infinity in {len(fps) - finite.sum()} of {len(fps)} samples, which show nothing of the model; use "
+                f"{toward_finite(self._config, 'a lower learning_rate, if it diverges,')}",
                 flush=True,
             )
         captions = [e.caption for e in self._examples]
