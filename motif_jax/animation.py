@@ -10,17 +10,18 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import UInt8
+from jaxtyping import Bool, UInt8
 from PIL.Image import Image
 
-from motif_jax.config import Config, UserError
+from motif_jax.config import Config, UserError, enumerate_first
+from motif_jax.consistency import UNGUIDED
 from motif_jax.data.images import MediaError, cover, read_image, rgb
 from motif_jax.data.storage import Path, run_location
-from motif_jax.data.tokens import make_tokenizer
+from motif_jax.data.tokens import make_tokenizer, too_long
 from motif_jax.data.videos import save_video
 from motif_jax.dist.mesh import BATCH
 from motif_jax.fields import LARGEST_FLOAT
-from motif_jax.generation import Sampler, make_generator, sample_latents
+from motif_jax.generation import Sampler, make_generator, sample_latents, toward_finite
 from motif_jax.method import DEFAULT, Method
 from motif_jax.models.attention import check_kernel, missing_for
 from motif_jax.models.networks import Networks, Params
@@ -30,6 +31,14 @@ from motif_jax.training import weights
 from motif_jax.training.checkpoint import read_meta
 
 SOURCE_FPS = 24.0  # --frame_stride counts frames of a film
+
+
+class NotFiniteError(UserError):
+    """Some of the `clips` of a batch had NaN or infinity in their pixels: those where `finite` [B] is False."""
+
+    def __init__(self, message: str, clips: UInt8[np.ndarray, "B T H W 3"], finite: Bool[np.ndarray, " B"]) -> None:
+        super().__init__(message)
+        self.clips, self.finite = clips, finite
 
 
 @dataclasses.dataclass
@@ -88,6 +97,8 @@ class Animator:
             frame_stride = None
         if guidance is not None and not abs(guidance) < LARGEST_FLOAT:
             raise UserError(f"--guidance={guidance}: must be a finite number of float32")
+        if guidance == 0:
+            print(UNGUIDED.format("--guidance"), flush=True)
         changed = {k: v for k, v in {"steps": steps, "guidance": guidance}.items() if v is not None}
         if changed.get("steps", 1) > config.diffusion.num_timesteps:
             raise UserError(f"--steps={steps}: at most {config.diffusion.num_timesteps}, the timesteps of training")
@@ -110,6 +121,9 @@ class Animator:
         step = None if run == path else int(path.name)
         return cls(config, networks, params, frozen, fps, mesh, run, step, weights.source_checksum(path), method.sampler)
 
+    def __str__(self) -> str:
+        return f"{self.directory}{'' if self.step is None else f' at step {self.step}'}"
+
     @property
     def settings(self) -> dict[str, Any]:
         """What a clip depends on besides its image, sentence and seed."""
@@ -123,7 +137,8 @@ class Animator:
     ) -> UInt8[np.ndarray, "B T H W 3"]:
         """Clips that start at `images` (Pillow's, or arrays; any size: covered and centre-cropped) and move as `prompts` say.
 
-        seeds: of each clip's noise. Raises ValueError for another number of prompts or seeds, and arrays that are not uint8 [H, W, 3].
+        seeds: of each clip's noise. Raises ValueError for another number of prompts or seeds, and arrays that are not uint8 [H, W, 3];
+        NotFiniteError, a UserError, when a clip has NaN or infinity.
         """
         height, width = self.config.data.height, self.config.data.width
         if not len(images) == len(prompts) == len(seeds):
@@ -134,7 +149,15 @@ class Animator:
         if self.mesh is not None:  # whose devices take as many each: the last clip makes the batch full
             full = np.arange(-(-len(images) // self.mesh.size) * self.mesh.size).clip(max=len(images) - 1)
             inputs = jax.device_put(tuple(x[full] for x in inputs), NamedSharding(self.mesh, BATCH))
-        return np.asarray(self._generate(self.params, self.frozen, *inputs))[: len(images)]
+        clips, finite = (np.asarray(x)[: len(images)] for x in self._generate(self.params, self.frozen, *inputs))
+        if not finite.all():
+            prompts = enumerate_first([repr(prompt) for prompt, ok in zip(prompts, finite, strict=True) if not ok], 3, ", ")
+            raise NotFiniteError(
+                f"{self}: NaN or infinity in the clip of {prompts}; use {toward_finite(self.config, 'another checkpoint')}",
+                clips,
+                finite,
+            )
+        return clips
 
     def round_trip(self, clips: UInt8[np.ndarray, "N T H W 3"]) -> UInt8[np.ndarray, "N T H W 3"]:
         """Clips through the autoencoder and back, one at a time: no sample can look better."""
@@ -173,25 +196,35 @@ def generate(
 
     A batch is computed whole, also where it is not full or holds videos that are there, and no larger than the list: what else is in
     its batch and where it stands there changes the rounding of a video, so that a stop or the number of tasks changes nothing.
-    animator: (images, prompts, seeds) -> uint8 [B, T, H, W, 3], as `Animator`. Raises UserError for an image that cannot be read
-    and a file that cannot be written.
+    animator: (images, prompts, seeds) -> uint8 [B, T, H, W, 3], as `Animator`. Raises UserError for an image that cannot be read,
+    a file that cannot be written and, after all others are, for videos with NaN or infinity, which are not.
     """
     batch_size = max(1, min(batch_size, len(requests)))
     batches = [requests[i : i + batch_size] for i in range(0, len(requests), batch_size)][task_index::task_count]
     missing = [[r for r in batch if not (output / r.file).exists()] for batch in batches]
     mine, todo, done = sum(map(len, batches)), sum(map(len, missing)), 0
+    broken: list[str] = []
     progress(f"{mine} videos, {mine - todo} done before")
     for batch, wanted in zip(batches, missing, strict=True):
         if not wanted:
             continue
         full = [*batch, *[batch[-1]] * (batch_size - len(batch))]
         seeds = [noise_seed(r.seed, r.pair.id) for r in full]
-        clips = animator([open_image(str(r.pair.image)) for r in full], [r.pair.prompt for r in full], seeds)
-        for request, clip in zip(batch, clips, strict=False):
-            if request in wanted:
+        finite = np.ones(len(full), bool)
+        try:
+            clips = animator([open_image(str(r.pair.image)) for r in full], [r.pair.prompt for r in full], seeds)
+        except NotFiniteError as error:
+            clips, finite = error.clips, error.finite
+            progress(str(error))
+        for request, clip, ok in zip(batch, clips, finite, strict=False):
+            if request in wanted and ok:
                 save_clip(output / request.file, clip, fps)
+            elif request in wanted:
+                broken.append(request.file)
         done += len(wanted)
         progress(f"{done} of {todo}")
+    if broken:
+        raise UserError(f"{output}: {len(broken)} of {todo} videos are not written (NaN or infinity, see above): {enumerate_first(broken)}")
     return todo
 
 
@@ -212,6 +245,8 @@ def make_videos(
     check_made(output, requests)
     check_images(output, requests)
     animator = load()
+    if long := too_long(animator.config.text, "sentences", {r.pair.id: r.pair.prompt for r in requests}):
+        print(long, flush=True)
     with writing(output):
         write_manifest(output, requests, {**animator.settings, **settings})
     generate(animator, requests, output, animator.config.sample.fps, batch_size, functools.partial(print, flush=True), *tasks)
@@ -228,7 +263,9 @@ def animate_one(load: Callable[[], Animator], image: str, prompt: str, output: s
     make_output(path.parent)
     picture = open_image(image)
     animator = load()
-    print(f"{animator.directory}{'' if animator.step is None else f' at step {animator.step}'}: compiling and sampling", flush=True)
+    if long := too_long(animator.config.text, "sentences", {"--prompt": prompt}):
+        print(long, flush=True)
+    print(f"{animator}: compiling and sampling", flush=True)
     clip = animator([picture], [prompt], [seed])[0]
     save_clip(path, clip, animator.config.sample.fps)
     print(f"{output}: {len(clip)} frames of {clip.shape[1]}x{clip.shape[2]}")

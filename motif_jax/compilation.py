@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from motif_jax.collectives import Traffic, collectives
 from motif_jax.config import Config, UserError
 from motif_jax.data.records import Layout
-from motif_jax.dist.mesh import batch_sharding, check_fits, make_mesh, shard_networks
+from motif_jax.dist.mesh import batch_sharding, check_fits, check_split, make_mesh, repeated_work, shard_networks
 from motif_jax.models.attention import check_kernel
 from motif_jax.models.networks import Networks
 from motif_jax.models.placement import target_platform
@@ -171,6 +171,7 @@ def lower_step(config: Config, mesh: Mesh) -> tuple[jax.stages.Lowered, int, int
     check_fits(mesh, config.batch_size, config.grad_accumulation, config.data.frames)
     networks, optimizer = Networks.of(config), make_optimizer(config)
     template, _ = make_state(config, networks, mesh, optimizer)
+    check_split(mesh, template.params)
     replicated = NamedSharding(mesh, PartitionSpec())
     towers = {name: network.shapes for name, network in networks.frozen.items()}
     frozen = jax.tree.map(
@@ -199,6 +200,8 @@ def compile_step(config: Config, devices: list[jax.Device], effort: float = -1.0
     check_kernel(config.attention, devices[0].platform)
     set_effort(effort)
     mesh = make_mesh(config.mesh, devices)
+    for text in repeated_work(mesh, config.batch_size, config.grad_accumulation):
+        print(text, flush=True)
     began = time.perf_counter()
     lowered, matmuls, kernels = lower_step(config, mesh)
     lowering = time.perf_counter() - began

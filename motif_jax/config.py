@@ -237,7 +237,7 @@ class MeshConfig:
 class CheckpointConfig:
     every: int = _f(1000, "steps between checkpoints", low=1)
     keep: int = _f(2, "newest checkpoints kept", low=1)
-    keep_every: int = _f(0, "also keep every checkpoint at a multiple of this step; 0 is off", low=0)
+    keep_every: int = _f(0, "also keep every checkpoint at a multiple of this step, itself one of `every`; 0 is off", low=0)
     fallback: bool = _f(False, "when the newest checkpoint is damaged, set it aside and continue from an older one")
 
 
@@ -261,7 +261,7 @@ class SampleConfig:
     every: int = _f(2000, "steps between sample sheets; 0 is off", low=0)
     count: int = _f(4, "clips on a sheet, or as many as are held out", low=1)
     steps: int = _f(50, "DDIM steps", low=1)
-    guidance: float = _f(7.5, "classifier-free guidance scale; 1 is off", low=0.0)
+    guidance: float = _f(7.5, "classifier-free guidance scale; 1 is off, 0 leaves the sentence out", low=0.0)
     guidance_rescale: float = _f(0.0, "phi of the guidance rescale; none with guidance=1", low=0.0, high=1.0)
     eta: float = _f(0.0, "DDIM eta", low=0.0, high=1.0)
     fps: float = _f(8.0, "frame rate of the written video", low=0.1, high=1000.0)

@@ -1,4 +1,4 @@
-"""What the fields of a `Config` demand of each other; each alone is checked where it is read."""
+"""What the fields of a `Config` demand of each other, and what they quietly do together; each alone is checked where it is read."""
 
 import math
 import typing
@@ -7,6 +7,7 @@ if typing.TYPE_CHECKING:
     from motif_jax.config import Config
 
 
+UNGUIDED = "{}=0: samples do not see their sentence at all; 1 turns guidance off"
 LEAST_SIGNAL = 1e-37  # smallest alpha_bar of the schedule before it is rescaled: float32 has no less
 
 
@@ -126,6 +127,17 @@ def contradictions(c: "Config") -> list[str]:
         c.profile.start == 0 or c.profile.start < c.steps,
         f"profile.start={c.profile.start}: no step comes after it, steps={c.steps}; use a smaller one, or 0 (off)",
     )
+    every, keep_every = c.checkpoint.every, c.checkpoint.keep_every
+    check(
+        keep_every == 0 or keep_every % every == 0 or every % keep_every == 0,
+        f"checkpoint.keep_every={keep_every}: of the checkpoints at multiples of checkpoint.every={every} it would keep only those of "
+        f"{math.lcm(every, max(keep_every, 1))}; use a multiple",
+    )
+    check(
+        c.prepare.flow.startswith("raft") or not c.prepare.flow_weights,
+        f"prepare.flow_weights={c.prepare.flow_weights}: prepare.flow={c.prepare.flow!r} has none; use raft_small or raft_large, or set ''",
+    )
+    check(unet or u.dropout == 0, f"unet.dropout={u.dropout}: backbone='dit' has none; set 0")
     check(
         c.sample.steps <= timesteps,
         f"sample.steps={c.sample.steps}: at most diffusion.num_timesteps={timesteps}",
@@ -139,3 +151,34 @@ def contradictions(c: "Config") -> list[str]:
         "unet.image_cross_attention=True: backbone='dit' has none; use backbone='unet3d', or False",
     )
     return bad
+
+
+def surprises(c: "Config") -> list[str]:
+    """What is allowed and may be meant, but does less than its name says in a run of `c.steps`; a line each, for the start of training."""
+    found = []
+
+    def say(surprising: bool, text: str) -> None:
+        if surprising:
+            found.append(text)
+
+    warmup, guidance, drop, decay = c.optimizer.warmup_steps, c.sample.guidance, c.condition.text_drop, c.ema.decay
+    say(
+        warmup > c.steps > 0,
+        f"optimizer.warmup_steps={warmup}: the learning rate still rises at the end, steps={c.steps}; it never reaches {c.learning_rate:g}",
+    )
+    say(
+        warmup == c.steps > 0 and c.optimizer.schedule == "cosine",
+        f"optimizer.schedule='cosine': never decays, because the warm-up takes all {c.steps} steps",
+    )
+    kept = 0.0 if c.ema.warmup else decay**c.steps
+    say(
+        c.steps > 0 and kept > 0.1,
+        f"ema.decay={decay} without ema.warmup: the average, which is evaluated and sampled, will be {100 * kept:.0f} % the first weights",
+    )
+    say(
+        drop == 0 and guidance != 1 and not c.init_from,
+        f"condition.text_drop=0.0: the empty sentence is never trained, and sample.guidance={guidance:g} needs it; 1 does not",
+    )
+    say(drop == 1, "condition.text_drop=1.0: no sentence is ever seen, and what one says will change nothing")
+    say(guidance == 0, UNGUIDED.format("sample.guidance"))
+    return found

@@ -5,13 +5,13 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
 
 from motif_jax.config import Config
 from motif_jax.diffusion import objective, samplers
 from motif_jax.diffusion.guidance import classifier_free
 from motif_jax.diffusion.schedule import Schedule
-from motif_jax.models.networks import Networks, Params, image_condition
+from motif_jax.models.networks import Networks, Params, grey_levels, image_condition
 from motif_jax.models.placement import use_mesh
 from motif_jax.training.step import diffusion_schedule
 
@@ -46,10 +46,18 @@ def sample_latents(
     return samplers.ddim(denoise, schedule, x_BThwC, timesteps, d.prediction, s.eta, final=final, noise=noise)
 
 
-def make_generator(networks: Networks, mesh: Mesh | None = None, sampler: Sampler = sample_latents) -> Callable[..., Array]:
+def toward_finite(config: Config, *more: str) -> str:
+    """What may help, beside `more`, when samples have NaN or infinity; for a message."""
+    guidance = config.sample.guidance
+    nearer, wider = [f"guidance nearer to 1 (now {guidance:g})"] * (guidance != 1), ["dtype='float32'"] * (config.dtype != "float32")
+    return " or ".join([*more, *nearer, *wider])
+
+
+def make_generator(networks: Networks, mesh: Mesh | None = None, sampler: Sampler = sample_latents) -> Callable[..., tuple[Array, Array]]:
     """A jitted function from images and tokens to clips, with `config.sample`'s steps and guidance.
 
-    generate(params, frozen, images [B,H,W,3] uint8, tokens [B,L], fps [B], seeds [B]) -> [B,T,H,W,3] uint8.
+    generate(params, frozen, images [B,H,W,3] uint8, tokens [B,L], fps [B], seeds [B]) -> (clips [B,T,H,W,3] uint8, finite [B] bool).
+    A clip that is not finite had NaN or infinity in its pixels, which uint8 does not show.
     frozen: parameters by network, and "unconditional" (`Networks.with_unconditional`).
     A clip depends on its own seed only, not on its neighbours in the batch. `mesh` says over which devices activations are laid out,
     `sampler` how latents are made of noise.
@@ -67,7 +75,7 @@ def make_generator(networks: Networks, mesh: Mesh | None = None, sampler: Sample
         tokens_BL: Int[Array, "B L"],
         fps_B: Float[Array, " B"],
         seeds_B: Int[Array, " B"],
-    ) -> UInt8[Array, "B T H W 3"]:
+    ) -> tuple[UInt8[Array, "B T H W 3"], Bool[Array, " B"]]:
         z_BhwC = networks.encode(frozen["autoencoder"], images_BHW3[:, None])[:, 0]
         clips, frames = len(images_BHW3), config.data.frames
         image_BThwK = image_condition(z_BhwC, frames, config.condition.image)
@@ -96,6 +104,7 @@ def make_generator(networks: Networks, mesh: Mesh | None = None, sampler: Sample
         keys = jax.vmap(jax.random.key)(seeds_B)
         shape = (frames, *z_BhwC.shape[1:])
         x_T = jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, 0), shape))(keys)
-        return networks.decode(frozen["autoencoder"], sampler(config, schedule, denoise, x_T, keys))
+        x_BTHW3 = networks.pixels(frozen["autoencoder"], sampler(config, schedule, denoise, x_T, keys))
+        return grey_levels(x_BTHW3), jnp.isfinite(x_BTHW3).all(axis=(1, 2, 3, 4))
 
     return generate

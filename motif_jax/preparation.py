@@ -19,12 +19,12 @@ from motif_jax.data import captions, shards, verification
 from motif_jax.data.shards import Shard, Skipped
 from motif_jax.data.sources import FlowEstimator, Source, SpriteClips, VideoClips, gone, identities
 from motif_jax.data.storage import Path, local_path, location
+from motif_jax.data.tokens import too_long
 
 if TYPE_CHECKING:
     from motif_jax.towers import Towers
 
 _SECONDS_BETWEEN_LINES = 5.0
-_TOKENS_PER_WORD = {"openclip": 1.3, "words": 1}  # in English
 
 Log = Callable[[str], None]
 
@@ -76,12 +76,8 @@ def prepare(
     shards.sweep(job.directory)
     mine = range(task_index, len(job.plan), task_count)
     clips = sum(len(job.plan[i].items) for i in mine)
-    limit, per_word = config.text.context_length, _TOKENS_PER_WORD[config.text.kind]
-    if long := [item.clip_id for shard in job.plan for item in shard.items if len(item.caption.split()) * per_word >= limit]:
-        log(
-            f"{len(long)} captions of clips have more words than the text tower takes (text.context_length={limit} tokens, "
-            f"about {per_word:g} to a word): their ends may be cut off; the first: {long[0]}"
-        )
+    if long := too_long(config.text, "captions of clips", {item.clip_id: item.caption for shard in job.plan for item in shard.items}):
+        log(long)
     share = f", task {task_index} of {task_count}" if task_count > 1 else ""
     log(f"{clips} clips in {len(mine)} shards to {job.directory}{share}")
     if beam_options is None:

@@ -1,7 +1,11 @@
 """Lists for sampling: what is refused, and that a directory holds clips of one kind."""
 
+import dataclasses
 import json
+import pathlib
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -68,8 +72,10 @@ def test_a_directory_holds_clips_of_one_kind(folder, tiny, capsys):
         animate_list(lambda: Still(config, guidance), save(folder, *requests), str(output), seed, 2, "gif")
 
     make({})
-    make({}, {"id": "2"})
-    assert "2 videos, 1 done before" in capsys.readouterr().out
+    make({}, {"id": "2", "prompt": "w " * 8})
+    said = capsys.readouterr().out
+    assert "1 sentences have more words than the text tower takes (text.context_length=8" in said and "the first: 2\n" in said
+    assert "2 videos, 1 done before" in said
     assert sorted(p.name for p in output.iterdir()) == ["1.gif", "2.gif", "manifest.json"]
     before = {p: p.read_bytes() for p in output.iterdir()}
     for other, message in (({"seed": 1}, "seed: 0 there, 1 now"), ({"guidance": 1.0}, "guidance: 7.5 there, 1.0 now")):
@@ -127,6 +133,42 @@ def test_a_manifest_that_cannot_be_written(folder, tiny):
 def test_noise_depends_on_the_seed_and_the_id():
     """The numbers by which clips that were made can be made again: CRC-32 of "seed:id" (as gzip computes it), in 31 bits."""
     assert [noise_seed(0, "a"), noise_seed(0, "b"), noise_seed(1, "a")] == [1144435509, 1564467855, 1173674242]
+
+
+@pytest.fixture
+def broken_animator(tiny):
+    """Of every batch the clip 1 has an infinite value in its latents."""
+    networks = Networks.of(tiny(backbone="dit", dit={"width": 8, "depth": 1, "num_head_channels": 8}))
+    params = networks.denoiser.init(jax.random.key(0))
+    return Animator(
+        networks.config,
+        networks,
+        params,
+        networks.init_frozen(),
+        8.0,
+        directory=pathlib.Path("RUN"),
+        step=7,
+        sampler=lambda config, schedule, denoise, x_BThwC, keys_B: x_BThwC.at[1:2, 2, 0, 0, 5].set(jnp.inf),
+    )
+
+
+def test_a_clip_with_infinity_is_named_and_not_written(folder, broken_animator, capsys):
+    """The others of the list are."""
+    requests = save(folder, *({"id": str(i), "prompt": f"go {i}"} for i in range(4)))
+    for made in (2, 0):
+        message = rf"out: 2 of {made + 2} videos are not written \(NaN or infinity, see above\): 1\.gif; 3\.gif$"
+        with pytest.raises(UserError, match=message):
+            animate_list(lambda: broken_animator, requests, str(folder / "out"), 0, 2, "gif")
+        assert sorted(p.name for p in (folder / "out").glob("*.gif")) == ["0.gif", "2.gif"]
+        said = "RUN at step 7: NaN or infinity in the clip of 'go 3'; use another checkpoint or guidance nearer to 1 (now 7.5)\n"
+        assert said in capsys.readouterr().out
+
+
+def test_a_clip_of_its_own_with_infinity(folder, broken_animator):
+    animator = dataclasses.replace(broken_animator, sampler=lambda config, schedule, denoise, x_BThwC, keys_B: x_BThwC * jnp.nan)
+    with pytest.raises(UserError, match="RUN at step 7: NaN or infinity in the clip of 'x'"):
+        animate_one(lambda: animator, str(folder / "a.png"), "x", str(folder / "x.gif"), 0)
+    assert not (folder / "x.gif").exists()
 
 
 def test_every_clip_needs_an_image_a_prompt_and_a_seed(tiny):

@@ -7,6 +7,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from motif_jax import config as c
+from motif_jax.consistency import surprises
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -67,6 +68,12 @@ def test_every_mistake_is_named_at_once():
         ({"diffusion": {"prediction": "flow", "base_scale": 0.7}}, "base_scale=0.7: flow matching has no dynamic rescale"),
         ({"mesh": {"tensor": 0}}, "mesh.tensor=0: must be 1 or more, or -1 for the devices that are left"),
         ({"mesh": {"fsdp": -1}}, "mesh.data=-1, mesh.fsdp=-1: only one axis can take the devices that are left"),
+        (
+            {"checkpoint": {"every": 1000, "keep_every": 2500}},
+            "it would keep only those of 5000; use a multiple",
+        ),
+        ({"prepare": {"flow": "dis", "flow_weights": "raft.pth"}}, "prepare.flow_weights=raft.pth: prepare.flow='dis' has none"),
+        ({"backbone": "dit", "unet": {"dropout": 0.1}}, "unet.dropout=0.1: backbone='dit' has none"),
         ({"sample": {"steps": 1001}}, "sample.steps=1001: at most diffusion.num_timesteps=1000"),
     ],
 )
@@ -102,6 +109,31 @@ def test_a_file_that_is_no_configuration_is_named(tmp_path, content):
     with pytest.raises(c.ConfigError) as error:
         c.read_json(tmp_path / "config.json")
     assert str(error.value).startswith(str(tmp_path / "config.json")) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "start"),
+    [
+        ({}, None),
+        ({"steps": 0, "optimizer": {"warmup_steps": 5, "schedule": "cosine"}}, None),
+        ({"steps": 5, "optimizer": {"warmup_steps": 5}}, None),
+        ({"steps": 4, "optimizer": {"warmup_steps": 5}}, "optimizer.warmup_steps=5: the learning rate still rises at the end, steps=4"),
+        ({"steps": 5, "optimizer": {"warmup_steps": 5, "schedule": "cosine"}}, "optimizer.schedule='cosine': never decays"),
+        ({"ema": {"warmup": False}}, None),
+        (
+            {"steps": 400, "ema": {"warmup": False}},
+            "ema.decay=0.9999 without ema.warmup: the average, which is",
+        ),
+        ({"condition": {"text_drop": 0.0}, "init_from": "W"}, None),
+        ({"condition": {"text_drop": 0.0}, "sample": {"guidance": 1.0}}, None),
+        ({"condition": {"text_drop": 0.0}}, "condition.text_drop=0.0: the empty sentence is never trained"),
+        ({"condition": {"text_drop": 1.0}}, "condition.text_drop=1.0: no sentence is ever seen"),
+        ({"sample": {"guidance": 0.0}}, "sample.guidance=0: samples do not see their sentence at all"),
+    ],
+)
+def test_surprises(given, start):
+    found = surprises(c.from_config_dict(given))
+    assert len(found) == (start is not None) and all(text.startswith(start) for text in found)
 
 
 def test_bool_is_no_number():
@@ -172,4 +204,4 @@ def test_shipped_configs_are_valid_and_locked(name):
     file, *argument = name.split(":")
     config = runpy.run_path(str(ROOT / f"configs/{file}.py"))["get_config"](*argument)
     assert isinstance(config, ConfigDict) and config.is_locked
-    c.from_config_dict(config)
+    assert not surprises(c.from_config_dict(config))

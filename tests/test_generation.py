@@ -26,7 +26,7 @@ def make(tiny, monkeypatch):
         tokens, fps = tokenizer(["the red circle moves left", "a blue square"]), np.array([8, 24], np.float32)
         frozen = networks.with_unconditional(FROZEN, tokenizer)
         params = networks.denoiser.init(jax.random.key(0))
-        clips = make_generator(networks, sampler=sampler)(params, frozen, images, tokens, fps, seeds)
+        clips, _ = make_generator(networks, sampler=sampler)(params, frozen, images, tokens, fps, seeds)
         sentences = [np.asarray(networks.embed({}, x), np.float64).sum((1, 2)) for x in (tokens, tokenizer(["", ""]))]
         return networks, np.asarray(clips).astype(int), images, sentences
 

@@ -8,7 +8,7 @@ import socket
 import urllib.parse
 import urllib.request
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import ftfy
 import numpy as np
@@ -17,8 +17,21 @@ from jaxtyping import Int
 from motif_jax.config import TextConfig, UserError
 
 PAD, START = 0, 1  # of `words`; ids from 2 on are words
+TOKENS_PER_WORD = {"openclip": 1.3, "words": 1}  # in English
 
 Tokenizer = Callable[[Sequence[str]], Int[np.ndarray, "N L"]]
+
+
+def too_long(config: TextConfig, what: str, sentences: Mapping[str, str]) -> str:
+    """What to say of sentences (by name) whose ends are likely cut off; "" for none. Their words are counted, no vocabulary is loaded."""
+    limit, per_word = config.context_length, TOKENS_PER_WORD[config.kind]
+    long = [name for name, sentence in sentences.items() if len(sentence.split()) * per_word >= limit]
+    if not long:
+        return ""
+    return (
+        f"{len(long)} {what} have more words than the text tower takes (text.context_length={limit} tokens, about {per_word:g} to a word): "
+        f"their ends may be cut off; the first: {long[0]}"
+    )
 
 
 def make_tokenizer(config: TextConfig) -> Tokenizer:

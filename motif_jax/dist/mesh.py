@@ -136,3 +136,30 @@ def check_fits(mesh: Mesh, batch_size: int, grad_accumulation: int, frames: int)
         raise UserError(f"batch_size={batch_size}: must be a multiple of {unit}, the devices of data and fsdp times grad_accumulation")
     if frames % mesh.shape["context"]:
         raise UserError(f"mesh.context={mesh.shape['context']}: must divide data.frames={frames}")
+
+
+def repeated_work(mesh: Mesh, batch_size: int, grad_accumulation: int) -> list[str]:
+    """A line when `context` splits several clips at a time: their frames become rows of one batch, which XLA does not split by frame."""
+    clips = batch_size // (math.prod(mesh.shape[a] for a in ROWS) * grad_accumulation)
+    context = mesh.shape["context"]
+    if context == 1 or clips == 1:
+        return []
+    return [
+        f"mesh.context={context} with {clips} clips at a time in each group of data x fsdp: its devices repeat most of each other's work "
+        f"(docs/scaling.md); grad_accumulation={clips * grad_accumulation} takes one at a time"
+    ]
+
+
+def check_split(mesh: Mesh, params: Mapping[str, Any]) -> None:
+    """Raises UserError when fsdp or tensor splits less than half of the parameters (arrays or shapes).
+
+    What it does not divide is copied: over fsdp the state takes its whole memory, over tensor all devices do the same work.
+    """
+    total = sum(math.prod(x.shape) for x in params.values())
+    for axis in ("fsdp", "tensor"):
+        split = sum(math.prod(x.shape) for name, x in params.items() if axis in partition(name, x.shape, mesh))
+        if mesh.shape[axis] > 1 and split < total / 2:
+            raise UserError(
+                f"mesh.{axis}={mesh.shape[axis]}: would split only {100 * split / total:.0f} % of the parameters and copy the others; use a "
+                "size that divides the network's widths, and mesh.data for the devices that are left"
+            )

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Sharding
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
 from motif_jax.config import Config
 from motif_jax.models import lora
@@ -135,12 +135,16 @@ class Networks:
         """uint8 frames -> scaled latents, the means of the posterior."""
         return self.latents(self.moments(params, frames_BTHW3))
 
-    def decode(self, params: Params, z_BThwC: Float[Array, "B T h w C"]) -> Array:
-        """Scaled latents -> uint8 frames [B, T, H, W, 3]."""
+    def pixels(self, params: Params, z_BThwC: Float[Array, "B T h w C"]) -> Float[Array, "B T H W 3"]:
+        """Scaled latents -> frames in float32, black is -1 and white 1."""
         autoencoder = self.autoencoder.bind(self.autoencoder.cast(params))
         z_TBhwC = jnp.swapaxes(z_BThwC, 0, 1) / self.config.autoencoder.scale_factor
         x_TBHW3 = jax.lax.map(autoencoder.decode, z_TBhwC)
-        return jnp.swapaxes(jnp.clip(jnp.round((x_TBHW3.astype(jnp.float32) + 1.0) * 127.5), 0, 255).astype(jnp.uint8), 0, 1)
+        return jnp.swapaxes(x_TBHW3.astype(jnp.float32), 0, 1)
+
+    def decode(self, params: Params, z_BThwC: Float[Array, "B T h w C"]) -> UInt8[Array, "B T H W 3"]:
+        """Scaled latents -> frames."""
+        return grey_levels(self.pixels(params, z_BThwC))
 
     def embed(self, params: Params, tokens_BL: Int[Array, "B L"]) -> Float[Array, "B L D"]:
         return self.text.bind(params)(tokens_BL).astype(jnp.float32)
@@ -172,6 +176,11 @@ class Networks:
         params = self.denoiser.cast(params)  # a block would do it again in its backward pass
         with use_kernels(self.config.kernels == "auto"):
             return self.denoiser.bind(params)(x, t_B, context_BLD, fps_B, dropout_rng=dropout_rng).astype(jnp.float32)
+
+
+def grey_levels(x: Float[Array, "*n"]) -> UInt8[Array, "*n"]:
+    """Values from -1 (black) to 1 (white) in 256 levels; of NaN nobody knows which."""
+    return jnp.clip(jnp.round((x + 1.0) * 127.5), 0, 255).astype(jnp.uint8)
 
 
 def image_condition(z_BhwC: Float[Array, "B h w C"], frames: int, kind: str) -> Float[Array, "B T h w K"]:

@@ -18,11 +18,22 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import motif_jax
 from motif_jax.config import Config, UserError, to_json
+from motif_jax.consistency import surprises
 from motif_jax.data import pipeline
 from motif_jax.data.storage import Path, run_location
 from motif_jax.data.tokens import make_tokenizer
 from motif_jax.dist import startup
-from motif_jax.dist.mesh import batch_rows, check_fits, global_batch, make_mesh, place, shard_like_params, shard_networks
+from motif_jax.dist.mesh import (
+    batch_rows,
+    check_fits,
+    check_split,
+    global_batch,
+    make_mesh,
+    place,
+    repeated_work,
+    shard_like_params,
+    shard_networks,
+)
 from motif_jax.dist.preemption import Interrupted, StopSignal
 from motif_jax.method import DEFAULT, Method
 from motif_jax.models.attention import check_kernel
@@ -142,6 +153,7 @@ class _Run:
         learning_rate = method.learning_rate(config)
         optimizer = method.optimizer(config, learning_rate)
         template, create = make_state(config, self.networks, mesh, optimizer)
+        check_split(mesh, template.params)
         replicated = NamedSharding(mesh, PartitionSpec())
         self.train_step = jit_train_step(self.networks, optimizer, mesh, template, method.loss, learning_rate)
         self.eval_step = jax.jit(make_eval_step(self.networks, mesh), out_shardings=replicated)
@@ -164,6 +176,10 @@ class _Run:
         else:
             self._restore(restored, template)
             say(f"continuing at step {self.step} of {config.steps}, {directory}")
+            if 0 < config.profile.start < self.step:
+                say(f"profile.start={config.profile.start}: that step is done, nothing is traced; use {self.step} or a later one")
+        for text in [*surprises(config), *repeated_work(mesh, config.batch_size, config.grad_accumulation)]:
+            say(text)
         self.saved = restored  # the newest step that is
         self.inputs = self.tokenizer, batch_rows(mesh, config.batch_size), config.image_tokens
         self.validation, self.sheets = (), SampleSheets(config, self.networks, self.tokenizer, mesh, method.sampler)

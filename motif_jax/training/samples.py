@@ -19,7 +19,7 @@ from motif_jax.config import Config
 from motif_jax.data import pipeline
 from motif_jax.data.videos import save_video
 from motif_jax.dist.mesh import BATCH, ROWS, on_host, place
-from motif_jax.generation import Sampler, make_generator, sample_latents
+from motif_jax.generation import Sampler, make_generator, sample_latents, toward_finite
 from motif_jax.models.networks import Networks, Params
 from motif_jax.motion import pictures
 from motif_jax.motion.dis import mean_flow
@@ -73,9 +73,15 @@ class SampleSheets:
             self._truth = self._true_clips(frozen)
         fps = np.asarray([e.fps for e in self._examples], np.float32)
         inputs = map(self._spread, (self._truth[:, 0], self._tokens, fps, np.arange(len(fps), dtype=np.int32)))
-        clips = on_host(self._generate(params, frozen, *inputs))[: len(fps)]
+        clips, finite = (on_host(x)[: len(fps)] for x in self._generate(params, frozen, *inputs))
         if writer is None:
             return
+        if not finite.all():
+            print(
+                f"step {step}  NaN or infinity in {len(fps) - finite.sum()} of {len(fps)} samples, which show nothing of the model; use "
+                f"{toward_finite(self._config, 'a lower learning_rate, if it diverges,')}",
+                flush=True,
+            )
         captions = [e.caption for e in self._examples]
         sheet = save_comparison(workdir / "samples" / str(step), self._truth, clips, captions, self._config.sample.fps)
         writer.write_image(step, "samples", sheet)

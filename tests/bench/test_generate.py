@@ -133,7 +133,7 @@ def test_devices_change_rounding_only(animator, pairs, tiny, tmp_path):
         "animator = t.tiny_animator(from_json(open(sys.argv[1]).read()), make_mesh(MeshConfig(), jax.devices()))\n"
         "seen = []\n"
         "inner = animator._generate\n"
-        "animator._generate = lambda *a: seen.append((out := inner(*a)).sharding.num_devices) or out\n"
+        "animator._generate = lambda *a: seen.append((out := inner(*a))[0].sharding.num_devices) or out\n"
         "np.save(sys.argv[3], t.frames_of(animator, read_pairs(sys.argv[2]), 3, 3))\n"
         "assert seen == [2], seen\n"
     )

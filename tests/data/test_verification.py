@@ -131,6 +131,22 @@ def test_damaged_metadata(tmp_path, name):
         assert prepare(tmp_path)[0].written == 0 and (tmp_path / name).read_text() == whole
 
 
+def test_everything_is_named_at_once(tmp_path):
+    """With a broken shard too, and one whose manifest is lost."""
+    prepare(tmp_path)
+    whole = files(tmp_path)
+    shards_there = sorted(tmp_path.glob("motif-train*"))
+    flip(shards_there[0], None)
+    (tmp_path / "manifests" / f"{shards_there[2].name}.json").unlink()
+    info = json.loads((tmp_path / "dataset_info.json").read_text())
+    (tmp_path / "dataset_info.json").write_text(json.dumps(info | {"name": "other"}))
+    (tmp_path / "dataset.json").write_text("{")
+    (tmp_path / "features.json").unlink()
+    found = [line.split()[0] for line in verify(tmp_path)]
+    assert found == [shards_there[0].name, shards_there[2].name, "dataset_info.json", "features.json", "dataset.json"]
+    assert prepare(tmp_path)[0].written == 2 and files(tmp_path) == whole
+
+
 def test_damaged_manifests(tmp_path):
     """Whatever its text has become, the shard is made again and the others are kept."""
     prepare(tmp_path)

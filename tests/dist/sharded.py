@@ -68,7 +68,8 @@ class Run:
 
     def sample(self):
         batch, seeds = self.batch(0), place(np.arange(self.config.batch_size, dtype=np.int32), NamedSharding(self.mesh, BATCH))
-        return np.asarray(self.generate(self.state.best, self.frozen, batch["frames"][:, 0], batch["tokens"], batch["fps"], seeds)).astype(int)
+        clips, _ = self.generate(self.state.best, self.frozen, batch["frames"][:, 0], batch["tokens"], batch["fps"], seeds)
+        return np.asarray(clips).astype(int)
 
     def gradient(self):
         """The gradient of the first step: AdamW's first moment is then (1 - b1) times it."""

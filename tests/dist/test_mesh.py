@@ -1,7 +1,9 @@
 """The mesh and the sharding table, on eight fake devices of another process where more than one device is needed."""
 
+import contextlib
 import math
 import os
+import re
 import subprocess
 import sys
 
@@ -10,7 +12,7 @@ import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from motif_jax.config import MeshConfig, UserError, from_config_dict
-from motif_jax.dist.mesh import AXES, check_fits, make_mesh, partition, shard_networks
+from motif_jax.dist.mesh import AXES, check_fits, check_split, make_mesh, partition, repeated_work, shard_networks
 from motif_jax.models.networks import Networks
 
 EIGHT_DEVICES = """
@@ -60,6 +62,11 @@ print("fine")
 """
 
 
+@pytest.fixture(scope="module")
+def paper():
+    return Networks.of(from_config_dict({"unet": {"image_cross_attention": True}}))
+
+
 def test_one_device_is_a_mesh_of_one():
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     assert dict(mesh.shape) == dict.fromkeys(AXES, 1)
@@ -91,15 +98,38 @@ def test_a_batch_must_fit_the_mesh(batch_size, accumulation, frames, message):
             check_fits(mesh, batch_size, accumulation, frames)
 
 
+@pytest.mark.parametrize(
+    ("batch_size", "accumulation", "message"),
+    [(8, 1, None), (16, 2, None), (32, 2, r"mesh\.context=4 with 2 clips at a time .*; grad_accumulation=4 takes one")],
+)
+def test_frames_of_several_clips_are_not_split(batch_size, accumulation, message):
+    (found,) = repeated_work(AbstractMesh((2, 4, 4, 1), AXES), batch_size, accumulation) or [""]
+    assert re.match(message, found) if message else not found
+    assert not repeated_work(AbstractMesh((2, 4, 1, 1), AXES), 32, 2)
+
+
+@pytest.mark.parametrize(
+    ("fsdp", "tensor", "message"),
+    [
+        (8, 2, None),
+        (24, 1, r"mesh\.fsdp=24: would split only 3 % of the parameters"),  # 960 and 1920 input channels
+        (8, 3, r"mesh\.tensor=3: would split only 1 % of the parameters"),  # the resampler's 768
+    ],
+)
+def test_an_axis_must_split_the_network(paper, fsdp, tensor, message):
+    mesh = AbstractMesh((1, fsdp, 1, tensor), AXES)
+    with pytest.raises(UserError, match=message) if message else contextlib.nullcontext():
+        check_split(mesh, paper.denoiser.shapes)
+
+
 def test_unknown_parameter_is_an_error():
     with pytest.raises(ValueError, match=r"no partition rule matches parameter 'a\.mystery' of shape \(3,\)"):
         partition("a.mystery", (3,), make_mesh(MeshConfig(), jax.devices()[:1]))
 
 
-def test_the_paper_s_networks_are_sharded():
+def test_the_paper_s_networks_are_sharded(paper):
     """All of them, image tower included: of 64 chips none holds much more than its 64th, because small vectors stay whole."""
-    networks = Networks.of(from_config_dict({"unet": {"image_cross_attention": True}}))
-    towers = {name: network.shapes for name, network in (networks.frozen | {"denoiser": networks.denoiser}).items()}
+    towers = {name: network.shapes for name, network in (paper.frozen | {"denoiser": paper.denoiser}).items()}
     shardings = shard_networks(towers, AbstractMesh((1, 64, 1, 1), AXES))
     assert set(towers) == {"autoencoder", "text", "image", "denoiser"}
     for name, shapes in towers.items():

@@ -2,6 +2,7 @@
 
 import base64
 import collections
+import contextlib
 import dataclasses
 import errno
 import io
@@ -23,14 +24,16 @@ import motif_jax
 from motif_jax import preparation, report
 from motif_jax.config import ProfileConfig, UserError
 from motif_jax.data import pipeline
+from motif_jax.data.tokens import make_tokenizer
 from motif_jax.data.videos import save_video
+from motif_jax.dist.mesh import make_mesh
 from motif_jax.dist.preemption import Interrupted, StopSignal
 from motif_jax.interop.files import write_safetensors
 from motif_jax.method import Method
 from motif_jax.models.networks import Networks
 from motif_jax.motion.dis import mean_flow
 from motif_jax.training import checkpoint, loop, samples, weights, workdir
-from motif_jax.training.metrics import read_lines
+from motif_jax.training.metrics import MetricWriter, read_lines
 from motif_jax.training.weights import initial_weights
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -400,6 +403,18 @@ def test_a_run_without_held_out_clips_says_so(config, tmp_path, capsys):
     assert widths[0] == 2 * widths[1] > widths[2] == 0
 
 
+def test_samples_with_nan_are_told(config, tmp_path, capsys):
+    """The training goes on, and so does the sheet."""
+    networks, mesh = Networks.of(config), make_mesh(config.mesh, jax.devices()[:1])
+    tokenizer = make_tokenizer(config.text)
+    frozen = networks.with_unconditional(networks.init_frozen(), tokenizer)
+    sheets = samples.SampleSheets(config, networks, tokenizer, mesh, lambda config, schedule, denoise, x_BThwC, keys_B: x_BThwC * np.nan)
+    with contextlib.closing(MetricWriter(tmp_path, -1, False)) as writer:
+        sheets.write(3, networks.denoiser.init(jax.random.key(0)), frozen, tmp_path, writer)
+    assert "step 3  NaN or infinity in 1 of 1 samples, which show nothing of the model" in capsys.readouterr().out
+    assert (tmp_path / "samples" / "3" / "sheet.png").exists()
+
+
 def test_curves_of_many_buckets_go_from_clean_to_noise(monkeypatch):
     monkeypatch.setattr(report.html, "plot", lambda figure, description: figure)
     (axes,) = report._curves([{"step": 1, **{f"eval/ratio_t{bucket}": 1.0 for bucket in range(12)}}]).axes
@@ -456,10 +471,15 @@ def test_a_checkpoint_of_another_optimizer_is_not_called_damaged(config, undistu
     initial_weights(changed(config, init_from=str(run)), Networks.of(config))
 
 
-def test_a_trace_that_the_end_cuts_short_is_written(config, tmp_path):
-    config = changed(config, eval={"every": 0}, sample={"every": 0})
-    loop.train(changed(config, profile={"start": 3, "steps": 5}), tmp_path)
-    assert len(list((tmp_path / "plugins" / "profile").rglob("*.xplane.pb"))) == 1
+def test_a_trace_that_the_end_cuts_short_is_written(config, tmp_path, capsys):
+    """A run that goes on makes none of a step that is done, and says so, as it says what else would surprise."""
+    config = changed(config, eval={"every": 0}, sample={"every": 0, "guidance": 0.0})
+    for steps in (4, 5):
+        loop.train(changed(config, steps=steps, profile={"start": 3, "steps": 5}), tmp_path)
+        said = capsys.readouterr().out
+        assert ("profile.start=3: that step is done, nothing is traced; use 4" in said) == (steps == 5)
+        assert "sample.guidance=0: samples do not see their sentence" in said
+        assert len(list((tmp_path / "plugins" / "profile").rglob("*.xplane.pb"))) == 1
 
 
 def test_guarded_work_ends_at_the_next_item():
