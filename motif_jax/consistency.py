@@ -127,17 +127,6 @@ def contradictions(c: "Config") -> list[str]:
         c.profile.start == 0 or c.profile.start < c.steps,
         f"profile.start={c.profile.start}: no step comes after it, steps={c.steps}; use a smaller one, or 0 (off)",
     )
-    every, keep_every = c.checkpoint.every, c.checkpoint.keep_every
-    check(
-        keep_every == 0 or keep_every % every == 0 or every % keep_every == 0,
-        f"checkpoint.keep_every={keep_every}: of the checkpoints at multiples of checkpoint.every={every} it would keep only those of "
-        f"{math.lcm(every, max(keep_every, 1))}; use a multiple",
-    )
-    check(
-        c.prepare.flow.startswith("raft") or not c.prepare.flow_weights,
-        f"prepare.flow_weights={c.prepare.flow_weights}: prepare.flow={c.prepare.flow!r} has none; use raft_small or raft_large, or set ''",
-    )
-    check(unet or u.dropout == 0, f"unet.dropout={u.dropout}: backbone='dit' has none; set 0")
     check(
         c.sample.steps <= timesteps,
         f"sample.steps={c.sample.steps}: at most diffusion.num_timesteps={timesteps}",
@@ -181,4 +170,11 @@ def surprises(c: "Config") -> list[str]:
     )
     say(drop == 1, "condition.text_drop=1.0: no sentence is ever seen, and what one says will change nothing")
     say(guidance == 0, UNGUIDED.format("sample.guidance"))
+    every, keep_every = c.checkpoint.every, c.checkpoint.keep_every
+    say(
+        keep_every > 0 and keep_every % every != 0 and every % keep_every != 0,
+        f"checkpoint.keep_every={keep_every}: of the checkpoints at multiples of checkpoint.every={every} it keeps only those of "
+        f"{math.lcm(every, max(keep_every, 1))}; use a multiple",
+    )
+    say(c.backbone == "dit" and c.unet.dropout > 0, f"unet.dropout={c.unet.dropout}: backbone='dit' has none")
     return found

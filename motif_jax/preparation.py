@@ -254,6 +254,8 @@ def _make_estimator(config: Config) -> FlowEstimator:
     from motif_jax.motion.estimators import make_flow_estimator  # loads JAX
 
     p = config.prepare
+    if p.flow == "dis" and p.flow_weights:
+        raise UserError(f"prepare.flow_weights={p.flow_weights}: prepare.flow='dis' has none; use raft_small or raft_large, or set ''")
     try:
         return make_flow_estimator(p.flow, p.flow_weights, p.flow_iterations, p.flow_stride, dtype=p.flow_dtype)
     except FileNotFoundError as error:

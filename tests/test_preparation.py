@@ -331,6 +331,8 @@ def test_exact_flow_of_videos_and_weights_that_are_not_there(tmp_path, clips):
     assert "prepare.flow='exact': only a synthetic" in message
     message, _ = prepare(clips / "list.csv", tmp_path / "out", with_prepare(flow="raft_small"))
     assert "prepare.flow_weights" in message
+    message, _ = prepare(clips / "list.csv", tmp_path / "out", with_prepare(flow="dis", flow_weights="raft.pth"))
+    assert "prepare.flow_weights=raft.pth: prepare.flow='dis' has none" in message
     message, _ = prepare(clips / "list.csv", tmp_path / "out", with_prepare(flow="raft_small", flow_weights=str(tmp_path / "no.pth")))
     assert "no.pth" in message
     assert not (tmp_path / "out").exists()
