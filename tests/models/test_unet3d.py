@@ -58,6 +58,15 @@ def test_gradients_are_the_reference_s(evaluated, golden):
     np.testing.assert_allclose([norms[name] for name in sorted(norms)], golden["unet/grad_norms"], rtol=1e-3, atol=1e-5)
 
 
+def test_whole_gradients_are_the_reference_s(evaluated, shared, difference):
+    published = np.load(shared / "golden/videocrafter2/unet_tiny_io.npz")
+    gradient = names.to_torch(evaluated[2])
+    full = [key.removeprefix("grad/") for key in published.files if key.startswith("grad/")]
+    assert len(full) == 8
+    for name in full:
+        assert difference(gradient[name], published[f"grad/{name}"]) < TOLERANCE, name
+
+
 def test_zero_image_weights_give_the_text_to_video_model(reference_unet, arguments, golden, difference):
     """With the new input channels' weights at zero the 8-channel model is the 4-channel one (initialisation of x-cat)."""
     _, params, evaluate = reference_unet
