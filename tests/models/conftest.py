@@ -136,7 +136,7 @@ def with_gradients():
             out = attend(*x)
             return jnp.sum(jnp.sin(out.astype(jnp.float32))), out
 
-        gradients, out = jax.grad(loss, (0, 1, 2), has_aux=True)(*x)
+        gradients, out = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(*x)
         return [out, *gradients]
 
     return run

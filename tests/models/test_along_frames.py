@@ -13,7 +13,7 @@ from motif_jax.models.layers import Initializer
 from motif_jax.models.placement import target_platform, use_kernels
 from motif_jax.models.transformer import TemporalTransformer
 
-pytestmark = pytest.mark.usefixtures("tpu_memory")
+pytestmark = pytest.mark.usefixtures("tpu_memory", "quick_compile")
 
 
 def inputs(B: int, T: int, P: int, H: int, K: int) -> list[np.ndarray]:

@@ -14,6 +14,8 @@ from motif_jax.models import placement
 from motif_jax.models.attention import Attention, attention
 from motif_jax.models.layers import Initializer
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 
 def inputs(N=2, L=6, S=5, H=3, K=4, seed=0):
     rng = np.random.default_rng(seed)
@@ -27,6 +29,11 @@ def by_hand(q, k, v, causal=False):
         weights = np.exp(k[n, keys, h].astype(np.float64) @ q[n, i, h] / q.shape[-1] ** 0.5)
         out[n, i, h] = weights / weights.sum() @ v[n, keys, h]
     return out
+
+
+def gradients(loss, *x):
+    """(gradients of q, k and v, what the loss returns beside its value), traced anew."""
+    return jax.jit(jax.grad(lambda *x: loss(*x), (0, 1, 2), has_aux=True))(*x)
 
 
 @pytest.mark.parametrize("implementation", ["auto", "reference", "xla"])
@@ -45,12 +52,12 @@ def test_blocks_of_queries_change_nothing(implementation, monkeypatch):
         out = attention(q, k, v, implementation)
         return jnp.sum(out**3), out
 
-    whole = jax.grad(loss, (0, 1, 2), has_aux=True)(q, k, v)
+    whole = gradients(loss, q, k, v)
     monkeypatch.setattr(module, "BLOCKWISE_FROM", 8)
     monkeypatch.setattr(module, "QUERY_BLOCK", 8)
     program = str(jax.make_jaxpr(loss)(q, k, v))
     assert "scan" in program and "remat" in program
-    blocks = jax.grad(loss, (0, 1, 2), has_aux=True)(q, k, v)
+    blocks = gradients(loss, q, k, v)
     np.testing.assert_allclose(blocks[1], by_hand(q, k, v), rtol=1e-4, atol=1e-5)
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(blocks), strict=True):
         np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-5)
@@ -74,9 +81,9 @@ def test_odd_lengths_are_padded_and_hidden(L, S, causal):
         out = module._even_lengths(attend, q, k, v, causal)
         return jnp.sum(out**3), out
 
-    grads, out = jax.grad(loss, (0, 1, 2), has_aux=True)(q, k, v)
+    grads, out = gradients(loss, q, k, v)
     np.testing.assert_allclose(out, by_hand(q, k, v, causal), rtol=1e-4, atol=1e-5)
-    expected = jax.grad(lambda *x: jnp.sum(attention(*x, "reference", causal) ** 3), (0, 1, 2))(q, k, v)
+    expected, _ = gradients(lambda *x: (jnp.sum(attention(*x, "reference", causal) ** 3), None), q, k, v)
     for a, b in zip(grads, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
     assert seen == [(L + L % 2, S + S % 2)]
@@ -122,10 +129,10 @@ def test_gradients_in_half_precision(causal):
     q, k, v = inputs(N=2, L=24, S=24, H=2, K=16)
 
     def loss(*x):
-        return jnp.sum(attention(*x, "reference", causal).astype(jnp.float32) ** 2)
+        return jnp.sum(attention(*x, "reference", causal).astype(jnp.float32) ** 2), None
 
-    expected = jax.grad(loss, (0, 1, 2))(q, k, v)
-    found = jax.grad(loss, (0, 1, 2))(*(jnp.asarray(x, jnp.bfloat16) for x in (q, k, v)))
+    expected, _ = gradients(loss, q, k, v)
+    found, _ = gradients(loss, *(jnp.asarray(x, jnp.bfloat16) for x in (q, k, v)))
     for a, b in zip(found, expected, strict=True):
         assert a.dtype == jnp.bfloat16
         assert np.linalg.norm(np.asarray(a, np.float32) - b) < 2e-2 * np.linalg.norm(b)  # bfloat16 in, out and between

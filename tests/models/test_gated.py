@@ -12,6 +12,8 @@ from motif_jax.models.layers import Initializer, product
 from motif_jax.models.placement import target_platform
 from motif_jax.models.transformer import FeedForward
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 
 def test_the_normal_distribution():
     """The polynomial is off by 1.5e-7 at most; float32 adds two units of its last place at 1."""
@@ -37,7 +39,7 @@ def test_equal_to_the_layers(shape):
             y = call(nnx.merge(graph, state), x).astype(jnp.float32)
             return jnp.sum(y * weight), y
 
-        return jax.tree_util.tree_leaves_with_path(jax.grad(loss, (0, 1), has_aux=True)(state, x))
+        return jax.tree_util.tree_leaves_with_path(jax.jit(jax.grad(loss, (0, 1), has_aux=True))(state, x))
 
     without = found(jnp.bfloat16, lambda layer, x: layer.from_products(products(layer, x), None) + layer.bias[...])
     kernels = found(jnp.bfloat16, lambda layer, x: layer.from_products(products(layer, x), ()) + layer.bias[...])

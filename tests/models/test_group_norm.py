@@ -13,6 +13,8 @@ from motif_jax.models import group_norm, layers
 from motif_jax.models.layers import Dropout, GroupNorm
 from motif_jax.models.placement import target_platform, use_kernels
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 KEY = jax.random.key(5)
 
 

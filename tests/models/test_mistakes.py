@@ -4,6 +4,7 @@ A mistake is a function that spoils a fresh network;
 what it computes then is compared with the stored outputs of the reference, as the right network is in the other tests.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -18,7 +19,7 @@ from motif_jax.models import clip, unet3d
 from motif_jax.models import transformer as transformer_module
 from motif_jax.models.attention import Attention
 from motif_jax.models.autoencoder import make_autoencoder
-from motif_jax.models.layers import GroupNorm, LayerNorm, sinusoids
+from motif_jax.models.layers import GroupNorm, LayerNorm, apply, sinusoids
 from motif_jax.models.text import make_text_tower
 from motif_jax.models.transformer import Geglu, SpatialTransformer, TemporalTransformer
 from motif_jax.models.unet3d import Downsample, ResBlock, TemporalConv, UNet3D
@@ -213,6 +214,56 @@ def test_of_the_whole_unet(mistake, fresh, golden, difference, monkeypatch):
     out = model(last(golden["unet/x8"]), golden["unet/t"], golden["unet/context"], golden["unet/fps"])
     found = difference(np.moveaxis(np.asarray(out), -1, 1), golden["unet/out8"])
     assert (found > 10 * TOLERANCE) if mistake else (found < TOLERANCE), found
+
+
+@pytest.fixture(scope="module")
+def published(shared):
+    return np.load(shared / "golden/videocrafter2/unet_tiny_io.npz")
+
+
+# The right network, layer by layer too: what it needs is compiled for the mistakes.
+
+
+def test_activations(fresh, published, difference, monkeypatch):
+    model, seen, names = fresh("unet"), {}, {}
+    for name in ("input_blocks", "middle_block", "output_blocks", "init_attn"):
+        for i, block in enumerate(getattr(model, name)):
+            for j, layer in enumerate(block if name.endswith("blocks") else [block]):
+                names[id(layer)] = (f"{name}.{i}" if name.endswith("blocks") else name, j)
+
+    def run(self, layer, *args, right=UNet3D._run):
+        out = right(self, layer, *args)
+        name, j = names[id(layer)]
+        seen[name] = seen[f"{name}.{j}"] = out  # the last layer of a block leaves its output under the block's name
+        return out
+
+    monkeypatch.setattr(UNet3D, "_run", run)
+    model(last(published["x8"]), published["t"], published["context"], published["fps"])
+    seen["time_embed"] = apply(model.time_embed, sinusoids(published["t"], 32))
+    seen["fps_embedding"] = apply(model.fps_embedding, sinusoids(published["fps"], 32))
+    compared = 0
+    for key in (k for k in published.files if k.startswith("act/")):
+        name = key.removeprefix("act/")
+        if name not in seen:
+            continue  # inside a block: the unit cases of test_unet3d_golden.py cover these
+        theirs, ours = published[key], np.asarray(seen[name])
+        if ours.ndim == 5:
+            ours = ours.reshape(-1, *ours.shape[2:]) if theirs.ndim == 4 else ours
+            ours = np.moveaxis(ours, -1, 1)
+        assert difference(ours, theirs) < TOLERANCE, name
+        compared += 1
+    assert compared == 22
+
+
+@pytest.mark.parametrize("channels", [4, 9])
+def test_other_channels(channels, tiny_unet, with_reference_weights, published, difference):
+    """Models of their own."""
+    x = np.concatenate([published["x8"], published["mask"]], 1)[:, :channels]
+    config = dataclasses.replace(tiny_unet, in_channels=channels)
+    graph, params = with_reference_weights(lambda: UNet3D(config, rngs=nnx.Rngs(0)), "unet", unet)
+    model = nnx.merge(graph, jax.tree.map(jnp.asarray, params))
+    out = model(last(x), published["t"], published["context"], published["fps"])
+    assert difference(np.moveaxis(np.asarray(out), -1, 1), published[f"out{channels}"]) < TOLERANCE
 
 
 def residual(model):

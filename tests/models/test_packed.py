@@ -12,6 +12,8 @@ from motif_jax.models.attention import Attention, attention
 from motif_jax.models.layers import Initializer
 from motif_jax.models.placement import target_platform, use_kernels
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 
 def inputs(N: int, L: int, H: int = 3, K: int = 16) -> list[np.ndarray]:
     rng = np.random.default_rng(N)

@@ -11,6 +11,8 @@ from motif_jax.models.placement import target_platform
 from motif_jax.models.residual import Residual, fits
 from motif_jax.models.transformer import TransformerBlock
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 WORDS, HEAD = 24, 16
 
 

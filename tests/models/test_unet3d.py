@@ -21,7 +21,8 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 # Float32 noise against the reference is 2e-6; swapping the norms' epsilons would change the output by 1e-5 only, which is
 # why the small-input cases below exist.
 TOLERANCE = 1e-5
-SMALL = UNetConfig(in_channels=5, out_channels=3, model_channels=16, channel_mult=(1,), num_res_blocks=1, attention_resolutions=(1,),
+# Fewer blocks than a run may have: the middle and an output block hold every kind of layer.
+SMALL = UNetConfig(in_channels=5, out_channels=3, model_channels=16, channel_mult=(1,), num_res_blocks=0, attention_resolutions=(1,),
                    num_head_channels=8, context_dim=6, norm_groups=4, dropout=0.2)  # fmt: skip
 
 
@@ -56,6 +57,15 @@ def test_gradients_are_the_reference_s(evaluated, golden):
     norms = {name: np.linalg.norm(tensor) for name, tensor in names.to_torch(gradient).items()}
     # Biases in front of a norm of one channel per group have gradients of rounding noise alone: they are compared absolutely.
     np.testing.assert_allclose([norms[name] for name in sorted(norms)], golden["unet/grad_norms"], rtol=1e-3, atol=1e-5)
+
+
+def test_whole_gradients_are_the_reference_s(evaluated, shared, difference):
+    published = np.load(shared / "golden/videocrafter2/unet_tiny_io.npz")
+    gradient = names.to_torch(evaluated[2])
+    full = [key.removeprefix("grad/") for key in published.files if key.startswith("grad/")]
+    assert len(full) == 8
+    for name in full:
+        assert difference(gradient[name], published[f"grad/{name}"]) < TOLERANCE, name
 
 
 def test_zero_image_weights_give_the_text_to_video_model(reference_unet, arguments, golden, difference):
@@ -102,7 +112,7 @@ def test_small_inputs_show_the_epsilons(reference_unet, golden, difference):
 
 @pytest.fixture(scope="module")
 def small():
-    """A two-level network whose zero-initialised layers are filled, its arguments, and its loss as a function of parameters."""
+    """A network of one level whose zero-initialised layers are filled, its arguments, and its loss as a function of parameters."""
     rng = np.random.default_rng(0)
     graph, params = nnx.split(UNet3D(SMALL, rngs=nnx.Rngs(0)), nnx.Param)
     params = jax.tree.map(lambda p: p + 0.1 * rng.normal(size=p.shape).astype(np.float32), nnx.to_pure_dict(params))
@@ -149,7 +159,7 @@ def test_initial_values_are_pytorch_s():
         if n.endswith(("proj_out.weight", "out_layers.3.weight", "conv4.3.weight")) or n == "out.2.weight"
     }
     assert zero == expected and not any(flat[f"{name}.bias"].any() for name in zero)
-    conv, bias = flat["input_blocks.1.0.in_layers.2.weight"], flat["middle_block.0.emb_layers.1.bias"]
+    conv, bias = flat["middle_block.0.in_layers.2.weight"], flat["middle_block.0.emb_layers.1.bias"]
     for leaf, fan_in in ((conv, 9 * 16), (bias, 64)):
         assert np.abs(leaf).max() <= fan_in**-0.5
         np.testing.assert_allclose(leaf.std(), (3 * fan_in) ** -0.5, rtol=0.2)  # 32 biases: a standard error of 8 %
@@ -167,7 +177,7 @@ def test_condition_reaches_output_and_gradient(small, evaluate):
         assert np.linalg.norm(out2 - out) > 1e-3 * np.linalg.norm(out)
         assert not np.allclose(gradient2["out"][2]["kernel"], gradient["out"][2]["kernel"], rtol=1e-4)
     assert np.abs(gradient["input_blocks"][0][0]["kernel"][:, :, -2:]).min() > 0
-    text = gradient["input_blocks"][1][1]["transformer_blocks"][0]["attn2"]
+    text = gradient["middle_block"][1]["transformer_blocks"][0]["attn2"]
     assert np.abs(text["to_k"]["kernel"]).max() > 0 and np.abs(text["to_v"]["kernel"]).max() > 0
 
 
