@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from motif_jax.config import Config, UserError
+from motif_jax.config import Config
 from motif_jax.data import records, shards
+from motif_jax.errors import UserError
 
 
 def run(main: Callable[[], None]) -> None:

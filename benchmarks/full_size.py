@@ -22,7 +22,8 @@ from common import random_weights, write_dataset
 from ml_collections import config_flags
 
 from motif_jax import commands
-from motif_jax.config import Config, UserError
+from motif_jax.config import Config
+from motif_jax.errors import UserError
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "configs/X.py[:args]", lock_config=True)
 DATA = flags.DEFINE_string("data", None, "directory of the made-up dataset; default: a temporary one")

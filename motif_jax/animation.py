@@ -13,13 +13,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Bool, UInt8
 from PIL.Image import Image
 
-from motif_jax.config import Config, UserError, enumerate_first
+from motif_jax.config import Config
 from motif_jax.consistency import UNGUIDED
 from motif_jax.data.images import MediaError, cover, read_image, rgb
 from motif_jax.data.storage import Path, run_location
 from motif_jax.data.tokens import make_tokenizer, too_long
 from motif_jax.data.videos import save_video
 from motif_jax.dist.mesh import BATCH
+from motif_jax.errors import UserError, enumerate_first
 from motif_jax.fields import LARGEST_FLOAT
 from motif_jax.generation import Sampler, make_generator, sample_latents, toward_finite
 from motif_jax.method import DEFAULT, Method

@@ -12,7 +12,8 @@ from typing import Any
 
 from absl import app, flags, logging
 
-from motif_jax.config import Config, StoreError, UserError, from_config_dict, to_dict
+from motif_jax.config import Config, from_config_dict, to_dict
+from motif_jax.errors import StoreError, UserError
 from motif_jax.fields import field_names
 
 # What absl and Python say of a flag, and what is meant.

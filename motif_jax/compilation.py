@@ -15,9 +15,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from motif_jax.collectives import Traffic, collectives
-from motif_jax.config import Config, UserError
+from motif_jax.config import Config
 from motif_jax.data.records import Layout
 from motif_jax.dist.mesh import batch_sharding, check_fits, check_split, make_mesh, repeated_work, shard_networks
+from motif_jax.errors import UserError
 from motif_jax.models.attention import check_kernel
 from motif_jax.models.networks import Networks
 from motif_jax.models.placement import target_platform

@@ -11,7 +11,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from motif_jax import commands
-from motif_jax.config import UserError
+from motif_jax.errors import UserError
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "configs/X.py[:args]", lock_config=True)
 TOPOLOGY = flags.DEFINE_string("topology", None, "TPU slice: v5e, v5p or v6e, and its shape in chips, such as v5e:4x4 or v5p:2x2x4")

@@ -9,27 +9,14 @@ import dataclasses
 import json
 import pathlib
 import runpy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from motif_jax.consistency import contradictions
+from motif_jax.errors import UserError
 from motif_jax.fields import build
 from motif_jax.fields import described as _f
-
-
-class UserError(ValueError):
-    """An error that the user can fix: entry points print the message, which names the thing and the remedy, without a traceback."""
-
-
-class StoreError(OSError):
-    """An object store that does not answer, or refuses; entry points print the message as they do a UserError's."""
-
-
-def enumerate_first(items: Sequence[str], most: int = 10, separator: str = "; ") -> str:
-    """The first `most` of what a message lists, and how many more there are; "" for nothing."""
-    more = [f"and {len(items) - most} more"] if len(items) > most else []
-    return separator.join([*items[:most], *more])
 
 
 class ConfigError(UserError):

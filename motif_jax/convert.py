@@ -14,8 +14,8 @@ import sys
 from absl import flags
 
 from motif_jax import commands
-from motif_jax.config import UserError
 from motif_jax.data.storage import here
+from motif_jax.errors import UserError
 
 KIND = flags.DEFINE_enum(
     "kind", None, ["videocrafter", "dynamicrafter", "openclip", "openclip_image", "autoencoder", "raft"], "import: what the file holds"

@@ -10,8 +10,8 @@ from absl import flags
 from ml_collections import config_flags
 
 from motif_jax import commands
-from motif_jax.config import UserError
 from motif_jax.data.storage import run_location
+from motif_jax.errors import UserError
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "configs/X.py[:args]", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "directory of checkpoints, metrics and samples, also gs://")

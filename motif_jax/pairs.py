@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from motif_jax.config import UserError, enumerate_first
+from motif_jax.errors import UserError, enumerate_first
 from motif_jax.requested import LONGEST_NAME, MANIFEST, Pair
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")

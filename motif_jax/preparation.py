@@ -14,12 +14,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from motif_jax.config import Config, UserError, enumerate_first
+from motif_jax.config import Config
 from motif_jax.data import captions, shards, verification
 from motif_jax.data.shards import Shard, Skipped
 from motif_jax.data.sources import FlowEstimator, Source, SpriteClips, VideoClips, gone, identities
 from motif_jax.data.storage import Path, local_path, location
 from motif_jax.data.tokens import too_long
+from motif_jax.errors import UserError, enumerate_first
 
 if TYPE_CHECKING:
     from motif_jax.towers import Towers

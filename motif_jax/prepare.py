@@ -16,7 +16,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from motif_jax import commands
-from motif_jax.config import UserError
+from motif_jax.errors import UserError
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "configs/X.py[:args]", lock_config=True)
 SOURCE = flags.DEFINE_string("source", None, "captions file or folder of videos, also gs:// or s3://, or synthetic:NAME[:count]")

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from motif_jax import html
-from motif_jax.config import Config, UserError, read_json
+from motif_jax.config import Config, read_json
 from motif_jax.data.storage import write_whole
+from motif_jax.errors import UserError
 from motif_jax.training.metrics import read_lines
 
 STYLE = """figure{display:inline-block;max-width:calc(100% - 1rem);margin:.5rem;vertical-align:top}figcaption{max-width:40rem}

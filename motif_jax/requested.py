@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from motif_jax.config import UserError, enumerate_first
 from motif_jax.data.storage import write_whole
+from motif_jax.errors import UserError, enumerate_first
 
 MANIFEST = "manifest.json"  # which file is which pair and seed
 LONGEST_NAME = 200  # bytes; file systems take 255, and a seed and an ending follow

@@ -13,8 +13,8 @@ from absl import flags
 from ml_collections import config_flags
 
 from motif_jax import commands
-from motif_jax.config import UserError
 from motif_jax.data.storage import here
+from motif_jax.errors import UserError
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "configuration of --checkpoint", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "work directory of a run")

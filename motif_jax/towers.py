@@ -14,10 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Float16, UInt8
 
-from motif_jax.config import Config, UserError
+from motif_jax.config import Config
 from motif_jax.data.shards import Manifest
 from motif_jax.data.tokens import make_tokenizer
 from motif_jax.dist.replicas import Replicas
+from motif_jax.errors import UserError
 from motif_jax.models.networks import Networks, Params
 from motif_jax.training.weights import frozen_weights, params_checksum
 

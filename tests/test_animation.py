@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from motif_jax.animation import Animator, animate_list, animate_one, noise_seed
-from motif_jax.config import UserError
+from motif_jax.errors import UserError
 from motif_jax.models.networks import Networks
 
 

@@ -12,8 +12,9 @@ import jax
 import pytest
 
 from motif_jax.compilation import Report, batch_shapes, compile_step, too_large
-from motif_jax.config import MeshConfig, UserError, from_config_dict, to_json
+from motif_jax.config import MeshConfig, from_config_dict, to_json
 from motif_jax.dist.mesh import make_mesh
+from motif_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 LIBTPU = os.environ.get("MOTIF_LIBTPU", "")  # a directory that holds the TPU compiler alone: beside it, JAX looks for a TPU
@@ -157,7 +158,8 @@ def test_without_the_compiler():
 MESHES = """
 from jax.experimental import topologies
 from motif_jax.compilation import tpu_devices
-from motif_jax.config import MeshConfig, UserError
+from motif_jax.config import MeshConfig
+from motif_jax.errors import UserError
 from motif_jax.dist.mesh import make_mesh
 
 for name, data, fsdp, context in (("v6e:4x4", 2, 8, 1), ("v6e:4x4", 8, 2, 1), ("v6e:8x8", 1, 32, 2), ("v5p:4x4x4", 2, 32, 1)):

@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from motif_jax import config as c
 from motif_jax.consistency import surprises
+from motif_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -159,7 +160,7 @@ def test_override():
 
 
 def test_unknown_size():
-    with pytest.raises(c.UserError, match="use paper, small or tiny"):
+    with pytest.raises(UserError, match="use paper, small or tiny"):
         c.load_config("configs/motif.py:huge")
 
 
@@ -192,7 +193,7 @@ def test_configuration_files(tmp_path):
         ("bad.json", "/bad.json: .*steps"),
         ("latin.json", "/latin.json is not JSON"),
     ):
-        with pytest.raises(c.UserError, match=message):
+        with pytest.raises(UserError, match=message):
             c.load_config(str(tmp_path / name))
 
 

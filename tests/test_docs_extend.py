@@ -11,7 +11,7 @@ import safetensors.numpy
 from PIL import Image
 
 from motif_jax.animation import Animator
-from motif_jax.config import UserError
+from motif_jax.errors import UserError
 from motif_jax.training.metrics import read_lines
 
 ROOT = pathlib.Path(__file__).parents[1]

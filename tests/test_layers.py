@@ -13,7 +13,7 @@ PACKAGE = "motif_jax"
 
 # Lowest first. A module belongs to the layer of its longest prefix here, and imports from its own layer or below.
 LAYERS = (
-    ("config", "fields", "consistency", "commands", "html", "diffusion", "losses", "motion.heatmap"),
+    ("errors", "config", "fields", "consistency", "commands", "html", "diffusion", "losses", "motion.heatmap"),
     ("models", "data", "dist", "motion"),
     (
         "interop",
@@ -62,7 +62,7 @@ APART = [
     ("training.step", "dist"),
     ("training.step", "interop"),
 ]
-SETTINGS = ("config", "fields", "consistency")  # the standard library and each other
+SETTINGS = ("errors", "config", "fields", "consistency")  # the standard library and each other
 ARRAY_PACKAGES = {"jax", "numpy", "jaxtyping", PACKAGE}
 NEVER_AT_IMPORT = {"torch", "tensorflow", "clu"}  # clu.metric_writers loads tensorflow
 HEAVY = NEVER_AT_IMPORT | {"transformers", "orbax", "matplotlib", "av", "cv2", "tensorflow_datasets", "grain"}

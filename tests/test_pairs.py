@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from motif_jax.config import UserError
+from motif_jax.errors import UserError
 from motif_jax.pairs import Pair, find_videos, pair_id, read_pairs, vbench_names
 
 

@@ -14,9 +14,10 @@ import pytest
 from PIL import Image
 
 from motif_jax import preparation, report
-from motif_jax.config import Config, DataConfig, PrepareConfig, UserError
+from motif_jax.config import Config, DataConfig, PrepareConfig
 from motif_jax.data import pipeline, shards
 from motif_jax.data.videos import save_video
+from motif_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIG = Config(

@@ -13,8 +13,9 @@ import pytest
 from PIL import Image
 
 from motif_jax import animation
-from motif_jax.config import UserError, from_config_dict
+from motif_jax.config import from_config_dict
 from motif_jax.data.videos import read_clip
+from motif_jax.errors import UserError
 from motif_jax.training import loop
 
 ROOT = pathlib.Path(__file__).parents[1]

@@ -14,10 +14,10 @@ from flax import nnx
 
 from motif_jax import preparation
 from motif_jax.animation import Animator
-from motif_jax.config import UserError
 from motif_jax.data import pipeline, shards
 from motif_jax.data.tokens import make_tokenizer
 from motif_jax.dist.mesh import make_mesh
+from motif_jax.errors import UserError
 from motif_jax.interop.imported import import_checkpoint
 from motif_jax.interop.names import to_torch
 from motif_jax.interop.tables import autoencoder

@@ -6,7 +6,7 @@ import sys
 
 from motif_jax import commands
 from motif_jax.bench.arguments import Parser
-from motif_jax.config import UserError
+from motif_jax.errors import UserError
 
 # Each module has `add_arguments(parser)` and `run(arguments)`, and is loaded only when its command is called.
 COMMANDS = {

@@ -18,9 +18,9 @@ from motif_jax.bench import comparison
 from motif_jax.bench.arguments import at_least, local
 from motif_jax.bench.judge import judge
 from motif_jax.bench.synthetic import SPLITS, sample_all
-from motif_jax.config import UserError
 from motif_jax.data import sprites
 from motif_jax.data.storage import replacing
+from motif_jax.errors import UserError
 from motif_jax.training.metrics import read_lines
 
 ALONG = ("validation", "heldout")  # the splits judged along training; the others at its end only

@@ -13,7 +13,7 @@ import numpy as np
 
 from motif_jax.bench import study
 from motif_jax.bench.arguments import at_least, folders, local, positive, size
-from motif_jax.config import UserError, enumerate_first
+from motif_jax.errors import UserError, enumerate_first
 from motif_jax.requested import writing
 
 SIDES = range(16, 4097, 2)  # pixels: even, for 4:2:0

@@ -6,8 +6,8 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from motif_jax.config import UserError
 from motif_jax.data.storage import here
+from motif_jax.errors import UserError
 from motif_jax.pairs import plain_name
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from motif_jax.bench.study import Key
-from motif_jax.config import UserError
+from motif_jax.errors import UserError
 from motif_jax.pairs import plain_name
 
 FIRST_LEASE = 300.0  # seconds: names mistyped or given out of curiosity must not hold up a study

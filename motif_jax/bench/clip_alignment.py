@@ -6,9 +6,9 @@ import pathlib
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from motif_jax.config import UserError
 from motif_jax.data.images import cover
 from motif_jax.data.storage import sha256
+from motif_jax.errors import UserError
 from motif_jax.models.image import DEVIATION, MEAN
 
 

@@ -6,8 +6,8 @@ import cv2
 import numpy as np
 
 from motif_jax.bench.video_metrics import FlowFn
-from motif_jax.config import UserError
 from motif_jax.data.storage import on_disk, sha256
+from motif_jax.errors import UserError
 from motif_jax.motion import dis
 
 ITERATIONS = 20  # as VBench

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from motif_jax.bench.arguments import at_least, local
-from motif_jax.config import UserError, load_config
+from motif_jax.config import load_config
 from motif_jax.data.storage import replacing
+from motif_jax.errors import UserError
 from motif_jax.pairs import read_pairs, vbench_names
 from motif_jax.requested import Pair, Request, write_json, writing
 

@@ -14,7 +14,7 @@ from motif_jax.bench import preference
 from motif_jax.bench.preference import MIN_CLUSTERS, known
 from motif_jax.bench.study import REASONS
 from motif_jax.bench.votes import Vote
-from motif_jax.config import UserError
+from motif_jax.errors import UserError
 
 LOW_AGREEMENT = 0.2  # below that a majority is hardly more than a coin
 BALANCED = (0.4, 0.6)  # shares of the votes with a system on the left; outside, liking a side looks like liking a system

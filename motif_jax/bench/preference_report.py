@@ -19,7 +19,7 @@ from motif_jax.bench.preference import finite, wilson
 from motif_jax.bench.preference_analysis import BALANCED, LOW_AGREEMENT, MIN_CLUSTERS, analyse
 from motif_jax.bench.standings import METRICS, STATIC
 from motif_jax.bench.votes import Vote, read_all, write_votes
-from motif_jax.config import UserError
+from motif_jax.errors import UserError
 from motif_jax.requested import make_output
 
 BESIDE = ("dynamic_degree", "mean_flow", "ssim0_image", "ssim_image")  # measures shown beside the votes: each alone can be gamed

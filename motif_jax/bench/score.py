@@ -26,9 +26,9 @@ from motif_jax.bench.preference import finite
 from motif_jax.bench.standings import METRICS, STATIC, standings
 from motif_jax.bench.study_clips import reaches, stride
 from motif_jax.bench.video_metrics import WINDOW, FlowFn, measure
-from motif_jax.config import UserError
 from motif_jax.data.images import MediaError, cover, read_image
 from motif_jax.data.videos import read_video
+from motif_jax.errors import UserError
 from motif_jax.pairs import Pair, find_videos, frames_in, read_pairs
 
 VERSION = 1  # of the measures: a cache of another version is not used

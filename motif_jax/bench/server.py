@@ -13,7 +13,7 @@ import socket
 from motif_jax.bench import study as plan
 from motif_jax.bench.ballots import Ballots, Taken
 from motif_jax.bench.votes import check_annotator, check_record
-from motif_jax.config import UserError
+from motif_jax.errors import UserError
 
 MAX_BODY = 16 * 1024  # bytes; the longest vote that `check_record` passes, every character escaped, is smaller
 HEADERS = {

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from motif_jax.config import UserError
+from motif_jax.errors import UserError
 from motif_jax.pairs import plain_name
 
 QUESTION = "Which video is better overall?"

@@ -15,8 +15,8 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from motif_jax.config import UserError, enumerate_first
 from motif_jax.data import images, videos
+from motif_jax.errors import UserError, enumerate_first
 
 # A frame rate this close to a whole multiple of the study's is taken for it: GIFs round their delays to 1/100 s.
 RATE_TOLERANCE = 0.1

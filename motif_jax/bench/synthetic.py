@@ -16,9 +16,10 @@ import numpy as np
 from motif_jax.bench.arguments import at_least
 from motif_jax.bench.judge import MIN_WAY, judge
 from motif_jax.bench.preference import rate
-from motif_jax.config import DataConfig, UserError, enumerate_first
+from motif_jax.config import DataConfig
 from motif_jax.data import pipeline, sprites
 from motif_jax.data.storage import run_location
+from motif_jax.errors import UserError, enumerate_first
 
 # images uint8 [N,H,W,3], sentences, seeds [N] -> clips uint8 [N,T,H,W,3]
 SampleFn = Callable[[np.ndarray, list[str], np.ndarray], np.ndarray]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from motif_jax.bench.study import REASONS, SIDES, Key, load
-from motif_jax.config import UserError
+from motif_jax.errors import UserError
 from motif_jax.pairs import plain_name
 
 MAX_ANNOTATOR = 100

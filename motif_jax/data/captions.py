@@ -12,8 +12,8 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from motif_jax.config import StoreError, UserError
 from motif_jax.data.storage import File, RemotePath, beside, location, members, read_part, side_by_side
+from motif_jax.errors import StoreError, UserError
 
 Files = dict[pathlib.PurePosixPath, File]  # by name, relative to the source
 

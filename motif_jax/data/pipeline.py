@@ -18,10 +18,11 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float16, UInt8
 
-from motif_jax.config import DataConfig, UserError
+from motif_jax.config import DataConfig
 from motif_jax.data import records
 from motif_jax.data.shards import Manifest, digest, read_manifest
 from motif_jax.data.storage import Path
+from motif_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
 Tokenizer = Callable[[Sequence[str]], np.ndarray]

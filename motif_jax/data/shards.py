@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from motif_jax.config import StoreError, UserError, enumerate_first
 from motif_jax.data import records, storage
 from motif_jax.data.storage import Path, machine, replacing, run_location, side_by_side, size
+from motif_jax.errors import StoreError, UserError, enumerate_first
 
 NAME = "motif"  # TFDS takes a dataset's name from its file names
 SPLITS = ("train", "validation")

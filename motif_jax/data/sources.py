@@ -20,11 +20,12 @@ from typing import Any, Protocol
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from motif_jax.config import Config, StoreError, UserError
+from motif_jax.config import Config
 from motif_jax.data import records, scenes, sprites, storage, videos
 from motif_jax.data.captions import Entry, Problem
 from motif_jax.data.images import MediaError
 from motif_jax.data.shards import Skipped
+from motif_jax.errors import StoreError, UserError
 
 DEFAULT_SYNTHETIC_CLIPS, MOST_SYNTHETIC_CLIPS = 1000, 9_999_999  # ids have seven digits
 _ATTEMPTS = 8  # clips that are drawn from a video until one crosses no cut

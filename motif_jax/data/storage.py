@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-from motif_jax.config import StoreError, UserError
+from motif_jax.errors import StoreError, UserError
 
 _REQUESTS = 32  # at once
 _NOT_GIVEN = (401, 403, 410, 451)  # what a web server answers to who asks for one of its files: forbidden, gone

@@ -14,7 +14,8 @@ import ftfy
 import numpy as np
 from jaxtyping import Int
 
-from motif_jax.config import TextConfig, UserError
+from motif_jax.config import TextConfig
+from motif_jax.errors import UserError
 
 PAD, START = 0, 1  # of `words`; ids from 2 on are words
 TOKENS_PER_WORD = {"openclip": 1.3, "words": 1}  # in English

@@ -5,10 +5,10 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from motif_jax.config import UserError
 from motif_jax.data import records
 from motif_jax.data.shards import VERSION, Shard, damage, metadata, read_json, read_object, shard_manifest, shard_name
 from motif_jax.data.storage import Path, local_copy
+from motif_jax.errors import UserError
 
 FROM_SHARDS = ("splits", "fingerprint", "skipped")  # what the files of the whole dataset say of its shards
 

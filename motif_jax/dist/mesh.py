@@ -10,7 +10,8 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from motif_jax.config import MeshConfig, UserError
+from motif_jax.config import MeshConfig
+from motif_jax.errors import UserError
 
 AXES = ("data", "fsdp", "context", "tensor")
 ROWS = ("data", "fsdp")  # the axes that split a batch into its clips

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from motif_jax.config import StoreError, UserError, enumerate_first
+from motif_jax.errors import StoreError, UserError, enumerate_first
 
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "MOTIF_PROCESS_COUNT", "MOTIF_PROCESS_INDEX"  # host:port of process 0
 HEARTBEAT = "MOTIF_HEARTBEAT_SECONDS"  # a process that is silent for so long is dead, and the job ends

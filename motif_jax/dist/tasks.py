@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping
 
-from motif_jax.config import UserError
+from motif_jax.errors import UserError
 from motif_jax.dist import startup
 
 TASK_COUNT = "MOTIF_TASK_COUNT"  # Kubernetes tells a pod its index, but not of how many

@@ -9,7 +9,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from motif_jax.config import AutoencoderConfig, ImageConfig, ResamplerConfig, TextConfig, UNetConfig, UserError
+from motif_jax.config import AutoencoderConfig, ImageConfig, ResamplerConfig, TextConfig, UNetConfig
+from motif_jax.errors import UserError
 from motif_jax.models.attention import IMAGE_TOKENS
 
 HEAD = 64  # width of an attention head where shapes do not tell

@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 
-from motif_jax.config import UserError
 from motif_jax.data.storage import replacing
+from motif_jax.errors import UserError
 
 PYTORCH = (".ckpt", ".pth", ".pt", ".bin")
 _WRAPPERS = ("_forward_module.", "module.", "_orig_mod.")  # what DeepSpeed, DistributedDataParallel and compile put before every name

@@ -16,18 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from motif_jax.config import (
-    AutoencoderConfig,
-    DiffusionConfig,
-    ImageConfig,
-    ResamplerConfig,
-    StoreError,
-    TextConfig,
-    UNetConfig,
-    UserError,
-)
+from motif_jax.config import AutoencoderConfig, DiffusionConfig, ImageConfig, ResamplerConfig, TextConfig, UNetConfig
 from motif_jax.data import storage
 from motif_jax.data.storage import Path, run_location
+from motif_jax.errors import StoreError, UserError
 from motif_jax.fields import build
 from motif_jax.interop import files, raft
 from motif_jax.interop.reference import LazyWeights, read_checkpoint

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from motif_jax.config import UserError
+from motif_jax.errors import UserError
 from motif_jax.interop.files import Lazy
 
 # Last part of our path -> last part of the PyTorch name; everything else keeps its name.

@@ -9,8 +9,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from motif_jax.config import AutoencoderConfig, DiffusionConfig, ImageConfig, TextConfig, UNetConfig, UserError
+from motif_jax.config import AutoencoderConfig, DiffusionConfig, ImageConfig, TextConfig, UNetConfig
 from motif_jax.diffusion.schedule import Schedule, make_schedule
+from motif_jax.errors import UserError
 from motif_jax.interop import architecture, files
 from motif_jax.interop.files import Lazy
 from motif_jax.interop.names import select

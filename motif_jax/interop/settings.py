@@ -11,7 +11,8 @@ from typing import Any
 
 import yaml
 
-from motif_jax.config import AutoencoderConfig, Config, DiffusionConfig, ImageConfig, ResamplerConfig, TextConfig, UNetConfig, UserError
+from motif_jax.config import AutoencoderConfig, Config, DiffusionConfig, ImageConfig, ResamplerConfig, TextConfig, UNetConfig
+from motif_jax.errors import UserError
 from motif_jax.fields import build
 from motif_jax.models.attention import IMAGE_TOKENS
 

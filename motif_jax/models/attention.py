@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from motif_jax.config import UserError
+from motif_jax.errors import UserError
 from motif_jax.models import along_frames, packed, splash
 from motif_jax.models.layers import Dense, Initializer, gathered, product
 from motif_jax.models.placement import CLIPS, ampere, constrain, kernels_on, platform

@@ -23,8 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from motif_jax.config import CheckpointConfig, StoreError, UserError, enumerate_first
+from motif_jax.config import CheckpointConfig
 from motif_jax.data.storage import Path
+from motif_jax.errors import StoreError, UserError, enumerate_first
 
 FIELDS = ("step", "params", "ema", "opt_state")  # of the state
 

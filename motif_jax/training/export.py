@@ -3,8 +3,8 @@
 import pathlib
 from typing import Any
 
-from motif_jax.config import UserError
 from motif_jax.data.storage import Path, replacing
+from motif_jax.errors import UserError
 from motif_jax.interop import files
 from motif_jax.interop.buffers import schedule_buffers
 from motif_jax.interop.imported import imported_settings, is_imported

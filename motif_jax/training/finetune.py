@@ -5,7 +5,8 @@ import re
 import jax
 from jaxtyping import PRNGKeyArray
 
-from motif_jax.config import Config, UserError
+from motif_jax.config import Config
+from motif_jax.errors import UserError
 from motif_jax.models import lora
 from motif_jax.models.networks import Networks, Params
 

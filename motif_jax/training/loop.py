@@ -17,7 +17,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import motif_jax
-from motif_jax.config import Config, UserError, to_json
+from motif_jax.config import Config, to_json
 from motif_jax.consistency import surprises
 from motif_jax.data import pipeline
 from motif_jax.data.storage import Path, run_location
@@ -35,6 +35,7 @@ from motif_jax.dist.mesh import (
     shard_networks,
 )
 from motif_jax.dist.preemption import Interrupted, StopSignal
+from motif_jax.errors import UserError
 from motif_jax.method import DEFAULT, Method
 from motif_jax.models.attention import check_kernel
 from motif_jax.models.networks import Networks, Params

@@ -13,8 +13,8 @@ import threading
 import time
 from collections.abc import Iterator
 
-from motif_jax.config import StoreError
 from motif_jax.data.storage import Path, RemotePath, download, upload
+from motif_jax.errors import StoreError
 
 METRICS = ("metrics.jsonl",)  # what a continued run adds to
 REPORT = (*METRICS, "config.json", "synthetic.json", "synthetic/*")  # what `report.write` reads, besides the newest samples

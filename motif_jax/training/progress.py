@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from motif_jax.config import Config, UserError
+from motif_jax.config import Config
+from motif_jax.errors import UserError
 from motif_jax.training.flops import peak_tflops
 from motif_jax.training.metrics import MetricWriter
 

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from motif_jax.config import Config, UserError, enumerate_first, read_json
+from motif_jax.config import Config, read_json
 from motif_jax.data.storage import Path, run_location
+from motif_jax.errors import UserError, enumerate_first
 from motif_jax.interop.files import Lazy
 from motif_jax.interop.imported import CONTENTS, described, imported_settings, is_imported, read_imported, recorded
 from motif_jax.models import lora

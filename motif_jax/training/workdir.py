@@ -11,8 +11,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from motif_jax import report
-from motif_jax.config import Config, StoreError, UserError, read_json, to_json
+from motif_jax.config import Config, read_json, to_json
 from motif_jax.data.storage import Path, RemotePath, write_whole
+from motif_jax.errors import StoreError, UserError
 from motif_jax.models.networks import Params
 from motif_jax.training.checkpoint import CheckpointError
 from motif_jax.training.mirror import mirrored

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from motif_jax.bench import ablation, ablation_report
-from motif_jax.config import UserError
 from motif_jax.data import sprites
+from motif_jax.errors import UserError
 
 COUNT = 8
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from motif_jax.bench.clip_alignment import ClipAlignment
-from motif_jax.config import UserError
+from motif_jax.errors import UserError
 from motif_jax.models.image import DEVIATION, MEAN
 
 WORDS = [

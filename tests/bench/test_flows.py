@@ -11,7 +11,7 @@ import safetensors.numpy
 from PIL import Image
 
 from motif_jax.bench.flows import make_flow
-from motif_jax.config import UserError
+from motif_jax.errors import UserError
 
 TESTDATA = pathlib.Path(__file__).parents[1] / "testdata"
 

@@ -17,8 +17,9 @@ from motif_jax.animation import Animator, generate, noise_seed
 from motif_jax.bench import generate as module
 from motif_jax.bench.arguments import Parser
 from motif_jax.bench.generate import requests_of, write_vbench
-from motif_jax.config import UserError, to_json
+from motif_jax.config import to_json
 from motif_jax.data.videos import read_video
+from motif_jax.errors import UserError
 from motif_jax.models.networks import Networks
 from motif_jax.pairs import Pair, find_videos, read_pairs
 from motif_jax.requested import write_manifest

@@ -16,7 +16,7 @@ from motif_jax.bench import preference_report, study
 from motif_jax.bench.preference import bradley_terry, minimum_detectable
 from motif_jax.bench.preference_analysis import analyse
 from motif_jax.bench.votes import Vote, check_vote
-from motif_jax.config import UserError
+from motif_jax.errors import UserError
 
 REASONS = ("image_alignment", "text_alignment", "object_motion", "overall_quality")
 FIGURE4 = json.loads((pathlib.Path(__file__).parents[1] / "testdata" / "figure4.json").read_text())

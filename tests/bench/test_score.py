@@ -19,8 +19,8 @@ from motif_jax.bench import score as module
 from motif_jax.bench import score_page
 from motif_jax.bench.arguments import Parser
 from motif_jax.bench.standings import standings
-from motif_jax.config import UserError
 from motif_jax.data.videos import save_video
+from motif_jax.errors import UserError
 from motif_jax.pairs import Pair, read_pairs
 
 SIDE, FRAMES = 48, 6

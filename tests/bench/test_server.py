@@ -16,7 +16,7 @@ import pytest
 from motif_jax.bench import study, votes
 from motif_jax.bench.ballots import Ballots, Taken, number, read_records
 from motif_jax.bench.server import HEADERS, application
-from motif_jax.config import UserError
+from motif_jax.errors import UserError
 
 TOKEN = "letters-and-digits"
 

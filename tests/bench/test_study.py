@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 import pytest
 
 from motif_jax.bench import study
-from motif_jax.config import UserError
+from motif_jax.errors import UserError
 
 MODELS = ("A", "B", "C")
 COMPARISONS = [("A", "B"), ("A", "C"), ("B", "C")]

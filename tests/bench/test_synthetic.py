@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from motif_jax.bench import synthetic
-from motif_jax.config import Config, DataConfig, PrepareConfig, UserError
+from motif_jax.config import Config, DataConfig, PrepareConfig
 from motif_jax.data.sprites import COLOURS, STILL, UNIT, coverage, make_clips
+from motif_jax.errors import UserError
 from motif_jax.preparation import prepare
 
 SIZE = {"frames": 8, "height": 32, "width": 32}

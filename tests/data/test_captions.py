@@ -6,8 +6,8 @@ import tarfile
 
 import pytest
 
-from motif_jax.config import UserError
 from motif_jax.data.captions import read_source
+from motif_jax.errors import UserError
 
 
 def listed(path) -> list[tuple[str, str]]:

@@ -16,9 +16,10 @@ import pytest
 
 from motif_jax import preparation
 from motif_jax.commands import memory_errors_reported
-from motif_jax.config import Config, DataConfig, PrepareConfig, TextConfig, UserError
+from motif_jax.config import Config, DataConfig, PrepareConfig, TextConfig
 from motif_jax.data import pipeline, records
 from motif_jax.data.tokens import make_tokenizer
+from motif_jax.errors import UserError
 
 COUNT, VALIDATION = 41, 5  # 41 is prime: no batch size divides the epoch
 CONFIG = Config(

@@ -8,11 +8,11 @@ import time
 import numpy as np
 import pytest
 
-from motif_jax.config import UserError
 from motif_jax.data import records, shards
 from motif_jax.data.shards import Shard, Skipped, finish, plan_shards, read_manifest, write_shard
 from motif_jax.data.storage import machine
 from motif_jax.data.verification import check_shard
+from motif_jax.errors import UserError
 
 LAYOUT = records.Layout(frames=2, height=8, width=8, flow_stride=8, image_format="png")
 

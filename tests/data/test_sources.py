@@ -5,11 +5,12 @@ import dataclasses
 import numpy as np
 import pytest
 
-from motif_jax.config import Config, DataConfig, PrepareConfig, UserError
+from motif_jax.config import Config, DataConfig, PrepareConfig
 from motif_jax.data import records, sources, sprites
 from motif_jax.data.captions import read_source
 from motif_jax.data.shards import Skipped
 from motif_jax.data.videos import save_video
+from motif_jax.errors import UserError
 
 CONFIG = Config(
     data=DataConfig(frames=4, height=32, width=48),

@@ -19,11 +19,12 @@ import numpy as np
 import pytest
 
 from motif_jax import preparation
-from motif_jax.config import Config, DataConfig, PrepareConfig, StoreError, UserError
+from motif_jax.config import Config, DataConfig, PrepareConfig
 from motif_jax.data import pipeline, shards, storage
 from motif_jax.data.storage import Member, location, read_part, write_whole
 from motif_jax.data.verification import verify
 from motif_jax.data.videos import save_video
+from motif_jax.errors import StoreError, UserError
 
 CONFIG = Config(
     data=DataConfig(frames=2, height=16, width=16),

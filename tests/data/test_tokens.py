@@ -6,8 +6,9 @@ import zlib
 import numpy as np
 import pytest
 
-from motif_jax.config import TextConfig, UserError
+from motif_jax.config import TextConfig
 from motif_jax.data.tokens import make_tokenizer
+from motif_jax.errors import UserError
 
 WORDS = TextConfig(kind="words", vocab_size=1000, context_length=6)
 

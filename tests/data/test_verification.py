@@ -11,9 +11,10 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from motif_jax import preparation
-from motif_jax.config import Config, DataConfig, PrepareConfig, UserError
+from motif_jax.config import Config, DataConfig, PrepareConfig
 from motif_jax.data import records, shards, storage
 from motif_jax.data.verification import verify
+from motif_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIG = Config(

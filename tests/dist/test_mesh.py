@@ -11,7 +11,8 @@ import jax
 import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from motif_jax.config import MeshConfig, UserError, from_config_dict
+from motif_jax.config import MeshConfig, from_config_dict
+from motif_jax.errors import UserError
 from motif_jax.dist.mesh import AXES, check_fits, check_split, make_mesh, partition, repeated_work, shard_networks
 from motif_jax.models.networks import Networks
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from motif_jax.config import UserError
+from motif_jax.errors import UserError
 from motif_jax.dist.tasks import share
 
 

@@ -8,7 +8,8 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
-from motif_jax.config import AutoencoderConfig, ImageConfig, ResamplerConfig, TextConfig, UNetConfig, UserError, from_config_dict
+from motif_jax.config import AutoencoderConfig, ImageConfig, ResamplerConfig, TextConfig, UNetConfig, from_config_dict
+from motif_jax.errors import UserError
 from motif_jax.interop import load_reference, names, reference
 from motif_jax.interop.imported import import_checkpoint, imported_settings
 from motif_jax.interop.settings import Settings, read_yaml, to_yaml

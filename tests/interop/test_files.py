@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from motif_jax.config import UserError
 from motif_jax.data import storage
+from motif_jax.errors import UserError
 from motif_jax.interop import files
 
 RNG = np.random.default_rng(0)

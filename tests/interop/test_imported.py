@@ -19,8 +19,9 @@ import safetensors.numpy
 import yaml
 from flax import nnx
 
-from motif_jax.config import AutoencoderConfig, Config, TextConfig, UNetConfig, UserError
+from motif_jax.config import AutoencoderConfig, Config, TextConfig, UNetConfig
 from motif_jax.data import storage
+from motif_jax.errors import UserError
 from motif_jax.interop import files, imported, names, raft, reference
 from motif_jax.interop.buffers import schedule_buffers
 from motif_jax.interop.imported import import_checkpoint, imported_settings, is_imported, read_imported, yaml_beside

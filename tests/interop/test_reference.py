@@ -15,10 +15,11 @@ import safetensors.numpy
 import yaml
 from flax import nnx
 
-from motif_jax.config import AutoencoderConfig, TextConfig, UNetConfig, UserError
+from motif_jax.config import AutoencoderConfig, TextConfig, UNetConfig
 from motif_jax.diffusion import samplers
 from motif_jax.diffusion.guidance import classifier_free
 from motif_jax.diffusion.schedule import make_schedule
+from motif_jax.errors import UserError
 from motif_jax.interop import load_reference, names, reference
 from motif_jax.interop.files import read_tensors
 from motif_jax.interop.settings import Settings, to_yaml

@@ -6,7 +6,8 @@ import pytest
 import yaml
 from flax import nnx
 
-from motif_jax.config import AutoencoderConfig, DiffusionConfig, TextConfig, UNetConfig, UserError
+from motif_jax.config import AutoencoderConfig, DiffusionConfig, TextConfig, UNetConfig
+from motif_jax.errors import UserError
 from motif_jax.interop import architecture, names
 from motif_jax.interop.files import Lazy
 from motif_jax.interop.settings import Settings, read_yaml, to_yaml

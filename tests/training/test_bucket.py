@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from motif_jax.animation import Animator
-from motif_jax.config import EvalConfig, SampleConfig, StoreError, UserError
+from motif_jax.config import EvalConfig, SampleConfig
 from motif_jax.data.storage import run_location
+from motif_jax.errors import StoreError, UserError
 from motif_jax.training import checkpoint, loop, mirror, weights
 from motif_jax.training.mirror import Mirror
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from motif_jax.config import UserError, to_json
+from motif_jax.config import to_json
 from motif_jax.data.tokens import make_tokenizer
+from motif_jax.errors import UserError
 from motif_jax.models import lora
 from motif_jax.models.networks import Networks
 from motif_jax.models.transformer import TemporalTransformer

@@ -22,12 +22,13 @@ from PIL import Image
 
 import motif_jax
 from motif_jax import preparation, report
-from motif_jax.config import ProfileConfig, UserError
+from motif_jax.config import ProfileConfig
 from motif_jax.data import pipeline
 from motif_jax.data.tokens import make_tokenizer
 from motif_jax.data.videos import save_video
 from motif_jax.dist.mesh import make_mesh
 from motif_jax.dist.preemption import Interrupted, StopSignal
+from motif_jax.errors import UserError
 from motif_jax.interop.files import write_safetensors
 from motif_jax.method import Method
 from motif_jax.models.networks import Networks

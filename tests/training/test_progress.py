@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from motif_jax.config import UserError
+from motif_jax.errors import UserError
 from motif_jax.training import progress as module
 from motif_jax.training.metrics import MetricWriter, read_lines
 from motif_jax.training.progress import Progress

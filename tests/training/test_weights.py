@@ -21,7 +21,8 @@ import yaml
 from PIL import Image
 
 from motif_jax.animation import Animator, animate_list
-from motif_jax.config import CheckpointConfig, UserError, from_config_dict, to_dict, to_json
+from motif_jax.config import CheckpointConfig, from_config_dict, to_dict, to_json
+from motif_jax.errors import UserError
 from motif_jax.interop.imported import import_checkpoint, imported_settings
 from motif_jax.interop.names import to_torch
 from motif_jax.interop.settings import Settings, read_yaml, to_yaml
