@@ -6,6 +6,7 @@ not at all, so that they need no renaming.
 
 import contextlib
 import dataclasses
+import fcntl
 import functools
 import glob
 import hashlib
@@ -326,23 +327,37 @@ def download(path: RemotePath, local: pathlib.Path) -> None:
     _ask(path.files.get_file, path.path, str(local))
 
 
+@contextlib.contextmanager
+def locked(directory: pathlib.Path) -> Iterator[None]:
+    """Waits until no other process is in this block. On a file system without locks nothing is held."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
 def on_disk(file: str | Path) -> pathlib.Path:
     """A file of this machine: the one that is named by a path, or the copy of one in a store, which later runs find again.
 
-    Copies are in `motif_jax` below $XDG_CACHE_HOME or ~/.cache. Raises FileNotFoundError, UserError, StoreError.
+    Copies are in `motif_jax` below $XDG_CACHE_HOME or ~/.cache; of several processes one makes them. Raises FileNotFoundError, UserError,
+    StoreError.
     """
     path = location(file) if isinstance(file, str) else file
     if isinstance(path, pathlib.Path):
         return path
-    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "motif_jax"
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    cache = pathlib.Path(tempfile.gettempdir() if home.startswith("~") else home) / "motif_jax"
     known = hashlib.sha256(repr([str(path), ends(path)]).encode()).hexdigest()
     copy = cache / known[:16] / path.name
-    if copy.exists():
-        return copy
     try:
         copy.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(copy) as temporary:
-            download(path, temporary)
+        with locked(copy.parent):
+            if not copy.exists():
+                with replacing(copy) as temporary:
+                    download(path, temporary)
     except FileNotFoundError:
         raise
     except OSError as error:

@@ -7,11 +7,9 @@ as each brings other networks. It is written to a disk, and may then be copied t
 
 import contextlib
 import dataclasses
-import fcntl
 import json
-import os
 import pathlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -58,7 +56,7 @@ def import_checkpoint(
     with contextlib.ExitStack() as held:
         try:
             output.mkdir(parents=True, exist_ok=True)
-            held.enter_context(_locked(output))
+            held.enter_context(storage.locked(output))
             contents = _contents(output) if (output / CONTENTS).exists() else {"networks": {}}
             _check_output(output, contents["networks"], networks)
             about = {"kind": kind, "source": source.name, "source_sha256": storage.sha256(source)}
@@ -94,18 +92,6 @@ def yaml_beside(kind: str, source: str | pathlib.Path) -> tuple[pathlib.Path | N
     except UserError as error:
         return None, f"note: found beside the input, and ignored: {' '.join(str(error).split())}"
     return yaml, f"--yaml={yaml}: found beside the input; --yaml= leaves it out"
-
-
-@contextlib.contextmanager
-def _locked(directory: pathlib.Path) -> Iterator[None]:
-    """Waits until no other process is in this block. On a file system without locks nothing is held."""
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
 
 
 def _networks(kind: str, source: pathlib.Path, yaml: str | pathlib.Path | None) -> tuple[LazyWeights, dict[str, Any]]:

@@ -139,19 +139,18 @@ def len_of_words(captions) -> np.ndarray:
 
 
 def test_files_of_a_store_are_copied_once(tmp_path, gs, bucket, monkeypatch):
-    """And anew when the object is another, even of the same length. A path is itself."""
+    """Also by several processes at once; and anew when the object is another, even of the same length. A path is itself."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    copied, download = [], storage.download
+    monkeypatch.setattr(storage, "download", lambda path, local: copied.append(path) or time.sleep(0.2) or download(path, local))
     name = f"{uuid.uuid4().hex}/raft.pth"
     url = f"{gs}/{name}"
     with pytest.raises(FileNotFoundError):
         storage.on_disk(url)
     bucket.put(name, b"one")
-    first = storage.on_disk(url)
-    assert first.name == "raft.pth" and first.read_bytes() == b"one"
-    monkeypatch.setattr(storage, "download", None)
-    assert storage.on_disk(location(url)) == first
-    monkeypatch.undo()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    first, *others = storage.side_by_side(storage.on_disk, 4 * [url])
+    assert first.name == "raft.pth" and first.read_bytes() == b"one" and set(others) == {first}
+    assert storage.on_disk(location(url)) == first and copied == [location(url)]
     bucket.put(name, b"two")
     assert storage.on_disk(url).read_bytes() == b"two"
     monkeypatch.setenv("XDG_CACHE_HOME", str(first))  # a file
