@@ -8,7 +8,6 @@ import collections
 import hashlib
 import json
 import os
-import pathlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -68,8 +67,8 @@ def prepare(
         raise UserError("--source and --output must not be empty")
     if _same_folder(source, str(output)):
         raise UserError(f"--output={output}: is the folder of the videos; choose another, which can be deleted")
-    if preview and not isinstance(location(str(output)), pathlib.Path):
-        raise UserError(f"--preview draws on a local disk: leave it out, copy {output} to one and prepare there once more (docs/data.md)")
+    if preview and local_path(str(output)) is None and not str(output).startswith("gs://"):
+        raise UserError(f"--preview reads shards on a disk or in gs://: leave it out, copy {output} to a disk and prepare there once more")
     if estimator and beam_options is not None:
         raise ValueError("Beam's workers make the estimator that config.prepare.flow names: give no other")
     began = time.monotonic()

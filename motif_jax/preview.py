@@ -1,7 +1,6 @@
 """Pictures of a finished dataset: a sheet per clip and a page with histograms, under DIR/preview, for people to look at."""
 
 import collections
-import pathlib
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -10,6 +9,7 @@ from jaxtyping import Float, UInt8
 from motif_jax import html
 from motif_jax.config import Config
 from motif_jax.data import pipeline, records, shards
+from motif_jax.data.storage import Path, replacing, write_whole
 from motif_jax.motion import heatmap, pictures
 
 Decode = Callable[[np.ndarray], UInt8[np.ndarray, "T H W 3"]]
@@ -27,8 +27,8 @@ def clip_heatmap(config: Config, clip: pipeline.Example) -> Float[np.ndarray, "T
 
 
 def write(
-    config: Config, directory: pathlib.Path, count: int, decode: Decode | None, skipped: Mapping[str, int], log: Callable[[str], None]
-) -> pathlib.Path:
+    config: Config, directory: Path, count: int, decode: Decode | None, skipped: Mapping[str, int], log: Callable[[str], None]
+) -> Path:
     """Writes preview/<clip_id>.png for the first `count` training clips, and preview/index.html about all of them (or `_MEASURED`).
 
     A sheet shows frames, flow, the heatmap that the configured loss would use, and the share of pixels that move. `decode` makes
@@ -50,7 +50,8 @@ def write(
         heats = {reading: heat(clip.flow, reading) for reading in heatmap.READINGS}
         shares.append({reading: pictures.moving_share(h) for reading, h in heats.items()})
         path = folder / f"{clip.clip_id}.png"
-        pictures.save_png(path, pictures.clip_sheet(frames, clip.flow, clip_heatmap(config, clip), clip.caption))
+        with replacing(path) as temporary:
+            pictures.save_png(temporary, pictures.clip_sheet(frames, clip.flow, clip_heatmap(config, clip), clip.caption))
         sheets.append((path.name, clip.caption))
         log(f"{path}: {100 * shares[-1][loss.intensity]:.1f} % moves: {clip.caption}")
     if loss.heatmap != "flow":
@@ -63,7 +64,7 @@ def write(
     )
     found = _measure(dataset, lambda flow: pictures.moving_share(heat(flow, loss.intensity)))
     page = folder / "index.html"
-    page.write_text(_page(config, manifest, found, skipped, sheets))
+    write_whole(page, _page(config, manifest, found, skipped, sheets))
     log(f"{page}: strides, motion and captions of {len(found['frame stride'])} clips")
     return page
 

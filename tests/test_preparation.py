@@ -545,9 +545,17 @@ def test_a_preview_measures_some_clips_of_many(tmp_path, monkeypatch):
     assert read == [0, *(k * count // 4 for k in range(4))] and lines[-1].endswith("strides, motion and captions of 4 clips")
 
 
-def test_a_preview_in_an_object_store_is_refused_before_the_work(tmp_path):
+def test_a_preview_in_an_object_store(tmp_path, bucket):
+    """In gs:// what a disk would hold; elsewhere it is refused before the work."""
+    prepare("synthetic:quickstart:9", tmp_path, preview=1)
+    _, lines = prepare("synthetic:quickstart:9", "gs://bucket/previews", preview=1)
+    assert lines[-1].startswith("gs://bucket/previews/preview/index.html: ")
+    there = {name.removeprefix("previews/preview/"): x for name, (x, _) in bucket.objects.items() if name.startswith("previews/preview/")}
+    (sheet,) = (tmp_path / "preview").glob("*.png")
+    assert there.keys() == {sheet.name, "index.html"} and there[sheet.name] == sheet.read_bytes()
+    assert sheet.name in there["index.html"].decode()
     error, lines = prepare("synthetic:quickstart:9", "memory://previews", preview=1)
-    assert "--preview draws on a local disk" in error and not lines
+    assert "--preview reads shards on a disk or in gs://" in error and not lines
 
 
 def test_beam_gives_the_same_bytes(tmp_path):
