@@ -233,7 +233,7 @@ def validation_batches(
     Always the same, with arrays as in `make_iterator`. A split smaller than one batch is repeated to fill it; without a validation split
     the sequence is empty. `distinct` of it says how many clips of the whole batches are different ones, which come first.
     """
-    if not _holds_out(data):
+    if not holds_out(data):
         return ()
     dataset = open_dataset(data, "validation")
     total = max(1, min(batches, len(dataset) // batch_size))
@@ -242,13 +242,14 @@ def validation_batches(
     return _Batches(read, indices, min(len(dataset), total * batch_size))
 
 
-def _holds_out(data: DataConfig) -> bool:
+def holds_out(data: DataConfig) -> bool:
+    """Whether the dataset at `data.path` has validation clips. Raises UserError, as `read_manifests` does."""
     return any("validation" in manifest.shards for manifest in read_manifests(data))
 
 
 def examples(data: DataConfig, count: int) -> list[Example]:
     """The first `count` validation clips, or training clips where nothing is held out; fewer if there are fewer."""
-    dataset = open_dataset(data, "validation" if _holds_out(data) else "train")
+    dataset = open_dataset(data, "validation" if holds_out(data) else "train")
     return [dataset[i] for i in range(min(count, len(dataset)))]
 
 

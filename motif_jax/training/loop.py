@@ -186,8 +186,8 @@ class _Run:
         self.validation, self.sheets = (), SampleSheets(config, self.networks, self.tokenizer, mesh, method.sampler)
         if config.eval.every:
             self.validation = pipeline.validation_batches(config.data, config.batch_size, config.eval.batches, *self.inputs)
-            if not self.validation:
-                say(f"no validation: {config.data.path} holds no clip out (docs/data.md), sample sheets show training clips")
+        if (config.eval.every or config.sample.every) and not pipeline.holds_out(config.data):
+            say(f"no validation: {config.data.path} holds no clip out (docs/data.md), sample sheets show training clips")
         if jax.process_index() == 0:
             workdir.begin(config, directory)
             if restored is None:

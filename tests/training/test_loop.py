@@ -402,6 +402,8 @@ def test_a_run_without_held_out_clips_says_so(config, tmp_path, capsys):
     panels = [report._curves(lines) for lines in (read_lines(run / "metrics.jsonl"), [{"step": 1, "eval/ratio_t0": 1.0}], [])]
     widths = [Image.open(io.BytesIO(base64.b64decode(p.split("base64,")[1].split('"')[0]))).width if "<img" in p else 0 for p in panels]
     assert widths[0] == 2 * widths[1] > widths[2] == 0
+    assert loop.train(changed(few, steps=3, eval={"every": 0}, sample={"every": 9}), run)
+    assert "sample sheets show training clips" in capsys.readouterr().out
 
 
 def test_samples_with_nan_are_told(config, tmp_path, capsys):
