@@ -177,8 +177,12 @@ def test_gke():
     assert pod["volumes"][0]["persistentVolumeClaim"]["claimName"] == "filestore"
     assert json.dumps(manifest).count("${") == 0
     odd = ["--config=x", "--workdir=/R&D/run\\\\1", '--config.data.path="a b"']
-    manifest = yaml.safe_load(run("gke.sh", "--dry-run", *odd, IMAGE="i", CLAIM="c").stdout)
-    assert manifest["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"][0]["args"] == odd
+    manifest = yaml.safe_load(run("gke.sh", "--dry-run", *odd, IMAGE="i").stdout)
+    pod = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    assert pod["containers"][0].pop("args") == odd
+    assert (
+        "volumes" not in pod and pod["containers"][0]["resources"] == {"limits": {"google.com/tpu": "4"}} and len(pod["containers"][0]) == 4
+    )
 
 
 @pytest.fixture
