@@ -73,6 +73,7 @@ class _Records(Sequence):
 
     def _fault(self, path: Path, reason: Exception | str) -> UserError:
         allowed = "" if isinstance(path, pathlib.Path) else "if the store lets you read it, "
+        reason = " ".join(str(reason).split())  # a store answers in many lines
         return UserError(
             f"dataset {path.parent}: split {self._split}, shard {path.name} cannot be read ({reason}): {allowed}run the same "
             "motif_jax.prepare command again, which repairs it"

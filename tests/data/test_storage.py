@@ -98,6 +98,8 @@ def test_a_dataset_is_read_from_a_bucket(tmp_path, gs, bucket):
     prepare(tmp_path)
     with pytest.raises(UserError, match=f"no dataset in '{url}' .*there is no dataset.json"):
         shards.read_manifest(url)
+    with pytest.raises(UserError, match=f"data.path={url}#1: ArrayRecord takes what follows a #"):
+        shards.read_manifest(f"{url}#1")
     (tmp_path / "dataset.json").rename(tmp_path / "later.json")
     location(url).files.put(f"{tmp_path}/", f"{url}/", recursive=True)
     with pytest.raises(UserError, match=rf"dataset {url} is not finished \(7 shards are there\)"):
@@ -120,6 +122,14 @@ def test_a_dataset_is_read_from_a_bucket(tmp_path, gs, bucket):
     again = pipeline.open_dataset(dataclasses.replace(CONFIG.data, path=url))
     with pytest.raises(UserError, match=rf"dataset {url}: split train, shard {name} cannot be read .*if the store lets you read it, run"):
         again.source[7]
+    again = pipeline.open_dataset(again.data)
+    try:
+        bucket.failing = name
+        with pytest.raises(UserError, match=rf"{name} cannot be read \(.*no permission.*\): if the store") as caught:
+            again.source[7]
+        assert "\n" not in str(caught.value)
+    finally:
+        bucket.failing = None
     bucket.put(f"{prefix}/{name}", whole[:-9])
     with pytest.raises(UserError, match=f"dataset {url}: {name} is truncated"):
         shards.read_manifest(url)
@@ -132,6 +142,21 @@ def test_a_dataset_is_read_from_a_bucket(tmp_path, gs, bucket):
             shards.read_manifest(url)
     finally:
         bucket.failing = None
+
+
+def test_a_temporary_file_that_is_renamed_meanwhile(tmp_path, monkeypatch):
+    """Another process repairs the directory while its files are counted."""
+    (tmp_path / "shard").write_bytes(b"12")
+    (tmp_path / ".tmp-1").touch()
+    scandir = os.scandir
+
+    def then_renamed(directory):
+        entries = [*scandir(directory)]
+        (tmp_path / ".tmp-1").unlink()
+        return entries
+
+    monkeypatch.setattr(os, "scandir", then_renamed)
+    assert storage.sizes(tmp_path) == {"shard": 2}
 
 
 def len_of_words(captions) -> np.ndarray:
@@ -153,6 +178,9 @@ def test_files_of_a_store_are_copied_once(tmp_path, gs, bucket, monkeypatch):
     assert storage.on_disk(location(url)) == first and copied == [location(url)]
     bucket.put(name, b"two")
     assert storage.on_disk(url).read_bytes() == b"two"
+    for middle in (b"one", b"two"):  # as of weights of which a part was trained further
+        bucket.put(name, bytes(2**17) + middle + bytes(2**17))
+        assert storage.on_disk(url).read_bytes()[2**17 :][:3] == middle
     monkeypatch.setenv("XDG_CACHE_HOME", str(first))  # a file
     with pytest.raises(StoreError, match=rf"{url} cannot be copied to {first}/motif_jax \(set XDG_CACHE_HOME for another place\)"):
         storage.on_disk(url)
