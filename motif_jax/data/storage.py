@@ -356,9 +356,11 @@ def on_disk(file: str | Path) -> pathlib.Path:
         return path
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     cache = pathlib.Path(tempfile.gettempdir() if home.startswith("~") else home) / "motif_jax"
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
     about = _ask(path.files.info, path.path)  # the ends alone miss weights of which some in the middle were trained further
     known = hashlib.sha256(repr([str(path), ends(path), *map(about.get, _VERSIONS)]).encode()).hexdigest()
-    copy = cache / known[:16] / path.name
+    copy = cache / known[:16] / path.name.partition("?")[0]  # links to download from the web end in a query
     try:
         copy.parent.mkdir(parents=True, exist_ok=True)
         with locked(copy.parent):

@@ -170,8 +170,10 @@ def test_files_of_a_store_are_copied_once(tmp_path, gs, bucket, monkeypatch):
     monkeypatch.setattr(storage, "download", lambda path, local: copied.append(path) or time.sleep(0.2) or download(path, local))
     name = f"{uuid.uuid4().hex}/raft.pth"
     url = f"{gs}/{name}"
-    with pytest.raises(FileNotFoundError):
-        storage.on_disk(url)
+    bucket.put(f"{name}/other", b"")
+    for nothing in (f"{url}x", url):
+        with pytest.raises(FileNotFoundError, match=f"there is no file {nothing}$"):
+            storage.on_disk(nothing)
     bucket.put(name, b"one")
     first, *others = storage.side_by_side(storage.on_disk, 4 * [url])
     assert first.name == "raft.pth" and first.read_bytes() == b"one" and set(others) == {first}
@@ -184,6 +186,9 @@ def test_files_of_a_store_are_copied_once(tmp_path, gs, bucket, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(first))  # a file
     with pytest.raises(StoreError, match=rf"{url} cannot be copied to {first}/motif_jax \(set XDG_CACHE_HOME for another place\)"):
         storage.on_disk(url)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    bucket.put(f"{name}?download=true", b"three")
+    assert storage.on_disk(f"{url}?download=true").name == "raft.pth"
     assert storage.on_disk(str(first)) == storage.on_disk(first) == first
 
 
