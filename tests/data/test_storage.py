@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 import pickle
+import resource
 import shutil
 import tarfile
 import threading
@@ -91,7 +92,7 @@ def test_an_object_store_holds_what_a_disk_would(tmp_path, kind, request):
     assert verify(store) == [f"{name} is missing"]
 
 
-def test_a_dataset_is_read_from_a_bucket(tmp_path, gs, bucket):
+def test_a_dataset_is_read_from_a_bucket(tmp_path, gs, bucket, monkeypatch):
     """Its records alone and beside others on a disk, in this process and as workers get it; and what is wrong with it."""
     prefix = uuid.uuid4().hex
     url = f"{gs}/{prefix}"
@@ -115,6 +116,16 @@ def test_a_dataset_is_read_from_a_bucket(tmp_path, gs, bucket):
     batches = [next(pipeline.make_iterator(data, 4, 0, 3, len_of_words)) for data in (disk, there)]
     for name, array in batches[0].items():
         np.testing.assert_array_equal(batches[1][name], array)
+
+    with monkeypatch.context() as patched:
+        raised, least, most = [], 512 + 7 + 3 * 7, 512 + 7 + 3 * 6 * 7  # of others, of the disk's shards, and of the bucket's
+        patched.setattr(resource, "setrlimit", lambda what, limits: raised.append(limits))
+        for hard in (least - 1, least, most + 1, resource.RLIM_INFINITY):
+            patched.setattr(resource, "getrlimit", lambda what, hard=hard: (100, hard))
+            refused = pytest.raises(UserError, match=f"has 14 shards.*may open {hard} files.*ulimit -Hn.* to {most}")
+            with refused if hard == least - 1 else contextlib.nullcontext():
+                pipeline.open_dataset(dataclasses.replace(both.data, threads=6))
+        assert raised == [(least, least), (most, most + 1), (most, resource.RLIM_INFINITY)]
 
     name = "motif-train.array_record-00001-of-00005"
     whole = bucket.objects[f"{prefix}/{name}"][0]
