@@ -152,9 +152,10 @@ class Animator:
             inputs = jax.device_put(tuple(x[full] for x in inputs), NamedSharding(self.mesh, BATCH))
         clips, finite = (np.asarray(x)[: len(images)] for x in self._generate(self.params, self.frozen, *inputs))
         if not finite.all():
-            prompts = enumerate_first([repr(prompt) for prompt, ok in zip(prompts, finite, strict=True) if not ok], 3, ", ")
+            broken = dict.fromkeys(repr(prompt) for prompt, ok in zip(prompts, finite, strict=True) if not ok)  # a batch may repeat one
+            named = enumerate_first([*broken], 3, ", ")
             raise NotFiniteError(
-                f"{self}: NaN or infinity in the clip of {prompts}; use {toward_finite(self.config, 'another checkpoint')}",
+                f"{self}: NaN or infinity in the clip of {named}; use {toward_finite(self.config, 'another checkpoint')}",
                 clips,
                 finite,
             )

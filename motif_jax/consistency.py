@@ -168,7 +168,7 @@ def surprises(c: "Config") -> list[str]:
         drop == 0 and guidance != 1 and not c.init_from,
         f"condition.text_drop=0.0: the empty sentence is never trained, and sample.guidance={guidance:g} needs it; 1 does not",
     )
-    say(drop == 1, "condition.text_drop=1.0: no sentence is ever seen, and what one says will change nothing")
+    say(drop == 1, "condition.text_drop=1.0: no sentence is ever seen, so the model does not learn to follow one")
     say(guidance == 0, UNGUIDED.format("sample.guidance"))
     every, keep_every = c.checkpoint.every, c.checkpoint.keep_every
     say(

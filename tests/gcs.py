@@ -42,7 +42,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         pass
 
     def answer(self, status: int, body: bytes | dict = b"", **headers: str) -> None:
-        body = json.dumps(body).encode() if isinstance(body, dict) else body
+        body = json.dumps(body, indent=1).encode() if isinstance(body, dict) else body
         self.send_response(status)
         for name, value in {"Content-Type": "application/json", "Content-Length": str(len(body)), **headers}.items():
             self.send_header(name.replace("_", "-"), value)

@@ -169,6 +169,8 @@ def test_a_clip_of_its_own_with_infinity(folder, broken_animator):
     with pytest.raises(UserError, match="RUN at step 7: NaN or infinity in the clip of 'x'"):
         animate_one(lambda: animator, str(folder / "a.png"), "x", str(folder / "x.gif"), 0)
     assert not (folder / "x.gif").exists()
+    with pytest.raises(UserError, match="in the clip of 'x'; use"):  # once, however often a batch repeats it
+        animator(2 * [Image.new("RGB", (16, 16))], ["x", "x"], [0, 0])
 
 
 def test_every_clip_needs_an_image_a_prompt_and_a_seed(tiny):

@@ -6,6 +6,7 @@ saved, and a run may continue on another number of hosts. Nothing is filtered he
 
 import bisect
 import itertools
+import math
 import multiprocessing
 import os
 import pathlib
@@ -28,7 +29,7 @@ Batch = dict[str, np.ndarray]
 Tokenizer = Callable[[Sequence[str]], np.ndarray]
 
 _OTHER_OPEN_FILES = 512  # libraries, logs, checkpoints, connections
-_FILES_PER_OBJECT = 2  # that ArrayRecord holds open for a shard in a store: the connection, and a descriptor of its client
+_FILES_PER_THREAD = 3  # that ArrayRecord holds open at most for a shard in a store and each thread that reads it: its connections stay
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,10 @@ class Example:
 class _Records(Sequence):
     """The raw records of one split of some datasets, by index. Raises UserError that names the shard which cannot be read."""
 
-    def __init__(self, manifests: Sequence[Manifest], split: str) -> None:
+    def __init__(self, manifests: Sequence[Manifest], split: str, threads: int) -> None:
         from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-        _allow_open_files(manifests)
+        _allow_open_files(manifests, threads)
         self._split = split
         shards = [(manifest.directory / name, count) for manifest in manifests for name, count, _ in manifest.shards[split]]
         self._paths = [path for path, _ in shards]
@@ -73,6 +74,7 @@ class _Records(Sequence):
 
     def _fault(self, path: Path, reason: Exception | str) -> UserError:
         allowed = "" if isinstance(path, pathlib.Path) else "if the store lets you read it, "
+        reason = " ".join(str(reason).split())  # a store answers in many lines
         return UserError(
             f"dataset {path.parent}: split {self._split}, shard {path.name} cannot be read ({reason}): {allowed}run the same "
             "motif_jax.prepare command again, which repairs it"
@@ -90,26 +92,27 @@ class _Records(Sequence):
             raise self._fault(self._paths[bisect.bisect_right(self._ends, index)], error) from error
 
 
-def _allow_open_files(manifests: Sequence[Manifest]) -> None:
+def _allow_open_files(manifests: Sequence[Manifest], threads: int) -> None:
     """Lets the process and its workers hold all shards open, as reading in random order does; the usual limit is 1,024 files.
 
-    Raises UserError where the system does not allow as many.
+    Without a descriptor to spare, ArrayRecord would wait for one. Raises UserError where the system does not allow as many.
     """
-    shards = 0
-    wanted = _OTHER_OPEN_FILES
+    shards = objects = 0
     for manifest in manifests:
         count = sum(map(len, manifest.shards.values()))
         shards += count
-        wanted += count if isinstance(manifest.directory, pathlib.Path) else _FILES_PER_OBJECT * count
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        objects += 0 if isinstance(manifest.directory, pathlib.Path) else count
+    # How many threads meet in one shard is chance: the limit is raised for all of them, and refused if it does not bear one.
+    least, wanted = (_OTHER_OPEN_FILES + shards + (_FILES_PER_THREAD * n - 1) * objects for n in (1, threads))
+    soft, hard = (math.inf if limit == resource.RLIM_INFINITY else limit for limit in resource.getrlimit(resource.RLIMIT_NOFILE))
+    if soft >= wanted:
         return
-    if hard != resource.RLIM_INFINITY and hard < wanted:
+    if hard < least:
         raise UserError(
             f"dataset {_directories(manifests)} has {shards} shards, which training holds open, and this process may open {hard} files: "
             f"raise the limit (ulimit -Hn) to {wanted}, or prepare with a larger prepare.clips_per_shard"
         )
-    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(wanted, hard), resource.RLIM_INFINITY if hard == math.inf else hard))
 
 
 def _directories(manifests: Sequence[Manifest]) -> str:
@@ -122,7 +125,7 @@ class Dataset(Sequence):
     def __init__(self, manifests: Sequence[Manifest], split: str, data: DataConfig | None = None) -> None:
         self.manifests, self.split, self.data = manifests, split, data or DataConfig()
         self.layout = manifests[0].layout
-        self.source = _Records(manifests, split)  # the raw records
+        self.source = _Records(manifests, split, self.data.threads)  # the raw records
 
     @property
     def fingerprint(self) -> str:

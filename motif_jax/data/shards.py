@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from motif_jax.data import records, storage
-from motif_jax.data.storage import Path, machine, replacing, run_location, side_by_side, size
+from motif_jax.data.storage import Path, RemotePath, machine, replacing, run_location, side_by_side, size
 from motif_jax.errors import StoreError, UserError, enumerate_first
 
 NAME = "motif"  # TFDS takes a dataset's name from its file names
@@ -228,6 +228,10 @@ def read_manifest(directory: str | Path) -> Manifest:
     if not str(directory):
         raise UserError("data.path is not set: give the output of motif_jax.prepare, --config.data.path=DIR")
     directory = run_location(directory)
+    if isinstance(directory, RemotePath) and "#" in directory.path:
+        raise UserError(
+            f"data.path={directory}: ArrayRecord takes what follows a # for an object's generation; copy the dataset to another name"
+        )
     if directory.is_file():
         raise UserError(f"data.path={directory}: is a file; give the directory that motif_jax.prepare wrote (its --output)")
     again = "run the same motif_jax.prepare again, which rewrites what is missing or damaged and nothing else"

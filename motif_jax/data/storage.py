@@ -28,6 +28,7 @@ _REQUESTS = 32  # at once
 _NOT_GIVEN = (401, 403, 410, 451)  # what a web server answers to who asks for one of its files: forbidden, gone
 _BYTES_AT_ONCE = 2**26  # of a file in an archive
 _END = 2**16  # bytes at each end of a file that tell it from others
+_VERSIONS = ("generation", "ETag")  # what a store calls the version of an object
 
 
 @dataclass(frozen=True)
@@ -252,9 +253,14 @@ def size(path: File) -> int:
 def sizes(directory: Path) -> dict[str, int]:
     """{name: bytes} of the files in a directory, which a store lists at once. Raises FileNotFoundError, StoreError."""
     if isinstance(directory, pathlib.Path):
-        return {entry.name: entry.stat().st_size for entry in os.scandir(directory) if entry.is_file()}
-    found = _ask(functools.partial(directory.files.ls, detail=True), directory.path)
-    return {posixpath.basename(entry["name"]): entry["size"] for entry in found if entry["type"] == "file"}
+        found: dict[str, int] = {}
+        for entry in os.scandir(directory):
+            with contextlib.suppress(FileNotFoundError):  # another process has renamed its temporary file
+                if entry.is_file():
+                    found[entry.name] = entry.stat().st_size
+        return found
+    listed = _ask(functools.partial(directory.files.ls, detail=True), directory.path)
+    return {posixpath.basename(entry["name"]): entry["size"] for entry in listed if entry["type"] == "file"}
 
 
 def ends(path: File) -> list[Any]:
@@ -350,8 +356,11 @@ def on_disk(file: str | Path) -> pathlib.Path:
         return path
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     cache = pathlib.Path(tempfile.gettempdir() if home.startswith("~") else home) / "motif_jax"
-    known = hashlib.sha256(repr([str(path), ends(path)]).encode()).hexdigest()
-    copy = cache / known[:16] / path.name
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    about = _ask(path.files.info, path.path)  # the ends alone miss weights of which some in the middle were trained further
+    known = hashlib.sha256(repr([str(path), ends(path), *map(about.get, _VERSIONS)]).encode()).hexdigest()
+    copy = cache / known[:16] / path.name.partition("?")[0]  # links to download from the web end in a query
     try:
         copy.parent.mkdir(parents=True, exist_ok=True)
         with locked(copy.parent):

@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 import pickle
+import resource
 import shutil
 import tarfile
 import threading
@@ -91,13 +92,15 @@ def test_an_object_store_holds_what_a_disk_would(tmp_path, kind, request):
     assert verify(store) == [f"{name} is missing"]
 
 
-def test_a_dataset_is_read_from_a_bucket(tmp_path, gs, bucket):
+def test_a_dataset_is_read_from_a_bucket(tmp_path, gs, bucket, monkeypatch):
     """Its records alone and beside others on a disk, in this process and as workers get it; and what is wrong with it."""
     prefix = uuid.uuid4().hex
     url = f"{gs}/{prefix}"
     prepare(tmp_path)
     with pytest.raises(UserError, match=f"no dataset in '{url}' .*there is no dataset.json"):
         shards.read_manifest(url)
+    with pytest.raises(UserError, match=f"data.path={url}#1: ArrayRecord takes what follows a #"):
+        shards.read_manifest(f"{url}#1")
     (tmp_path / "dataset.json").rename(tmp_path / "later.json")
     location(url).files.put(f"{tmp_path}/", f"{url}/", recursive=True)
     with pytest.raises(UserError, match=rf"dataset {url} is not finished \(7 shards are there\)"):
@@ -114,12 +117,30 @@ def test_a_dataset_is_read_from_a_bucket(tmp_path, gs, bucket):
     for name, array in batches[0].items():
         np.testing.assert_array_equal(batches[1][name], array)
 
+    with monkeypatch.context() as patched:
+        raised, least, most = [], 512 + 7 + 3 * 7, 512 + 7 + 3 * 6 * 7  # of others, of the disk's shards, and of the bucket's
+        patched.setattr(resource, "setrlimit", lambda what, limits: raised.append(limits))
+        for hard in (least - 1, least, most + 1, resource.RLIM_INFINITY):
+            patched.setattr(resource, "getrlimit", lambda what, hard=hard: (100, hard))
+            refused = pytest.raises(UserError, match=f"has 14 shards.*may open {hard} files.*ulimit -Hn.* to {most}")
+            with refused if hard == least - 1 else contextlib.nullcontext():
+                pipeline.open_dataset(dataclasses.replace(both.data, threads=6))
+        assert raised == [(least, least), (most, most + 1), (most, resource.RLIM_INFINITY)]
+
     name = "motif-train.array_record-00001-of-00005"
     whole = bucket.objects[f"{prefix}/{name}"][0]
     bucket.put(f"{prefix}/{name}", bytes(len(whole)))
     again = pipeline.open_dataset(dataclasses.replace(CONFIG.data, path=url))
     with pytest.raises(UserError, match=rf"dataset {url}: split train, shard {name} cannot be read .*if the store lets you read it, run"):
         again.source[7]
+    again = pipeline.open_dataset(again.data)
+    try:
+        bucket.failing = name
+        with pytest.raises(UserError, match=rf"{name} cannot be read \(.*no permission.*\): if the store") as caught:
+            again.source[7]
+        assert "\n" not in str(caught.value)
+    finally:
+        bucket.failing = None
     bucket.put(f"{prefix}/{name}", whole[:-9])
     with pytest.raises(UserError, match=f"dataset {url}: {name} is truncated"):
         shards.read_manifest(url)
@@ -134,6 +155,21 @@ def test_a_dataset_is_read_from_a_bucket(tmp_path, gs, bucket):
         bucket.failing = None
 
 
+def test_a_temporary_file_that_is_renamed_meanwhile(tmp_path, monkeypatch):
+    """Another process repairs the directory while its files are counted."""
+    (tmp_path / "shard").write_bytes(b"12")
+    (tmp_path / ".tmp-1").touch()
+    scandir = os.scandir
+
+    def then_renamed(directory):
+        entries = [*scandir(directory)]
+        (tmp_path / ".tmp-1").unlink()
+        return entries
+
+    monkeypatch.setattr(os, "scandir", then_renamed)
+    assert storage.sizes(tmp_path) == {"shard": 2}
+
+
 def len_of_words(captions) -> np.ndarray:
     return np.array([[len(caption.split())] for caption in captions])
 
@@ -145,17 +181,25 @@ def test_files_of_a_store_are_copied_once(tmp_path, gs, bucket, monkeypatch):
     monkeypatch.setattr(storage, "download", lambda path, local: copied.append(path) or time.sleep(0.2) or download(path, local))
     name = f"{uuid.uuid4().hex}/raft.pth"
     url = f"{gs}/{name}"
-    with pytest.raises(FileNotFoundError):
-        storage.on_disk(url)
+    bucket.put(f"{name}/other", b"")
+    for nothing in (f"{url}x", url):
+        with pytest.raises(FileNotFoundError, match=f"there is no file {nothing}$"):
+            storage.on_disk(nothing)
     bucket.put(name, b"one")
     first, *others = storage.side_by_side(storage.on_disk, 4 * [url])
     assert first.name == "raft.pth" and first.read_bytes() == b"one" and set(others) == {first}
     assert storage.on_disk(location(url)) == first and copied == [location(url)]
     bucket.put(name, b"two")
     assert storage.on_disk(url).read_bytes() == b"two"
+    for middle in (b"one", b"two"):  # as of weights of which a part was trained further
+        bucket.put(name, bytes(2**17) + middle + bytes(2**17))
+        assert storage.on_disk(url).read_bytes()[2**17 :][:3] == middle
     monkeypatch.setenv("XDG_CACHE_HOME", str(first))  # a file
     with pytest.raises(StoreError, match=rf"{url} cannot be copied to {first}/motif_jax \(set XDG_CACHE_HOME for another place\)"):
         storage.on_disk(url)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    bucket.put(f"{name}?download=true", b"three")
+    assert storage.on_disk(f"{url}?download=true").name == "raft.pth"
     assert storage.on_disk(str(first)) == storage.on_disk(first) == first
 
 
