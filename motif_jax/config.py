@@ -264,7 +264,7 @@ class Config:
     batch_size: int = _f(64, "clips per step over all devices", low=1, high=2**20)
     grad_accumulation: int = _f(1, "micro-batches per step; the clips and their noise are those of the whole batch", low=1)
     learning_rate: float = _f(5e-5, "peak learning rate", low=0.0)
-    init_from: str = _f("", "start from these weights: an imported checkpoint directory or another run's work directory")
+    init_from: str = _f("", "start from these weights: an imported checkpoint directory or another run's work directory, also in gs://")
     dtype: str = _f("bfloat16", "activation type; parameters, noise and loss are float32", choices=("float32", "bfloat16"))
     remat: str = _f(
         "none",

@@ -263,7 +263,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--videos", required=True, action="append", metavar="NAME=DIR", help="a model and its videos; once for each model")
     parser.add_argument("--output", required=True, type=local, help="directory of the results")
     parser.add_argument("--flow", default="dis", choices=("dis", "raft_small", "raft_large"), help="optical flow (default: dis)")
-    parser.add_argument("--flow_weights", default="", help="RAFT weights, .safetensors or .pth")
+    parser.add_argument("--flow_weights", default="", help="RAFT weights, .safetensors or .pth, a path or URL")
     parser.add_argument("--clip", default="", help="directory of a CLIP model (Hugging Face's layout): adds its alignments; needs PyTorch")
     parser.add_argument("--frames", type=at_least(2), help="use the first so many frames of every video (default: all)")
     parser.add_argument("--rate", type=positive, help="frames a second to thin all videos to, before --frames (default: their own)")

@@ -88,7 +88,7 @@ def _grey(picture: Image) -> UInt8[np.ndarray, "H W"]:
 
 
 def _square(flow: np.ndarray) -> np.ndarray:
-    """|flow|^2 of [..., 2]: NumPy's sum over so short an axis takes ten times as long."""
+    """|flow|^2 of [..., 2]: NumPy's sum over so short an axis takes far longer."""
     return flow[..., 0] ** 2 + flow[..., 1] ** 2
 
 

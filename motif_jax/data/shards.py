@@ -223,7 +223,7 @@ def metadata(manifests: Sequence[Mapping[str, Any]], plan: str, layout: records.
 def read_manifest(directory: str | Path) -> Manifest:
     """The manifest of a finished dataset on a disk or in gs://; every file in it is there with the length it had when it was written.
 
-    Raises UserError that names what is missing or damaged, with the remedy.
+    Raises UserError that names what is missing or damaged, with the remedy; StoreError when the store does not answer.
     """
     if not str(directory):
         raise UserError("data.path is not set: give the output of motif_jax.prepare, --config.data.path=DIR")
