@@ -43,17 +43,17 @@ def seconds_alone(config: Config, weights, batch: dict[str, np.ndarray], steps: 
 
     from motif_jax.dist.mesh import global_batch, make_mesh, place, shard_networks
     from motif_jax.models.networks import Networks
-    from motif_jax.training import loop
+    from motif_jax.training import sharded
     from motif_jax.training.optimizer import make_optimizer
 
     networks, optimizer, mesh = Networks.of(config), make_optimizer(config), make_mesh(config.mesh)
-    template, create = loop.make_state(config, networks, mesh, optimizer)
+    template, create = sharded.make_state(config, networks, mesh, optimizer)
     shardings = jax.tree.map(lambda s: s.sharding, template)
     state = create(place(weights.denoiser, shardings.params))
     replicated = NamedSharding(mesh, PartitionSpec())
     placed = place(weights.frozen, shard_networks(weights.frozen, mesh))
     frozen = networks.with_unconditional(placed, no_tokens(config.text), replicated)
-    step = loop.jit_train_step(networks, optimizer, mesh, template)
+    step = sharded.jit_train_step(networks, optimizer, mesh, template)
     on_devices = global_batch(batch, mesh, config.batch_size)
 
     def run(state, steps: int):

@@ -25,7 +25,7 @@ from motif_jax import preparation
 from motif_jax.config import from_config_dict
 from motif_jax.dist.mesh import make_mesh
 from motif_jax.models.networks import Networks
-from motif_jax.training import loop
+from motif_jax.training import loop, sharded
 from motif_jax.training.optimizer import make_optimizer
 
 
@@ -72,7 +72,7 @@ def main() -> None:
 
     loop.Progress = Watched
     turns = turns_of(arguments.step)
-    loop.make_train_step = lambda *_: counting_step(turns)
+    sharded.make_train_step = lambda *_: counting_step(turns)
     with tempfile.TemporaryDirectory() as directory:
         data = pathlib.Path(directory) / "data"
         config = from_config_dict(
@@ -100,7 +100,7 @@ def main() -> None:
     end = np.array([e.result() for e in ends])
     ahead = end[:-1][plain] - np.array(handed)[1:][plain]
     seconds = np.diff(end)[plain]
-    shapes = jax.tree.leaves(loop.make_state(config, Networks.of(config), make_mesh(config.mesh), make_optimizer(config))[0])
+    shapes = jax.tree.leaves(sharded.make_state(config, Networks.of(config), make_mesh(config.mesh), make_optimizer(config))[0])
     size = sum(np.prod(s.shape) * s.dtype.itemsize for s in shapes)
     print(f"step {1000 * np.median(seconds):.0f} ms, ahead {1000 * np.median(ahead):.0f} ms (least {1000 * ahead.min():.0f})")
     print(f"idle {100 * np.maximum(-ahead, 0).sum() / seconds.sum():.3f} %, in {np.sum(ahead < 0)} of {len(ahead)} steps")

@@ -23,8 +23,8 @@ from motif_jax.models.attention import check_kernel
 from motif_jax.models.networks import Networks
 from motif_jax.models.placement import target_platform
 from motif_jax.training.flops import jaxpr_flops, peak_tflops, training_flops
-from motif_jax.training.loop import jit_train_step, make_state
 from motif_jax.training.optimizer import make_optimizer
+from motif_jax.training.sharded import jit_train_step, make_state
 
 # Some of the slices that Cloud TPU offers; chips of a host form 2x2, so every side but the last of a 3D torus is even.
 TOPOLOGIES = (

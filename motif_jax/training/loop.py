@@ -13,7 +13,6 @@ import time
 from collections.abc import Iterator
 
 import jax
-import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import motif_jax
@@ -23,17 +22,7 @@ from motif_jax.data import pipeline
 from motif_jax.data.storage import Path, run_location
 from motif_jax.data.tokens import make_tokenizer
 from motif_jax.dist import startup
-from motif_jax.dist.mesh import (
-    batch_rows,
-    check_fits,
-    check_split,
-    global_batch,
-    make_mesh,
-    place,
-    repeated_work,
-    shard_like_params,
-    shard_networks,
-)
+from motif_jax.dist.mesh import batch_rows, check_fits, check_split, global_batch, make_mesh, place, repeated_work, shard_networks
 from motif_jax.dist.preemption import Interrupted, StopSignal
 from motif_jax.errors import UserError
 from motif_jax.method import DEFAULT, Method
@@ -41,41 +30,16 @@ from motif_jax.models.attention import check_kernel
 from motif_jax.models.networks import Networks, Params
 from motif_jax.towers import check_towers
 from motif_jax.training import checkpoint, finetune, workdir
-from motif_jax.training import state as train_state
 from motif_jax.training.evaluation import validate
 from motif_jax.training.flops import training_flops
 from motif_jax.training.metrics import MetricWriter
 from motif_jax.training.mirror import METRICS, Mirror
 from motif_jax.training.progress import Progress
 from motif_jax.training.samples import SampleSheets
-from motif_jax.training.step import Loss, make_eval_step, make_train_step, motion_focal_loss
+from motif_jax.training.sharded import jit_train_step, make_state
+from motif_jax.training.state import TrainState
+from motif_jax.training.step import make_eval_step
 from motif_jax.training.weights import Weights, frozen_weights, initial_weights, params_checksum
-
-
-def make_state(config: Config, networks: Networks, mesh: Mesh, optimizer: optax.GradientTransformation):
-    """(the state's shapes with their shardings, a jitted function from placed parameters to the state of step 0)."""
-    shapes = finetune.shapes(config, networks)
-
-    def create(params: Params) -> train_state.TrainState:
-        return train_state.create(params, optimizer, config.ema.decay > 0, finetune.trained(config, params))
-
-    abstract = jax.eval_shape(create, shapes)
-    shardings = shard_like_params(abstract, set(shapes), mesh)
-    template = jax.tree.map(lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh), abstract, shardings)
-    return template, jax.jit(create, out_shardings=shardings, donate_argnums=0)
-
-
-def jit_train_step(
-    networks: Networks,
-    optimizer: optax.GradientTransformation,
-    mesh: Mesh,
-    template: train_state.TrainState,
-    loss: Loss = motion_focal_loss,
-    learning_rate: optax.Schedule | None = None,
-):
-    """The train step as a run calls it: the state is donated and stays where `make_state`'s template says."""
-    shardings = jax.tree.map(lambda s: s.sharding, template), NamedSharding(mesh, PartitionSpec())
-    return jax.jit(make_train_step(networks, optimizer, mesh, loss, learning_rate), donate_argnums=0, out_shardings=shardings)
 
 
 def newest_checkpoint(directory: Path) -> int | None:
@@ -198,7 +162,7 @@ class _Run:
         frozen = place(weights.frozen, shard_networks(weights.frozen, mesh))
         self.frozen = self.networks.with_unconditional(frozen, self.tokenizer, replicated)
 
-    def _restore(self, step: int, template: train_state.TrainState) -> None:
+    def _restore(self, step: int, template: TrainState) -> None:
         """Takes the state of a checkpoint; raises UserError when it is one of other data or weights."""
         self.state, saved, meta = self.checkpoints.restore(step, template)
         source = self.checkpoints.directory / str(step)
