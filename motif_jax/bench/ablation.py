@@ -50,10 +50,14 @@ def run(arguments: argparse.Namespace) -> None:
         if not runs:
             raise UserError(f"--only={arguments.only}: no such run under {arguments.runs}")
     steps_of_arms(runs)  # before hours of judging
-    judge_runs(runs, arguments.world, arguments.seed, arguments.count)
-    if not arguments.only:
-        result = summarise(runs, arguments.world, arguments.seed, arguments.count)
-        print(ablation_report.write(arguments.runs, result, runs))
+    broken = judge_runs(runs, arguments.world, arguments.seed, arguments.count)
+    sound = {name: path for name, path in runs.items() if name not in broken}
+    if sound and not arguments.only:
+        result = summarise(sound, arguments.world, arguments.seed, arguments.count)
+        print(ablation_report.write(arguments.runs, result, sound, broken))
+    if broken:
+        named = ", ".join(f"{arm}/{number}" for arm, number in broken)
+        raise UserError(f"{named}: NaN or infinity in the clips, so no result; train with a lower learning_rate, or move it elsewhere")
 
 
 def find_runs(directory: pathlib.Path) -> dict[tuple[str, str], pathlib.Path]:
@@ -94,11 +98,15 @@ def _file(run: pathlib.Path, step: int, split: str, world: str, seed: int, count
     return run / "judged" / f"{step}_{world}_{split}_{seed}_{count}.npz"
 
 
-def judge_runs(runs: dict[tuple[str, str], pathlib.Path], world: str, seed: int, count: int) -> None:
-    """Samples and judges what `steps_of` says of every run and has not been; writes <run>/judged/*.npz."""
-    from motif_jax.animation import Animator
+def judge_runs(runs: dict[tuple[str, str], pathlib.Path], world: str, seed: int, count: int) -> dict[tuple[str, str], int]:
+    """Samples and judges what `steps_of` says of every run and has not been; writes <run>/judged/*.npz.
+
+    Returns {(arm, seed): step} of the runs that cannot be judged, because clips of that step have NaN or infinity.
+    """
+    from motif_jax.animation import Animator, NotFiniteError
     from motif_jax.training import weights
 
+    broken = {}
     for (arm, number), path in runs.items():
         steps = steps_of(path)
         todo = [(step, split) for step in steps for split in SPLITS if split in ALONG or step == steps[-1]]
@@ -111,12 +119,18 @@ def judge_runs(runs: dict[tuple[str, str], pathlib.Path], world: str, seed: int,
         for step, split in todo:
             animator.params = weights.load(path / "checkpoints" / str(step))["denoiser"]
             clips = sprites.make_clips(world, seed, range(count), d.frames, d.height, d.width, split)
-            made = sample_all(animator, clips, clips["captions"])
+            try:
+                made = sample_all(animator, clips, clips["captions"])
+            except NotFiniteError:
+                broken[arm, number] = step
+                print(f"{arm}/{number} step {step} {split}: NaN or infinity in the clips", flush=True)
+                break
             measures = judge(made, clips)
             with replacing(_file(path, step, split, world, seed, count)) as temporary:
                 np.savez_compressed(temporary, shown=made[:SHOWN], **measures)
             moving = measures["still"] == 0
             print(f"{arm}/{number} step {step} {split}: direction {100 * measures['direction_ok'][moving].mean():.0f} %", flush=True)
+    return broken
 
 
 def load(runs: Sequence[pathlib.Path], step: int, split: str, world: str, seed: int, count: int) -> dict[str, np.ndarray]:
@@ -219,15 +233,15 @@ def difference(result: dict[str, Any], a: str, b: str, split: str, name: str) ->
 
 
 def figure6(runs: Sequence[pathlib.Path]) -> dict[int, dict[str, list[float]]]:
-    """{step: {"all", "0", "1", ...}: [one ratio per seed]}: mean loss in the moving region over mean loss, by timestep bucket."""
-    per_seed = []
-    for path in runs:
-        lines = [line for line in read_lines(path / "metrics.jsonl") if "eval/ratio" in line]
-        per_seed.append({line["step"]: line for line in lines})
+    """{step: {"all", "0", "1", ...}: [one ratio per seed]}: mean loss in the moving region over mean loss, by timestep bucket.
+
+    Only what all seeds have: a ratio that was not finite is null in metrics.jsonl.
+    """
+    per_seed = [{line["step"]: line for line in read_lines(path / "metrics.jsonl") if line.get("eval/ratio") is not None} for path in runs]
     ratios = {}
-    for step in sorted(set.intersection(*(set(found) for found in per_seed))):
-        keys = [k for k in per_seed[0][step] if k.startswith("eval/ratio")]
-        ratios[step] = {k.removeprefix("eval/ratio").removeprefix("_t") or "all": [found[step][k] for found in per_seed] for k in keys}
+    for step in sorted(set.intersection(*map(set, per_seed))):
+        found = {k: [lines[step].get(k) for lines in per_seed] for k in per_seed[0][step] if k.startswith("eval/ratio")}
+        ratios[step] = {k.removeprefix("eval/ratio").removeprefix("_t") or "all": v for k, v in found.items() if None not in v}
     return ratios
 
 

@@ -1,6 +1,7 @@
 """The report of the ablation: what `ablation.summarise` returned in; report.html, report.md and report.json out."""
 
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -65,13 +66,14 @@ def claims(result: dict[str, Any]) -> list[list[str]]:
         ratios = [result["arms"][arm]["ratio"] for arm in (better, worse)]
         for step in sorted(set(ratios[0]) & set(ratios[1]))[-1:]:
             a, b = (found[step] for found in ratios)
-            gaps = [np.mean(b[k]) - np.mean(a[k]) for k in a if k != "all"]
-            apart = all(min(b[k]) > max(a[k]) for k in a if k != "all")
+            buckets = [k for k in a if k in b and k != "all"]
+            gaps = [np.mean(b[k]) - np.mean(a[k]) for k in buckets]
+            apart = all(min(b[k]) > max(a[k]) for k in buckets)
             seeds = (
                 f"largest difference of seeds {max(_spread(a), _spread(b)):.2f}" if min(len(a["all"]), len(b["all"])) > 1 else "one seed"
             )
-            measured = f"gaps {min(gaps):.2f} to {max(gaps):.2f}; {seeds}"
-            rows.append([f"figure 6: {better} below {worse} at every timestep", measured, "yes" if apart else "no"])
+            measured = f"gaps {min(gaps):.2f} to {max(gaps):.2f}; {seeds}" if gaps else "-"
+            rows.append([f"figure 6: {better} below {worse} at every timestep", measured, "yes" if gaps and apart else "no"])
         for split, name in SPLIT_NAMES.items():
             e = ablation.difference(result, better, worse, split, "direction_ok_difference")
             rows.append([f"direction, {better} over {worse}, {name}, points", cell(e, 100, "+.1f"), verdict(e, 0.0)])
@@ -180,19 +182,31 @@ def _spread(ratios: dict[str, list[float]]) -> float:
     return max(float(np.ptp(values)) for values in ratios.values())
 
 
-def markdown(result: dict[str, Any]) -> str:
-    """The tables and the rule as Markdown."""
-    parts = [f"# Ablation: world {result['world']}, test seed {result['seed']}, {result['count']} clips a split", RULE]
+def left_out(broken: Mapping[tuple[str, str], int]) -> list[str]:
+    """A sentence that names the runs of `ablation.judge_runs` that could not be judged, if there are any."""
+    named = ", ".join(f"{arm}/{number} (step {step})" for (arm, number), step in broken.items())
+    return [f"Left out, because their clips have NaN or infinity: {named}."] if named else []
+
+
+def markdown(result: dict[str, Any], broken: Mapping[tuple[str, str], int]) -> str:
+    """The rule and the tables as Markdown."""
+    parts = [f"# Ablation: world {result['world']}, test seed {result['seed']}, {result['count']} clips a split", RULE, *left_out(broken)]
     for title, heads, rows in tables(result):
         lines = ["| " + " | ".join(line) + " |" for line in (heads, ["---"] * len(heads), *rows)]
         parts += [f"## {title}", "\n".join(lines)]
     return "\n\n".join(parts) + "\n"
 
 
-def write(directory: pathlib.Path, result: dict[str, Any], runs: dict[tuple[str, str], pathlib.Path]) -> str:
+def write(
+    directory: pathlib.Path,
+    result: dict[str, Any],
+    runs: dict[tuple[str, str], pathlib.Path],
+    broken: Mapping[tuple[str, str], int],
+) -> str:
     """Writes report.json, report.md and report.html, and returns the Markdown text."""
-    text = markdown(result)
-    body = [f"<h1>{html.escape(text.splitlines()[0].lstrip('# '))}</h1>", f"<p>{html.escape(RULE)}</p>"]
+    text = markdown(result, broken)
+    body = [f"<h1>{html.escape(text.splitlines()[0].lstrip('# '))}</h1>"]
+    body += [f"<p>{html.escape(paragraph)}</p>" for paragraph in (RULE, *left_out(broken))]
     listed = [f"<h2>{html.escape(title)}</h2>{html.table(heads, rows)}" for title, heads, rows in tables(result)]
     body += [listed[0], ablation_pictures.curves(result), listed[1], ablation_pictures.gains_and_costs(result)]
     body += [ablation_pictures.clips(directory, result, runs), *listed[2:]]
