@@ -9,6 +9,7 @@ import json
 import math
 import pathlib
 import shutil
+import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -312,7 +313,8 @@ def _win_plot(found: dict[str, Any]) -> str:
             axes.errorbar(100 * r["rate"], y + shift, xerr=error, fmt="o", color=colour, capsize=3, label=None if y else label)
     axes.axvline(50, color="#777", linewidth=1, linestyle="--")
     axes.set(xlim=(-1, 101), xlabel="wins of the first, %", ylim=(len(rows) - 0.4, -0.6))
-    axes.set_yticks(range(len(rows)), [f"{r['a']} against {r['b']}" for r in rows], parse_math=False)
+    names = [textwrap.fill(f"{html.short(r['a'])} against {html.short(r['b'])}", 44) for r in rows]
+    axes.set_yticks(range(len(rows)), names, parse_math=False)
     axes.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
     note = "Bars of the majority: over images; of single votes: over images and annotators."
     few = [f"{r['a']} against {r['b']}" for r in rows if r["vote_share"]["bootstrap_annotators"] is None]
@@ -342,8 +344,7 @@ def _reason_plots(found: dict[str, Any]) -> str:
                 left += width
         axes.set_yticks(range(len(bars)), labels if axes in panels[::columns] else [""] * len(bars), fontsize=8)
         axes.set(xlim=(0, 100), ylim=(len(bars) - 0.5, -0.5), xticks=[])
-        a, b = (name if len(name) < 40 else f"{name[:38]}…" for name in (row["a"], row["b"]))
-        axes.set_title(f"{a} (left, blue)\n{b} (right, orange)", fontsize=9, parse_math=False)
+        axes.set_title(f"{html.short(row['a'])} (left, blue)\n{html.short(row['b'])} (right, orange)", fontsize=9, parse_math=False)
         axes.spines[:].set_visible(False)
     for axes in panels[len(rows) :]:
         axes.set_visible(False)

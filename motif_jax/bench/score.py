@@ -67,7 +67,7 @@ def load(path: pathlib.Path, settings: Settings) -> tuple[np.ndarray, float]:
     """(uint8 [T, H, W, 3], frames per second) of a video file or a folder of frames. Raises MediaError."""
     if path.is_dir():
         step, fps = _thinning(settings.frame_rate, settings.rate)
-        pictures = [read_image(p) for p in _frame_files(path)[::step][: settings.frames]]
+        pictures = [_read(p) for p in _frame_files(path)[::step][: settings.frames]]
         if len({p.shape for p in pictures}) > 1:
             raise MediaError("changes size", "its frames are not all of one size")
         frames = np.stack(pictures)
@@ -95,7 +95,19 @@ def _thinning(fps: float, rate: float | None) -> tuple[int, float]:
 
 def _frame_files(folder: pathlib.Path) -> list[pathlib.Path]:
     """By the numbers in their names: frame10 comes after frame9."""
-    return sorted(frames_in(folder), key=lambda p: [int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", p.name)])
+
+    def parts(path: pathlib.Path) -> list[Any]:
+        return [int(part) if n % 2 else part for n, part in enumerate(re.split(r"([0-9]+)", path.name))]
+
+    return sorted(frames_in(folder), key=lambda path: (parts(path), path.name))
+
+
+def _read(path: pathlib.Path, *size: int) -> np.ndarray:
+    """`read_image`, whose MediaError names the file: it is another one than that which is measured."""
+    try:
+        return read_image(path, *size)
+    except MediaError as error:
+        raise MediaError("unreadable image", f"{path}: {error}") from error
 
 
 class Scorer:
@@ -162,10 +174,10 @@ def measure_video(pair: Pair, video: Any, settings: Settings, flow_fn: FlowFn, c
     """Shape and measures of one video: of a path, or of the image repeated for ([T, H, W], rate). Raises MediaError."""
     if isinstance(video, pathlib.Path):
         frames, fps = load(video, settings)
-        image = read_image(pair.image, *frames.shape[1:3])
+        image = _read(pair.image, *frames.shape[1:3])
     else:
         (count, height, width), fps = video
-        image = read_image(pair.image, height, width)
+        image = _read(pair.image, height, width)
         frames = np.repeat(image[None], count, axis=0)
     row = {"frames": len(frames), "height": frames.shape[1], "width": frames.shape[2], "fps": float(fps)}
     row |= measure(frames, image, fps, flow_fn)

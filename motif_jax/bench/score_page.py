@@ -134,7 +134,7 @@ def _plots(models: Mapping[str, Any]) -> str:
                     axes.plot([scale * m["low"], scale * m["high"]], [y, y], color=colour, linewidth=2)
                 axes.plot(scale * m["value"], y, "o", color=colour, markersize=6)
         axes.set_title(BY_NAME[name].label, fontsize=10)
-        axes.set_yticks(range(len(models)), list(models), parse_math=False)
+        axes.set_yticks(range(len(models)), [html.short(model) for model in models], parse_math=False)
         axes.grid(axis="x", alpha=0.3)
     figure.axes[0].set_ylim(len(models) - 0.5, -0.5)
     return html.plot(figure, "value and 95 % interval of every model")
@@ -145,14 +145,17 @@ def _decay(models: Mapping[str, Any]) -> str:
 
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     axes = figure.subplots()
+    shown = {}
     for y, (model, found) in enumerate(models.items()):
         points = [(k, found["metrics"][f"ssim_first_{k}"]["value"]) for k in DECAY if f"ssim_first_{k}" in found["metrics"]]
         colour = "0.5" if model == STATIC else f"C{y % 10}"
         if points:
             marker = "osD^v"[y % 5]
-            axes.plot(*zip((0, 1.0), *points, strict=True), f"{marker}-", color=colour, markersize=4, label=model)
-    axes.set(xlabel="frame", ylabel="SSIM to frame 0", title="How fast videos leave their own first frame")
-    for text in figure.legend(fontsize=8, loc="outside right upper").get_texts():
+            (shown[model],) = axes.plot(*zip((0, 1.0), *points, strict=True), f"{marker}-", color=colour, markersize=4)
+    axes.set(xlabel="frame", ylabel="SSIM to frame 0")
+    axes.set_title("How fast videos leave their own first frame", fontsize=10, loc="left")
+    legend = figure.legend([*shown.values()], [html.short(model) for model in shown], fontsize=8, loc="outside right upper")
+    for text in legend.get_texts():
         text.set_parse_math(False)
     axes.grid(alpha=0.3)
     return html.plot(figure, "SSIM of later frames to frame 0")
