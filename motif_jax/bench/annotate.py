@@ -116,8 +116,8 @@ def _make(arguments, folder: pathlib.Path, pairs: list, files: dict, asked: list
     media, rng = folder / "page" / "media", np.random.default_rng(arguments.seed)
     height, width = arguments.size
     models = list(dict.fromkeys(name for _, name in files))
-    paths = list(dict.fromkeys(files.values()))
-    lengths = dict(zip(paths, study_clips.parallel(study_clips.length, [(p,) for p in paths], lambda t: None), strict=True))
+    sources = list(dict.fromkeys(files.values()))
+    lengths = dict(zip(sources, study_clips.parallel(study_clips.length, [(p,) for p in sources], lambda t: None), strict=True))
     form = study_clips.common_format(lengths, height, width, arguments.frames, arguments.fps)
     names = {where: f"{study.opaque()}.mp4" for where in files}
     jobs = [(path, lengths[path][1], form, media, names[where]) for where, path in files.items()]
@@ -148,8 +148,11 @@ def _make(arguments, folder: pathlib.Path, pairs: list, files: dict, asked: list
     for n, index in enumerate(rng.permutation(len(pairs))[: 4 * arguments.gold].tolist()):
         golds.append((index, *damaged(index, models[n % len(models)], "gold", study_clips.GOLD_DAMAGE)))
 
-    shared = os.path.commonpath([pair.image.parent.absolute() for pair in pairs])  # images of two folders may have one name
-    image_ids = [pair.image.absolute().relative_to(shared).with_suffix("").as_posix() for pair in pairs]
+    # Images of two folders may have one name, and two of one folder may differ in their endings alone.
+    shared = os.path.commonpath([pair.image.parent.absolute() for pair in pairs])
+    paths = [pair.image.absolute().relative_to(shared) for pair in pairs]
+    alike = len({path.with_suffix("") for path in paths}) < len(set(paths))
+    image_ids = [(path if alike else path.with_suffix("")).as_posix() for path in paths]
     for file in importlib.resources.files("motif_jax.bench").joinpath("page").iterdir():
         (folder / "page" / file.name).write_bytes(file.read_bytes())
     return study.Key(

@@ -106,8 +106,9 @@ def compare(a: str, b: str, votes: Sequence[Vote], samples: int, seed: int) -> d
     each = np.concatenate(scores)
     crossed = preference.crossed_weights(np.repeat(clusters, totals.astype(int)), people, samples, seed)
     wins, losses = int((verdicts == 1).sum()), int((verdicts == 0).sum())
-    effect = preference.design_effect(verdicts, weights)
-    independent, clustered = (preference.minimum_detectable(n) for n in (len(pairs), len(pairs) / effect))
+    effect = preference.design_effect(verdicts, weights) if images >= MIN_CLUSTERS else None  # fewer do not tell how alike pairs are
+    independent = preference.minimum_detectable(len(pairs))
+    clustered = effect and preference.minimum_detectable(len(pairs) / effect)
     return {
         "a": a,
         "b": b,

@@ -21,6 +21,7 @@ from motif_jax.bench.preference_analysis import BALANCED, LOW_AGREEMENT, MIN_CLU
 from motif_jax.bench.standings import METRICS, STATIC
 from motif_jax.bench.votes import Vote, read_all, write_votes
 from motif_jax.errors import UserError
+from motif_jax.pairs import plain_name
 from motif_jax.requested import make_output
 
 BESIDE = ("dynamic_degree", "mean_flow", "ssim0_image", "ssim_image")  # measures shown beside the votes: each alone can be gamed
@@ -37,7 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, type=local, help="folder for report.html, report.json, votes.json and votes.csv")
     parser.add_argument("--study", type=local, help="folder of `annotate build`: key of blind votes, and the videos of the examples")
     parser.add_argument(
-        "--reference", help="the system whose wins are counted; default: the study's first, or the one that met most others"
+        "--reference",
+        type=plain_name,
+        help="the system whose wins are counted; default: the study's first, or the one that met most others",
     )
     parser.add_argument("--scores", type=local, help="scores.json of `bench score` with the same names: shown beside the votes")
     parser.add_argument("--examples", default=2, type=at_least(0), help="pairs shown per comparison and outcome, with --study; default 2")

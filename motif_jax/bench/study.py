@@ -211,7 +211,7 @@ def load(study: pathlib.Path) -> Key:
         )
     except FileNotFoundError as error:
         raise UserError(f"{path}: missing; expected a folder made by `annotate build`") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not a key of this version of `annotate build` ({error})") from error
 
 

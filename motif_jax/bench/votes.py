@@ -203,16 +203,19 @@ def _rows(path: pathlib.Path, key: Key | None) -> list[Any] | tuple[Any, ...]:
     if path.suffix not in (".csv", ".json", ".sqlite"):
         raise UserError(f"{path}: votes are read from .csv, .json and .sqlite")
     csv.field_size_limit(2**31 - 1)  # a field longer than its default would cost the whole file
+    found, columns = None, []
     try:
         if path.suffix == ".csv":
             with path.open(encoding="utf-8-sig", newline="") as file:
                 table = csv.DictReader(file)
-                if len(table.fieldnames or ()) == 1 and set(table.fieldnames[0]) & set(";\t"):
-                    raise UserError(f"{path}: its first line has no comma; separate columns by commas, not by semicolons or tabs")
-                return list(table)
-        found = json.loads(path.read_text(encoding="utf-8")) if path.suffix == ".json" else None
+                columns = table.fieldnames = [plain_name(name) for name in table.fieldnames or ()]
+                found = list(table)
+        elif path.suffix == ".json":
+            found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, csv.Error) as error:
         raise UserError(f"{path}: cannot be read ({error})") from error
+    if len(columns) == 1 and set(columns[0]) & set(";\t"):
+        raise UserError(f"{path}: its first line has no comma; separate columns by commas, not by semicolons or tabs")
     if isinstance(found, list):
         return found
     if key is None:
