@@ -295,7 +295,7 @@ function download() {
   const data = { study: study.id, annotator, votes: recall(answersSlot(annotator)) || [] };
   const link = document.createElement("a");
   link.href = URL.createObjectURL(new Blob([JSON.stringify(data, null, 1)], { type: "application/json" }));
-  link.download = `votes-${annotator.replace(/[^\w-]+/g, "_").slice(0, 40)}.json`;
+  link.download = `votes-${[...annotator.replace(/[^\p{L}\p{M}\p{N}_-]+/gu, "_")].slice(0, 40).join("")}.json`;
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 1000);
 }
@@ -336,7 +336,7 @@ function setUpForm() {
 }
 
 function onKey(event) {
-  if (event.ctrlKey || event.metaKey || event.altKey || event.repeat || $("work").hidden) return;
+  if (event.ctrlKey || event.metaKey || event.altKey || event.repeat || event.isComposing || $("work").hidden) return;
   const typing = event.target.id === "comment";
   const key = event.key.toLowerCase(); // Caps Lock may be on
   if (event.key === "Enter" && !["BUTTON", "SUMMARY"].includes(event.target.tagName)) {
