@@ -117,13 +117,13 @@ def _make(arguments, folder: pathlib.Path, pairs: list, files: dict, asked: list
     height, width = arguments.size
     models = list(dict.fromkeys(name for _, name in files))
     sources = list(dict.fromkeys(files.values()))
-    lengths = dict(zip(sources, study_clips.parallel(study_clips.length, [(p,) for p in sources], lambda t: None), strict=True))
+    lengths = dict(zip(sources, study_clips.parallel(study_clips.length, [(p,) for p in sources]), strict=True))
     form = study_clips.common_format(lengths, height, width, arguments.frames, arguments.fps)
     names = {where: f"{study.opaque()}.mp4" for where in files}
     jobs = [(path, lengths[path][1], form, media, names[where]) for where, path in files.items()]
-    moves = study_clips.parallel(study_clips.convert, jobs, lambda text: print(f"videos: {text}", flush=True))
+    moves = study_clips.parallel(study_clips.convert, jobs, "videos")
     images = {path: f"{study.opaque()}.jpg" for path in dict.fromkeys(pair.image for pair in pairs)}
-    study_clips.parallel(study_clips.convert_image, [(p, form, media, name) for p, name in images.items()], lambda t: None)
+    study_clips.parallel(study_clips.convert_image, [(p, form, media, name) for p, name in images.items()])
     clips = {names[where]: study.Clip(where[1], pairs[where[0]].id) for where in files}
 
     def damaged(index: int, model: str, kind: str, damage) -> tuple[str, str]:

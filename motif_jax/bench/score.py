@@ -5,7 +5,6 @@ index.html to look at, scores.json and scores.csv by model, videos.csv by video.
 """
 
 import argparse
-import concurrent.futures
 import csv
 import dataclasses
 import hashlib
@@ -24,7 +23,7 @@ from motif_jax.bench import flows, score_page
 from motif_jax.bench.arguments import at_least, folders, local, positive, size
 from motif_jax.bench.preference import finite
 from motif_jax.bench.standings import METRICS, STATIC, standings
-from motif_jax.bench.study_clips import reaches, stride
+from motif_jax.bench.study_clips import on_threads, reaches, stride
 from motif_jax.bench.video_metrics import WINDOW, FlowFn, measure
 from motif_jax.data.images import MediaError, cover, read_image
 from motif_jax.data.videos import read_video
@@ -128,27 +127,22 @@ class Scorer:
 
     def __call__(self, jobs: Sequence[tuple[Pair, Any]], progress: Callable[[str], None]) -> list[Row | MediaError]:
         """One row, or the reason why there is none, for each (pair, path of its video or shape [T, H, W] and rate of the still one)."""
+
+        def told(done: int) -> None:
+            if done % 20 == 0 or done == len(jobs):
+                progress(f"{done} of {len(jobs)} videos")
+
         results: list[Row | MediaError] = []
-        with concurrent.futures.ThreadPoolExecutor(self._workers) as pool, self._cache.open("a") as cache:
+        with self._cache.open("a") as cache:
             if cache.tell():
                 cache.write("\n")  # ends a line that was cut off
-            futures = [pool.submit(self._one, *job) for job in jobs]
-            try:
-                for n, future in enumerate(futures, 1):
-                    try:
-                        key, row = future.result()
-                    except MediaError as error:
-                        results.append(error)
-                    else:
-                        results.append(row)
-                        if key not in self._known:
-                            self._known[key] = row
-                            cache.write(json.dumps({"key": key, "row": finite(row)}) + "\n")
-                            cache.flush()
-                    if n % 20 == 0 or n == len(futures):
-                        progress(f"{n} of {len(futures)} videos")
-            finally:
-                pool.shutdown(cancel_futures=True)
+            for found in on_threads(self._one, jobs, self._workers, told):
+                key, row = (None, found) if isinstance(found, MediaError) else found
+                results.append(row)
+                if key and key not in self._known:
+                    self._known[key] = row
+                    cache.write(json.dumps({"key": key, "row": finite(row)}) + "\n")
+                    cache.flush()
         return results
 
     def _one(self, pair: Pair, video: Any) -> tuple[str, Row]:

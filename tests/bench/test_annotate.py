@@ -3,7 +3,10 @@
 import csv
 import json
 import math
+import os
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import av
 import numpy as np
@@ -88,6 +91,27 @@ def test_golds_are_of_all_systems_and_the_lowest_seed_is_shown(material, tmp_pat
     (name,) = (n for n, c in key.clips.items() if (c.model, c.pair, c.damage) == ("zebrafish", "pair0", ""))
     shown = videos.read_video(tmp_path / "study" / "page" / "media" / name).frames.astype(float)
     assert np.abs(shown[-1] - shown[0]).mean() > 2
+
+
+def test_an_interrupt_does_not_wait_for_all_videos(monkeypatch):
+    """The first of many jobs is interrupted; the others go on when the pool has been told to shut down."""
+    told, done, shutdown = threading.Event(), [], ThreadPoolExecutor.shutdown
+
+    def job(n):
+        if n == 0:
+            raise KeyboardInterrupt
+        told.wait()
+        done.append(n)
+
+    def shut(pool, wait=True, cancel_futures=False):
+        shutdown(pool, wait=False, cancel_futures=cancel_futures)
+        told.set()
+        shutdown(pool)
+
+    monkeypatch.setattr(ThreadPoolExecutor, "shutdown", shut)
+    with pytest.raises(KeyboardInterrupt):
+        study_clips.parallel(job, [(n,) for n in range(4 * os.cpu_count())])
+    assert len(done) <= os.cpu_count()
 
 
 @pytest.mark.parametrize("name", ["recoloured", "frozen", "shuffled", "coarse", "torn"])
