@@ -48,6 +48,11 @@ class Vote:
     comment: str = ""
     time: str = ""
 
+    @property
+    def subject(self) -> tuple[str, frozenset[str]]:
+        """What was compared: the pair and the two systems."""
+        return self.pair, frozenset((self.left, self.right))
+
 
 FIELDS = tuple(field.name for field in dataclasses.fields(Vote))
 NEEDED = FIELDS[:5]
@@ -192,7 +197,7 @@ def read_all(paths: list[pathlib.Path], study: pathlib.Path | None) -> tuple[lis
 def _subject(vote: Vote) -> Any:
     """Who judged what, only once: a comparison of systems on a pair, whatever its task; else a task; without one, all of a row."""
     if vote.kind == "pair":
-        return vote.annotator, vote.pair, frozenset((vote.left, vote.right))
+        return vote.annotator, vote.subject
     return (vote.annotator, vote.task) if vote.task else vote
 
 
