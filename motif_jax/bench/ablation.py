@@ -27,7 +27,12 @@ ALONG = ("validation", "heldout")  # the splits judged along training; the other
 SHOWN = 6  # clips of the test split kept as pictures: the first ones, whatever they look like
 RATES = ("success", "direction_ok", "wrong_object", "lost", "ghost")
 MEANS = ("speed_ratio", "path_error", "background_psnr", "area_ratio", "others_drift", "leak")
-DIFFERENCES = ("direction_ok", "lost", "ghost", "background_psnr")  # of every pair of arms, paired by clip and seed
+DIFFERENCES = {  # of every pair of arms, paired by clip and seed: title, scale, format, sign of a gain
+    "direction_ok": ("direction, points", 100, "+.0f", 1),
+    "lost": ("object lost, points", 100, "+.0f", -1),
+    "ghost": ("ghosts, points", 100, "+.0f", -1),
+    "background_psnr": ("background dB", 1, "+.2f", 1),
+}
 BOUNDS = dict.fromkeys((*RATES, "leak"), comparison.RATE)  # of the other measures nothing is known
 ORDER = ("none", "flow", "inverse")  # first rows; the other arms follow by name, then other backbones' three
 
@@ -109,8 +114,8 @@ def judge_runs(runs: dict[tuple[str, str], pathlib.Path], world: str, seed: int,
     broken = {}
     for (arm, number), path in runs.items():
         steps = steps_of(path)
-        todo = [(step, split) for step in steps for split in SPLITS if split in ALONG or step == steps[-1]]
-        todo = [(step, split) for step, split in todo if not _file(path, step, split, world, seed, count).exists()]
+        wanted = [(step, split) for step in steps for split in SPLITS if split in ALONG or step == steps[-1]]
+        todo = [(step, split) for step, split in wanted if not _file(path, step, split, world, seed, count).exists()]
         if not todo:
             continue
         animator = Animator.load(path)
@@ -171,26 +176,23 @@ def summarise(runs: dict[tuple[str, str], pathlib.Path], world: str, seed: int, 
     def shared(a: str, b: str) -> tuple[list[str], list[int]]:
         return [n for n in arms[a] if n in arms[b]], [step for step in steps[a] if step in steps[b]]
 
+    def compared(a: str, b: str, seeds: list[str], split: str, step: int) -> dict[str, Any]:
+        m_a, m_b = (measures(arm, seeds, split, step) for arm in (a, b))
+        moving = m_a["still"][0] == 0
+        rules = {"motion": comparison.prefer(m_a, m_b), "strict": comparison.prefer(m_a, m_b, strict=True)}
+        return {name: comparison.estimate(preferred, moving, comparison.RATE) for name, preferred in rules.items()} | {
+            f"{n}_difference": comparison.estimate(m_a[n] - m_b[n], moving, BOUNDS.get(n) and comparison.GAP) for n in DIFFERENCES
+        }
+
     for a, b in itertools.combinations(arms, 2):
         seeds, both = shared(a, b)
-        if not seeds or not both or family(result, a) != family(result, b):
-            continue
-        pair: dict[str, Any] = {"a": a, "b": b, "seeds": seeds, "step": both[-1]}
-        for split in ALONG:
-            m_a, m_b = (measures(arm, seeds, split, both[-1]) for arm in (a, b))
-            moving = m_a["still"][0] == 0
-            pair[split] = {
-                "motion": comparison.estimate(comparison.prefer(m_a, m_b), moving, comparison.RATE),
-                "strict": comparison.estimate(comparison.prefer(m_a, m_b, strict=True), moving, comparison.RATE),
-            } | {f"{n}_difference": comparison.estimate(m_a[n] - m_b[n], moving, BOUNDS.get(n) and comparison.GAP) for n in DIFFERENCES}
-        result["pairs"].append(pair)
+        if seeds and both and family(result, a) == family(result, b):
+            found = {split: compared(a, b, seeds, split, both[-1]) for split in ALONG}
+            result["pairs"].append({"a": a, "b": b, "seeds": seeds, "step": both[-1]} | found)
     for a, b in claimed(result):
         seeds, both = shared(a, b)
-        row = {"a": a, "b": b, "seeds": seeds} | {split: {} for split in ALONG}
-        for split, step in itertools.product(ALONG, both if seeds else ()):
-            m_a, m_b = (measures(arm, seeds, split, step) for arm in (a, b))
-            row[split][step] = comparison.estimate(m_a["direction_ok"] - m_b["direction_ok"], m_a["still"][0] == 0, comparison.GAP)
-        result["along"].append(row)
+        along = {s: {n: compared(a, b, seeds, s, n)["direction_ok_difference"] for n in both if seeds} for s in ALONG}
+        result["along"].append({"a": a, "b": b, "seeds": seeds} | along)
     return result
 
 
@@ -218,18 +220,19 @@ def reference(result: dict[str, Any], arm: str) -> str:
 
 def difference(result: dict[str, Any], a: str, b: str, split: str, name: str) -> dict[str, Any]:
     """An estimate of the pair a, b seen from a: what stands for the pair b, a is turned around."""
-    nothing = {"mean": None, "low": None, "high": None, "seeds": []}
+    whole = 0.0 if name.endswith("difference") else 1.0
+
+    def turned(x: float | None) -> float | None:
+        return None if x is None else whole - x
+
     for pair in result["pairs"]:
         if (pair["a"], pair["b"]) == (a, b):
             return pair[split][name]
         if (pair["a"], pair["b"]) == (b, a):
-            e, whole = pair[split][name], 0.0 if name.endswith("difference") else 1.0
-            if e["mean"] is None:
-                return nothing
-            low, high = (None if e[k] is None else whole - e[k] for k in ("high", "low"))
-            seeds = [None if s is None else whole - s for s in e["seeds"]]
-            return {"mean": whole - e["mean"], "low": low, "high": high, "seeds": seeds}
-    return nothing
+            e = pair[split][name]
+            limits = {"low": turned(e["high"]), "high": turned(e["low"])}
+            return {"mean": turned(e["mean"]), **limits, "seeds": [turned(s) for s in e["seeds"]]}
+    return {"mean": None, "low": None, "high": None, "seeds": []}
 
 
 def figure6(runs: Sequence[pathlib.Path]) -> dict[int, dict[str, list[float]]]:

@@ -10,19 +10,9 @@ from motif_jax.bench import ablation
 from motif_jax.data import sprites
 
 COLOURS = {"none": "#4477aa", "flow": "#cc6611", "inverse": "#228833"}
-CURVES = {
-    "direction_ok": "direction accuracy",
-    "lost": "share of clips that lose the object",
-    "background_psnr": "background dB",
-}
+CURVES = {"direction_ok": "direction accuracy", "lost": "share of clips that lose the object", "background_psnr": "background dB"}
 LINES = {"validation": "-", "heldout": ":"}  # of the curves, by split
 COLUMNS = 8  # clips in a row of the moving pictures
-DIFFERENCES = {
-    "direction_ok_difference": ("direction, points", 100, 1),
-    "lost_difference": ("object lost, points", 100, -1),
-    "ghost_difference": ("ghost or smear, points", 100, -1),
-    "background_psnr_difference": ("background, dB", 1, 1),
-}
 
 
 def curves(result: dict[str, Any]) -> str:
@@ -65,16 +55,16 @@ def gains_and_costs(result: dict[str, Any]) -> str:
 
     arms = [arm for arm in result["arms"] if arm != ablation.reference(result, arm)]
     figure = Figure(figsize=(17, 1.5 + 0.34 * len(arms)), layout="constrained")
-    panels = figure.subplots(1, len(DIFFERENCES), sharey=True)
-    for axes, (name, (title, scale, sign)) in zip(panels, DIFFERENCES.items(), strict=True):
+    panels = figure.subplots(1, len(ablation.DIFFERENCES), sharey=True)
+    for axes, (name, (title, scale, _, gain)) in zip(panels, ablation.DIFFERENCES.items(), strict=True):
         for split, offset, colour in (("validation", -0.15, "#333333"), ("heldout", 0.15, "#aa3377")):
-            found = [ablation.difference(result, arm, ablation.reference(result, arm), split, name) for arm in arms]
+            found = [ablation.difference(result, arm, ablation.reference(result, arm), split, f"{name}_difference") for arm in arms]
             for y, e in enumerate(found):
                 if e["mean"] is not None:
                     mean, low, high = scale * np.array([e[k] for k in ("mean", "low", "high")], float)
                     axes.errorbar(mean, y + offset, xerr=[[mean - low], [high - mean]], fmt="o", markersize=4, color=colour, linewidth=1.2)
         axes.axvline(0, color="#999999", linewidth=1)
-        if sign < 0:
+        if gain < 0:
             axes.invert_xaxis()
         axes.grid(axis="y", alpha=0.2)
         axes.set(title=title)

@@ -39,12 +39,6 @@ TITLES = {
     "backgrounds": "Backgrounds of another kind",
 }
 SPLIT_NAMES = {"validation": "seen", "heldout": "never seen"}  # the splits on which pairs are compared
-DIFFERENCES = {
-    "direction_ok_difference": ("direction, points", 100, "+.0f"),
-    "lost_difference": ("object lost, points", 100, "+.0f"),
-    "ghost_difference": ("ghosts, points", 100, "+.0f"),
-    "background_psnr_difference": ("background dB", 1, "+.2f"),
-}
 Table = tuple[str, list[str], list[list[str]]]
 
 
@@ -83,14 +77,14 @@ def claims(result: dict[str, Any]) -> list[list[str]]:
             for split, name in SPLIT_NAMES.items():
                 e = ablation.difference(result, better, worse, split, kind)
                 rows.append([f"{better} preferred to {worse}, {kind} rule, {name}, %", cell(e, 100, ".1f"), verdict(e, 0.5)])
-        costs = {
-            "background_psnr_difference": ("background", "dB", 1, "+.2f", 1),
-            "ghost_difference": ("ghosts and smears", "points", 100, "+.1f", -1),
-        }
-        for measure, (what, unit, scale, form, good) in costs.items():
+        for measure, what, unit, form in (
+            ("background_psnr", "background", "dB", "+.2f"),
+            ("ghost", "ghosts and smears", "points", "+.1f"),
+        ):
+            _, scale, _, gain = ablation.DIFFERENCES[measure]
             for split, name in SPLIT_NAMES.items():
-                e = ablation.difference(result, better, worse, split, measure)
-                costly = e["low"] is not None and (e["high"] < 0 if good > 0 else e["low"] > 0)
+                e = ablation.difference(result, better, worse, split, f"{measure}_difference")
+                costly = e["low"] is not None and max(gain * e["low"], gain * e["high"]) < 0
                 claim = f"cost of {better} over {worse}: {what}, {name}, {unit}"
                 rows.append([claim, cell(e, scale, form), "costs" if costly else "no cost shown"])
     return rows
@@ -133,10 +127,10 @@ def _gains_and_costs(result: dict[str, Any]) -> Table:
         row = [arm, base, str(len(pair["seeds"])), str(pair["step"])]
         for split in SPLIT_NAMES:
             row += [cell(ablation.difference(result, arm, base, split, kind), 100, ".0f") for kind in ("motion", "strict")]
-            for name, (_, scale, form) in DIFFERENCES.items():
-                row.append(cell(ablation.difference(result, arm, base, split, name), scale, form))
+            for name, (_, scale, form, _) in ablation.DIFFERENCES.items():
+                row.append(cell(ablation.difference(result, arm, base, split, f"{name}_difference"), scale, form))
         rows.append(row)
-    names = ("preferred, motion %", "preferred, strict %", *(title for title, _, _ in DIFFERENCES.values()))
+    names = ("preferred, motion %", "preferred, strict %", *(title for title, *_ in ablation.DIFFERENCES.values()))
     heads = ["arm", "against", "seeds", "step", *(f"{split}: {name}" for split in SPLIT_NAMES.values() for name in names)]
     return "Every arm against the paper's loss: gains and costs", heads, rows
 
