@@ -44,18 +44,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     serve.add_argument("--host", default="127.0.0.1", help="address to listen at; default 127.0.0.1, this machine only")
     serve.add_argument("--port", default=8000, type=int, help="default 8000; 0 takes a free one")
     serve.add_argument("--token", help="secret part of the link, of letters, digits, - and _; default: made once and kept with the votes")
-    serve.add_argument(
-        "--lease",
-        default=60.0,
-        type=positive,
-        help="minutes without a vote after which someone else may take over a sheet; before the first vote at most 5",
-    )
+    lease = "minutes without a vote after which someone else may take over a sheet; before the first vote at most 5"
+    serve.add_argument("--lease", default=60.0, type=positive, help=lease)
 
     export = commands.add_parser("export", help="raw votes with the names of the systems")
     export.add_argument("--study", required=True, type=local, help="folder made by build")
-    export.add_argument(
-        "--votes", required=True, nargs="+", action="extend", type=local, help="the server's .sqlite, or .json files of the page"
-    )
+    given = "the server's .sqlite, or .json files of the page"
+    export.add_argument("--votes", required=True, nargs="+", action="extend", type=local, help=given)
     export.add_argument("--output", required=True, type=local, metavar="FILE.csv|.json")
 
 
@@ -74,21 +69,17 @@ def run_build(arguments: argparse.Namespace) -> None:
         raise UserError("--videos: a study compares two or more systems, whose names have no colon")
     asked = study.comparisons(list(systems), arguments.pairs or ["all"])
     listed = read_pairs(arguments.list)
-    found = {name: find_videos(folder, listed).videos for name, folder in systems.items()}
-    shown = {id for videos in found.values() for id, _ in videos}
-    pairs = [pair for pair in listed if pair.id in shown]
+    found = {}  # system -> {id of a pair: its video with the lowest seed}
+    for name, folder in systems.items():
+        videos = find_videos(folder, listed).videos
+        found[name] = {id: videos[id, seed] for id, seed in sorted(videos, reverse=True)}
+    pairs = [pair for pair in listed if any(pair.id in videos for videos in found.values())]
     if not pairs:
         raise UserError(f"--videos: no folder has a video of any of the {len(listed)} pairs of {arguments.list}")
-    files, missing = {}, []
-    for index, pair in enumerate(pairs):
-        for name, videos in found.items():
-            if seeds := [seed for id, seed in videos if id == pair.id]:
-                files[index, name] = videos[pair.id, min(seeds)]
-            else:
-                missing.append(f"{name} has none of {pair.id}")
-    if missing:
+    if missing := [f"{name} has none of {pair.id}" for pair in pairs for name in found if pair.id not in found[name]]:
         absent = f"{len(missing)} of {len(pairs) * len(systems)} videos are missing: {enumerate_first(missing, 5)}"
         raise UserError(f"--videos: {absent}; make them, or take their pairs out of --list")
+    files = {(index, name): found[name][pair.id] for index, pair in enumerate(pairs) for name in found}
     if len(pairs) < len(listed):
         print(f"{len(listed) - len(pairs)} of {len(listed)} pairs are left out: there is no video of them")
 
@@ -117,7 +108,7 @@ def _make(arguments, folder: pathlib.Path, pairs: list, files: dict, asked: list
     height, width = arguments.size
     models = list(dict.fromkeys(name for _, name in files))
     sources = list(dict.fromkeys(files.values()))
-    lengths = dict(zip(sources, study_clips.parallel(study_clips.length, [(p,) for p in sources]), strict=True))
+    lengths = dict(zip(sources, study_clips.parallel(study_clips.length, [(path,) for path in sources]), strict=True))
     form = study_clips.common_format(lengths, height, width, arguments.frames, arguments.fps)
     names = {where: f"{study.opaque()}.mp4" for where in files}
     jobs = [(path, lengths[path][1], form, media, names[where]) for where, path in files.items()]
@@ -155,6 +146,8 @@ def _make(arguments, folder: pathlib.Path, pairs: list, files: dict, asked: list
     image_ids = [(path if alike else path.with_suffix("")).as_posix() for path in paths]
     for file in importlib.resources.files("motif_jax.bench").joinpath("page").iterdir():
         (folder / "page" / file.name).write_bytes(file.read_bytes())
+    a = arguments
+    sheets = study.deal(names, asked, golds, a.annotators, a.per_sheet, a.repeats, a.gold, a.seed)
     return study.Key(
         id=study.opaque(),
         title=arguments.title,
@@ -168,9 +161,7 @@ def _make(arguments, folder: pathlib.Path, pairs: list, files: dict, asked: list
         pairs=[study.Entry(p.id, name, p.prompt, images[p.image], p.scenario) for p, name in zip(pairs, image_ids, strict=True)],
         clips=clips,
         training=training,
-        sheets=study.deal(
-            names, asked, golds, arguments.annotators, arguments.per_sheet, arguments.repeats, arguments.gold, arguments.seed
-        ),
+        sheets=sheets,
     )
 
 

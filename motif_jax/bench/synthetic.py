@@ -28,22 +28,9 @@ Measures = dict[str, np.ndarray]
 SPLITS = ("validation", "heldout", "several", "backgrounds")
 RATES = ("success", "direction_ok", "wrong_object")
 MEANS = (
-    "speed_ratio",
-    "path_error",
-    "selectivity",
-    "presence",
-    "others_presence",
-    "others_drift",
-    "background_shift",
-    "background_mae",
-    "background_psnr",
-    "colour_error",
-    "shape_iou",
-    "area_ratio",
-    "leak",
-    "psnr",
-    "psnr_to_first",
-)
+    "speed_ratio path_error selectivity presence others_presence others_drift background_shift background_mae background_psnr "
+    "colour_error shape_iou area_ratio leak psnr psnr_to_first"
+).split()
 MOVES = [d for d in sprites.DIRECTIONS if d != "still"]
 OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up"}
 
@@ -166,6 +153,7 @@ def to_json(result: dict[str, Any]) -> str:
 
 def table(result: dict[str, Any]) -> str:
     """The result as a Markdown table, one row per split and system; rates in per cent with their 95 % intervals."""
+    forms = {"speed_ratio": ".2f", "path_error": ".3f", "background_psnr": ".1f", "area_ratio": ".2f"}
 
     def percent(r: dict[str, Any]) -> str:
         return "-" if r["rate"] is None else f"{100 * r['rate']:.0f} [{100 * r['low']:.0f}, {100 * r['high']:.0f}]"
@@ -181,13 +169,10 @@ def table(result: dict[str, Any]) -> str:
     ]
     told = []
     for split, rows in result["splits"].items():
-        for system in [name for name in rows if "moving" in rows[name]]:
-            moving, still = rows[system]["moving"], rows[system]["still"]
-            rates, means = moving["rates"], moving["means"]
-            cells = [split, system, *(percent(rates[n]) for n in RATES)]
-            forms = {"speed_ratio": ".2f", "path_error": ".3f", "background_psnr": ".1f", "area_ratio": ".2f"}
-            cells += [number(means[n], form) for n, form in forms.items()] + [percent(still["rates"]["direction_ok"])]
-            lines.append("| " + " | ".join(cells) + " |")
+        for system, found in ((name, row) for name, row in rows.items() if "moving" in row):
+            rates, means = found["moving"]["rates"], found["moving"]["means"]
+            cells = [split, system, *(percent(rates[n]) for n in RATES), *(number(means[n], form) for n, form in forms.items())]
+            lines.append("| " + " | ".join([*cells, percent(found["still"]["rates"]["direction_ok"])]) + " |")
         if "prompt_retrieval" in rows:
             told.append(
                 f"{split}: told all four ways, the way taken picks the sentence in {percent(rows['prompt_retrieval'])} % (chance 25), "
@@ -198,9 +183,8 @@ def table(result: dict[str, Any]) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workdir", required=True, help="work directory of a run; gets synthetic.json and the report")
-    parser.add_argument(
-        "--world", choices=sprites.WORLDS, help="name of the synthetic world (default: the one that the run was trained on)"
-    )
+    world = "name of the synthetic world (default: the one that the run was trained on)"
+    parser.add_argument("--world", choices=sprites.WORLDS, help=world)
     parser.add_argument("--count", default=128, type=at_least(1), help="clips per split")
     parser.add_argument("--seed", default=0, type=int, help="seed of the world")
 
