@@ -7,7 +7,6 @@ Every kept checkpoint from half of the run on is sampled and judged (results sta
 
 import argparse
 import itertools
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -246,8 +245,3 @@ def figure6(runs: Sequence[pathlib.Path]) -> dict[int, dict[str, list[float]]]:
         found = {k: [lines[step].get(k) for lines in per_seed] for k in per_seed[0][step] if k.startswith("eval/ratio")}
         ratios[step] = {k.removeprefix("eval/ratio").removeprefix("_t") or "all": v for k, v in found.items() if None not in v}
     return ratios
-
-
-def to_json(result: dict[str, Any]) -> str:
-    """The text of report.json."""
-    return json.dumps(result, indent=1) + "\n"

@@ -6,7 +6,6 @@ with the columns pair, annotator, left, right, choice, and better also reasons, 
 
 import argparse
 import json
-import math
 import pathlib
 import shutil
 import textwrap
@@ -20,6 +19,7 @@ from motif_jax.bench.arguments import at_least, local
 from motif_jax.bench.preference import finite, wilson
 from motif_jax.bench.preference_analysis import BALANCED, LOW_AGREEMENT, MIN_CLUSTERS, analyse, score
 from motif_jax.bench.standings import METRICS, STATIC
+from motif_jax.bench.tables import estimate, interval, number
 from motif_jax.bench.votes import Vote, read_all, write_votes
 from motif_jax.errors import UserError
 from motif_jax.pairs import plain_name
@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace) -> None:
         print(_tasks(found))
     for row in found["comparisons"]:
         m = row["majority"]
-        rate = f"{_percent(m['rate'])} % of {row['pairs']} pairs {_interval(m['bootstrap'] or m['wilson'])}"
+        rate = f"{_percent(m['rate'])} % of {row['pairs']} pairs {interval(m['bootstrap'] or m['wilson'], '.1f', 100)}"
         print(f"{_names(row)}: {rate}, p = {m['p_images']:.2g}, by Holm {m['p_images_holm']:.2g}")
         for note in side_notes([row]):
             print(note)
@@ -130,27 +130,12 @@ def _names(row: dict[str, Any]) -> str:
     return f"{row['a']} against {row['b']}"
 
 
-def _number(x: float | None, form: str = ".2f") -> str:
-    return "-" if x is None or not math.isfinite(x) else format(x, form)
-
-
-def _percent(x: float | None, digits: int = 1) -> str:
-    return _number(x and 100 * x, f".{digits}f")
-
-
-def _interval(limits: Sequence[float | None] | None, digits: int = 1, scale: float = 100) -> str:
-    """Limits in per cent, or in what `scale` makes of them; "-" where there are none."""
-    if limits is None or not all(x is not None and math.isfinite(x) for x in limits):
-        return "-"
-    return "[{:.{d}f}, {:.{d}f}]".format(*(scale * x for x in limits), d=digits)
-
-
-def _beside_interval(value: str, interval: str) -> str:
-    return value if interval == "-" else f"{value} {interval}"
+def _percent(x: float | None, form: str = ".1f") -> str:
+    return number(x, form, 100)
 
 
 def _rate_cell(r: dict[str, Any]) -> str:
-    return "-" if r["rate"] is None else f"{_percent(r['rate'], 0)} {_interval((r['low'], r['high']), 0)} of {r['count']}"
+    return "-" if r["rate"] is None else f"{estimate(r['rate'], (r['low'], r['high']), '.0f', 100)} of {r['count']}"
 
 
 def _win_table(found: dict[str, Any]) -> str:
@@ -161,10 +146,10 @@ def _win_table(found: dict[str, Any]) -> str:
     for r in found["comparisons"]:
         m, v, d = r["majority"], r["vote_share"], r["detectable"]
         counts = f"{m['wins']} / {m['even']} / {m['losses']}", " to ".join(map(str, dict.fromkeys(r["votes_per_pair"])))
-        rates, shares = ([_percent(x["rate"]), *(_interval(x[kind]) for kind in intervals)] for x in (m, v))
+        rates, shares = ([_percent(x["rate"]), *(interval(x[kind], ".1f", 100) for kind in intervals)] for x in (m, v))
         ps = (f"{m[p]:.2g}" for p in ("p", "p_images", "p_images_holm"))
         majorities.append((_names(r), *counts, *rates, *ps, *map(_percent, (d["independent"], d["clustered"]))))
-        single.append((_names(r), r["votes"], r["annotators"], *shares, _interval(v["bootstrap_annotators"])))
+        single.append((_names(r), r["votes"], r["annotators"], *shares, interval(v["bootstrap_annotators"], ".1f", 100)))
     tests = ("p", "p over images", "Holm", "detectable %", "clustered %")
     return (
         "<h3>Majority of each pair</h3>"
@@ -186,7 +171,7 @@ def side_notes(rows: Sequence[dict[str, Any]]) -> list[str]:
     for r in rows:
         share = r["sides"]["a_left"]
         if not BALANCED[0] <= share <= BALANCED[1]:
-            note = f"{_names(r)}: {r['a']} was on the left in {_percent(share, 0)} % of the votes; "
+            note = f"{_names(r)}: {r['a']} was on the left in {_percent(share, '.0f')} % of the votes; "
             notes.append(note + ("side and system cannot be separated" if share in (0, 1) else "compare the shares by side"))
     return notes
 
@@ -208,8 +193,7 @@ def _beside(found: dict[str, Any]) -> str:
         cells = []
         for metric in shown:
             m = measures[metric.name] or dict.fromkeys(("value", "low", "high"))
-            value = _number(m["value"] and m["value"] * metric.scale, f".{metric.digits}f")
-            cells.append(_beside_interval(value, _interval((m["low"], m["high"]), metric.digits, metric.scale)))
+            cells.append(estimate(m["value"], (m["low"], m["high"]), f".{metric.digits}f", metric.scale))
         rows.append((system, _percent(against.get(system)), *cells))
     return (
         "<h3>Beside what can be measured</h3>"
@@ -224,9 +208,9 @@ def _reasons(found: dict[str, Any]) -> list[str]:
     rows = []
     for r in found["comparisons"]:
         for name, x in r["reasons"].items():
-            shares = [_beside_interval(_percent(x[k]["rate"]), _interval((x[k]["low"], x[k]["high"]))) for k in ("win", "none", "lose")]
-            given = [_percent(x["given_choice"][k], 0) for k in ("a", "b")]
-            rows.append((_names(r), study.REASONS[name][0], *shares, *given, _number(x["alpha"])))
+            shares = [estimate(x[k]["rate"], (x[k]["low"], x[k]["high"]), ".1f", 100) for k in ("win", "none", "lose")]
+            given = [_percent(x["given_choice"][k], ".0f") for k in ("a", "b")]
+            rows.append((_names(r), study.REASONS[name][0], *shares, *given, number(x["alpha"])))
     note = "<p>Shares of single votes, in per cent: won for this reason, neither, lost for it. A vote may have several reasons.</p>"
     head = ("", "reason", "won", "neither", "lost", "of its voters %", "of the other's %", "alpha")
     return [_reason_plots(found), note, html.table(head, rows)]
@@ -239,7 +223,7 @@ def _agreement_table(found: dict[str, Any]) -> str:
         if a["alpha"] is None:
             rows.append((_names(r), *["-"] * 4))
             continue
-        alpha, kappa = (_beside_interval(_number(a[k]), _interval(a[f"{k}_interval"], 2, 1)) for k in ("alpha", "kappa"))
+        alpha, kappa = (estimate(a[k], a[f"{k}_interval"]) for k in ("alpha", "kappa"))
         raters = f"{kappa} ({a['kappa_pairs']} pairs with {a['kappa_raters']} votes)"
         rows.append((_names(r), alpha, raters, _percent(a["unanimous"]), _percent(a["split"])))
         low += [_names(r)] if a["alpha"] < LOW_AGREEMENT else []
@@ -259,7 +243,7 @@ def _ranking(found: dict[str, Any]) -> str:
         return "<h2>Ranking</h2><p>None: some systems never met, not even through others.</p>"
     rows = []
     for r in found["bradley_terry"]:
-        intervals = (_interval(limits, 0, 1) for limits in ((r["low"], r["high"]), r["bootstrap_annotators"]))
+        intervals = (interval(limits, ".0f") for limits in ((r["low"], r["high"]), r["bootstrap_annotators"]))
         rows.append((r["model"], f"{r['points']:.0f}", *intervals, f"{r['votes']:.0f}"))
     note = "<p>Bradley-Terry over all votes: 400 points are odds of ten to one, the mean is zero; intervals: bootstrap.</p>"
     return "<h2>Ranking</h2>" + html.table(("system", "points", "over images", "over images and annotators", "votes"), rows) + note
@@ -274,7 +258,7 @@ def _annotators(found: dict[str, Any]) -> str:
         text += f" Seconds per pair: median {middle:.0f}, quartiles {low:.0f} and {high:.0f}; {time['hours']:.1f} hours for all pairs."
     rates = ("left", "gold", "repeats", "agreement")
     rows = [
-        (a["annotator"], a["votes"], _number(a["median_seconds"], ".0f"), *(_rate_cell(a[k]) for k in rates)) for a in found["annotators"]
+        (a["annotator"], a["votes"], number(a["median_seconds"], ".0f"), *(_rate_cell(a[k]) for k in rates)) for a in found["annotators"]
     ]
     head = ("annotator", "votes", "median s", "left %", "gold right %", "same again %", "with the others' majority %")
     return text + "</p>" + html.table(head, rows)

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from motif_jax import html
+from motif_jax.bench import tables
 from motif_jax.bench.standings import METRICS, STATIC
 from motif_jax.bench.video_metrics import DECAY
 from motif_jax.data.images import MediaError, read_image
@@ -34,12 +35,12 @@ dt{font-weight:600}dd{margin:0 0 .3rem 1rem}"""
 def text_table(result: Mapping[str, Any]) -> str:
     """The models' values as a Markdown table, without intervals; above it what `unequal` has to say."""
     names = [n for n in MOTION + LIKENESS if any(n in model["metrics"] for model in result["models"].values())]
-    lines = [f"{note}\n"] if (note := unequal(result)) else []
-    lines += ["| model | pairs | " + " | ".join(BY_NAME[n].label for n in names) + " |", "|---" * (len(names) + 2) + "|"]
+    rows = []
     for name, model in result["models"].items():
-        cells = [_number(n, model["metrics"][n]["value"]) if n in model["metrics"] else "-" for n in names]
-        lines.append("| " + " | ".join([name, str(model["pairs"]), *cells]) + " |")
-    return "\n".join(lines)
+        cells = (_number(n, model["metrics"][n]["value"]) if n in model["metrics"] else "-" for n in names)
+        rows.append([name, str(model["pairs"]), *cells])
+    table = tables.markdown(["model", "pairs", *(BY_NAME[n].label for n in names)], rows)
+    return f"{note}\n\n{table}" if (note := unequal(result)) else table
 
 
 def unequal(result: Mapping[str, Any]) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from motif_jax.bench import tables
 from motif_jax.bench.arguments import at_least
 from motif_jax.bench.judge import MIN_WAY, judge
 from motif_jax.bench.preference import rate
@@ -146,39 +147,27 @@ def evaluate(
     return result
 
 
-def to_json(result: dict[str, Any]) -> str:
-    """The text of a result file."""
-    return json.dumps(result, indent=2) + "\n"
-
-
 def table(result: dict[str, Any]) -> str:
     """The result as a Markdown table, one row per split and system; rates in per cent with their 95 % intervals."""
     forms = {"speed_ratio": ".2f", "path_error": ".3f", "background_psnr": ".1f", "area_ratio": ".2f"}
+    head = "split|clips|success %|direction %|wrong object %|speed ratio|path error|background dB|area|still kept %".split("|")
 
     def percent(r: dict[str, Any]) -> str:
-        return "-" if r["rate"] is None else f"{100 * r['rate']:.0f} [{100 * r['low']:.0f}, {100 * r['high']:.0f}]"
+        return "-" if r["rate"] is None else tables.estimate(r["rate"], (r["low"], r["high"]), ".0f", 100)
 
-    def number(x: float | None, form: str) -> str:
-        return "-" if x is None else format(x, form)
-
-    lines = [
-        f"{result['world']}, {result['count']} clips per split, {result['frames']} frames of {result['height']}x{result['width']}",
-        "",
-        "| split | clips | success % | direction % | wrong object % | speed ratio | path error | background dB | area | still kept % |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    told = []
+    lines, told = [], []
     for split, rows in result["splits"].items():
         for system, found in ((name, row) for name, row in rows.items() if "moving" in row):
             rates, means = found["moving"]["rates"], found["moving"]["means"]
-            cells = [split, system, *(percent(rates[n]) for n in RATES), *(number(means[n], form) for n, form in forms.items())]
-            lines.append("| " + " | ".join([*cells, percent(found["still"]["rates"]["direction_ok"])]) + " |")
+            cells = [*(percent(rates[n]) for n in RATES), *(tables.number(means[n], form) for n, form in forms.items())]
+            lines.append([split, system, *cells, percent(found["still"]["rates"]["direction_ok"])])
         if "prompt_retrieval" in rows:
             told.append(
                 f"{split}: told all four ways, the way taken picks the sentence in {percent(rows['prompt_retrieval'])} % (chance 25), "
-                f"antonym contrast {number(rows['antonym_contrast']['mean'], '.2f')} of 1"
+                f"antonym contrast {tables.number(rows['antonym_contrast']['mean'])} of 1"
             )
-    return "\n".join([*lines, "", *told]).rstrip() + "\n"
+    title = f"{result['world']}, {result['count']} clips per split, {result['frames']} frames of {result['height']}x{result['width']}"
+    return "\n".join([title, "", tables.markdown(head, lines), "", *told]).rstrip() + "\n"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -231,7 +220,7 @@ def run(arguments: argparse.Namespace) -> None:
     show = sprites.make_clips(world, seed, range(8), d.frames, d.height, d.width, "heldout")
     made = animator(list(show["frames"][:, 0]), show["captions"], list(range(8)))
     with mirrored(workdir) as local:
-        (local / "synthetic.json").write_text(to_json(result))
+        (local / "synthetic.json").write_text(json.dumps(result, indent=2) + "\n")
         save_comparison(local / "synthetic", show["frames"], made, show["captions"], animator.config.sample.fps)
         report.write(local)
     print(table(result))
