@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from motif_jax.bench import preference
-from motif_jax.bench.preference import MIN_CLUSTERS, known
+from motif_jax.bench.preference import MIN_CLUSTERS
 from motif_jax.bench.study import REASONS
 from motif_jax.bench.votes import Vote
 from motif_jax.errors import UserError
@@ -67,6 +67,10 @@ def analyse(
     }
 
 
+def _known(low: float | None, high: float | None) -> list[float] | None:
+    return None if low is None else [low, high]
+
+
 def score(vote: Vote, model: str) -> float:
     """1 when the vote is for `model`, 0 when against it, 0.5 for a tie."""
     return 0.5 if vote.choice == "tie" else float((vote.left if vote.choice == "left" else vote.right) == model)
@@ -93,7 +97,7 @@ def compare(a: str, b: str, votes: Sequence[Vote], samples: int, seed: int) -> d
     images, people = len(set(clusters)), [v.annotator for group in pairs for v in group]
 
     def limits(*counted: Any) -> list[float] | None:
-        return known(*preference.share_interval(*counted)[1:])
+        return _known(*preference.share_interval(*counted)[1:])
 
     def rate(hits: np.ndarray, counts: np.ndarray) -> dict[str, Any]:
         return {
@@ -272,7 +276,7 @@ def ranking(votes: Sequence[Vote], names: Sequence[str], samples: int, seed: int
                 "points": float(strength[i]),
                 "low": low,
                 "high": high,
-                "bootstrap_annotators": known(*preference.interval(over_both[:, i])),
+                "bootstrap_annotators": _known(*preference.interval(over_both[:, i])),
                 "votes": float((wins + wins.swapaxes(1, 2))[:, i].sum()),
             }
         )

@@ -210,7 +210,7 @@ def _reasons(found: dict[str, Any]) -> list[str]:
         for name, x in r["reasons"].items():
             shares = [estimate(x[k]["rate"], (x[k]["low"], x[k]["high"]), ".1f", 100) for k in ("win", "none", "lose")]
             given = [_percent(x["given_choice"][k], ".0f") for k in ("a", "b")]
-            rows.append((_names(r), study.REASONS[name][0], *shares, *given, number(x["alpha"])))
+            rows.append((_names(r), study.LABELS[name], *shares, *given, number(x["alpha"])))
     note = "<p>Shares of single votes, in per cent: won for this reason, neither, lost for it. A vote may have several reasons.</p>"
     head = ("", "reason", "won", "neither", "lost", "of its voters %", "of the other's %", "alpha")
     return [_reason_plots(found), note, html.table(head, rows)]
@@ -310,7 +310,7 @@ def _reason_plots(found: dict[str, Any]) -> str:
     height = -(-len(rows) // columns)
     figure = Figure(figsize=(1.2 + 4.2 * columns, 0.4 + 2.6 * height), layout="constrained")
     panels = figure.subplots(height, columns, squeeze=False).reshape(-1)
-    labels = ["Overall", *(label for label, *_ in study.REASONS.values())]
+    labels = ["Overall", *study.LABELS.values()]
     for axes, row in zip(panels, rows, strict=False):
         m = row["majority"]["rate"]
         bars = [(m, 0.0, 1 - m), *(tuple(r[k]["rate"] for k in ("win", "none", "lose")) for r in row["reasons"].values())]

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from motif_jax.bench.preference import MIN_CLUSTERS, bootstrap, cluster_weights, known, share_interval
+from motif_jax.bench.preference import MIN_CLUSTERS, bootstrap, cluster_weights, share_interval
 
 STATIC = "static"  # the row of the image repeated
 SAMPLES = 2000  # of the bootstrap
@@ -118,8 +118,7 @@ def _estimate(
     clusters = [images[i] for i in of_pair]
     count, weights = len(set(clusters)), cluster_weights(clusters, SAMPLES, seed)
     if metric.statistic is np.mean:
-        _, *limits = share_interval(values, np.ones(len(values)), weights, count, bounds)
+        _, low, high = share_interval(values, np.ones(len(values)), weights, count, bounds)
     else:
-        limits = bootstrap(metric.statistic, values, weights if count >= MIN_CLUSTERS else weights[:0])
-    low, high = known(*limits) or (None, None)
+        low, high = bootstrap(metric.statistic, values, weights if count >= MIN_CLUSTERS else weights[:0])
     return {"value": float(metric.statistic(values)), "low": low, "high": high, "pairs": len(values)}
