@@ -217,7 +217,8 @@ def gains_and_costs(result: dict[str, Any]) -> str:
     """Every arm minus the one it is compared with: a gain is a point to the right of the line, a cost one to its left."""
     from matplotlib.figure import Figure
 
-    arms = [arm for arm in result["arms"] if arm != ablation.reference(result, arm)]
+    if not (arms := [arm for arm in result["arms"] if arm != ablation.reference(result, arm)]):
+        return ""
     figure = Figure(figsize=(17, 1.5 + 0.34 * len(arms)), layout="constrained")
     panels = figure.subplots(1, len(ablation.DIFFERENCES), sharey=True)
     for axes, (name, (title, scale, _, gain)) in zip(panels, ablation.DIFFERENCES.items(), strict=True):

@@ -74,6 +74,16 @@ def test_report(runs):
     assert (runs / "clips" / "00.png").stat().st_size > 0
 
 
+@pytest.mark.filterwarnings("error")
+def test_one_run_alone_is_a_report(runs):
+    """Without a comparison."""
+    for other in ("none", "mask", "flow/1"):
+        shutil.rmtree(runs / other)
+    ablation.run(arguments_of(runs))
+    text = (runs / "report.md").read_text()
+    assert "| flow | 1 | 200 | 100 [" in text and "| flow | - |" in text and "Gains and costs" not in (runs / "report.html").read_text()
+
+
 def arguments_of(runs, only=""):
     return argparse.Namespace(runs=runs, only=only, count=COUNT, world="shapes", seed=1)
 
