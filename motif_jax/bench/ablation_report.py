@@ -227,7 +227,8 @@ def gains_and_costs(result: dict[str, Any]) -> str:
             for y, e in enumerate(found):
                 if e["mean"] is not None:
                     mean, low, high = scale * np.array([e[k] for k in ("mean", "low", "high")], float)
-                    axes.errorbar(mean, y + offset, xerr=[[mean - low], [high - mean]], fmt="o", markersize=4, color=colour, linewidth=1.2)
+                    bars = np.maximum([[mean - low], [high - mean]], 0)  # where all clips are alike, rounding may leave less
+                    axes.errorbar(mean, y + offset, xerr=bars, fmt="o", markersize=4, color=colour, linewidth=1.2)
         axes.axvline(0, color="#999999", linewidth=1)
         if gain < 0:
             axes.invert_xaxis()

@@ -26,13 +26,13 @@ def finite(tree: Any) -> Any:
     return None if isinstance(tree, float) and not math.isfinite(tree) else tree
 
 
-def wilson(successes: float, count: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
+def wilson(successes: float, count: int) -> tuple[float, float]:
     """Wilson's score interval of a rate; (0, 1) when nothing was counted. Raises ValueError unless 0 <= successes <= count."""
     if not 0 <= successes <= count:
         raise ValueError(f"{successes} successes in {count} trials: must lie between 0 and the number of trials")
     if count == 0:
         return 0.0, 1.0
-    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    z = NormalDist().inv_cdf(0.5 + CONFIDENCE / 2)
     p, scale = successes / count, 1 + z * z / count
     middle = (p + z * z / (2 * count)) / scale
     half = z / scale * math.sqrt(p * (1 - p) / count + z * z / (4 * count * count))

@@ -29,6 +29,7 @@ from motif_jax.data.images import MediaError, cover, read_image
 from motif_jax.data.videos import read_video
 from motif_jax.errors import UserError
 from motif_jax.pairs import Pair, find_videos, frames_in, read_pairs
+from motif_jax.requested import make_output
 
 VERSION = 1  # of the measures: a cache of another version is not used
 FRAME_RATE = 8.0  # of folders of frames, which do not say theirs
@@ -187,7 +188,6 @@ def score(
     without a video of the list, and when no video can be measured.
     """
     rows, problems, still = [], [], {}
-    by_id = {p.id: p for p in pairs}
     for model, folder in folders.items():
         found = find_videos(folder, pairs)
         if not found.videos:
@@ -197,15 +197,14 @@ def score(
         problems += [Problem(model, "double", p.name, "another file shows the same pair and seed") for p in found.doubles]
         seeds = sorted({seed for _, seed in found.videos})
         problems += [Problem(model, "missing", p.id, f"seed {s}") for p in pairs for s in seeds if (p.id, s) not in found.videos]
-        order = [(p.id, s) for p in pairs for s in seeds if (p.id, s) in found.videos]
-        measured = scorer([(by_id[i], found.videos[i, s]) for i, s in order], lambda text, model=model: progress(f"{model}: {text}"))
-        for (identity, seed), row in zip(order, measured, strict=True):
-            path = found.videos[identity, seed]
+        order = [(p, s, found.videos[p.id, s]) for p in pairs for s in seeds if (p.id, s) in found.videos]
+        measured = scorer([(pair, path) for pair, _, path in order], lambda text, model=model: progress(f"{model}: {text}"))
+        for (pair, seed, path), row in zip(order, measured, strict=True):
             if isinstance(row, MediaError):
                 problems.append(Problem(model, "broken", path.name, str(row)))
                 continue
-            rows.append({"model": model, "id": identity, "seed": seed, "file": str(path), **row})
-            still.setdefault(identity, ((row["frames"], row["height"], row["width"]), row["fps"]))
+            rows.append({"model": model, "id": pair.id, "seed": seed, "file": str(path), **row})
+            still.setdefault(pair.id, ((row["frames"], row["height"], row["width"]), row["fps"]))
     if not rows:
         first = next(p for p in problems if p.kind == "broken")
         raise UserError(f"--videos: no video can be measured, the first being {folders[first.model] / first.name}: {first.detail}")
@@ -222,18 +221,14 @@ def score(
 def _unlike(rows: Sequence[Row]) -> list[Problem]:
     """Videos of another length, size or frame rate than most: most measures cannot be compared between them."""
     problems = []
-    for kind, text, differs in (
-        ("other length", lambda r: f"{r['frames']} frames", lambda a, b: a["frames"] != b["frames"]),
-        ("other size", lambda r: f"{r['height']}x{r['width']}", lambda a, b: (a["width"], a["height"]) != (b["width"], b["height"])),
-        # GIFs count in 1/100 s: 8 frames a second are 7.7 or 8.3 there
-        ("other frame rate", lambda r: f"{r['fps']:g} frames a second", lambda a, b: abs(a["fps"] / b["fps"] - 1) > 0.05),
-    ):
-        common = Counter(map(text, rows)).most_common(1)
-        usual = next((row for row in rows if text(row) == common[0][0]), None)
-        for row in rows:
-            if differs(row, usual):
-                name = pathlib.Path(row["file"]).name
-                problems.append(Problem(row["model"], kind, name, f"{text(row)}, most have {text(usual)}"))
+    for kind, form in (("length", "{frames} frames"), ("size", "{height}x{width}"), ("frame rate", "{fps:g} frames a second")):
+        texts = [form.format_map(row) for row in rows]
+        usual = Counter(texts).most_common(1)[0][0]
+        rate = rows[texts.index(usual)]["fps"]
+        for row, text in zip(rows, texts, strict=True):
+            near = kind == "frame rate" and abs(row["fps"] / rate - 1) <= 0.05  # GIFs count in 1/100 s: 8 are 7.7 or 8.3 there
+            if text != usual and not near:
+                problems.append(Problem(row["model"], f"other {kind}", pathlib.Path(row["file"]).name, f"{text}, most have {usual}"))
     return problems
 
 
@@ -291,11 +286,7 @@ def run(arguments: argparse.Namespace) -> None:
 
         clip = ClipAlignment(arguments.clip)
     settings = Settings(described, clip.digest if clip else "", arguments.frames, arguments.size, arguments.fps, arguments.rate)
-    try:
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        (arguments.output / "cache.jsonl").touch()
-    except OSError as error:
-        raise UserError(f"--output={arguments.output}: cannot be written: {error}") from error
+    make_output(arguments.output)
     workers = arguments.workers or (os.cpu_count() if arguments.flow == "dis" and clip is None else 1)
     scorer = Scorer(settings, flow_fn, clip, arguments.output / "cache.jsonl", workers)
     rows, problems = score(pairs, models, scorer, lambda text: print(text, flush=True))
