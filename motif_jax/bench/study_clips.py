@@ -75,14 +75,14 @@ def length(path: pathlib.Path) -> tuple[int, float]:
     """(frames, frames per second) of a video. Raises MediaError."""
     if path.is_dir():
         raise images.MediaError("is a folder", "frames have no frame rate, a study needs video files")
-    available = []
+    counts = []
 
     def first_frame(count: int) -> tuple[int, int]:
-        available.append(count)
+        counts.append(count)
         return 0, 1
 
     clip = videos.read_clip(path, 1, 16, 16, first_frame)
-    return available[-1], clip.fps
+    return counts[-1], clip.fps
 
 
 def common_format(lengths: dict[pathlib.Path, tuple[int, float]], height: int, width: int, frames: int | None, fps: float | None) -> Format:
