@@ -35,6 +35,8 @@ DIFFERENCES = {  # of every pair of arms, paired by clip and seed: title, scale,
 BOUNDS = dict.fromkeys((*RATES, "leak"), comparison.RATE)  # of the other measures nothing is known
 ORDER = ("none", "flow", "inverse")  # first rows; the other arms follow by name, then other backbones' three
 
+Run = tuple[str, str]  # arm, seed
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--runs", required=True, type=local, help="directory of <arm>/<seed>/ work directories")
@@ -64,7 +66,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError(f"{named}: NaN or infinity in the clips, so no result; train with a lower learning_rate, or move it elsewhere")
 
 
-def find_runs(directory: pathlib.Path) -> dict[tuple[str, str], pathlib.Path]:
+def find_runs(directory: pathlib.Path) -> dict[Run, pathlib.Path]:
     """{(arm, seed): work directory} of <directory>/<arm>/<seed>. Raises UserError when there is none."""
     found = {(p.parent.parent.name, p.parent.name): p.parent for p in sorted(directory.glob("*/*/config.json"))}
     if not found:
@@ -85,7 +87,7 @@ def steps_of(run: pathlib.Path) -> list[int]:
     return [step for step in steps if 2 * step >= steps[-1]]
 
 
-def steps_of_arms(runs: dict[tuple[str, str], pathlib.Path]) -> dict[str, list[int]]:
+def steps_of_arms(runs: dict[Run, pathlib.Path]) -> dict[str, list[int]]:
     """The checkpoints of `steps_of` that all seeds of an arm have. Raises UserError for a seed that was not trained as far as another."""
     found: dict[str, dict[pathlib.Path, list[int]]] = {}
     for (arm, _), path in runs.items():
@@ -102,7 +104,7 @@ def _file(run: pathlib.Path, step: int, split: str, world: str, seed: int, count
     return run / "judged" / f"{step}_{world}_{split}_{seed}_{count}.npz"
 
 
-def judge_runs(runs: dict[tuple[str, str], pathlib.Path], world: str, seed: int, count: int) -> dict[tuple[str, str], int]:
+def judge_runs(runs: dict[Run, pathlib.Path], world: str, seed: int, count: int) -> dict[Run, int]:
     """Samples and judges what `steps_of` says of every run and has not been; writes <run>/judged/*.npz.
 
     Returns {(arm, seed): step} of the runs that cannot be judged, because clips of that step have NaN or infinity.
@@ -143,7 +145,7 @@ def load(runs: Sequence[pathlib.Path], step: int, split: str, world: str, seed: 
     return {name: np.stack([f[name] for f in found]) for name in found[0]}
 
 
-def summarise(runs: dict[tuple[str, str], pathlib.Path], world: str, seed: int, count: int) -> dict[str, Any]:
+def summarise(runs: dict[Run, pathlib.Path], world: str, seed: int, count: int) -> dict[str, Any]:
     """Plain numbers for JSON: per arm, split and step rates and means, figure 6, preferences of all pairs of arms of a family, and
     along training the differences of the pairs that the paper speaks of.
 

@@ -66,9 +66,8 @@ def claims(result: dict[str, Any]) -> list[list[str]]:
             buckets = [k for k in a if k in b and k != "all"]
             gaps = [np.mean(b[k]) - np.mean(a[k]) for k in buckets]
             apart = all(min(b[k]) > max(a[k]) for k in buckets)
-            seeds = (
-                f"largest difference of seeds {max(_spread(a), _spread(b)):.2f}" if min(len(a["all"]), len(b["all"])) > 1 else "one seed"
-            )
+            several = min(len(a["all"]), len(b["all"])) > 1
+            seeds = f"largest difference of seeds {max(_spread(a), _spread(b)):.2f}" if several else "one seed"
             measured = f"gaps {min(gaps):.2f} to {max(gaps):.2f}; {seeds}" if gaps else "-"
             rows.append([f"figure 6: {better} below {worse} at every timestep", measured, "yes" if gaps and apart else "no"])
         for split, name in SPLIT_NAMES.items():
@@ -80,10 +79,8 @@ def claims(result: dict[str, Any]) -> list[list[str]]:
             for split, name in SPLIT_NAMES.items():
                 e = ablation.difference(result, better, worse, split, kind)
                 rows.append([f"{better} preferred to {worse}, {kind} rule, {name}, %", cell(e, 100, ".1f"), verdict(e, 0.5)])
-        for measure, what, unit, form in (
-            ("background_psnr", "background", "dB", "+.2f"),
-            ("ghost", "ghosts and smears", "points", "+.1f"),
-        ):
+        costs = ("background_psnr", "background", "dB", "+.2f"), ("ghost", "ghosts and smears", "points", "+.1f")
+        for measure, what, unit, form in costs:
             _, scale, _, gain = ablation.DIFFERENCES[measure]
             for split, name in SPLIT_NAMES.items():
                 e = ablation.difference(result, better, worse, split, f"{measure}_difference")
@@ -145,11 +142,8 @@ def _measures(result: dict[str, Any], split: str, title: str) -> Table:
             found = row["splits"][split][step]
             rows.append([arm, str(len(row["seeds"])), str(step), *(cell(found[n], s, f) for n, (_, s, f) in ROWS.items())])
     clips, still = (found[n]["clips"] for n in ("direction_ok", "still_kept"))
-    return (
-        f"{title}: {clips} clips that move, {still} that stay still",
-        ["arm", "seeds", "step", *(name for name, _, _ in ROWS.values())],
-        rows,
-    )
+    heads = ["arm", "seeds", "step", *(name for name, *_ in ROWS.values())]
+    return f"{title}: {clips} clips that move, {still} that stay still", heads, rows
 
 
 def _along(result: dict[str, Any]) -> Table:
@@ -244,7 +238,7 @@ def gains_and_costs(result: dict[str, Any]) -> str:
     return "<h2>Gains and costs</h2>" + note + html.plot(figure, "differences of every arm to the paper's loss, with intervals")
 
 
-def clips(directory: pathlib.Path, result: dict[str, Any], runs: dict[tuple[str, str], pathlib.Path]) -> str:
+def clips(directory: pathlib.Path, result: dict[str, Any], runs: dict[ablation.Run, pathlib.Path]) -> str:
     """The first clips of the held-out split: truth and every arm at the step at which its family is compared, one GIF and
     one strip a clip, also as files."""
     from motif_jax.data.videos import save_video
@@ -271,13 +265,13 @@ def clips(directory: pathlib.Path, result: dict[str, Any], runs: dict[tuple[str,
     return "".join(parts) + "</div>"
 
 
-def left_out(broken: Mapping[tuple[str, str], int]) -> list[str]:
+def left_out(broken: Mapping[ablation.Run, int]) -> list[str]:
     """A sentence that names the runs of `ablation.judge_runs` that could not be judged, if there are any."""
     named = ", ".join(f"{arm}/{number} (step {step})" for (arm, number), step in broken.items())
     return [f"Left out, because their clips have NaN or infinity: {named}."] if named else []
 
 
-def markdown(result: dict[str, Any], broken: Mapping[tuple[str, str], int]) -> str:
+def markdown(result: dict[str, Any], broken: Mapping[ablation.Run, int]) -> str:
     """The rule and the tables as Markdown."""
     parts = [f"# Ablation: world {result['world']}, test seed {result['seed']}, {result['count']} clips a split", RULE, *left_out(broken)]
     for title, heads, rows in all_tables(result):
@@ -286,10 +280,7 @@ def markdown(result: dict[str, Any], broken: Mapping[tuple[str, str], int]) -> s
 
 
 def write(
-    directory: pathlib.Path,
-    result: dict[str, Any],
-    runs: dict[tuple[str, str], pathlib.Path],
-    broken: Mapping[tuple[str, str], int],
+    directory: pathlib.Path, result: dict[str, Any], runs: dict[ablation.Run, pathlib.Path], broken: Mapping[ablation.Run, int]
 ) -> str:
     """Writes report.json, report.md and report.html, and returns the Markdown text."""
     text = markdown(result, broken)

@@ -38,11 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--votes", required=True, nargs="+", action="extend", type=local, help="files of votes; a system may be in several")
     parser.add_argument("--output", required=True, type=local, help="folder for report.html, report.json, votes.json and votes.csv")
     parser.add_argument("--study", type=local, help="folder of `annotate build`: key of blind votes, and the videos of the examples")
-    parser.add_argument(
-        "--reference",
-        type=plain_name,
-        help="the system whose wins are counted; default: the study's first, or the one that met most others",
-    )
+    reference = "the system whose wins are counted; default: the study's first, or the one that met most others"
+    parser.add_argument("--reference", type=plain_name, help=reference)
     parser.add_argument("--scores", type=local, help="scores.json of `bench score` with the same names: shown beside the votes")
     parser.add_argument("--examples", default=2, type=at_least(0), help="pairs shown per comparison and outcome, with --study; default 2")
     parser.add_argument("--samples", default=2000, type=at_least(100), help="bootstrap samples; default 2000")
@@ -256,10 +253,10 @@ def _annotators(found: dict[str, Any]) -> str:
     if time:
         low, middle, high = time["quartiles"]
         text += f" Seconds per pair: median {middle:.0f}, quartiles {low:.0f} and {high:.0f}; {time['hours']:.1f} hours for all pairs."
-    rates = ("left", "gold", "repeats", "agreement")
-    rows = [
-        (a["annotator"], a["votes"], number(a["median_seconds"], ".0f"), *(_rate_cell(a[k]) for k in rates)) for a in found["annotators"]
-    ]
+    rows = []
+    for a in found["annotators"]:
+        rates = (_rate_cell(a[k]) for k in ("left", "gold", "repeats", "agreement"))
+        rows.append((a["annotator"], a["votes"], number(a["median_seconds"], ".0f"), *rates))
     head = ("annotator", "votes", "median s", "left %", "gold right %", "same again %", "with the others' majority %")
     return text + "</p>" + html.table(head, rows)
 
@@ -279,13 +276,11 @@ def _win_plot(found: dict[str, Any]) -> str:
     from matplotlib.figure import Figure
 
     rows = found["comparisons"]
+    bars = (-0.13, "majority", "#0b57a4", "majority of each pair"), (0.13, "vote_share", "#c77700", "single votes")
     figure = Figure(figsize=(9, 0.9 + 0.5 * len(rows)), layout="constrained")
     axes = figure.subplots()
     for y, row in enumerate(rows):
-        for shift, key, colour, label in (
-            (-0.13, "majority", "#0b57a4", "majority of each pair"),
-            (0.13, "vote_share", "#c77700", "single votes"),
-        ):
+        for shift, key, colour, label in bars:
             r = row[key]
             low, high = r.get("bootstrap_annotators") or r["bootstrap"] or r["wilson"]
             error = [[max(0.0, 100 * (r["rate"] - low))], [max(0.0, 100 * (high - r["rate"]))]]
