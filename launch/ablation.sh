@@ -24,7 +24,7 @@ one_run() ( # ARM/SEED: on one core where there is taskset, so that the numbers 
   fi
   python -m motif_jax.main --config="configs/ablation.py:${1%/*}" --workdir="$runs/$1" \
     --config.seed="${1#*/}" --config.data.path="$runs/data" > "$log" 2>&1
-  python -m motif_jax.bench ablation --runs="$runs" --only="$1" >> "$log" 2>&1
+  python -m motif_jax.bench ablation --runs="$runs" --only="$1" >> "$log" 2>&1 || echo "$1 was not judged; see $log" >&2 # the end tells why
   echo "$(date +%T) $1: done in $SECONDS s"
 )
 export -f one_run

@@ -230,18 +230,11 @@ def generate(
     return todo
 
 
-def make_videos(
-    load: Callable[[], Animator],
-    requests: Sequence[Request],
-    output: pathlib.Path,
-    batch_size: int,
-    tasks: tuple[int, int],
-    **settings: Any,
-) -> Animator:
-    """Writes a manifest of all requests, with the animator's and these `settings`, and the videos of one of the `tasks` (index, count).
+def open_output(load: Callable[[], Animator], requests: Sequence[Request], output: pathlib.Path, **settings: Any) -> Animator:
+    """Writes a manifest of the requests, with the animator's and these `settings`, and returns the animator, for `generate`.
 
-    Returns the animator. Raises UserError, before weights are loaded where it can be, for an image that cannot be read, a directory
-    that cannot be written, and one whose videos were made otherwise.
+    Raises UserError, before weights are loaded where it can be, for an image that cannot be read, a directory that cannot be written,
+    and one whose videos were made otherwise.
     """
     make_output(output)
     check_made(output, requests)
@@ -251,7 +244,6 @@ def make_videos(
         print(long, flush=True)
     with writing(output):
         write_manifest(output, requests, {**animator.settings, **settings})
-    generate(animator, requests, output, animator.config.sample.fps, batch_size, functools.partial(print, flush=True), *tasks)
     return animator
 
 
@@ -281,4 +273,5 @@ def animate_list(
     The noise of a clip depends on (seed, id) alone. Raises UserError where a clip that is there was made otherwise.
     """
     requests = [Request(pair, seed, f"{pair.id}.{suffix}") for pair in read_pairs(requests_file, "requests", blank=True)]
-    make_videos(load, requests, pathlib.Path(output), batch_size, (0, 1), seed=seed)
+    animator = open_output(load, requests, pathlib.Path(output), seed=seed)
+    generate(animator, requests, pathlib.Path(output), animator.config.sample.fps, batch_size, functools.partial(print, flush=True))

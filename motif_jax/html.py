@@ -38,6 +38,11 @@ def plot(figure: Any, description: str, kind: str = "png") -> str:
     return f"<div class=plot>{picture(buffer.getvalue(), {'svg': 'svg+xml'}.get(kind, kind), description, style)}</div>"
 
 
+def short(name: str) -> str:
+    """A name that leaves room for the rest of a plot."""
+    return name if len(name) < 40 else f"{name[:38]}…"
+
+
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """Every cell is escaped. Raises ValueError when a row does not fit the head."""
     if bad := [row for row in rows if len(row) != len(head)]:

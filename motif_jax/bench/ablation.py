@@ -7,7 +7,6 @@ Every kept checkpoint from half of the run on is sampled and judged (results sta
 
 import argparse
 import itertools
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -27,9 +26,16 @@ ALONG = ("validation", "heldout")  # the splits judged along training; the other
 SHOWN = 6  # clips of the test split kept as pictures: the first ones, whatever they look like
 RATES = ("success", "direction_ok", "wrong_object", "lost", "ghost")
 MEANS = ("speed_ratio", "path_error", "background_psnr", "area_ratio", "others_drift", "leak")
-DIFFERENCES = ("direction_ok", "lost", "ghost", "background_psnr")  # of every pair of arms, paired by clip and seed
+DIFFERENCES = {  # of every pair of arms, paired by clip and seed: title, scale, format, sign of a gain
+    "direction_ok": ("direction, points", 100, "+.0f", 1),
+    "lost": ("object lost, points", 100, "+.0f", -1),
+    "ghost": ("ghosts, points", 100, "+.0f", -1),
+    "background_psnr": ("background dB", 1, "+.2f", 1),
+}
 BOUNDS = dict.fromkeys((*RATES, "leak"), comparison.RATE)  # of the other measures nothing is known
 ORDER = ("none", "flow", "inverse")  # first rows; the other arms follow by name, then other backbones' three
+
+Run = tuple[str, str]  # arm, seed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,13 +56,17 @@ def run(arguments: argparse.Namespace) -> None:
         if not runs:
             raise UserError(f"--only={arguments.only}: no such run under {arguments.runs}")
     steps_of_arms(runs)  # before hours of judging
-    judge_runs(runs, arguments.world, arguments.seed, arguments.count)
-    if not arguments.only:
-        result = summarise(runs, arguments.world, arguments.seed, arguments.count)
-        print(ablation_report.write(arguments.runs, result, runs))
+    broken = judge_runs(runs, arguments.world, arguments.seed, arguments.count)
+    sound = {name: path for name, path in runs.items() if name not in broken}
+    if sound and not arguments.only:
+        result = summarise(sound, arguments.world, arguments.seed, arguments.count)
+        print(ablation_report.write(arguments.runs, result, sound, broken))
+    if broken:
+        named = ", ".join(f"{arm}/{number}" for arm, number in broken)
+        raise UserError(f"{named}: NaN or infinity in the clips, so no result; train with a lower learning_rate, or move it elsewhere")
 
 
-def find_runs(directory: pathlib.Path) -> dict[tuple[str, str], pathlib.Path]:
+def find_runs(directory: pathlib.Path) -> dict[Run, pathlib.Path]:
     """{(arm, seed): work directory} of <directory>/<arm>/<seed>. Raises UserError when there is none."""
     found = {(p.parent.parent.name, p.parent.name): p.parent for p in sorted(directory.glob("*/*/config.json"))}
     if not found:
@@ -77,7 +87,7 @@ def steps_of(run: pathlib.Path) -> list[int]:
     return [step for step in steps if 2 * step >= steps[-1]]
 
 
-def steps_of_arms(runs: dict[tuple[str, str], pathlib.Path]) -> dict[str, list[int]]:
+def steps_of_arms(runs: dict[Run, pathlib.Path]) -> dict[str, list[int]]:
     """The checkpoints of `steps_of` that all seeds of an arm have. Raises UserError for a seed that was not trained as far as another."""
     found: dict[str, dict[pathlib.Path, list[int]]] = {}
     for (arm, _), path in runs.items():
@@ -94,15 +104,19 @@ def _file(run: pathlib.Path, step: int, split: str, world: str, seed: int, count
     return run / "judged" / f"{step}_{world}_{split}_{seed}_{count}.npz"
 
 
-def judge_runs(runs: dict[tuple[str, str], pathlib.Path], world: str, seed: int, count: int) -> None:
-    """Samples and judges what `steps_of` says of every run and has not been; writes <run>/judged/*.npz."""
-    from motif_jax.animation import Animator
+def judge_runs(runs: dict[Run, pathlib.Path], world: str, seed: int, count: int) -> dict[Run, int]:
+    """Samples and judges what `steps_of` says of every run and has not been; writes <run>/judged/*.npz.
+
+    Returns {(arm, seed): step} of the runs that cannot be judged, because clips of that step have NaN or infinity.
+    """
+    from motif_jax.animation import Animator, NotFiniteError
     from motif_jax.training import weights
 
+    broken = {}
     for (arm, number), path in runs.items():
         steps = steps_of(path)
-        todo = [(step, split) for step in steps for split in SPLITS if split in ALONG or step == steps[-1]]
-        todo = [(step, split) for step, split in todo if not _file(path, step, split, world, seed, count).exists()]
+        wanted = [(step, split) for step in steps for split in SPLITS if split in ALONG or step == steps[-1]]
+        todo = [(step, split) for step, split in wanted if not _file(path, step, split, world, seed, count).exists()]
         if not todo:
             continue
         animator = Animator.load(path)
@@ -111,12 +125,18 @@ def judge_runs(runs: dict[tuple[str, str], pathlib.Path], world: str, seed: int,
         for step, split in todo:
             animator.params = weights.load(path / "checkpoints" / str(step))["denoiser"]
             clips = sprites.make_clips(world, seed, range(count), d.frames, d.height, d.width, split)
-            made = sample_all(animator, clips, clips["captions"])
+            try:
+                made = sample_all(animator, clips, clips["captions"])
+            except NotFiniteError:
+                broken[arm, number] = step
+                print(f"{arm}/{number} step {step} {split}: NaN or infinity in the clips", flush=True)
+                break
             measures = judge(made, clips)
             with replacing(_file(path, step, split, world, seed, count)) as temporary:
                 np.savez_compressed(temporary, shown=made[:SHOWN], **measures)
             moving = measures["still"] == 0
             print(f"{arm}/{number} step {step} {split}: direction {100 * measures['direction_ok'][moving].mean():.0f} %", flush=True)
+    return broken
 
 
 def load(runs: Sequence[pathlib.Path], step: int, split: str, world: str, seed: int, count: int) -> dict[str, np.ndarray]:
@@ -125,7 +145,7 @@ def load(runs: Sequence[pathlib.Path], step: int, split: str, world: str, seed: 
     return {name: np.stack([f[name] for f in found]) for name in found[0]}
 
 
-def summarise(runs: dict[tuple[str, str], pathlib.Path], world: str, seed: int, count: int) -> dict[str, Any]:
+def summarise(runs: dict[Run, pathlib.Path], world: str, seed: int, count: int) -> dict[str, Any]:
     """Plain numbers for JSON: per arm, split and step rates and means, figure 6, preferences of all pairs of arms of a family, and
     along training the differences of the pairs that the paper speaks of.
 
@@ -157,26 +177,23 @@ def summarise(runs: dict[tuple[str, str], pathlib.Path], world: str, seed: int, 
     def shared(a: str, b: str) -> tuple[list[str], list[int]]:
         return [n for n in arms[a] if n in arms[b]], [step for step in steps[a] if step in steps[b]]
 
+    def compared(a: str, b: str, seeds: list[str], split: str, step: int) -> dict[str, Any]:
+        m_a, m_b = (measures(arm, seeds, split, step) for arm in (a, b))
+        moving = m_a["still"][0] == 0
+        rules = {"motion": comparison.prefer(m_a, m_b), "strict": comparison.prefer(m_a, m_b, strict=True)}
+        return {name: comparison.estimate(preferred, moving, comparison.RATE) for name, preferred in rules.items()} | {
+            f"{n}_difference": comparison.estimate(m_a[n] - m_b[n], moving, BOUNDS.get(n) and comparison.GAP) for n in DIFFERENCES
+        }
+
     for a, b in itertools.combinations(arms, 2):
         seeds, both = shared(a, b)
-        if not seeds or not both or family(result, a) != family(result, b):
-            continue
-        pair: dict[str, Any] = {"a": a, "b": b, "seeds": seeds, "step": both[-1]}
-        for split in ALONG:
-            m_a, m_b = (measures(arm, seeds, split, both[-1]) for arm in (a, b))
-            moving = m_a["still"][0] == 0
-            pair[split] = {
-                "motion": comparison.estimate(comparison.prefer(m_a, m_b), moving, comparison.RATE),
-                "strict": comparison.estimate(comparison.prefer(m_a, m_b, strict=True), moving, comparison.RATE),
-            } | {f"{n}_difference": comparison.estimate(m_a[n] - m_b[n], moving, BOUNDS.get(n) and comparison.GAP) for n in DIFFERENCES}
-        result["pairs"].append(pair)
+        if seeds and both and family(result, a) == family(result, b):
+            found = {split: compared(a, b, seeds, split, both[-1]) for split in ALONG}
+            result["pairs"].append({"a": a, "b": b, "seeds": seeds, "step": both[-1]} | found)
     for a, b in claimed(result):
         seeds, both = shared(a, b)
-        row = {"a": a, "b": b, "seeds": seeds} | {split: {} for split in ALONG}
-        for split, step in itertools.product(ALONG, both if seeds else ()):
-            m_a, m_b = (measures(arm, seeds, split, step) for arm in (a, b))
-            row[split][step] = comparison.estimate(m_a["direction_ok"] - m_b["direction_ok"], m_a["still"][0] == 0, comparison.GAP)
-        result["along"].append(row)
+        along = {s: {n: compared(a, b, seeds, s, n)["direction_ok_difference"] for n in both if seeds} for s in ALONG}
+        result["along"].append({"a": a, "b": b, "seeds": seeds} | along)
     return result
 
 
@@ -204,33 +221,29 @@ def reference(result: dict[str, Any], arm: str) -> str:
 
 def difference(result: dict[str, Any], a: str, b: str, split: str, name: str) -> dict[str, Any]:
     """An estimate of the pair a, b seen from a: what stands for the pair b, a is turned around."""
-    nothing = {"mean": None, "low": None, "high": None, "seeds": []}
+    whole = 0.0 if name.endswith("difference") else 1.0
+
+    def turned(x: float | None) -> float | None:
+        return None if x is None else whole - x
+
     for pair in result["pairs"]:
         if (pair["a"], pair["b"]) == (a, b):
             return pair[split][name]
         if (pair["a"], pair["b"]) == (b, a):
-            e, whole = pair[split][name], 0.0 if name.endswith("difference") else 1.0
-            if e["mean"] is None:
-                return nothing
-            low, high = (None if e[k] is None else whole - e[k] for k in ("high", "low"))
-            seeds = [None if s is None else whole - s for s in e["seeds"]]
-            return {"mean": whole - e["mean"], "low": low, "high": high, "seeds": seeds}
-    return nothing
+            e = pair[split][name]
+            limits = {"low": turned(e["high"]), "high": turned(e["low"])}
+            return {"mean": turned(e["mean"]), **limits, "seeds": [turned(s) for s in e["seeds"]]}
+    return {"mean": None, "low": None, "high": None, "seeds": []}
 
 
 def figure6(runs: Sequence[pathlib.Path]) -> dict[int, dict[str, list[float]]]:
-    """{step: {"all", "0", "1", ...}: [one ratio per seed]}: mean loss in the moving region over mean loss, by timestep bucket."""
-    per_seed = []
-    for path in runs:
-        lines = [line for line in read_lines(path / "metrics.jsonl") if "eval/ratio" in line]
-        per_seed.append({line["step"]: line for line in lines})
+    """{step: {"all", "0", "1", ...}: [one ratio per seed]}: mean loss in the moving region over mean loss, by timestep bucket.
+
+    Only what all seeds have: a ratio that was not finite is null in metrics.jsonl.
+    """
+    per_seed = [{line["step"]: line for line in read_lines(path / "metrics.jsonl") if line.get("eval/ratio") is not None} for path in runs]
     ratios = {}
-    for step in sorted(set.intersection(*(set(found) for found in per_seed))):
-        keys = [k for k in per_seed[0][step] if k.startswith("eval/ratio")]
-        ratios[step] = {k.removeprefix("eval/ratio").removeprefix("_t") or "all": [found[step][k] for found in per_seed] for k in keys}
+    for step in sorted(set.intersection(*map(set, per_seed))):
+        found = {k: [lines[step].get(k) for lines in per_seed] for k in per_seed[0][step] if k.startswith("eval/ratio")}
+        ratios[step] = {k.removeprefix("eval/ratio").removeprefix("_t") or "all": v for k, v in found.items() if None not in v}
     return ratios
-
-
-def to_json(result: dict[str, Any]) -> str:
-    """The text of report.json."""
-    return json.dumps(result, indent=1) + "\n"

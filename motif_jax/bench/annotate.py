@@ -44,18 +44,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     serve.add_argument("--host", default="127.0.0.1", help="address to listen at; default 127.0.0.1, this machine only")
     serve.add_argument("--port", default=8000, type=int, help="default 8000; 0 takes a free one")
     serve.add_argument("--token", help="secret part of the link, of letters, digits, - and _; default: made once and kept with the votes")
-    serve.add_argument(
-        "--lease",
-        default=60.0,
-        type=positive,
-        help="minutes without a vote after which someone else may take over a sheet; before the first vote at most 5",
-    )
+    lease = "minutes without a vote after which someone else may take over a sheet; before the first vote at most 5"
+    serve.add_argument("--lease", default=60.0, type=positive, help=lease)
 
     export = commands.add_parser("export", help="raw votes with the names of the systems")
     export.add_argument("--study", required=True, type=local, help="folder made by build")
-    export.add_argument(
-        "--votes", required=True, nargs="+", action="extend", type=local, help="the server's .sqlite, or .json files of the page"
-    )
+    given = "the server's .sqlite, or .json files of the page"
+    export.add_argument("--votes", required=True, nargs="+", action="extend", type=local, help=given)
     export.add_argument("--output", required=True, type=local, metavar="FILE.csv|.json")
 
 
@@ -74,21 +69,17 @@ def run_build(arguments: argparse.Namespace) -> None:
         raise UserError("--videos: a study compares two or more systems, whose names have no colon")
     asked = study.comparisons(list(systems), arguments.pairs or ["all"])
     listed = read_pairs(arguments.list)
-    found = {name: find_videos(folder, listed).videos for name, folder in systems.items()}
-    shown = {id for videos in found.values() for id, _ in videos}
-    pairs = [pair for pair in listed if pair.id in shown]
+    found = {}  # system -> {id of a pair: its video with the lowest seed}
+    for name, folder in systems.items():
+        videos = find_videos(folder, listed).videos
+        found[name] = {id: videos[id, seed] for id, seed in sorted(videos, reverse=True)}
+    pairs = [pair for pair in listed if any(pair.id in videos for videos in found.values())]
     if not pairs:
         raise UserError(f"--videos: no folder has a video of any of the {len(listed)} pairs of {arguments.list}")
-    files, missing = {}, []
-    for index, pair in enumerate(pairs):
-        for name, videos in found.items():
-            if seeds := [seed for id, seed in videos if id == pair.id]:
-                files[index, name] = videos[pair.id, min(seeds)]
-            else:
-                missing.append(f"{name} has none of {pair.id}")
-    if missing:
+    if missing := [f"{name} has none of {pair.id}" for pair in pairs for name in found if pair.id not in found[name]]:
         absent = f"{len(missing)} of {len(pairs) * len(systems)} videos are missing: {enumerate_first(missing, 5)}"
         raise UserError(f"--videos: {absent}; make them, or take their pairs out of --list")
+    files = {(index, name): found[name][pair.id] for index, pair in enumerate(pairs) for name in found}
     if len(pairs) < len(listed):
         print(f"{len(listed) - len(pairs)} of {len(listed)} pairs are left out: there is no video of them")
 
@@ -116,14 +107,14 @@ def _make(arguments, folder: pathlib.Path, pairs: list, files: dict, asked: list
     media, rng = folder / "page" / "media", np.random.default_rng(arguments.seed)
     height, width = arguments.size
     models = list(dict.fromkeys(name for _, name in files))
-    paths = list(dict.fromkeys(files.values()))
-    lengths = dict(zip(paths, study_clips.parallel(study_clips.length, [(p,) for p in paths], lambda t: None), strict=True))
+    sources = list(dict.fromkeys(files.values()))
+    lengths = dict(zip(sources, study_clips.parallel(study_clips.length, [(path,) for path in sources]), strict=True))
     form = study_clips.common_format(lengths, height, width, arguments.frames, arguments.fps)
     names = {where: f"{study.opaque()}.mp4" for where in files}
     jobs = [(path, lengths[path][1], form, media, names[where]) for where, path in files.items()]
-    moves = study_clips.parallel(study_clips.convert, jobs, lambda text: print(f"videos: {text}", flush=True))
+    moves = study_clips.parallel(study_clips.convert, jobs, "videos")
     images = {path: f"{study.opaque()}.jpg" for path in dict.fromkeys(pair.image for pair in pairs)}
-    study_clips.parallel(study_clips.convert_image, [(p, form, media, name) for p, name in images.items()], lambda t: None)
+    study_clips.parallel(study_clips.convert_image, [(p, form, media, name) for p, name in images.items()])
     clips = {names[where]: study.Clip(where[1], pairs[where[0]].id) for where in files}
 
     def damaged(index: int, model: str, kind: str, damage) -> tuple[str, str]:
@@ -148,10 +139,15 @@ def _make(arguments, folder: pathlib.Path, pairs: list, files: dict, asked: list
     for n, index in enumerate(rng.permutation(len(pairs))[: 4 * arguments.gold].tolist()):
         golds.append((index, *damaged(index, models[n % len(models)], "gold", study_clips.GOLD_DAMAGE)))
 
-    shared = os.path.commonpath([pair.image.parent.absolute() for pair in pairs])  # images of two folders may have one name
-    image_ids = [pair.image.absolute().relative_to(shared).with_suffix("").as_posix() for pair in pairs]
+    # Images of two folders may have one name, and two of one folder may differ in their endings alone.
+    shared = os.path.commonpath([pair.image.parent.absolute() for pair in pairs])
+    paths = [pair.image.absolute().relative_to(shared) for pair in pairs]
+    alike = len({path.with_suffix("") for path in paths}) < len(set(paths))
+    image_ids = [(path if alike else path.with_suffix("")).as_posix() for path in paths]
     for file in importlib.resources.files("motif_jax.bench").joinpath("page").iterdir():
         (folder / "page" / file.name).write_bytes(file.read_bytes())
+    a = arguments
+    sheets = study.deal(names, asked, golds, a.annotators, a.per_sheet, a.repeats, a.gold, a.seed)
     return study.Key(
         id=study.opaque(),
         title=arguments.title,
@@ -165,9 +161,7 @@ def _make(arguments, folder: pathlib.Path, pairs: list, files: dict, asked: list
         pairs=[study.Entry(p.id, name, p.prompt, images[p.image], p.scenario) for p, name in zip(pairs, image_ids, strict=True)],
         clips=clips,
         training=training,
-        sheets=study.deal(
-            names, asked, golds, arguments.annotators, arguments.per_sheet, arguments.repeats, arguments.gold, arguments.seed
-        ),
+        sheets=sheets,
     )
 
 

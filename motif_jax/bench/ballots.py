@@ -110,7 +110,7 @@ class Ballots:
                         trained.add(task)
                     else:
                         begun[number(sheet)] = sheet
-            best, later = None, False
+            free, later = [], False
             for sheet, holder, seen in self._db.execute("SELECT sheet, annotator, seen FROM sheets"):
                 if len(answered[sheet]) == len(self.key.sheets[sheet]) or begun.get(number(sheet), sheet) != sheet:
                     continue
@@ -118,11 +118,10 @@ class Ballots:
                 own = holder is not None and person(holder) == who
                 lease = self.lease if holder and (sheet, person(holder)) in active else min(self.lease, FIRST_LEASE)
                 if own or holder is None or now - seen > lease:
-                    rank = (own, len(answered[sheet]))
-                    best = max(best, (rank, sheet), key=lambda found: found[0]) if best else (rank, sheet)
-            if best is None:
+                    free.append((own, len(answered[sheet]), sheet))
+            if not free:
                 return {"sheet": None, "done": [], "trained": sorted(trained), "later": later}
-            sheet = best[1]
+            *_, sheet = max(free, key=lambda found: found[:2])
             self._db.execute("UPDATE sheets SET annotator = ?, seen = ? WHERE sheet = ?", ([*names, annotator][0], now, sheet))
             return {"sheet": sheet, "done": answered[sheet], "trained": sorted(trained)}
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float
 
-from motif_jax.bench.preference import crossed_weights, known, share_interval
+from motif_jax.bench.preference import crossed_weights, share_interval
 
 # The rule of preference, fixed before any test clip was sampled.
 MARGIN = 1 / 64  # path errors (over the width) that differ by less are a tie
@@ -60,8 +60,7 @@ def estimate(
     if not counted.any():
         return {"mean": None, "low": None, "high": None, "seeds": each, "clips": clips}
     used = int(counted.any(0).sum())
-    mean, *limits = share_interval(np.where(counted, x, 0.0).ravel(), counted.ravel(), _weights(x.shape, draws), used, bounds)
-    low, high = known(*limits) or (None, None)
+    mean, low, high = share_interval(np.where(counted, x, 0.0).ravel(), counted.ravel(), _weights(x.shape, draws), used, bounds)
     return {"mean": mean, "low": low, "high": high, "seeds": each, "clips": clips}
 
 

@@ -100,7 +100,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     import jax
 
-    from motif_jax.animation import Animator, make_videos
+    from motif_jax.animation import Animator, generate, open_output
     from motif_jax.config import MeshConfig
     from motif_jax.dist.mesh import make_mesh
 
@@ -114,8 +114,11 @@ def run(arguments: argparse.Namespace) -> None:
         frame_stride=arguments.frame_stride,
         mesh=make_mesh(MeshConfig(), devices),
     )
-    batch_size, tasks = arguments.batch_size * len(devices), (task, arguments.task_count)
-    data = make_videos(load, everything, arguments.output, batch_size, tasks).config.data
-    if arguments.vbench:
-        with writing(arguments.output):
-            write_vbench(arguments.output, everything, data.height, data.width)
+    output, batch_size = arguments.output, arguments.batch_size * len(devices)
+    animator = open_output(load, everything, output)
+    config = animator.config
+    if arguments.vbench:  # first: some videos may have NaN
+        with writing(output):
+            write_vbench(output, everything, config.data.height, config.data.width)
+    say = functools.partial(print, flush=True)
+    generate(animator, everything, output, config.sample.fps, batch_size, say, task, arguments.task_count)

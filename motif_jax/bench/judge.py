@@ -101,10 +101,9 @@ def _psnr(mse: float) -> float:
 
 def _shape_iou(clips: dict[str, Any], i: int, offsets_T2: np.ndarray, pixels_THW: np.ndarray) -> float:
     """Mean overlap of the named object's pixels with its outline drawn `offsets` from its true place; 0 when it is never found."""
-    height, width = pixels_THW.shape[1:]
-    outline = (
-        sprites.coverage(np.repeat(clips["shape"][i, 0], len(pixels_THW)), clips["positions"][i, 0] + offsets_T2, height, width) >= 0.5
-    )
+    frames, height, width = pixels_THW.shape
+    shape = np.repeat(clips["shape"][i, 0], frames)
+    outline = sprites.coverage(shape, clips["positions"][i, 0] + offsets_T2, height, width) >= 0.5
     both = [(o & p).sum() / max((o | p).sum(), 1) for o, p in zip(outline, pixels_THW, strict=True) if p.any()]
     return float(np.mean(both)) if both else 0.0
 
@@ -175,7 +174,7 @@ def _judge_one(frames: np.ndarray, clips: dict[str, Any], i: int, ceiling: dict[
     motion = _motion(true_centres, centres, shift, still, side, width, spec.travel)
 
     # Pixels that no object ever covers, one pixel beyond their outlines included.
-    covered = scipy.ndimage.binary_dilation((true_colours >= 0).any(0), np.ones((3, 3)), iterations=1)
+    covered = scipy.ndimage.binary_dilation((true_colours >= 0).any(0), np.ones((3, 3)))
     difference = frames.astype(np.float32) - truth.astype(np.float32)
     background = difference[:, ~covered]
     seen = frames[pixels].astype(np.float32)

@@ -26,13 +26,13 @@ def finite(tree: Any) -> Any:
     return None if isinstance(tree, float) and not math.isfinite(tree) else tree
 
 
-def wilson(successes: float, count: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
+def wilson(successes: float, count: int) -> tuple[float, float]:
     """Wilson's score interval of a rate; (0, 1) when nothing was counted. Raises ValueError unless 0 <= successes <= count."""
     if not 0 <= successes <= count:
         raise ValueError(f"{successes} successes in {count} trials: must lie between 0 and the number of trials")
     if count == 0:
         return 0.0, 1.0
-    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    z = NormalDist().inv_cdf(0.5 + CONFIDENCE / 2)
     p, scale = successes / count, 1 + z * z / count
     middle = (p + z * z / (2 * count)) / scale
     half = z / scale * math.sqrt(p * (1 - p) / count + z * z / (4 * count * count))
@@ -88,13 +88,13 @@ def crossed_weights(first_N: Sequence, second_N: Sequence, samples: int, seed: i
     return cluster_weights(first_N, samples, seed) * cluster_weights(second_N, samples, seed + 1)
 
 
-def interval(values_B: np.ndarray, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """Percentile interval of bootstrap values; (nan, nan) when none is a number."""
+def interval(values_B: np.ndarray) -> tuple[float, float] | tuple[None, None]:
+    """Percentile interval of bootstrap values; of none where none is a number."""
     values = np.asarray(values_B, float)
     values = values[np.isfinite(values)]
     if not len(values):
-        return float("nan"), float("nan")
-    low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
+        return None, None
+    low, high = np.quantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return float(low), float(high)
 
 
@@ -104,31 +104,25 @@ def share_interval(
     weights_BN: Int[np.ndarray, "B N"],
     clusters: int,
     bounds: tuple[float, float] | None = (0.0, 1.0),
-) -> tuple[float, float, float]:
-    """sum(hits) / sum(totals) with its bootstrap interval: (share, low, high); nan where nothing was counted.
+) -> tuple[float | None, float | None, float | None]:
+    """sum(hits) / sum(totals) with its bootstrap interval: (share, low, high); None where nothing was counted.
 
-    clusters: how many `weights_BN` draw from; the interval of fewer than MIN_CLUSTERS is nan. bounds: between which hits / totals must
+    clusters: how many `weights_BN` draw from; fewer than MIN_CLUSTERS have no interval. bounds: between which hits / totals must
     lie. Where they are all alike no draw differs, but what was not seen may: so many of the clusters as Wilson's interval for none of
     them allows lie at one of the bounds (of a rate of 0 or 1 this is Wilson's interval).
     """
     hits, totals = np.asarray(hits_N, float), np.asarray(totals_N, float)
     if not totals.sum() > 0:
-        return float("nan"), float("nan"), float("nan")
+        return None, None, None
     share = float(hits.sum() / totals.sum())
     if clusters < MIN_CLUSTERS:
-        return share, float("nan"), float("nan")
+        return share, None, None
     if bounds is not None and np.ptp(hits[totals > 0] / totals[totals > 0]) == 0:
         unseen = wilson(0, clusters)[1]
         return share, share - unseen * (share - bounds[0]), share + unseen * (bounds[1] - share)
     drawn = weights_BN @ np.stack([hits, totals], 1)
     with np.errstate(invalid="ignore", divide="ignore"):
-        low, high = interval(drawn[:, 0] / drawn[:, 1])
-    return share, low, high
-
-
-def known(*limits: float) -> list[float] | None:
-    """The limits of an interval, or None when it has none (nan)."""
-    return None if any(map(math.isnan, limits)) else list(limits)
+        return share, *interval(drawn[:, 0] / drawn[:, 1])
 
 
 def design_effect(hits_N: Float[np.ndarray, "N"], weights_BN: Int[np.ndarray, "B N"]) -> float:
@@ -140,19 +134,17 @@ def design_effect(hits_N: Float[np.ndarray, "N"], weights_BN: Int[np.ndarray, "B
     return max(1.0, float(means.var() / (hits.var() / len(hits))))
 
 
-def smallest_significant(count: int, alpha: float = 0.05) -> int | None:
+def smallest_significant(count: int) -> int | None:
     """The fewest wins of `count` above one half that the two-sided exact test calls significant; None when not even all are."""
-    wins = int(scipy.stats.binom.isf(alpha / 2, count, 0.5)) + 1  # the smallest k with P(X >= k) <= alpha / 2
+    wins = int(scipy.stats.binom.isf((1 - CONFIDENCE) / 2, count, 0.5)) + 1  # the smallest k with P(X >= k) <= 2.5 %
     return wins if wins <= count else None
 
 
-def minimum_detectable(count: float, power: float = 0.8, alpha: float = 0.05) -> float | None:
-    """The true win rate at which the exact test comes out significant with this power; None when `count` is too small for any."""
+def minimum_detectable(count: float) -> float | None:
+    """The true win rate at which the exact test comes out significant with 80 % power; None when `count` is too small for any."""
     count = int(count)
-    wins = smallest_significant(count, alpha)
-    if wins is None:
-        return None
-    return float(scipy.optimize.brentq(lambda p: scipy.stats.binom.sf(wins - 1, count, p) - power, 0.5, 1.0))
+    wins = smallest_significant(count)
+    return wins and float(scipy.optimize.brentq(lambda p: scipy.stats.binom.sf(wins - 1, count, p) - 0.8, 0.5, 1.0))
 
 
 def fleiss_kappa(counts_NC: Int[np.ndarray, "N C"]) -> float:
@@ -187,7 +179,9 @@ def krippendorff_alpha(counts_NC: Float[np.ndarray, "N C"]) -> float:
     return float(1 - disagreement / expected) if expected > 0 else float("nan")
 
 
-def bootstrap(statistic: Callable[[np.ndarray], float], rows: np.ndarray, weights_BN: Int[np.ndarray, "B N"]) -> tuple[float, float]:
+def bootstrap(
+    statistic: Callable[[np.ndarray], float], rows: np.ndarray, weights_BN: Int[np.ndarray, "B N"]
+) -> tuple[float, float] | tuple[None, None]:
     """Interval of a statistic of the rows [N, ...] for which no short cut exists: evaluated on every sample that has any row."""
     return interval(np.array([statistic(np.repeat(rows, weights, axis=0)) for weights in weights_BN if weights.any()]))
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from motif_jax.bench import preference
-from motif_jax.bench.preference import MIN_CLUSTERS, known
+from motif_jax.bench.preference import MIN_CLUSTERS
 from motif_jax.bench.study import REASONS
 from motif_jax.bench.votes import Vote
 from motif_jax.errors import UserError
@@ -59,7 +59,7 @@ def analyse(
         "comparisons": rows,
         "side": side_bias(counted),
         "repeats": consistency(votes),
-        "gold": preference.rate([float(v.choice == v.better) for v in votes if v.kind == "gold"]),
+        "gold": gold(votes),
         "seconds": {"quartiles": np.quantile(seconds, [0.25, 0.5, 0.75]).tolist(), "hours": sum(seconds) / 3600} if seconds else None,
         "annotators": annotators(votes),
         "bradley_terry": ranking(counted, names, samples, seed) if len(names) > 2 else None,
@@ -67,7 +67,11 @@ def analyse(
     }
 
 
-def _score(vote: Vote, model: str) -> float:
+def _known(low: float | None, high: float | None) -> list[float] | None:
+    return None if low is None else [low, high]
+
+
+def score(vote: Vote, model: str) -> float:
     """1 when the vote is for `model`, 0 when against it, 0.5 for a tie."""
     return 0.5 if vote.choice == "tie" else float((vote.left if vote.choice == "left" else vote.right) == model)
 
@@ -82,7 +86,7 @@ def compare(a: str, b: str, votes: Sequence[Vote], samples: int, seed: int) -> d
     for v in votes:
         by_pair[v.pair].append(v)
     pairs = list(by_pair.values())
-    scores = [[_score(v, a) for v in group] for group in pairs]
+    scores = [[score(v, a) for v in group] for group in pairs]
     totals = np.array([len(s) for s in scores], float)
     for_a = np.array([sum(s) for s in scores])
     verdicts = np.where(for_a * 2 == totals, 0.5, for_a * 2 > totals)
@@ -93,7 +97,7 @@ def compare(a: str, b: str, votes: Sequence[Vote], samples: int, seed: int) -> d
     images, people = len(set(clusters)), [v.annotator for group in pairs for v in group]
 
     def limits(*counted: Any) -> list[float] | None:
-        return known(*preference.share_interval(*counted)[1:])
+        return _known(*preference.share_interval(*counted)[1:])
 
     def rate(hits: np.ndarray, counts: np.ndarray) -> dict[str, Any]:
         return {
@@ -106,8 +110,9 @@ def compare(a: str, b: str, votes: Sequence[Vote], samples: int, seed: int) -> d
     each = np.concatenate(scores)
     crossed = preference.crossed_weights(np.repeat(clusters, totals.astype(int)), people, samples, seed)
     wins, losses = int((verdicts == 1).sum()), int((verdicts == 0).sum())
-    effect = preference.design_effect(verdicts, weights)
-    independent, clustered = (preference.minimum_detectable(n) for n in (len(pairs), len(pairs) / effect))
+    effect = preference.design_effect(verdicts, weights) if images >= MIN_CLUSTERS else None  # fewer do not tell how alike pairs are
+    independent = preference.minimum_detectable(len(pairs))
+    clustered = effect and preference.minimum_detectable(len(pairs) / effect)
     return {
         "a": a,
         "b": b,
@@ -124,8 +129,8 @@ def compare(a: str, b: str, votes: Sequence[Vote], samples: int, seed: int) -> d
         | {"bootstrap_annotators": limits(each, np.ones(len(each)), crossed, min(images, len(set(people))))},
         "sides": sides(a, votes),
         # Votes none of which has a reason are of a study that did not ask for any.
-        "reasons": {name: _reason(name, a, pairs, totals, weights, images) for name in REASONS} if any(v.reasons for v in votes) else {},
-        "agreement": agreement(a, pairs, weights[: max(1, samples // 4) if images >= MIN_CLUSTERS else 0]),
+        "reasons": {name: _reason(name, pairs, scores, weights, images) for name in REASONS} if any(v.reasons for v in votes) else {},
+        "agreement": agreement(scores, weights[: max(1, samples // 4) if images >= MIN_CLUSTERS else 0]),
         "detectable": {
             "independent": independent,
             "clustered": clustered and max(independent, clustered),  # exact tests move in steps: fewer pairs may seem to do better
@@ -136,34 +141,35 @@ def compare(a: str, b: str, votes: Sequence[Vote], samples: int, seed: int) -> d
 
 def sides(a: str, votes: Sequence[Vote]) -> dict[str, Any]:
     """How often `a` was shown on the left, and its share of the votes on either side (None where it never was)."""
-    left = [_score(v, a) for v in votes if v.left == a]
-    right = [_score(v, a) for v in votes if v.left != a]
+    left = [score(v, a) for v in votes if v.left == a]
+    right = [score(v, a) for v in votes if v.left != a]
     share = {name: float(np.mean(x)) if x else None for name, x in (("when_left", left), ("when_right", right))}
     return {"a_left": len(left) / len(votes)} | share
 
 
-def _reason(name: str, a: str, pairs: list[list[Vote]], totals: np.ndarray, weights: np.ndarray, images: int) -> dict[str, Any]:
+def _reason(name: str, pairs: list[list[Vote]], scores: list[list[float]], weights: np.ndarray, images: int) -> dict[str, Any]:
     """Shares of single votes: `a` chosen for this reason, `b` chosen for it, neither; and how often who chose a system ticked it."""
-    outcome = [[_score(v, a) if name in v.reasons else 0.5 for v in group] for group in pairs]  # a tie has no reasons
-    chose = [[_score(v, a) for v in group] for group in pairs]
+    totals = np.array([len(group) for group in pairs], float)
 
-    def share(which: float) -> tuple[np.ndarray, np.ndarray]:
-        counts = [np.array([sum(x == which for x in group) for group in table], float) for table in (outcome, chose)]
-        return counts[0], counts[1]
+    def ticked(which: float) -> np.ndarray:
+        return np.array(
+            [sum(s == which and name in v.reasons for v, s in zip(*both, strict=True)) for both in zip(pairs, scores, strict=True)]
+        )
 
-    (won, chose_a), (lost, chose_b) = share(1.0), share(0.0)
+    won, lost = ticked(1.0), ticked(0.0)
+    neither = totals - won - lost  # a tie has no reasons
+    chose_a, chose_b = (sum(own.count(which) for own in scores) for which in (1.0, 0.0))
     found = {}
-    for label, hits in (("win", won), ("none", totals - won - lost), ("lose", lost)):
+    for label, hits in (("win", won), ("none", neither), ("lose", lost)):
         rate, low, high = preference.share_interval(hits, totals, weights, images)
         found[label] = {"rate": rate, "low": low, "high": high}
-    given = {"a": won.sum() / chose_a.sum() if chose_a.sum() else None, "b": lost.sum() / chose_b.sum() if chose_b.sum() else None}
-    return found | {"given_choice": given, "alpha": preference.krippendorff_alpha(np.stack([won, totals - won - lost, lost], 1))}
+    given = {"a": won.sum() / chose_a if chose_a else None, "b": lost.sum() / chose_b if chose_b else None}
+    return found | {"given_choice": given, "alpha": preference.krippendorff_alpha(np.stack([won, neither, lost], 1))}
 
 
-def agreement(a: str, pairs: list[list[Vote]], weights: np.ndarray) -> dict[str, Any]:
+def agreement(scores: list[list[float]], weights: np.ndarray) -> dict[str, Any]:
     """Krippendorff's alpha over all pairs, Fleiss' kappa over those with the usual number of votes, and how votes split."""
-    scores = [[_score(v, a) for v in group] for group in pairs]
-    counts = np.array([[sum(s == which for s in group) for which in (1.0, 0.0, 0.5)] for group in scores])
+    counts = np.array([[own.count(which) for which in (1.0, 0.0, 0.5)] for own in scores])
     totals = counts.sum(1)
     several = totals >= 2
     if not several.any():
@@ -177,7 +183,7 @@ def agreement(a: str, pairs: list[list[Vote]], weights: np.ndarray) -> dict[str,
         "kappa": preference.fleiss_kappa(counts[full]),
         "kappa_interval": preference.bootstrap(preference.fleiss_kappa, counts[full], weights[:, full]),
         "kappa_pairs": int(full.sum()),
-        "kappa_raters": int(usual),
+        "kappa_raters": usual,
         "unanimous": float((counts[several].max(1) == totals[several]).mean()),
         "split": float((margin <= 1).mean()),
     }
@@ -189,36 +195,36 @@ def side_bias(votes: Sequence[Vote]) -> dict[str, Any]:
     return preference.rate(left) | {"p": preference.binomial_p(int(sum(left)), len(left))}
 
 
+def gold(votes: Sequence[Vote]) -> dict[str, Any]:
+    """How often gold items were answered right."""
+    return preference.rate([float(v.choice == v.better) for v in votes if v.kind == "gold"])
+
+
 def consistency(votes: Sequence[Vote]) -> dict[str, Any]:
     """How often an annotator chose the same system again when a pair came back with the sides swapped.
 
     The first vote is theirs on the same pair and systems; one of another task than the repeat names tells nothing.
     """
 
-    def subject(v: Vote) -> tuple:
-        return v.annotator, v.pair, frozenset((v.left, v.right))
-
-    first = {subject(v): v for v in votes if v.kind == "pair"}
-    again = [(v, first[subject(v)]) for v in votes if v.kind == "repeat" and subject(v) in first]
-    again = [(v, before) for v, before in again if v.repeats in ("", before.task)]
-    return preference.rate([float(_score(v, v.left) == _score(before, v.left)) for v, before in again])
+    first = {(v.annotator, v.subject): v for v in votes if v.kind == "pair"}
+    again = [(v, first.get((v.annotator, v.subject))) for v in votes if v.kind == "repeat"]
+    again = [(v, before) for v, before in again if before and v.repeats in ("", before.task)]
+    return preference.rate([float(score(v, v.left) == score(before, v.left)) for v, before in again])
 
 
 def annotators(votes: Sequence[Vote]) -> list[dict[str, Any]]:
     """One row per annotator: votes, time, side, gold, repeats, and agreement with the majority of the others on the same pair."""
-    everyone = defaultdict(list)
-    for v in votes:
-        if v.kind == "pair":
-            everyone[v.pair, frozenset((v.left, v.right))].append(v)
-    by_name = defaultdict(list)
+    everyone, by_name = defaultdict(list), defaultdict(list)
     for v in votes:
         by_name[v.annotator].append(v)
+        if v.kind == "pair":
+            everyone[v.subject].append(v)
     rows = []
     for name, own in sorted(by_name.items()):
         judged = [v for v in own if v.kind == "pair"]
         agrees = []
         for v in judged:
-            others = [_score(o, v.left) for o in everyone[v.pair, frozenset((v.left, v.right))] if o.annotator != name]
+            others = [score(o, v.left) for o in everyone[v.subject] if o.annotator != name]
             if v.choice != "tie" and others and sum(others) * 2 != len(others):
                 agrees.append(float((sum(others) * 2 > len(others)) == (v.choice == "left")))
         seconds = [v.seconds for v in judged if v.seconds is not None]
@@ -228,7 +234,7 @@ def annotators(votes: Sequence[Vote]) -> list[dict[str, Any]]:
                 "votes": len(judged),
                 "median_seconds": float(np.median(seconds)) if seconds else None,
                 "left": side_bias(judged),
-                "gold": preference.rate([float(v.choice == v.better) for v in own if v.kind == "gold"]),
+                "gold": gold(own),
                 "repeats": consistency(own),
                 "agreement": preference.rate(agrees),
             }
@@ -245,9 +251,8 @@ def ranking(votes: Sequence[Vote], names: Sequence[str], samples: int, seed: int
     wins = np.zeros((len(cells), len(names), len(names)))
     for v in votes:
         i, j, c = names.index(v.left), names.index(v.right), cells[v.image or v.pair, v.annotator]
-        score = _score(v, v.left)
-        wins[c, i, j] += score
-        wins[c, j, i] += 1 - score
+        wins[c, i, j] += score(v, v.left)
+        wins[c, j, i] += score(v, v.right)
     reached = np.linalg.matrix_power((wins.sum(0) + wins.sum(0).T > 0) + np.eye(len(names)), len(names)) > 0
     if not reached.all():
         return None
@@ -271,7 +276,7 @@ def ranking(votes: Sequence[Vote], names: Sequence[str], samples: int, seed: int
                 "points": float(strength[i]),
                 "low": low,
                 "high": high,
-                "bootstrap_annotators": known(*preference.interval(over_both[:, i])),
+                "bootstrap_annotators": _known(*preference.interval(over_both[:, i])),
                 "votes": float((wins + wins.swapaxes(1, 2))[:, i].sum()),
             }
         )

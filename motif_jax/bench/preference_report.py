@@ -6,20 +6,23 @@ with the columns pair, annotator, left, right, choice, and better also reasons, 
 
 import argparse
 import json
-import math
 import pathlib
 import shutil
-from collections.abc import Iterable, Sequence
+import textwrap
+from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 from motif_jax import html
 from motif_jax.bench import study
 from motif_jax.bench.arguments import at_least, local
 from motif_jax.bench.preference import finite, wilson
-from motif_jax.bench.preference_analysis import BALANCED, LOW_AGREEMENT, MIN_CLUSTERS, analyse
+from motif_jax.bench.preference_analysis import BALANCED, LOW_AGREEMENT, MIN_CLUSTERS, analyse, score
 from motif_jax.bench.standings import METRICS, STATIC
+from motif_jax.bench.tables import estimate, interval, number
 from motif_jax.bench.votes import Vote, read_all, write_votes
 from motif_jax.errors import UserError
+from motif_jax.pairs import plain_name
 from motif_jax.requested import make_output
 
 BESIDE = ("dynamic_degree", "mean_flow", "ssim0_image", "ssim_image")  # measures shown beside the votes: each alone can be gamed
@@ -35,9 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--votes", required=True, nargs="+", action="extend", type=local, help="files of votes; a system may be in several")
     parser.add_argument("--output", required=True, type=local, help="folder for report.html, report.json, votes.json and votes.csv")
     parser.add_argument("--study", type=local, help="folder of `annotate build`: key of blind votes, and the videos of the examples")
-    parser.add_argument(
-        "--reference", help="the system whose wins are counted; default: the study's first, or the one that met most others"
-    )
+    reference = "the system whose wins are counted; default: the study's first, or the one that met most others"
+    parser.add_argument("--reference", type=plain_name, help=reference)
     parser.add_argument("--scores", type=local, help="scores.json of `bench score` with the same names: shown beside the votes")
     parser.add_argument("--examples", default=2, type=at_least(0), help="pairs shown per comparison and outcome, with --study; default 2")
     parser.add_argument("--samples", default=2000, type=at_least(100), help="bootstrap samples; default 2000")
@@ -66,8 +68,8 @@ def run(arguments: argparse.Namespace) -> None:
         print(_tasks(found))
     for row in found["comparisons"]:
         m = row["majority"]
-        rate = f"{_percent(m['rate'])} % of {row['pairs']} pairs {_interval(m['bootstrap'] or m['wilson'])}"
-        print(f"{row['a']} against {row['b']}: {rate}, p = {m['p_images']:.2g}, by Holm {m['p_images_holm']:.2g}")
+        rate = f"{_percent(m['rate'])} % of {row['pairs']} pairs {interval(m['bootstrap'] or m['wilson'], '.1f', 100)}"
+        print(f"{_names(row)}: {rate}, p = {m['p_images']:.2g}, by Holm {m['p_images_holm']:.2g}")
         for note in side_notes([row]):
             print(note)
     if refused:
@@ -121,20 +123,16 @@ def _tasks(found: dict[str, Any]) -> str:
     return f"{tasks['answered']} of the study's {tasks['all']} comparisons to be judged are answered." if tasks else ""
 
 
-def _percent(x: float | None, digits: int = 1) -> str:
-    return "-" if x is None or not math.isfinite(x) else f"{100 * x:.{digits}f}"
+def _names(row: dict[str, Any]) -> str:
+    return f"{row['a']} against {row['b']}"
 
 
-def _interval(pair: Sequence[float] | None, digits: int = 1) -> str:
-    return "-" if pair is None else f"[{_percent(pair[0], digits)}, {_percent(pair[1], digits)}]"
-
-
-def _number(x: float | None, form: str = ".2f") -> str:
-    return "-" if x is None or not math.isfinite(x) else format(x, form)
+def _percent(x: float | None, form: str = ".1f") -> str:
+    return number(x, form, 100)
 
 
 def _rate_cell(r: dict[str, Any]) -> str:
-    return "-" if r["rate"] is None else f"{_percent(r['rate'], 0)} {_interval((r['low'], r['high']), 0)} of {r['count']}"
+    return "-" if r["rate"] is None else f"{estimate(r['rate'], (r['low'], r['high']), '.0f', 100)} of {r['count']}"
 
 
 def _win_table(found: dict[str, Any]) -> str:
@@ -144,11 +142,11 @@ def _win_table(found: dict[str, Any]) -> str:
         intervals["bootstrap_scenarios"] = "over scenarios"
     for r in found["comparisons"]:
         m, v, d = r["majority"], r["vote_share"], r["detectable"]
-        name = f"{r['a']} against {r['b']}"
         counts = f"{m['wins']} / {m['even']} / {m['losses']}", " to ".join(map(str, dict.fromkeys(r["votes_per_pair"])))
+        rates, shares = ([_percent(x["rate"]), *(interval(x[kind], ".1f", 100) for kind in intervals)] for x in (m, v))
         ps = (f"{m[p]:.2g}" for p in ("p", "p_images", "p_images_holm"))
-        majorities.append((name, *counts, *_rates(m, intervals), *ps, *map(_percent, (d["independent"], d["clustered"]))))
-        single.append((name, r["votes"], r["annotators"], *_rates(v, intervals), _interval(v["bootstrap_annotators"])))
+        majorities.append((_names(r), *counts, *rates, *ps, *map(_percent, (d["independent"], d["clustered"]))))
+        single.append((_names(r), r["votes"], r["annotators"], *shares, interval(v["bootstrap_annotators"], ".1f", 100)))
     tests = ("p", "p over images", "Holm", "detectable %", "clustered %")
     return (
         "<h3>Majority of each pair</h3>"
@@ -170,15 +168,13 @@ def side_notes(rows: Sequence[dict[str, Any]]) -> list[str]:
     for r in rows:
         share = r["sides"]["a_left"]
         if not BALANCED[0] <= share <= BALANCED[1]:
-            note = f"{r['a']} against {r['b']}: {r['a']} was on the left in {_percent(share, 0)} % of the votes; "
+            note = f"{_names(r)}: {r['a']} was on the left in {_percent(share, '.0f')} % of the votes; "
             notes.append(note + ("side and system cannot be separated" if share in (0, 1) else "compare the shares by side"))
     return notes
 
 
 def _side_table(found: dict[str, Any]) -> str:
-    rows = []
-    for r in found["comparisons"]:
-        rows.append((f"{r['a']} against {r['b']}", *(_percent(r["sides"][k]) for k in ("a_left", "when_left", "when_right"))))
+    rows = [(_names(r), *(_percent(r["sides"][k]) for k in ("a_left", "when_left", "when_right"))) for r in found["comparisons"]]
     notes = "".join(f"<p class=note>{html.escape(note)}.</p>" for note in side_notes(found["comparisons"]))
     return html.table(("", "first on the left %", "for it there %", "for it on the right %"), rows) + notes
 
@@ -193,9 +189,8 @@ def _beside(found: dict[str, Any]) -> str:
     for system, measures in found["scores"].items():
         cells = []
         for metric in shown:
-            m = measures[metric.name]
-            value, low, high = (_number(m and m[k] and m[k] * metric.scale, f".{metric.digits}f") for k in ("value", "low", "high"))
-            cells.append(value if m is None or m["low"] is None else f"{value} [{low}, {high}]")
+            m = measures[metric.name] or dict.fromkeys(("value", "low", "high"))
+            cells.append(estimate(m["value"], (m["low"], m["high"]), f".{metric.digits}f", metric.scale))
         rows.append((system, _percent(against.get(system)), *cells))
     return (
         "<h3>Beside what can be measured</h3>"
@@ -204,39 +199,31 @@ def _beside(found: dict[str, Any]) -> str:
     )
 
 
-def _rates(r: dict[str, Any], kinds: Iterable[str]) -> list[str]:
-    return [_percent(r["rate"]), *(_interval(r[kind]) for kind in kinds)]
-
-
 def _reasons(found: dict[str, Any]) -> list[str]:
     if not any(r["reasons"] for r in found["comparisons"]):
         return ["<p>The votes give no reasons.</p>"]
-    note = "<p>Shares of single votes, in per cent: won for this reason, neither, lost for it. A vote may have several reasons.</p>"
-    return [_reason_plots(found), note, _reason_table(found)]
-
-
-def _reason_table(found: dict[str, Any]) -> str:
     rows = []
     for r in found["comparisons"]:
         for name, x in r["reasons"].items():
-            shares = [f"{_percent(x[k]['rate'])} {_interval((x[k]['low'], x[k]['high']))}" for k in ("win", "none", "lose")]
-            given = [_percent(x["given_choice"][k], 0) for k in ("a", "b")]
-            rows.append((f"{r['a']} against {r['b']}", study.REASONS[name][0], *shares, *given, _number(x["alpha"])))
-    return html.table(("", "reason", "won", "neither", "lost", "of its voters %", "of the other's %", "alpha"), rows)
+            shares = [estimate(x[k]["rate"], (x[k]["low"], x[k]["high"]), ".1f", 100) for k in ("win", "none", "lose")]
+            given = [_percent(x["given_choice"][k], ".0f") for k in ("a", "b")]
+            rows.append((_names(r), study.LABELS[name], *shares, *given, number(x["alpha"])))
+    note = "<p>Shares of single votes, in per cent: won for this reason, neither, lost for it. A vote may have several reasons.</p>"
+    head = ("", "reason", "won", "neither", "lost", "of its voters %", "of the other's %", "alpha")
+    return [_reason_plots(found), note, html.table(head, rows)]
 
 
 def _agreement_table(found: dict[str, Any]) -> str:
     rows, low = [], []
     for r in found["comparisons"]:
         a = r["agreement"]
-        name = f"{r['a']} against {r['b']}"
         if a["alpha"] is None:
-            rows.append((name, *["-"] * 4))
+            rows.append((_names(r), *["-"] * 4))
             continue
-        alpha, kappa = (f"{_number(a[k])} [{_number(a[k + '_interval'][0])}, {_number(a[k + '_interval'][1])}]" for k in ("alpha", "kappa"))
+        alpha, kappa = (estimate(a[k], a[f"{k}_interval"]) for k in ("alpha", "kappa"))
         raters = f"{kappa} ({a['kappa_pairs']} pairs with {a['kappa_raters']} votes)"
-        rows.append((name, alpha, raters, _percent(a["unanimous"]), _percent(a["split"])))
-        low += [name] if a["alpha"] < LOW_AGREEMENT else []
+        rows.append((_names(r), alpha, raters, _percent(a["unanimous"]), _percent(a["split"])))
+        low += [_names(r)] if a["alpha"] < LOW_AGREEMENT else []
     table = html.table(("", "Krippendorff's alpha", "Fleiss' kappa", "unanimous %", "decided by one vote or even %"), rows)
     if low:
         table += (
@@ -253,10 +240,8 @@ def _ranking(found: dict[str, Any]) -> str:
         return "<h2>Ranking</h2><p>None: some systems never met, not even through others.</p>"
     rows = []
     for r in found["bradley_terry"]:
-        points, low, high, votes = (_number(r[k], ".0f") for k in ("points", "low", "high", "votes"))
-        both = r["bootstrap_annotators"]
-        over_both = "-" if both is None else f"[{both[0]:.0f}, {both[1]:.0f}]"
-        rows.append((r["model"], points, f"[{low}, {high}]", over_both, votes))
+        intervals = (interval(limits, ".0f") for limits in ((r["low"], r["high"]), r["bootstrap_annotators"]))
+        rows.append((r["model"], f"{r['points']:.0f}", *intervals, f"{r['votes']:.0f}"))
     note = "<p>Bradley-Terry over all votes: 400 points are odds of ten to one, the mean is zero; intervals: bootstrap.</p>"
     return "<h2>Ranking</h2>" + html.table(("system", "points", "over images", "over images and annotators", "votes"), rows) + note
 
@@ -268,18 +253,10 @@ def _annotators(found: dict[str, Any]) -> str:
     if time:
         low, middle, high = time["quartiles"]
         text += f" Seconds per pair: median {middle:.0f}, quartiles {low:.0f} and {high:.0f}; {time['hours']:.1f} hours for all pairs."
-    rows = [
-        (
-            a["annotator"],
-            a["votes"],
-            _number(a["median_seconds"], ".0f"),
-            _rate_cell(a["left"]),
-            _rate_cell(a["gold"]),
-            _rate_cell(a["repeats"]),
-            _rate_cell(a["agreement"]),
-        )
-        for a in found["annotators"]
-    ]
+    rows = []
+    for a in found["annotators"]:
+        rates = (_rate_cell(a[k]) for k in ("left", "gold", "repeats", "agreement"))
+        rows.append((a["annotator"], a["votes"], number(a["median_seconds"], ".0f"), *rates))
     head = ("annotator", "votes", "median s", "left %", "gold right %", "same again %", "with the others' majority %")
     return text + "</p>" + html.table(head, rows)
 
@@ -299,23 +276,22 @@ def _win_plot(found: dict[str, Any]) -> str:
     from matplotlib.figure import Figure
 
     rows = found["comparisons"]
+    bars = (-0.13, "majority", "#0b57a4", "majority of each pair"), (0.13, "vote_share", "#c77700", "single votes")
     figure = Figure(figsize=(9, 0.9 + 0.5 * len(rows)), layout="constrained")
     axes = figure.subplots()
     for y, row in enumerate(rows):
-        for shift, key, colour, label in (
-            (-0.13, "majority", "#0b57a4", "majority of each pair"),
-            (0.13, "vote_share", "#c77700", "single votes"),
-        ):
+        for shift, key, colour, label in bars:
             r = row[key]
             low, high = r.get("bootstrap_annotators") or r["bootstrap"] or r["wilson"]
             error = [[max(0.0, 100 * (r["rate"] - low))], [max(0.0, 100 * (high - r["rate"]))]]
             axes.errorbar(100 * r["rate"], y + shift, xerr=error, fmt="o", color=colour, capsize=3, label=None if y else label)
     axes.axvline(50, color="#777", linewidth=1, linestyle="--")
     axes.set(xlim=(-1, 101), xlabel="wins of the first, %", ylim=(len(rows) - 0.4, -0.6))
-    axes.set_yticks(range(len(rows)), [f"{r['a']} against {r['b']}" for r in rows], parse_math=False)
+    names = [textwrap.fill(f"{html.short(r['a'])} against {html.short(r['b'])}", 44) for r in rows]
+    axes.set_yticks(range(len(rows)), names, parse_math=False)
     axes.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
     note = "Bars of the majority: over images; of single votes: over images and annotators."
-    few = [f"{r['a']} against {r['b']}" for r in rows if r["vote_share"]["bootstrap_annotators"] is None]
+    few = [_names(r) for r in rows if r["vote_share"]["bootstrap_annotators"] is None]
     if few:
         note += f" With too few of either, over images alone or Wilson's: {html.escape(', '.join(few))}."
     return html.plot(figure, "win rates with intervals", "svg") + f"<p>{note}</p>"
@@ -329,7 +305,7 @@ def _reason_plots(found: dict[str, Any]) -> str:
     height = -(-len(rows) // columns)
     figure = Figure(figsize=(1.2 + 4.2 * columns, 0.4 + 2.6 * height), layout="constrained")
     panels = figure.subplots(height, columns, squeeze=False).reshape(-1)
-    labels = ["Overall", *(label for label, *_ in study.REASONS.values())]
+    labels = ["Overall", *study.LABELS.values()]
     for axes, row in zip(panels, rows, strict=False):
         m = row["majority"]["rate"]
         bars = [(m, 0.0, 1 - m), *(tuple(r[k]["rate"] for k in ("win", "none", "lose")) for r in row["reasons"].values())]
@@ -342,8 +318,7 @@ def _reason_plots(found: dict[str, Any]) -> str:
                 left += width
         axes.set_yticks(range(len(bars)), labels if axes in panels[::columns] else [""] * len(bars), fontsize=8)
         axes.set(xlim=(0, 100), ylim=(len(bars) - 0.5, -0.5), xticks=[])
-        a, b = (name if len(name) < 40 else f"{name[:38]}…" for name in (row["a"], row["b"]))
-        axes.set_title(f"{a} (left, blue)\n{b} (right, orange)", fontsize=9, parse_math=False)
+        axes.set_title(f"{html.short(row['a'])} (left, blue)\n{html.short(row['b'])} (right, orange)", fontsize=9, parse_math=False)
         axes.spines[:].set_visible(False)
     for axes in panels[len(rows) :]:
         axes.set_visible(False)
@@ -364,27 +339,25 @@ def clearest(shares: dict[str, tuple[float, int]], count: int) -> list[str]:
 def _examples(found: dict[str, Any], votes: Sequence[Vote], key: study.Key, media: pathlib.Path, arguments: argparse.Namespace) -> str:
     """Pairs with the clearest wins and losses and the most even ones, side by side; their videos are copied beside the page."""
     files = {(clip.model, clip.pair): name for name, clip in key.clips.items() if not clip.damage}
-    parts = ["<h2>Examples</h2>"]
+    prompts = {entry.id: entry.prompt for entry in key.pairs}
+    parts = []
     (arguments.output / "media").mkdir(exist_ok=True)
+
+    def figure(model: str, pair: str) -> str:
+        file = files[model, pair]
+        shutil.copyfile(media / file, arguments.output / "media" / file)
+        video = f"<video src=media/{file} autoplay loop muted playsinline controls></video>"
+        return f"<figure>{video}<figcaption>{html.escape(model)}</figcaption></figure>"
+
     for row in found["comparisons"]:
-        if not {row["a"], row["b"]} <= set(key.models):
-            continue
-        shares = {}
-        for entry in key.pairs:
-            own = [v for v in votes if v.kind == "pair" and v.pair == entry.id and {v.left, v.right} == {row["a"], row["b"]}]
-            wins = sum(0.5 if v.choice == "tie" else (v.left if v.choice == "left" else v.right) == row["a"] for v in own)
-            if own:
-                shares[entry.id] = wins, len(own)
-        parts.append(f"<h3>{html.escape(row['a'])} (left) against {html.escape(row['b'])}</h3>")
-        for name in clearest(shares, arguments.examples):
-            entry = next(e for e in key.pairs if e.id == name)
-            clips = []
-            for model in (row["a"], row["b"]):
-                shutil.copyfile(media / files[model, name], arguments.output / "media" / files[model, name])
-                clips.append(
-                    f"<figure><video src=media/{files[model, name]} autoplay loop muted playsinline controls></video>"
-                    f"<figcaption>{html.escape(model)}</figcaption></figure>"
-                )
-            caption = f"{html.escape(entry.prompt)} <small>({shares[name][0]:g} of {shares[name][1]} votes for the left)</small>"
-            parts.append(f"<div class=example><p>{caption}</p><div>{''.join(clips)}</div></div>")
-    return "".join(parts)
+        a, b = row["a"], row["b"]
+        scores = defaultdict(list)
+        for v in votes:
+            if v.kind == "pair" and {v.left, v.right} == {a, b} and {(a, v.pair), (b, v.pair)} <= files.keys():
+                scores[v.pair].append(score(v, a))
+        shares = {pair: (sum(scores[pair]), len(scores[pair])) for pair in prompts if pair in scores}
+        parts += [f"<h3>{html.escape(a)} (left) against {html.escape(b)}</h3>"] if shares else []
+        for pair in clearest(shares, arguments.examples):
+            caption = f"{html.escape(prompts[pair])} <small>({shares[pair][0]:g} of {shares[pair][1]} votes for the left)</small>"
+            parts.append(f"<div class=example><p>{caption}</p><div>{figure(a, pair)}{figure(b, pair)}</div></div>")
+    return "<h2>Examples</h2>" + "".join(parts) if parts else ""

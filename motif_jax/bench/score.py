@@ -5,7 +5,6 @@ index.html to look at, scores.json and scores.csv by model, videos.csv by video.
 """
 
 import argparse
-import concurrent.futures
 import csv
 import dataclasses
 import hashlib
@@ -24,12 +23,13 @@ from motif_jax.bench import flows, score_page
 from motif_jax.bench.arguments import at_least, folders, local, positive, size
 from motif_jax.bench.preference import finite
 from motif_jax.bench.standings import METRICS, STATIC, standings
-from motif_jax.bench.study_clips import reaches, stride
+from motif_jax.bench.study_clips import on_threads, reaches, stride
 from motif_jax.bench.video_metrics import WINDOW, FlowFn, measure
 from motif_jax.data.images import MediaError, cover, read_image
 from motif_jax.data.videos import read_video
 from motif_jax.errors import UserError
 from motif_jax.pairs import Pair, find_videos, frames_in, read_pairs
+from motif_jax.requested import make_output
 
 VERSION = 1  # of the measures: a cache of another version is not used
 FRAME_RATE = 8.0  # of folders of frames, which do not say theirs
@@ -67,7 +67,7 @@ def load(path: pathlib.Path, settings: Settings) -> tuple[np.ndarray, float]:
     """(uint8 [T, H, W, 3], frames per second) of a video file or a folder of frames. Raises MediaError."""
     if path.is_dir():
         step, fps = _thinning(settings.frame_rate, settings.rate)
-        pictures = [read_image(p) for p in _frame_files(path)[::step][: settings.frames]]
+        pictures = [_read(p) for p in _frame_files(path)[::step][: settings.frames]]
         if len({p.shape for p in pictures}) > 1:
             raise MediaError("changes size", "its frames are not all of one size")
         frames = np.stack(pictures)
@@ -95,7 +95,19 @@ def _thinning(fps: float, rate: float | None) -> tuple[int, float]:
 
 def _frame_files(folder: pathlib.Path) -> list[pathlib.Path]:
     """By the numbers in their names: frame10 comes after frame9."""
-    return sorted(frames_in(folder), key=lambda p: [int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", p.name)])
+
+    def parts(path: pathlib.Path) -> list[Any]:
+        return [int(part) if n % 2 else part for n, part in enumerate(re.split(r"([0-9]+)", path.name))]
+
+    return sorted(frames_in(folder), key=lambda path: (parts(path), path.name))
+
+
+def _read(path: pathlib.Path, *size: int) -> np.ndarray:
+    """`read_image`, whose MediaError names the file: it is another one than that which is measured."""
+    try:
+        return read_image(path, *size)
+    except MediaError as error:
+        raise MediaError("unreadable image", f"{path}: {error}") from error
 
 
 class Scorer:
@@ -116,27 +128,22 @@ class Scorer:
 
     def __call__(self, jobs: Sequence[tuple[Pair, Any]], progress: Callable[[str], None]) -> list[Row | MediaError]:
         """One row, or the reason why there is none, for each (pair, path of its video or shape [T, H, W] and rate of the still one)."""
+
+        def told(done: int) -> None:
+            if done % 20 == 0 or done == len(jobs):
+                progress(f"{done} of {len(jobs)} videos")
+
         results: list[Row | MediaError] = []
-        with concurrent.futures.ThreadPoolExecutor(self._workers) as pool, self._cache.open("a") as cache:
+        with self._cache.open("a") as cache:
             if cache.tell():
                 cache.write("\n")  # ends a line that was cut off
-            futures = [pool.submit(self._one, *job) for job in jobs]
-            try:
-                for n, future in enumerate(futures, 1):
-                    try:
-                        key, row = future.result()
-                    except MediaError as error:
-                        results.append(error)
-                    else:
-                        results.append(row)
-                        if key not in self._known:
-                            self._known[key] = row
-                            cache.write(json.dumps({"key": key, "row": finite(row)}) + "\n")
-                            cache.flush()
-                    if n % 20 == 0 or n == len(futures):
-                        progress(f"{n} of {len(futures)} videos")
-            finally:
-                pool.shutdown(cancel_futures=True)
+            for found in on_threads(self._one, jobs, self._workers, told):
+                key, row = (None, found) if isinstance(found, MediaError) else found
+                results.append(row)
+                if key and key not in self._known:
+                    self._known[key] = row
+                    cache.write(json.dumps({"key": key, "row": finite(row)}) + "\n")
+                    cache.flush()
         return results
 
     def _one(self, pair: Pair, video: Any) -> tuple[str, Row]:
@@ -162,10 +169,10 @@ def measure_video(pair: Pair, video: Any, settings: Settings, flow_fn: FlowFn, c
     """Shape and measures of one video: of a path, or of the image repeated for ([T, H, W], rate). Raises MediaError."""
     if isinstance(video, pathlib.Path):
         frames, fps = load(video, settings)
-        image = read_image(pair.image, *frames.shape[1:3])
+        image = _read(pair.image, *frames.shape[1:3])
     else:
         (count, height, width), fps = video
-        image = read_image(pair.image, height, width)
+        image = _read(pair.image, height, width)
         frames = np.repeat(image[None], count, axis=0)
     row = {"frames": len(frames), "height": frames.shape[1], "width": frames.shape[2], "fps": float(fps)}
     row |= measure(frames, image, fps, flow_fn)
@@ -181,7 +188,6 @@ def score(
     without a video of the list, and when no video can be measured.
     """
     rows, problems, still = [], [], {}
-    by_id = {p.id: p for p in pairs}
     for model, folder in folders.items():
         found = find_videos(folder, pairs)
         if not found.videos:
@@ -191,15 +197,14 @@ def score(
         problems += [Problem(model, "double", p.name, "another file shows the same pair and seed") for p in found.doubles]
         seeds = sorted({seed for _, seed in found.videos})
         problems += [Problem(model, "missing", p.id, f"seed {s}") for p in pairs for s in seeds if (p.id, s) not in found.videos]
-        order = [(p.id, s) for p in pairs for s in seeds if (p.id, s) in found.videos]
-        measured = scorer([(by_id[i], found.videos[i, s]) for i, s in order], lambda text, model=model: progress(f"{model}: {text}"))
-        for (identity, seed), row in zip(order, measured, strict=True):
-            path = found.videos[identity, seed]
+        order = [(p, s, found.videos[p.id, s]) for p in pairs for s in seeds if (p.id, s) in found.videos]
+        measured = scorer([(pair, path) for pair, _, path in order], lambda text, model=model: progress(f"{model}: {text}"))
+        for (pair, seed, path), row in zip(order, measured, strict=True):
             if isinstance(row, MediaError):
                 problems.append(Problem(model, "broken", path.name, str(row)))
                 continue
-            rows.append({"model": model, "id": identity, "seed": seed, "file": str(path), **row})
-            still.setdefault(identity, ((row["frames"], row["height"], row["width"]), row["fps"]))
+            rows.append({"model": model, "id": pair.id, "seed": seed, "file": str(path), **row})
+            still.setdefault(pair.id, ((row["frames"], row["height"], row["width"]), row["fps"]))
     if not rows:
         first = next(p for p in problems if p.kind == "broken")
         raise UserError(f"--videos: no video can be measured, the first being {folders[first.model] / first.name}: {first.detail}")
@@ -216,18 +221,14 @@ def score(
 def _unlike(rows: Sequence[Row]) -> list[Problem]:
     """Videos of another length, size or frame rate than most: most measures cannot be compared between them."""
     problems = []
-    for kind, text, differs in (
-        ("other length", lambda r: f"{r['frames']} frames", lambda a, b: a["frames"] != b["frames"]),
-        ("other size", lambda r: f"{r['height']}x{r['width']}", lambda a, b: (a["width"], a["height"]) != (b["width"], b["height"])),
-        # GIFs count in 1/100 s: 8 frames a second are 7.7 or 8.3 there
-        ("other frame rate", lambda r: f"{r['fps']:g} frames a second", lambda a, b: abs(a["fps"] / b["fps"] - 1) > 0.05),
-    ):
-        common = Counter(map(text, rows)).most_common(1)
-        usual = next((row for row in rows if text(row) == common[0][0]), None)
-        for row in rows:
-            if differs(row, usual):
-                name = pathlib.Path(row["file"]).name
-                problems.append(Problem(row["model"], kind, name, f"{text(row)}, most have {text(usual)}"))
+    for kind, form in (("length", "{frames} frames"), ("size", "{height}x{width}"), ("frame rate", "{fps:g} frames a second")):
+        texts = [form.format_map(row) for row in rows]
+        usual = Counter(texts).most_common(1)[0][0]
+        rate = rows[texts.index(usual)]["fps"]
+        for row, text in zip(rows, texts, strict=True):
+            near = kind == "frame rate" and abs(row["fps"] / rate - 1) <= 0.05  # GIFs count in 1/100 s: 8 are 7.7 or 8.3 there
+            if text != usual and not near:
+                problems.append(Problem(row["model"], f"other {kind}", pathlib.Path(row["file"]).name, f"{text}, most have {usual}"))
     return problems
 
 
@@ -285,11 +286,7 @@ def run(arguments: argparse.Namespace) -> None:
 
         clip = ClipAlignment(arguments.clip)
     settings = Settings(described, clip.digest if clip else "", arguments.frames, arguments.size, arguments.fps, arguments.rate)
-    try:
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        (arguments.output / "cache.jsonl").touch()
-    except OSError as error:
-        raise UserError(f"--output={arguments.output}: cannot be written: {error}") from error
+    make_output(arguments.output)
     workers = arguments.workers or (os.cpu_count() if arguments.flow == "dis" and clip is None else 1)
     scorer = Scorer(settings, flow_fn, clip, arguments.output / "cache.jsonl", workers)
     rows, problems = score(pairs, models, scorer, lambda text: print(text, flush=True))

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from motif_jax import html
+from motif_jax.bench import tables
 from motif_jax.bench.standings import METRICS, STATIC
 from motif_jax.bench.video_metrics import DECAY
 from motif_jax.data.images import MediaError, read_image
@@ -34,12 +35,12 @@ dt{font-weight:600}dd{margin:0 0 .3rem 1rem}"""
 def text_table(result: Mapping[str, Any]) -> str:
     """The models' values as a Markdown table, without intervals; above it what `unequal` has to say."""
     names = [n for n in MOTION + LIKENESS if any(n in model["metrics"] for model in result["models"].values())]
-    lines = [f"{note}\n"] if (note := unequal(result)) else []
-    lines += ["| model | pairs | " + " | ".join(BY_NAME[n].label for n in names) + " |", "|---" * (len(names) + 2) + "|"]
+    rows = []
     for name, model in result["models"].items():
-        cells = [_number(n, model["metrics"][n]["value"]) if n in model["metrics"] else "-" for n in names]
-        lines.append("| " + " | ".join([name, str(model["pairs"]), *cells]) + " |")
-    return "\n".join(lines)
+        cells = (_number(n, model["metrics"][n]["value"]) if n in model["metrics"] else "-" for n in names)
+        rows.append([name, str(model["pairs"]), *cells])
+    table = tables.markdown(["model", "pairs", *(BY_NAME[n].label for n in names)], rows)
+    return f"{note}\n\n{table}" if (note := unequal(result)) else table
 
 
 def unequal(result: Mapping[str, Any]) -> str:
@@ -134,7 +135,7 @@ def _plots(models: Mapping[str, Any]) -> str:
                     axes.plot([scale * m["low"], scale * m["high"]], [y, y], color=colour, linewidth=2)
                 axes.plot(scale * m["value"], y, "o", color=colour, markersize=6)
         axes.set_title(BY_NAME[name].label, fontsize=10)
-        axes.set_yticks(range(len(models)), list(models), parse_math=False)
+        axes.set_yticks(range(len(models)), [html.short(model) for model in models], parse_math=False)
         axes.grid(axis="x", alpha=0.3)
     figure.axes[0].set_ylim(len(models) - 0.5, -0.5)
     return html.plot(figure, "value and 95 % interval of every model")
@@ -145,14 +146,17 @@ def _decay(models: Mapping[str, Any]) -> str:
 
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     axes = figure.subplots()
+    shown = {}
     for y, (model, found) in enumerate(models.items()):
         points = [(k, found["metrics"][f"ssim_first_{k}"]["value"]) for k in DECAY if f"ssim_first_{k}" in found["metrics"]]
         colour = "0.5" if model == STATIC else f"C{y % 10}"
         if points:
             marker = "osD^v"[y % 5]
-            axes.plot(*zip((0, 1.0), *points, strict=True), f"{marker}-", color=colour, markersize=4, label=model)
-    axes.set(xlabel="frame", ylabel="SSIM to frame 0", title="How fast videos leave their own first frame")
-    for text in figure.legend(fontsize=8, loc="outside right upper").get_texts():
+            (shown[model],) = axes.plot(*zip((0, 1.0), *points, strict=True), f"{marker}-", color=colour, markersize=4)
+    axes.set(xlabel="frame", ylabel="SSIM to frame 0")
+    axes.set_title("How fast videos leave their own first frame", fontsize=10, loc="left")
+    legend = figure.legend([*shown.values()], [html.short(model) for model in shown], fontsize=8, loc="outside right upper")
+    for text in legend.get_texts():
         text.set_parse_math(False)
     axes.grid(alpha=0.3)
     return html.plot(figure, "SSIM of later frames to frame 0")

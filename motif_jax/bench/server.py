@@ -42,28 +42,17 @@ def application(study: pathlib.Path, ballots: Ballots, token: str):
 
     key = ballots.key
 
-    def problem(status: int, text: str) -> Response:
-        return JSONResponse({"error": text}, status)
-
-    async def body(request: Request) -> bytes | None:
-        """The whole body, or None as soon as it is too long."""
-        data = b""
-        async for chunk in request.stream():
-            data += chunk
-            if len(data) > MAX_BODY:
-                return None
-        return data
-
     def takes_json(answer):
         async def endpoint(request: Request) -> Response:
-            if (data := await body(request)) is None:
-                return problem(413, f"longer than {MAX_BODY} bytes")
+            data = b""
+            async for chunk in request.stream():
+                data += chunk
+                if len(data) > MAX_BODY:
+                    return JSONResponse({"error": f"longer than {MAX_BODY} bytes"}, 413)
             try:
                 return JSONResponse(await run_in_threadpool(answer, json.loads(data)))
-            except (ValueError, RecursionError) as error:
-                return problem(400, str(error))
-            except Taken as error:
-                return problem(409, str(error))
+            except (ValueError, RecursionError, Taken) as error:
+                return JSONResponse({"error": str(error)}, 409 if isinstance(error, Taken) else 400)
 
         return endpoint
 
@@ -84,32 +73,27 @@ def application(study: pathlib.Path, ballots: Ballots, token: str):
         Mount("/", StaticFiles(directory=study / "page", html=True)),
     ]
 
-    class Guard:
+    def guarded(app):
         """Refuses whatever does not start with the token, and adds the headers."""
 
-        def __init__(self, app) -> None:
-            self.app = app
-
-        async def __call__(self, scope, receive, send) -> None:
-            if scope["type"] != "http":
-                return await self.app(scope, receive, send)
-
+        async def guard(scope, receive, send) -> None:
             async def send_with_headers(message) -> None:
                 if message["type"] == "http.response.start":
                     message["headers"] = [*message["headers"], *((k.encode(), v.encode()) for k, v in HEADERS.items())]
                 await send(message)
 
-            given = scope["path"].removeprefix("/").partition("/")[0]
-            if not hmac.compare_digest(given.encode(), token.encode()):
-                return await PlainTextResponse("This address needs the study's token.", 403)(scope, receive, send_with_headers)
-            await self.app(scope, receive, send_with_headers)
+            given = scope.get("path", "").removeprefix("/").partition("/")[0]  # the server's start and end have none
+            known = scope["type"] == "lifespan" or hmac.compare_digest(given.encode(), token.encode())
+            await (app if known else PlainTextResponse("This address needs the study's token.", 403))(scope, receive, send_with_headers)
+
+        return guard
 
     @contextlib.asynccontextmanager
     async def lifespan(app):
         yield
         ballots.close()
 
-    return Starlette(routes=[Mount(f"/{token}", routes=pages)], middleware=[Middleware(Guard)], lifespan=lifespan)
+    return Starlette(routes=[Mount(f"/{token}", routes=pages)], middleware=[Middleware(guarded)], lifespan=lifespan)
 
 
 def serve(study: pathlib.Path, votes: pathlib.Path, host: str, port: int, token: str | None, lease: float) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from motif_jax.bench.preference import MIN_CLUSTERS, bootstrap, cluster_weights, known, share_interval
+from motif_jax.bench.preference import MIN_CLUSTERS, bootstrap, cluster_weights, share_interval
 
 STATIC = "static"  # the row of the image repeated
 SAMPLES = 2000  # of the bootstrap
@@ -31,24 +31,17 @@ class Metric:
     rate: bool = False  # of videos that do a thing: its mean lies between 0 and 1
 
 
+DYNAMIC_DEGREE = "videos that move by VBench's rule; camera shake and artefacts count too"
+LUMA_FLICKER = "jumps of the mean brightness, grey levels; median, as one blinking lamp outweighs all others"
 METRICS = (
-    Metric(
-        "dynamic_degree", "dynamic degree %", "videos that move by VBench's rule; camera shake and artefacts count too", 1, 100, rate=True
-    ),
+    Metric("dynamic_degree", "dynamic degree %", DYNAMIC_DEGREE, 1, 100, rate=True),
     Metric("mean_flow", "mean flow px", "pixels per frame"),
     Metric("top5_flow", "top-5 % flow px", "mean of the fastest 5 % of pixels, per frame, which the dynamic degree asks for"),
     Metric("residual_flow", "residual flow px", "what is left of the flow without the whole picture's shift: objects, not the camera"),
     Metric("moving_area", "moving area %", "pixels that move by more than half a pixel a frame", 1, 100),
     Metric("camera_shift", "camera shift px", "shift of the whole picture, pixels per frame"),
     Metric("flicker", "flicker %", "1 - mean difference of successive frames: falls with motion, 100 for a still", 2, 100),
-    Metric(
-        "luma_flicker",
-        "luma flicker",
-        "jumps of the mean brightness, grey levels; median, as one blinking lamp outweighs all others",
-        2,
-        1,
-        np.median,
-    ),
+    Metric("luma_flicker", "luma flicker", LUMA_FLICKER, statistic=np.median),
     Metric("warp_error", "warp error", "difference of successive frames with the motion taken out, grey levels"),
     Metric("smoothness", "smoothness %", "how well a frame is guessed from its neighbours: falls with motion, 100 for a still", 2, 100),
     Metric("ssim0_image", "SSIM frame 0", "does it start at the image?", 3),
@@ -99,14 +92,14 @@ def standings(rows: Sequence[Mapping[str, Any]], images: Mapping[str, str], name
     differences = []
     for a, b in combinations(means, 2):
         for m in METRICS:
-            both = [i for i in means[a].get(m.name, {}) if i in means[b].get(m.name, {})]
-            if both:
-                gap = {i: means[a][m.name][i] - means[b][m.name][i] for i in both}
-                shares = {"a_larger": np.mean([g > 0 for g in gap.values()]), "b_larger": np.mean([g < 0 for g in gap.values()])}
-                shares = {k: float(v) for k, v in shares.items()}
-                differences.append(
-                    {"metric": m.name, "a": a, "b": b, **_estimate(gap, images, m, seed, (-1.0, 1.0) if m.rate else None), **shares}
-                )
+            of_a, of_b = means[a].get(m.name, {}), means[b].get(m.name, {})
+            if gap := {i: of_a[i] - of_b[i] for i in of_a if i in of_b}:
+                estimate = _estimate(gap, images, m, seed, (-1.0, 1.0) if m.rate else None)
+                shares = {
+                    "a_larger": float(np.mean([g > 0 for g in gap.values()])),
+                    "b_larger": float(np.mean([g < 0 for g in gap.values()])),
+                }
+                differences.append({"metric": m.name, "a": a, "b": b, **estimate, **shares})
     own = [{row["id"] for row in rows if row["model"] == model} for model in means if model != STATIC]
     return {"models": models, "common_pairs": len(set.intersection(*own)) if own else 0, "differences": differences}
 
@@ -118,8 +111,7 @@ def _estimate(
     clusters = [images[i] for i in of_pair]
     count, weights = len(set(clusters)), cluster_weights(clusters, SAMPLES, seed)
     if metric.statistic is np.mean:
-        _, *limits = share_interval(values, np.ones(len(values)), weights, count, bounds)
+        _, low, high = share_interval(values, np.ones(len(values)), weights, count, bounds)
     else:
-        limits = bootstrap(metric.statistic, values, weights if count >= MIN_CLUSTERS else weights[:0])
-    low, high = known(*limits) or (None, None)
+        low, high = bootstrap(metric.statistic, values, weights if count >= MIN_CLUSTERS else weights[:0])
     return {"value": float(metric.statistic(values)), "low": low, "high": high, "pairs": len(values)}

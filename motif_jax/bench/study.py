@@ -21,27 +21,15 @@ from motif_jax.pairs import plain_name
 QUESTION = "Which video is better overall?"
 # The reasons of the paper (its figure 4), what the page says about them, and about the training task that teaches them.
 REASONS = {
-    "image_alignment": (
-        "Image alignment",
-        "It keeps closer to the starting image.",
-        "the other video does not have the colours of the starting image.",
-    ),
+    "image_alignment": ("It keeps closer to the starting image.", "the other video does not have the colours of the starting image."),
     "text_alignment": (
-        "Text alignment",
         "It shows better what the sentence says.",
         "the other video stands still, so nothing that the sentence says happens.",
     ),
-    "object_motion": (
-        "Object motion",
-        "The right things move, and move naturally.",
-        "in the other video things jump to and fro instead of moving.",
-    ),
-    "overall_quality": (
-        "Overall quality",
-        "It looks better: sharp, steady, without faults.",
-        "the other video is coarse and noisy.",
-    ),
+    "object_motion": ("The right things move, and move naturally.", "in the other video things jump to and fro instead of moving."),
+    "overall_quality": ("It looks better: sharp, steady, without faults.", "the other video is coarse and noisy."),
 }
+LABELS = {reason: reason.replace("_", " ").capitalize() for reason in REASONS}
 SIDES = ("left", "right")
 
 
@@ -211,7 +199,7 @@ def load(study: pathlib.Path) -> Key:
         )
     except FileNotFoundError as error:
         raise UserError(f"{path}: missing; expected a folder made by `annotate build`") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not a key of this version of `annotate build` ({error})") from error
 
 
@@ -228,7 +216,7 @@ def page_data(key: Key, server: bool) -> dict[str, Any]:
         "id": key.id,
         "title": key.title,
         "question": QUESTION,
-        "reasons": [{"id": name, "label": label, "help": text, "lesson": lesson} for name, (label, text, lesson) in REASONS.items()],
+        "reasons": [{"id": name, "label": LABELS[name], "help": text, "lesson": lesson} for name, (text, lesson) in REASONS.items()],
         "ties": key.ties,
         "aspect": key.width / key.height,
         "width": key.width,

@@ -8,8 +8,9 @@ import concurrent.futures
 import os
 import pathlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
@@ -32,21 +33,39 @@ class Format:
     fps: float
 
 
-def parallel(function: Callable, jobs: list, progress: Callable[[str], None]) -> list:
-    """[function(*job) for job in jobs] on all cores (decoders and encoders leave the interpreter); MediaErrors are collected.
+def on_threads(
+    function: Callable, jobs: Sequence[tuple], workers: int | None, progress: Callable[[int], None] = lambda done: None
+) -> Iterator[Any]:
+    """function(*job) of each job in their order, or the MediaError that it raised; decoders, encoders and filters leave the interpreter.
 
-    Raises UserError naming the first files that could not be used. A job's first entry is the path.
+    progress: called with the number of jobs that are done. Whatever else is raised, an interrupt for one, waits for running jobs alone.
     """
-    results, faults = [], []
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         futures = [pool.submit(function, *job) for job in jobs]
-        for n, (job, future) in enumerate(zip(jobs, futures, strict=True), 1):
-            try:
-                results.append(future.result())
-            except images.MediaError as error:
-                faults.append(f"{job[0]}: {error}")
-            if n % 100 == 0 or n == len(jobs):
-                progress(f"{n} of {len(jobs)}")
+        try:
+            for n, future in enumerate(futures, 1):
+                try:
+                    result = future.result()
+                except images.MediaError as error:
+                    result = error
+                yield result
+                progress(n)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def parallel(function: Callable, jobs: Sequence[tuple], what: str = "") -> list[Any]:
+    """`on_threads` on all cores. Raises UserError that names the first files that could not be used; a job's first entry is the path.
+
+    what: the name of the jobs, to print how many are done.
+    """
+
+    def progress(done: int) -> None:
+        if what and (done % 100 == 0 or done == len(jobs)):
+            print(f"{what}: {done} of {len(jobs)}", flush=True)
+
+    results = list(on_threads(function, jobs, os.cpu_count(), progress))
+    faults = [f"{job[0]}: {found}" for job, found in zip(jobs, results, strict=True) if isinstance(found, images.MediaError)]
     if faults:
         raise UserError(f"{len(faults)} of {len(jobs)} files cannot be used: {enumerate_first(faults, 5)}")
     return results
@@ -56,14 +75,14 @@ def length(path: pathlib.Path) -> tuple[int, float]:
     """(frames, frames per second) of a video. Raises MediaError."""
     if path.is_dir():
         raise images.MediaError("is a folder", "frames have no frame rate, a study needs video files")
-    available = []
+    counts = []
 
     def first_frame(count: int) -> tuple[int, int]:
-        available.append(count)
+        counts.append(count)
         return 0, 1
 
     clip = videos.read_clip(path, 1, 16, 16, first_frame)
-    return available[-1], clip.fps
+    return counts[-1], clip.fps
 
 
 def common_format(lengths: dict[pathlib.Path, tuple[int, float]], height: int, width: int, frames: int | None, fps: float | None) -> Format:

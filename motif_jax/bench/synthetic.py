@@ -8,11 +8,12 @@ where one is given).
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
+from motif_jax.bench import tables
 from motif_jax.bench.arguments import at_least
 from motif_jax.bench.judge import MIN_WAY, judge
 from motif_jax.bench.preference import rate
@@ -28,22 +29,9 @@ Measures = dict[str, np.ndarray]
 SPLITS = ("validation", "heldout", "several", "backgrounds")
 RATES = ("success", "direction_ok", "wrong_object")
 MEANS = (
-    "speed_ratio",
-    "path_error",
-    "selectivity",
-    "presence",
-    "others_presence",
-    "others_drift",
-    "background_shift",
-    "background_mae",
-    "background_psnr",
-    "colour_error",
-    "shape_iou",
-    "area_ratio",
-    "leak",
-    "psnr",
-    "psnr_to_first",
-)
+    "speed_ratio path_error selectivity presence others_presence others_drift background_shift background_mae background_psnr "
+    "colour_error shape_iou area_ratio leak psnr psnr_to_first"
+).split()
 MOVES = [d for d in sprites.DIRECTIONS if d != "still"]
 OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up"}
 
@@ -122,8 +110,6 @@ def evaluate(
     frames: int,
     height: int,
     width: int,
-    splits: Sequence[str] = SPLITS,
-    sensitivity: Sequence[str] = ("heldout",),
     batch_size: int = 32,
     round_trip: Callable[[np.ndarray], np.ndarray] | None = None,
     progress: Callable[[str], None] = lambda text: None,
@@ -131,14 +117,14 @@ def evaluate(
     """Samples the first `count` clips of each split of a world (seed: that of the world), judges them, and returns plain numbers
     for JSON: {"world", "seed", "count", ..., "splits": {split: {"model", "static", "ceiling", ...}}}.
 
-    `heldout` also tells combinations of shape and direction from those of colour and direction. sensitivity: splits whose
-    moving clips are sampled with all four directions (four times the work; see `text_sensitivity`). round_trip: clips through
-    the autoencoder, for the ceiling. Raises ValueError on a count below 1 or clips of a wrong shape.
+    `heldout` also tells combinations of shape and direction from those of colour and direction, and its clips are sampled with all four
+    directions too (see `text_sensitivity`). round_trip: clips through the autoencoder, for the ceiling. Raises ValueError on a count
+    below 1 or clips of a wrong shape.
     """
     if count < 1:
         raise ValueError(f"count={count}: at least one clip is needed")
     result = {"world": world, "seed": seed, "count": count, "frames": frames, "height": height, "width": width, "splits": {}}
-    for split in splits:
+    for split in SPLITS:
         clips = sprites.make_clips(world, seed, range(count), frames, height, width, split)
         ceiling = judge(clips["frames"] if round_trip is None else round_trip(clips["frames"]), clips)
 
@@ -153,54 +139,38 @@ def evaluate(
             by_shape = np.array([sprites.HELD_OUT[sprites.DIRECTIONS[d]] in sprites.SHAPES for d in clips["direction"]])
             for name, part in (("shape and direction", by_shape), ("colour and direction", ~by_shape)):
                 rows[name] = summarise({k: v[part] for k, v in measures.items()})
-        if split in sensitivity:
             rows |= text_sensitivity({d: judged(turned(clips["captions"], d), f"{split}, {d}") for d in MOVES}, clips)
         result["splits"][split] = rows
     return result
 
 
-def to_json(result: dict[str, Any]) -> str:
-    """The text of a result file."""
-    return json.dumps(result, indent=2) + "\n"
-
-
 def table(result: dict[str, Any]) -> str:
     """The result as a Markdown table, one row per split and system; rates in per cent with their 95 % intervals."""
+    forms = {"speed_ratio": ".2f", "path_error": ".3f", "background_psnr": ".1f", "area_ratio": ".2f"}
+    head = "split|clips|success %|direction %|wrong object %|speed ratio|path error|background dB|area|still kept %".split("|")
 
     def percent(r: dict[str, Any]) -> str:
-        return "-" if r["rate"] is None else f"{100 * r['rate']:.0f} [{100 * r['low']:.0f}, {100 * r['high']:.0f}]"
+        return "-" if r["rate"] is None else tables.estimate(r["rate"], (r["low"], r["high"]), ".0f", 100)
 
-    def number(x: float | None, form: str) -> str:
-        return "-" if x is None else format(x, form)
-
-    lines = [
-        f"{result['world']}, {result['count']} clips per split, {result['frames']} frames of {result['height']}x{result['width']}",
-        "",
-        "| split | clips | success % | direction % | wrong object % | speed ratio | path error | background dB | area | still kept % |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    told = []
+    lines, told = [], []
     for split, rows in result["splits"].items():
-        for system in [name for name in rows if "moving" in rows[name]]:
-            moving, still = rows[system]["moving"], rows[system]["still"]
-            rates, means = moving["rates"], moving["means"]
-            cells = [split, system, *(percent(rates[n]) for n in RATES)]
-            forms = {"speed_ratio": ".2f", "path_error": ".3f", "background_psnr": ".1f", "area_ratio": ".2f"}
-            cells += [number(means[n], form) for n, form in forms.items()] + [percent(still["rates"]["direction_ok"])]
-            lines.append("| " + " | ".join(cells) + " |")
+        for system, found in ((name, row) for name, row in rows.items() if "moving" in row):
+            rates, means = found["moving"]["rates"], found["moving"]["means"]
+            cells = [*(percent(rates[n]) for n in RATES), *(tables.number(means[n], form) for n, form in forms.items())]
+            lines.append([split, system, *cells, percent(found["still"]["rates"]["direction_ok"])])
         if "prompt_retrieval" in rows:
             told.append(
                 f"{split}: told all four ways, the way taken picks the sentence in {percent(rows['prompt_retrieval'])} % (chance 25), "
-                f"antonym contrast {number(rows['antonym_contrast']['mean'], '.2f')} of 1"
+                f"antonym contrast {tables.number(rows['antonym_contrast']['mean'])} of 1"
             )
-    return "\n".join([*lines, "", *told]).rstrip() + "\n"
+    title = f"{result['world']}, {result['count']} clips per split, {result['frames']} frames of {result['height']}x{result['width']}"
+    return "\n".join([title, "", tables.markdown(head, lines), "", *told]).rstrip() + "\n"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workdir", required=True, help="work directory of a run; gets synthetic.json and the report")
-    parser.add_argument(
-        "--world", choices=sprites.WORLDS, help="name of the synthetic world (default: the one that the run was trained on)"
-    )
+    world = "name of the synthetic world (default: the one that the run was trained on)"
+    parser.add_argument("--world", choices=sprites.WORLDS, help=world)
     parser.add_argument("--count", default=128, type=at_least(1), help="clips per split")
     parser.add_argument("--seed", default=0, type=int, help="seed of the world")
 
@@ -247,7 +217,7 @@ def run(arguments: argparse.Namespace) -> None:
     show = sprites.make_clips(world, seed, range(8), d.frames, d.height, d.width, "heldout")
     made = animator(list(show["frames"][:, 0]), show["captions"], list(range(8)))
     with mirrored(workdir) as local:
-        (local / "synthetic.json").write_text(to_json(result))
+        (local / "synthetic.json").write_text(json.dumps(result, indent=2) + "\n")
         save_comparison(local / "synthetic", show["frames"], made, show["captions"], animator.config.sample.fps)
         report.write(local)
     print(table(result))

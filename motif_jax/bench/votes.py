@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import pathlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +49,11 @@ class Vote:
     comment: str = ""
     time: str = ""
 
+    @property
+    def subject(self) -> tuple[str, frozenset[str]]:
+        """What was compared: the pair and the two systems."""
+        return self.pair, frozenset((self.left, self.right))
+
 
 FIELDS = tuple(field.name for field in dataclasses.fields(Vote))
 NEEDED = FIELDS[:5]
@@ -74,19 +80,17 @@ def check_annotator(value: Any) -> str:
     return plain_name(_text(value, "annotator", MAX_ANNOTATOR, 1))
 
 
-def check_answer(choice: Any, reasons: Any, ties: bool) -> tuple[str, tuple[str, ...]]:
-    """A forced choice with at least one of the four reasons; a tie, where allowed, needs none. Raises ValueError."""
-    if choice not in (*SIDES, *(["tie"] if ties else [])):
-        raise ValueError(f"choice: expected left or right{' or tie' if ties else ''}")
-    if not isinstance(reasons, (list, tuple)) or not set(map(str, reasons)) <= set(REASONS):
+def check_reasons(value: Any) -> Sequence[str]:
+    """Any of the four reasons, or none. Raises ValueError."""
+    if not isinstance(value, (list, tuple)) or not all(reason in tuple(REASONS) for reason in value):
         raise ValueError(f"reasons: expected some of {', '.join(REASONS)}")
-    if choice != "tie" and not reasons:
-        raise ValueError("reasons: at least one is needed")
-    return choice, tuple(name for name in REASONS if name in reasons)
+    return value
 
 
 def check_record(record: Any, key: Key) -> dict[str, Any]:
-    """A record as the page sends it, with exactly the known fields. Raises ValueError naming the field that is wrong."""
+    """A record as the page sends it, with exactly the known fields: a choice needs at least one of the four reasons, a tie, where the study
+    allows one, needs none. Raises ValueError naming the field that is wrong.
+    """
     if not isinstance(record, dict):
         raise ValueError("expected an object")
     task = key.tasks.get(record["task"]) if isinstance(record.get("task"), str) else None
@@ -95,13 +99,17 @@ def check_record(record: Any, key: Key) -> dict[str, Any]:
     sheet = record.get("sheet")
     if not isinstance(sheet, str) or sheet not in key.sheets or (task.kind != "training" and task not in key.sheets[sheet]):
         raise ValueError("sheet: the task is not on it")
-    choice, reasons = check_answer(record.get("choice"), record.get("reasons"), key.ties)
+    choice, reasons = record.get("choice"), check_reasons(record.get("reasons"))
+    if choice not in (*SIDES, *(["tie"] if key.ties else [])):
+        raise ValueError(f"choice: expected left or right{' or tie' if key.ties else ''}")
+    if choice != "tie" and not reasons:
+        raise ValueError("reasons: at least one is needed")
     return {
         "task": task.id,
         "annotator": check_annotator(record.get("annotator")),
         "sheet": sheet,
         "choice": choice,
-        "reasons": list(reasons),
+        "reasons": [name for name in REASONS if name in reasons],
         "comment": _text(record.get("comment", ""), "comment", MAX_COMMENT),
         "seconds": round(_number(record.get("seconds"), "seconds", 0, 1e6), 2),
         "plays": int(_number(record.get("plays"), "plays: both videos must be watched to the end", 1, 1e6)),
@@ -113,11 +121,13 @@ def unblind(record: dict[str, Any], key: Key) -> Vote:
     """A checked record -> the vote with the systems' names."""
     task = key.tasks[record["task"]]
     entry = key.pairs[task.pair]
+    clips = (key.clips[name] for name in (task.left, task.right))
+    left, right = (f"{clip.model} ({clip.damage})" if clip.damage else clip.model for clip in clips)
     return Vote(
         **record | {"reasons": tuple(record["reasons"])},
         pair=entry.id,
-        left=_system(key, task.left),
-        right=_system(key, task.right),
+        left=left,
+        right=right,
         kind=task.kind,
         image=entry.image_id,
         scenario=entry.scenario,
@@ -125,11 +135,6 @@ def unblind(record: dict[str, Any], key: Key) -> Vote:
         repeats=task.repeats,
         better=task.better,
     )
-
-
-def _system(key: Key, name: str) -> str:
-    clip = key.clips[name]
-    return f"{clip.model} ({clip.damage})" if clip.damage else clip.model
 
 
 def check_vote(row: Any) -> Vote:
@@ -144,9 +149,7 @@ def check_vote(row: Any) -> Vote:
     given = {name: value for name, value in row.items() if name in FIELDS and value not in (None, "")}
     given |= {name: str(value) for name, value in given.items() if type(value) is int and name not in ("seconds", "plays", "reasons")}
     reasons = given.get("reasons", [])
-    reasons = reasons.split("|") if isinstance(reasons, str) else reasons
-    if not isinstance(reasons, (list, tuple)) or not all(r in tuple(REASONS) for r in reasons):
-        raise ValueError(f"reasons: expected some of {', '.join(REASONS)}")
+    reasons = check_reasons(reasons.split("|") if isinstance(reasons, str) else reasons)
     try:
         seconds, plays = float(given.get("seconds", math.nan)), float(given.get("plays", 0))  # a table may spell "nan"
     except (TypeError, ValueError, OverflowError):
@@ -178,10 +181,10 @@ def read_all(paths: list[pathlib.Path], study: pathlib.Path | None) -> tuple[lis
     key = load(study) if study else None
     found, refused = {}, []
     for path in paths:
-        rows = _rows(path, key)
+        rows, blind = _rows(path, key)
         for n, row in enumerate(rows, 1):
             try:
-                vote = check_vote(row) if isinstance(rows, list) else unblind(check_record(row, key), key)
+                vote = unblind(check_record(row, key), key) if blind else check_vote(row)
                 if found.setdefault(_subject(vote), vote) is not vote:
                     raise ValueError(f"second vote of {vote.annotator} on {vote.kind} {vote.pair}")
             except ValueError as error:
@@ -192,38 +195,41 @@ def read_all(paths: list[pathlib.Path], study: pathlib.Path | None) -> tuple[lis
 def _subject(vote: Vote) -> Any:
     """Who judged what, only once: a comparison of systems on a pair, whatever its task; else a task; without one, all of a row."""
     if vote.kind == "pair":
-        return vote.annotator, vote.pair, frozenset((vote.left, vote.right))
+        return vote.annotator, vote.subject
     return (vote.annotator, vote.task) if vote.task else vote
 
 
-def _rows(path: pathlib.Path, key: Key | None) -> list[Any] | tuple[Any, ...]:
-    """A list of unblinded votes, or a tuple of blind records."""
+def _rows(path: pathlib.Path, key: Key | None) -> tuple[list[Any], bool]:
+    """What a file holds, and whether it is blind."""
     from motif_jax.bench.ballots import read_records
 
     if path.suffix not in (".csv", ".json", ".sqlite"):
         raise UserError(f"{path}: votes are read from .csv, .json and .sqlite")
     csv.field_size_limit(2**31 - 1)  # a field longer than its default would cost the whole file
+    found, columns = None, []
     try:
         if path.suffix == ".csv":
             with path.open(encoding="utf-8-sig", newline="") as file:
                 table = csv.DictReader(file)
-                if len(table.fieldnames or ()) == 1 and set(table.fieldnames[0]) & set(";\t"):
-                    raise UserError(f"{path}: its first line has no comma; separate columns by commas, not by semicolons or tabs")
-                return list(table)
-        found = json.loads(path.read_text(encoding="utf-8")) if path.suffix == ".json" else None
+                columns = table.fieldnames = [plain_name(name) for name in table.fieldnames or ()]
+                found = list(table)
+        elif path.suffix == ".json":
+            found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, csv.Error) as error:
         raise UserError(f"{path}: cannot be read ({error})") from error
+    if len(columns) == 1 and set(columns[0]) & set(";\t"):
+        raise UserError(f"{path}: its first line has no comma; separate columns by commas, not by semicolons or tabs")
     if isinstance(found, list):
-        return found
+        return found, False
     if key is None:
         raise UserError(f"{path}: does not say which system is which; give the study's folder with --study")
     if path.suffix == ".sqlite":
-        return tuple(read_records(path, key))
+        return read_records(path, key), True
     if not isinstance(found, dict) or not isinstance(found.get("votes"), list):
         raise UserError(f"{path}: expected what the page of a study offers for download, or what `annotate export` writes")
     if found.get("study") != key.id:
         raise UserError(f"{path}: belongs to another study than the one of --study")
-    return tuple(found["votes"])
+    return found["votes"], True
 
 
 def write_votes(path: pathlib.Path, votes: list[Vote]) -> None:

@@ -3,13 +3,16 @@
 import argparse
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from motif_jax import animation
 from motif_jax.bench import ablation, ablation_report
 from motif_jax.data import sprites
 from motif_jax.errors import UserError
+from motif_jax.training import weights
 
 COUNT = 8
 
@@ -62,12 +65,64 @@ def test_report(runs):
     pair = pairs["none", "flow"]
     assert pair["heldout"]["motion"]["mean"] == 0.25 and pair["heldout"]["direction_ok_difference"]["mean"] == -0.5
     assert {s: e["mean"] for s, e in result["along"][0]["heldout"].items()} == {100: 0.5, 200: 0.5}
-    text = ablation_report.write(runs, result, found)
+    text = ablation_report.write(runs, result, found, {})
+    assert "Left out" not in text
     assert "| none | flow | 2 | 200 | 25 (25, 25) |" in text and "| mask | flow | 1 | 100 | 25 [" in text
     assert json.loads((runs / "report.json").read_text())["pairs"][0]["validation"]["strict"]["mean"] == 0.25
     page = (runs / "report.html").read_text()
     assert page.count("data:image/gif") == ablation.SHOWN and "Loss in the moving region over loss" in page
     assert (runs / "clips" / "00.png").stat().st_size > 0
+
+
+@pytest.mark.filterwarnings("error")
+def test_one_run_alone_is_a_report(runs):
+    """Without a comparison."""
+    for other in ("none", "mask", "flow/1"):
+        shutil.rmtree(runs / other)
+    ablation.run(arguments_of(runs))
+    text = (runs / "report.md").read_text()
+    assert "| flow | 1 | 200 | 100 [" in text and "| flow | - |" in text and "Gains and costs" not in (runs / "report.html").read_text()
+
+
+def arguments_of(runs, only=""):
+    return argparse.Namespace(runs=runs, only=only, count=COUNT, world="shapes", seed=1)
+
+
+def test_a_diverged_run_is_named_and_the_others_are_compared(runs, monkeypatch, tiny):
+    """One of two seeds of `flow` makes NaN at its last step, and its last ratios were not finite."""
+    run = runs / "flow" / "1"
+    (run / "judged" / f"200_shapes_heldout_1_{COUNT}.npz").unlink()
+    (run / "metrics.jsonl").write_text((run / "metrics.jsonl").read_text().replace("2.5", "null"))
+    config = tiny(data={"frames": 8, "height": 32, "width": 32})
+
+    class Diverged(SimpleNamespace):
+        def __call__(self, images, *_):
+            raise animation.NotFiniteError("NaN", np.zeros((len(images), 8, 32, 32, 3), np.uint8), np.zeros(len(images), bool))
+
+    monkeypatch.setattr(animation.Animator, "load", lambda path: Diverged(config=config))
+    monkeypatch.setattr(weights, "load", lambda path: {"denoiser": {}})
+    assert ablation.figure6([runs / "flow" / "0", run]) == {}
+    with pytest.raises(UserError, match=r"^flow/1: NaN or infinity in the clips, so no result; train .* or move it elsewhere$"):
+        ablation.run(arguments_of(runs))
+    for name in ("report.md", "report.html"):
+        assert "Left out, because their clips have NaN or infinity: flow/1 (step 200)." in (runs / name).read_text()
+    assert {arm: row["seeds"] for arm, row in json.loads((runs / "report.json").read_text())["arms"].items()} == {
+        "none": ["0", "1"],
+        "flow": ["0"],
+        "mask": ["0"],
+    }
+
+
+def test_ratios_that_were_not_finite_are_left_out(runs):
+    """Of one bucket of one seed, and all of the other arm's: no claim about figure 6 holds."""
+    for path, ratio in ((runs / "flow" / "1", "4.0"), (runs / "none" / "0", "2.5")):
+        (path / "metrics.jsonl").write_text((path / "metrics.jsonl").read_text().replace(ratio, "null"))
+    found = ablation.find_runs(runs)
+    result = ablation.summarise(found, "shapes", 1, COUNT)
+    assert result["arms"]["flow"]["ratio"][200] == {"all": [2.5, 2.5], "0": [2.0, 2.0]} and result["arms"]["none"]["ratio"] == {}
+    assert not any(claim.startswith("figure 6") for claim, *_ in ablation_report.claims(result))
+    result["arms"]["none"]["ratio"] = {200: {"all": [2.5, 2.5], "1": [4.0, 4.0]}}  # no bucket in common
+    assert ["figure 6: flow below none at every timestep", "-", "no"] in ablation_report.claims(result)
 
 
 def made_up(**ratios):
@@ -128,11 +183,9 @@ def test_what_is_missing_is_named(tmp_path):
 def test_a_seed_that_stopped_early_is_named(runs, monkeypatch):
     """Before anything is judged; alone it may be judged."""
     shutil.rmtree(runs / "flow" / "1" / "checkpoints" / "200")
-    arguments = argparse.Namespace(runs=runs, only="", count=COUNT, world="shapes", seed=1)
     judged = []
-    monkeypatch.setattr(ablation, "judge_runs", lambda found, *_: judged.append(list(found)))
+    monkeypatch.setattr(ablation, "judge_runs", lambda found, *_: judged.append(list(found)) or {})
     with pytest.raises(UserError, match=r"flow/1: ends at step 100, another seed of flow at 200"):
-        ablation.run(arguments)
-    arguments.only = "flow/1"
-    ablation.run(arguments)
+        ablation.run(arguments_of(runs))
+    ablation.run(arguments_of(runs, "flow/1"))
     assert judged == [[("flow", "1")]]

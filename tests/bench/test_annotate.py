@@ -3,7 +3,10 @@
 import csv
 import json
 import math
+import os
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import av
 import numpy as np
@@ -90,6 +93,27 @@ def test_golds_are_of_all_systems_and_the_lowest_seed_is_shown(material, tmp_pat
     assert np.abs(shown[-1] - shown[0]).mean() > 2
 
 
+def test_an_interrupt_does_not_wait_for_all_videos(monkeypatch):
+    """The first of many jobs is interrupted; the others go on when the pool has been told to shut down."""
+    told, done, shutdown = threading.Event(), [], ThreadPoolExecutor.shutdown
+
+    def job(n):
+        if n == 0:
+            raise KeyboardInterrupt
+        told.wait()
+        done.append(n)
+
+    def shut(pool, wait=True, cancel_futures=False):
+        shutdown(pool, wait=False, cancel_futures=cancel_futures)
+        told.set()
+        shutdown(pool)
+
+    monkeypatch.setattr(ThreadPoolExecutor, "shutdown", shut)
+    with pytest.raises(KeyboardInterrupt):
+        study_clips.parallel(job, [(n,) for n in range(4 * os.cpu_count())])
+    assert len(done) <= os.cpu_count()
+
+
 @pytest.mark.parametrize("name", ["recoloured", "frozen", "shuffled", "coarse", "torn"])
 def test_damage_is_damage(name):
     """Every damage leaves size and type, and changes a moving picture by far more than an encoder does."""
@@ -137,6 +161,10 @@ def test_images_of_one_name_in_two_folders_are_two_images(material, tmp_path):
     (tmp_path / "list.jsonl").write_text("\n".join(lines))
     key = study.load(material.build(tmp_path / "study", f"--list={tmp_path / 'list.jsonl'}", "--size=32", "--no_training", "--gold=0"))
     assert [e.image_id for e in key.pairs] == ["a/1", "b/1", "a/1"] and len({e.image for e in key.pairs}) == 2
+    (tmp_path / "b" / "1.png").rename(tmp_path / "a" / "1.jpg")  # the reader goes by what is in a file
+    (tmp_path / "list.jsonl").write_text("\n".join(lines).replace("b/1.png", "a/1.jpg"))
+    key = study.load(material.build(tmp_path / "other", f"--list={tmp_path / 'list.jsonl'}", "--size=32", "--no_training", "--gold=0"))
+    assert [e.image_id for e in key.pairs] == ["1.png", "1.jpg", "1.png"]
 
 
 def test_pairs_without_any_video_are_left_out(material, tmp_path, capsys):
@@ -316,10 +344,11 @@ def test_names_in_tables_are_compared_composed_and_without_blanks(small_study, t
 def test_a_table_without_commas_is_told_the_remedy(small_study, tmp_path, separator, named):
     """As spreadsheets write them in many countries."""
     lines = ["pair,annotator,left,right,choice", "1,anna,MotiF,Cinemo,left"]
+    lines = lines if named else [line.replace(",", ", ") for line in lines]  # blanks are no part of a column's name
     (tmp_path / "v.csv").write_text("\n".join(lines).replace(",", separator))
     given = ("export", f"--study={small_study}", f"--votes={tmp_path / 'v.csv'}", f"--output={tmp_path / 'out.csv'}")
     if named:
-        with pytest.raises(SystemExit, match=r"v\.csv: its first line has no comma; separate columns by commas"):
+        with pytest.raises(SystemExit, match=r"annotate: \S+v\.csv: its first line has no comma; separate columns by commas"):
             annotate(*given)
     else:
         annotate(*given)

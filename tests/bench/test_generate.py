@@ -1,5 +1,6 @@
 """Videos of a list from a tiny model: complete, repeatable, the same however the work is cut up."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -60,6 +61,12 @@ def pairs(tmp_path_factory):
 
 def quiet(text):
     pass
+
+
+def command(*arguments):
+    parser = Parser()
+    module.add_arguments(parser)
+    module.run(parser.parse_args(arguments))
 
 
 def contents(folder):
@@ -185,6 +192,15 @@ def test_vbench_files(animator, pairs, tmp_path):
     assert set(find_videos(tmp_path, pairs).videos) == {(p.id, s) for p in pairs for s in (0, 1)}
 
 
+def test_a_video_with_nan_costs_vbench_that_video_alone(animator, pairs, tmp_path, monkeypatch):
+    broken = dataclasses.replace(animator, sampler=lambda config, schedule, denoise, x_BThwC, keys_B: x_BThwC.at[1, 0, 0, 0, 0].set(np.nan))
+    monkeypatch.setattr(Animator, "load", lambda *_, **__: broken)
+    with pytest.raises(UserError, match=r"1 of 3 videos are not written \(NaN or infinity, see above\): A dog runs\. \(image1\)-0\.mp4"):
+        command("--workdir=x", f"--list={pairs[0].image.parent}", f"--output={tmp_path}", "--vbench")
+    assert len(json.loads((tmp_path / "vbench_info.json").read_text())) == len(list((tmp_path / "images").iterdir())) == 3
+    assert set(contents(tmp_path)) == {"A dog runs. (image0)-0.mp4", "Clouds, or leaves birds, drift.-0.mp4"}
+
+
 def test_two_requests_never_share_a_file(tmp_path):
     pairs = [Pair("a", tmp_path / "sky.png", "Up/down."), Pair("b", tmp_path / "sky.png", "Up down.")]
     assert len(requests_of(pairs, [0], False)) == 2
@@ -197,9 +213,7 @@ def test_the_manifest_says_what_the_animator_says(animator, pairs, tmp_path, mon
     monkeypatch.setattr(animation, "generate", lambda *_: None)
 
     def run(output):
-        parser = Parser()
-        module.add_arguments(parser)
-        module.run(parser.parse_args(["--workdir=x", f"--list={pairs[0].image.parent}", f"--output={output}"]))
+        command("--workdir=x", f"--list={pairs[0].image.parent}", f"--output={output}")
 
     run(tmp_path / "out")
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["settings"] == animator.settings
@@ -229,7 +243,5 @@ def test_the_manifest_says_what_the_animator_says(animator, pairs, tmp_path, mon
     ],
 )
 def test_bad_arguments(arguments, message, tmp_path):
-    parser = Parser()
-    module.add_arguments(parser)
     with pytest.raises(UserError, match=message):
-        module.run(parser.parse_args([f"--list={tmp_path}", f"--output={tmp_path}", *arguments]))
+        command(f"--list={tmp_path}", f"--output={tmp_path}", *arguments)

@@ -306,6 +306,13 @@ def test_what_a_study_detects_given_how_alike_pairs_of_an_image_are():
     assert minimum_detectable(27) < found["clustered"] <= minimum_detectable(21)
 
 
+def test_a_few_images_do_not_tell_how_alike_their_pairs_are():
+    """40 pairs of one image, half of them won: not as good as 40 independent ones."""
+    votes = [vote(f"p{n}", "r", *("AB" if n % 2 else "BA"), image="i") for n in range(40)]
+    found = analyse(votes, samples=100)["comparisons"][0]["detectable"]
+    assert found == {"independent": minimum_detectable(40), "clustered": None, "design_effect": None}
+
+
 def test_intervals_of_agreement_are_of_images():
     """Two people agree on every pair of 12 images and never on those of 8: alpha and kappa over drawn images, worked out here."""
     votes = []
@@ -342,7 +349,7 @@ def test_low_agreement_is_named(tmp_path):
         for name in "rs":
             rows.append(ROW | {"pair": f"p{n}", "annotator": name, "choice": "left" if (n % 2 == 0) == (name == "r") else "right"})
             rows.append(ROW | {"pair": f"p{n}", "annotator": name, "choice": "left" if n % 2 else "right", "right": "C"})
-    report(f"--votes={saved(tmp_path / 'votes.json', *rows)}", f"--output={tmp_path}", "--samples=100", "--reference=A")
+    report(f"--votes={saved(tmp_path / 'votes.json', *rows)}", f"--output={tmp_path}", "--samples=100", "--reference= A")
     assert "Agreement below 0.2 in: A against B. A majority" in (tmp_path / "report.html").read_text()
 
 

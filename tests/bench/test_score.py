@@ -303,6 +303,35 @@ def test_results_from_before_there_was_a_rate_are_used_again():
     assert settings.key == json.dumps(before, sort_keys=True) != dataclasses.replace(settings, rate=8.0).key
 
 
+def test_an_image_of_the_list_that_cannot_be_read_is_named(world, tmp_path):
+    """And not called a fault of the video alone."""
+    shutil.copytree(world, tmp_path / "world")
+    image = tmp_path / "world" / "image0.png"
+    image.write_bytes(image.read_bytes()[:150])
+    result = run(list=tmp_path / "world" / "list.jsonl", videos=f"fast={tmp_path / 'world' / 'fast'}", output=tmp_path)
+    details = {p["name"]: p["detail"] for p in result["problems"]}
+    assert list(details) == ["pair0.gif", "pair1-0.webm"]
+    assert all(detail.startswith(f"unreadable image: {image}: is no image: ") for detail in details.values())
+
+
+def test_frames_are_in_the_order_of_their_numbers(tmp_path):
+    """Whatever else is in their names, and in one order where numbers are alike."""
+    names = ["1.png", "001.jpg", "001.png", "\u0663.png", "frame9.png", "frame10.png"]
+    for name in names:
+        (tmp_path / name).touch()
+    assert [p.name for p in module._frame_files(tmp_path)] == ["001.jpg", "001.png", "1.png", "frame9.png", "frame10.png", "\u0663.png"]
+
+
+@pytest.mark.parametrize("name", ["_ours", "$x", "a very long name that tells all the settings of a run"])
+def test_every_model_is_in_the_legend(monkeypatch, name):
+    figures = []
+    monkeypatch.setattr(score_page.html, "plot", lambda figure, *_: figures.append(figure) or "")
+    metrics = {"metrics": {"ssim_first_1": {"value": 0.5}}}
+    score_page._decay({name: metrics, "static": metrics})
+    first, second = (text.get_text() for text in figures[0].legends[0].get_texts())
+    assert second == "static" and len(first) < 40 and name.startswith(first.rstrip("\u2026"))
+
+
 def test_names_are_written_as_text(world, tmp_path):
     """A model called like a tag, with a dollar sign that a plot would read as a formula."""
     result = run(list=world / "list.jsonl", videos=f"<script>$x={world / 'slow'}", output=tmp_path)

@@ -225,6 +225,9 @@ def test_without_a_server_nobody_gets_a_sheet_that_they_did_not_choose(browser, 
     person.page.get_by_role("button", name="Start").click()
     person.page.wait_for_selector("#work:not([hidden])")
     assert person.page.evaluate("session.who") == {"annotator": "Zo\u00e9", "sheet": "1-2"} and not person.faults
+    with person.page.expect_download() as download:
+        person.page.get_by_role("button", name="Download my answers").click()
+    assert download.value.suggested_filename == "votes-Zo\u00e9.json"  # files of several people are collected in one folder
 
 
 def test_on_a_laptop_videos_keep_their_size_and_explanations_are_seen(browser, material, tmp_path):
@@ -259,6 +262,9 @@ def test_a_study_from_the_file_system(browser, material, tmp_path):
     page.keyboard.press("2")
     page.keyboard.press("m")
     page.get_by_label("Comment (optional)").fill(HOSTILE)
+    # This Enter chooses among the letters that a Japanese keyboard offers.
+    page.dispatch_event("#comment", "keydown", {"key": "Enter", "isComposing": True})
+    assert person.place() == "2 of 3"
     page.reload()
     page.wait_for_selector("#work:not([hidden])")
     assert person.place() == "2 of 3" and page.get_by_role("radio", name="Video 2").is_checked()

@@ -72,7 +72,7 @@ def test_the_oracle_reaches_the_ceiling_and_the_static_clip_nothing():
 
 
 def test_a_model_that_ignores_the_sentence():
-    rows = synthetic.evaluate(Oracle(12, obey=False), "quickstart", 5, 12, **SIZE, splits=["heldout"])["splits"]["heldout"]
+    rows = synthetic.evaluate(Oracle(12, obey=False), "quickstart", 5, 12, **SIZE)["splits"]["heldout"]
     assert rows["antonym_contrast"]["mean"] == 0.0
     assert rows["prompt_retrieval"]["rate"] == 0.25
 
@@ -81,17 +81,14 @@ def test_the_ceiling_goes_through_the_autoencoder():
     def dark(frames):
         return np.clip(frames.astype(int) - 10, 0, 255).astype(np.uint8)
 
-    result = synthetic.evaluate(
-        lambda i, s, n: dark(np.repeat(i[:, None], 8, 1)), "quickstart", 0, 4, **SIZE, round_trip=dark, sensitivity=()
-    )
+    result = synthetic.evaluate(lambda i, s, n: dark(np.repeat(i[:, None], 8, 1)), "quickstart", 0, 4, **SIZE, round_trip=dark)
     rows = result["splits"]["validation"]
     assert rows["ceiling"]["moving"]["means"]["background_mae"] == pytest.approx(10, abs=0.01)
-    assert "antonym_contrast" not in result["splits"]["heldout"]
 
 
 def test_result_is_json_and_a_table():
     result = synthetic.evaluate(Oracle(6, obey=True), "quickstart", 5, 6, **SIZE)
-    assert json.loads(synthetic.to_json(result)) == result
+    assert json.loads(json.dumps(result)) == result
     lines = synthetic.table(result).splitlines()
     rows = [line for line in lines if line.startswith("|")]
     assert len(rows) == 2 + 4 * 3 + 2 and len({line.count("|") for line in rows}) == 1

@@ -18,11 +18,8 @@ const slot = (...parts) => JSON.stringify([study.id, ...parts]);
 const recall = (key) => JSON.parse(localStorage.getItem(key) || "null");
 const keep = (key, value) => localStorage.setItem(key, JSON.stringify(value));
 const draftSlot = () => slot("draft", session.who);
-const answersSlot = (annotator) => slot("answers", annotator);
-
-function keepDraft() {
-  if (draft) keep(draftSlot(), draft);
-}
+const keepDraft = () => keep(draftSlot(), draft);
+const answersOf = (annotator) => recall(slot("answers", annotator)) || [];
 
 // ---- the two places where answers go ----------------------------------------------------------------------------------------------
 
@@ -34,14 +31,10 @@ async function post(path, data) {
 }
 
 const browserStore = {
-  async open(annotator, sheet) {
-    const answers = recall(answersSlot(annotator)) || [];
-    return { sheet, tasks: study.sheets[sheet], done: answers.map((a) => a.task), trained: [] };
-  },
+  open: async (annotator, sheet) => ({ sheet, tasks: study.sheets[sheet], done: answersOf(annotator).map((a) => a.task), trained: [] }),
   async save(record) {
-    const answers = recall(answersSlot(record.annotator)) || [];
-    if (!answers.some((a) => a.task === record.task)) answers.push(record);
-    keep(answersSlot(record.annotator), answers);
+    const answers = answersOf(record.annotator);
+    if (!answers.some((a) => a.task === record.task)) keep(slot("answers", record.annotator), [...answers, record]);
   },
 };
 
@@ -59,9 +52,7 @@ function show(id) {
   $("place").hidden = id !== "work";
 }
 
-function notice(text) {
-  $("notice").textContent = text;
-}
+const notice = (text) => ($("notice").textContent = text);
 
 async function open(annotator, sheet) {
   let found;
@@ -113,17 +104,16 @@ function present(task, following) {
   update();
   $("prompt").focus();
   scrollTo(0, 0); // focus scrolls nothing where it was already
-  preload(following);
+  if (following) preload(following);
 }
 
 const source = (name) => `media/${name}`;
+const made = (element, fields) => Object.assign(document.createElement(element), fields);
 let ahead = []; // elements that hold the next task's files, so that they are not thrown away
 
 function preload(task) {
-  if (!task) return;
-  const image = new Image();
-  image.src = source(task.image);
-  ahead = [image, ...[task.left, task.right].map((name) => Object.assign(document.createElement("video"), { preload: "auto", muted: true, src: source(name) }))];
+  const videos = [task.left, task.right].map((name) => made("video", { preload: "auto", muted: true, src: source(name) }));
+  ahead = [made("img", { src: source(task.image) }), ...videos];
 }
 
 function update() {
@@ -292,23 +282,21 @@ function explain(task) {
 
 function download() {
   const annotator = session.who.annotator;
-  const data = { study: study.id, annotator, votes: recall(answersSlot(annotator)) || [] };
-  const link = document.createElement("a");
-  link.href = URL.createObjectURL(new Blob([JSON.stringify(data, null, 1)], { type: "application/json" }));
-  link.download = `votes-${annotator.replace(/[^\w-]+/g, "_").slice(0, 40)}.json`;
-  link.click();
-  setTimeout(() => URL.revokeObjectURL(link.href), 1000);
+  const data = { study: study.id, annotator, votes: answersOf(annotator) };
+  const name = [...annotator.replace(/[^\p{L}\p{M}\p{N}_-]+/gu, "_")].slice(0, 40).join("");
+  const href = URL.createObjectURL(new Blob([JSON.stringify(data, null, 1)], { type: "application/json" }));
+  made("a", { href, download: `votes-${name}.json` }).click();
+  setTimeout(() => URL.revokeObjectURL(href), 1000);
 }
 
 // ---- set-up -----------------------------------------------------------------------------------------------------------------------
 
 function option(parent, type, name, value, label, help, key) {
-  const input = Object.assign(document.createElement("input"), { type, name, value });
-  const box = document.createElement("label");
-  const text = document.createElement("span");
-  text.textContent = label;
-  if (help) text.append(Object.assign(document.createElement("small"), { textContent: help }));
-  box.append(input, text, Object.assign(document.createElement("kbd"), { textContent: key.toUpperCase(), ariaHidden: "true" }));
+  const input = made("input", { type, name, value });
+  const box = made("label");
+  const text = made("span", { textContent: label });
+  if (help) text.append(made("small", { textContent: help }));
+  box.append(input, text, made("kbd", { textContent: key.toUpperCase(), ariaHidden: "true" }));
   input.setAttribute("aria-keyshortcuts", key);
   parent.append(box);
 }
@@ -336,7 +324,7 @@ function setUpForm() {
 }
 
 function onKey(event) {
-  if (event.ctrlKey || event.metaKey || event.altKey || event.repeat || $("work").hidden) return;
+  if (event.ctrlKey || event.metaKey || event.altKey || event.repeat || event.isComposing || $("work").hidden) return;
   const typing = event.target.id === "comment";
   const key = event.key.toLowerCase(); // Caps Lock may be on
   if (event.key === "Enter" && !["BUTTON", "SUMMARY"].includes(event.target.tagName)) {
