@@ -38,27 +38,43 @@ def shared() -> pathlib.Path:
     return SHARED
 
 
+def _older_loops() -> dict[str, bool]:
+    """The option of XLA's older generator of loops, which compiles a U-Net in two thirds of the newer one's time; jax 0.12 has none."""
+    import jax
+
+    return {"xla_cpu_use_fusion_emitters": False} if jax.__version_info__ < (0, 12) else {}
+
+
 @pytest.fixture(scope="module")
 def quick_compile():
     """No LLVM optimiser, for modules that compile much and compute little: they take less time, and only roundings change.
 
-    Without it, XLA's older generator of loops compiles a U-Net in two thirds of the time of the newer one, which goes through MLIR.
-    JAX has no public setting for an option of every program.
+    Gives the options that it sets in XLA. JAX has no public setting for an option of every program.
     """
     import jax
     from jax._src import compiler
 
     def options(*args, env_options_overrides=None, **kwargs):
-        return original(*args, env_options_overrides=older | (env_options_overrides or {}), **kwargs)
+        return original(*args, env_options_overrides=loops | (env_options_overrides or {}), **kwargs)
 
-    original = compiler.get_compile_options
+    original, loops = compiler.get_compile_options, _older_loops()
     if jax.default_backend() == "cpu":
-        older = {"xla_cpu_use_fusion_emitters": False}
         compiler.get_compile_options = options
         jax.config.update("jax_disable_most_optimizations", True)
-    yield
+    yield loops
     compiler.get_compile_options = original
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="session")
+def quick_environment():
+    """(number of CPU devices) -> the environment of a process that compiles as with `quick_compile`."""
+
+    def environment(devices: int = 1) -> dict[str, str]:
+        flags = [f"--xla_force_host_platform_device_count={devices}", *(f"--{name}=false" for name in _older_loops())]
+        return {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": " ".join(flags)}
+
+    return environment
 
 
 @pytest.fixture(scope="session")

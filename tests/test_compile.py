@@ -42,10 +42,8 @@ def config(tiny):
 
 
 @pytest.mark.slow
-def test_report_on_eight_devices(config):
-    flags = "--xla_force_host_platform_device_count=8 --xla_cpu_use_fusion_emitters=false"
-    quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": flags}
-    done = run("-c", EIGHT_DEVICES, to_json(config), JAX_PLATFORMS="cpu", **quick)
+def test_report_on_eight_devices(config, quick_environment):
+    done = run("-c", EIGHT_DEVICES, to_json(config), **quick_environment(8))
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["chips"] == 8 and report["mesh"] == {"data": 2, "fsdp": 4, "context": 1, "tensor": 1}

@@ -14,7 +14,7 @@ from motif_jax.config import from_config_dict
 from motif_jax.dist.mesh import make_mesh
 
 RECORDED = pathlib.Path(__file__).parent / "testdata" / "step_cost.json"
-JAX = jax.__version__.rpartition(".")[0]  # "0.10"
+JAX = ".".join(jax.__version__.split(".")[:2])  # "0.10"
 TINY = {
     "dtype": "float32",
     "batch_size": 2,

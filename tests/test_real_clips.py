@@ -24,20 +24,21 @@ SMALL = [
 ]
 
 
-# As the fixture quick_compile does; RAFT, which computes more than it compiles, goes without.
-QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false"}
+@pytest.fixture
+def run(quick_environment):
+    def run(*arguments, expect=0):
+        # RAFT computes more than it compiles.
+        environment = os.environ | ({} if arguments[0] == "motif_jax.prepare" else quick_environment())
+        command = [sys.executable, "-m", *map(str, arguments)]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+        assert done.returncode == expect, done.stdout + done.stderr
+        return done.stdout + (done.stderr if expect else "")
 
-
-def run(*arguments, expect=0):
-    environment = os.environ | ({} if arguments[0] == "motif_jax.prepare" else QUICK)
-    command = [sys.executable, "-m", *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
-    assert done.returncode == expect, done.stdout + done.stderr
-    return done.stdout + (done.stderr if expect else "")
+    return run
 
 
 @pytest.mark.slow
-def test_real_clips(shared, tmp_path):
+def test_real_clips(shared, run, tmp_path):
     data, workdir = tmp_path / "data", tmp_path / "run"
     weights = shared / "raft" / "raft_small_things.safetensors"
     text = run(

@@ -32,6 +32,9 @@ _MOST_PIXELS = 100_000_000  # of a frame; a few megabytes of PNG can hold more, 
 # What a damaged file makes FFmpeg, its Python binding and arithmetic with the file's numbers raise.
 _DAMAGE = (av.error.FFmpegError, OSError, ValueError, LookupError, ArithmeticError, MemoryError)
 
+# Tags may be in any encoding, and are not used; PyAV 19 reads none before it is asked.
+_ANY_TAGS = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
+
 
 @dataclass(frozen=True)
 class Clip:
@@ -103,9 +106,9 @@ def read_video(path: str | os.PathLike) -> Clip:
 
 
 def _open(path: Any) -> Any:
-    # Absolute, because FFmpeg takes what stands before a colon for a protocol; tags may be in any encoding and are not used; a playlist
-    # (HLS) that does not say that it is complete is not waited for.
-    return av.open(os.path.abspath(path), metadata_errors="replace", options={"max_reload": "1"})
+    # Absolute, because FFmpeg takes what stands before a colon for a protocol; a playlist (HLS) that does not say that it is complete is
+    # not waited for.
+    return av.open(os.path.abspath(path), options={"max_reload": "1"}, **_ANY_TAGS)
 
 
 def _first_stream(path: Any, read: Callable[[int], Clip]) -> Clip:

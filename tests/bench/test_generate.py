@@ -127,7 +127,7 @@ def test_the_batch_size_changes_rounding_only(animator, pairs):
 
 
 @pytest.mark.slow
-def test_devices_change_rounding_only(animator, pairs, tiny, tmp_path):
+def test_devices_change_rounding_only(animator, pairs, tiny, quick_environment, tmp_path):
     """A batch of three over two devices, in a process that has two: as the first of four on one."""
     (tmp_path / "config.json").write_text(to_json(tiny()))
     code = (
@@ -146,8 +146,7 @@ def test_devices_change_rounding_only(animator, pairs, tiny, tmp_path):
         "assert seen == [2], seen\n"
     )
     arguments = [tmp_path / "config.json", pairs[0].image.parent, tmp_path / "frames.npy"]
-    flags = "--xla_force_host_platform_device_count=2 --xla_cpu_use_fusion_emitters=false"
-    environment = os.environ | {"XLA_FLAGS": flags, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | quick_environment(2)
     done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert np.abs(np.load(tmp_path / "frames.npy") - frames_of(animator, pairs, 4)[:3]).max() <= ROUNDING

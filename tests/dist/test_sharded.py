@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def found(tiny, tmp_path_factory):
+def found(tiny, quick_environment, tmp_path_factory):
     # Transformers in the middle block only, no dropout: compilation is nearly all that this costs.
     config = tiny(batch_size=8, unet={"attention_resolutions": [], "temporal_dropout": 0.0})
     towers = tiny(
@@ -25,12 +25,8 @@ def found(tiny, tmp_path_factory):
         autoencoder={"kind": "kl", "factor": 4, "z_channels": 4, "ch": 32, "ch_mult": [1, 1, 1], "num_res_blocks": 1},
         text={"kind": "openclip", "layers": 2, "heads": 2},
     )
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        # As quick_compile: compilation is nearly all that this costs, and no sum's order that matters changes.
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_cpu_use_fusion_emitters=false",
-    }
+    # Compilation is nearly all that this costs, and no sum's order that matters changes.
+    environment = os.environ | quick_environment(8)
     script = pathlib.Path(__file__).with_name("sharded.py")
     command = [sys.executable, script, to_json(config), to_json(towers), tmp_path_factory.mktemp("eight")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)

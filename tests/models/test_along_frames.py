@@ -62,9 +62,9 @@ def test_which_layers_take_it():
         with use_kernels(False):  # --config.kernels=xla
             assert not layer().takes_frames(16, 40)
         for context, taken in ((1, True), (5, True), (2, False), (3, True)):  # 20 pixels of a device are no eights; by threes all have all
-            mesh = AbstractMesh((1, 1, context, 1), ("data", "fsdp", "context", "tensor"))
+            mesh, made = AbstractMesh((1, 1, context, 1), ("data", "fsdp", "context", "tensor")), layer()
             with jax.sharding.use_abstract_mesh(mesh):
-                assert layer().takes_frames(16, 40) == taken
+                assert made.takes_frames(16, 40) == taken
     for where in ("cpu", "gpu"):
         with target_platform(where):
             assert not layer().takes_frames(16, 40)

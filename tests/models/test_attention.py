@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from motif_jax.models import attention as module
 from motif_jax.models import placement
@@ -173,7 +173,7 @@ def test_splash_is_for_long_sequences_of_which_nothing_is_hidden(length, width, 
 def test_splash_on_a_mesh(sequences, length, rows, queries):
     """By sequences; a clip's only one by queries; else XLA finds its way."""
     x = jax.ShapeDtypeStruct((sequences, length, 2, 64), jnp.bfloat16)
-    mesh = jax.sharding.AbstractMesh((2, 2, 2, 1), ("data", "fsdp", "context", "tensor"))
+    mesh = AbstractMesh((2, 2, 2, 1), ("data", "fsdp", "context", "tensor"), axis_types=(AxisType.Auto,) * 4)
     with placement.target_platform("tpu"), jax.sharding.use_abstract_mesh(mesh):
         jaxpr = jax.make_jaxpr(lambda x: attention(x, x, x, "splash"))(x)
     mapped = [equation.params["in_specs"][-3:] for equation in jaxpr.eqns if equation.primitive.name == "shard_map"]

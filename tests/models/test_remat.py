@@ -28,7 +28,7 @@ BATCH = 4
 
 
 @pytest.fixture(scope="module")
-def found(tiny):
+def found(tiny, quick_compile):
     """{remat: (gradient, elements kept for the backward pass, moments of norms among them)}."""
     rng = np.random.default_rng(0)
     z = jnp.asarray(rng.normal(size=(BATCH, 4, 8, 8, 48)), jnp.float32)
@@ -51,7 +51,7 @@ def found(tiny):
         sizes = [math.prod(map(int, found.group(1).split(","))) for line in kept if (found := re.match(r"\w+\[([\d,]+)\]", line))]
         moments = [line for line in kept if "named 'moments'" in line]
         # Gradients that are zero but for roundings are compared too: as XLA rounds by default.
-        gradient = jax.jit(jax.grad(loss), compiler_options={"xla_cpu_use_fusion_emitters": True})(params)
+        gradient = jax.jit(jax.grad(loss), compiler_options=dict.fromkeys(quick_compile, True))(params)
         results[remat] = gradient, sum(sizes), len(moments)
     return results
 

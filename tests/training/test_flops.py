@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 from motif_jax.models import along_frames
 from motif_jax.models.placement import target_platform
@@ -93,7 +93,7 @@ def test_in_kernels(monkeypatch):
         monkeypatch.setattr(along_frames, "ELEMENTS", elements)
         jaxpr = jax.make_jaxpr(attend)(x, square).jaxpr
         assert jaxpr_flops(jaxpr, in_kernels=True) == expected and jaxpr_flops(jaxpr) == expected + 2 * 64
-    mesh = jax.sharding.AbstractMesh((2, 2), ("data", "context"))
+    mesh = jax.sharding.AbstractMesh((2, 2), ("data", "context"), axis_types=(AxisType.Auto,) * 2)
     spec = PartitionSpec("data", None, "context")
     with jax.sharding.use_abstract_mesh(mesh):
         split = jax.shard_map(lambda q: along_frames.attend(8, q, q, q), mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
