@@ -20,13 +20,14 @@ from motif_jax.data.storage import Path, run_location
 from motif_jax.errors import StoreError, UserError
 from motif_jax.fields import build
 from motif_jax.interop import files, raft
-from motif_jax.interop.reference import LazyWeights, read_checkpoint
+from motif_jax.interop.reference import TABLES, LazyWeights, read_checkpoint
 from motif_jax.interop.settings import Settings, read_yaml
 
 CONTENTS = "imported.json"
 KINDS = ("videocrafter", "dynamicrafter", "openclip", "openclip_image", "autoencoder", "raft")
-# Kinds that bring one network, maybe out of a whole checkpoint.
+# Kinds that bring one network, maybe out of a whole checkpoint; and those that bring each network.
 _ONE = {"openclip": "text", "openclip_image": "image", "autoencoder": "autoencoder"}
+_KIND_OF = {network: kind for kind, network in _ONE.items()} | {"denoiser": "videocrafter or dynamicrafter", "resampler": "dynamicrafter"}
 _CONFIGS = {
     "denoiser": UNetConfig,
     "autoencoder": AutoencoderConfig,
@@ -96,12 +97,12 @@ def yaml_beside(kind: str, source: str | pathlib.Path) -> tuple[pathlib.Path | N
 
 def _networks(kind: str, source: pathlib.Path, yaml: str | pathlib.Path | None) -> tuple[LazyWeights, dict[str, Any]]:
     settings, weights = read_checkpoint(source, yaml, _ONE.get(kind))
+    wanted = _ONE.get(kind, "denoiser")
+    if wanted not in weights:
+        held = ", ".join(f"{name} (--kind={_KIND_OF[name]})" for name in weights)
+        raise UserError(f"{source}: holds no {TABLES[wanted].what}, but {held}; check --kind={kind}")
     if kind in _ONE:
-        if _ONE[kind] not in weights:
-            raise UserError(f"{source}: holds no {kind} network, but {', '.join(weights)}; check --kind={kind}")
-        weights = {_ONE[kind]: weights[_ONE[kind]]}
-    elif "denoiser" not in weights:
-        raise UserError(f"{source}: holds no U-Net, but {', '.join(weights)}; check --kind={kind}")
+        weights = {wanted: weights[wanted]}
     elif settings.unet.image_cross_attention != (kind == "dynamicrafter"):
         other = "dynamicrafter" if kind == "videocrafter" else "videocrafter"
         has = "has" if settings.unet.image_cross_attention else "has no"
@@ -115,11 +116,10 @@ def _networks(kind: str, source: pathlib.Path, yaml: str | pathlib.Path | None) 
 
 
 def _raft(source: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    tensors = files.read_tensors(source)
     try:
-        model = raft.from_reference({name: np.asarray(tensor) for name, tensor in tensors.items()})
-    except ValueError as error:
-        raise UserError(f"{source}: {error}") from error
+        model = raft.load_raft(source)
+    except (FileNotFoundError, ValueError) as error:
+        raise UserError(str(error)) from error
     return {"raft": raft.to_reference(model)}, {"raft": {"variant": model.variant}}
 
 

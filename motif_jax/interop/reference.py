@@ -32,8 +32,9 @@ _MARKS = {
     "text": ("token_embedding.weight", ("", "model.")),
     "image": ("class_embedding", ("visual.",)),
 }
-# Names of layouts that are other libraries' conversions of these networks, and what to do.
+# Names of other networks and of other libraries' conversions of these, and what to do.
 _FOREIGN = {
+    r"^(fnet|cnet|feature_encoder|context_encoder)\.": ("RAFT", "import it with --kind=raft"),
     r"(^|\.)(text|vision)_model\.": ("transformers", "take the OpenCLIP file of the same model (open_clip_pytorch_model.bin)"),
     r"(^|\.)((down|up)_blocks|mid_block|time_embedding)\.": (
         "diffusers",

@@ -214,7 +214,11 @@ BIAS, SMALL = unet.prefix + "out.0.bias", np.zeros(3, np.float32)
 CONV, TABLE = unet.prefix + "input_blocks.0.0.weight", openclip.prefix + "token_embedding.weight"
 TO_K = unet.prefix + "middle_block.1.transformer_blocks.0.attn2.to_k.weight"
 WRONG = {
-    "an autoencoder alone": (lambda s: [s.pop(n) for n in list(s) if not n.startswith("first_stage")], "holds no U-Net, but autoencoder"),
+    "an autoencoder alone": (
+        lambda s: [s.pop(n) for n in list(s) if not n.startswith("first_stage")],
+        r"holds no U-Net, but autoencoder \(--kind=autoencoder\)",
+    ),
+    "RAFT": (lambda s: (s.clear(), s.update({"fnet.conv1.weight": SMALL})), r"in the layout of RAFT .*; import it with --kind=raft"),
     "another network": (lambda s: (s.clear(), s.update({"layer1.0.conv1.weight": SMALL})), "holds no network in the reference's names"),
     "a tensor missing": (lambda s: s.pop(BIAS), r"1 missing: out\.0\.bias \[32\]"),
     "a tensor too many": (lambda s: s.update({unet.prefix + "x.y": SMALL}), r"1 left over: x\.y"),
