@@ -27,6 +27,7 @@ from motif_jax.errors import UserError, enumerate_first
 
 PYTORCH = (".ckpt", ".pth", ".pt", ".bin")
 _STRANGE = sys.stdlib_module_names - {"argparse", "pathlib", "typing"}  # whose functions no checkpoint needs, but harmful files do
+_POINTER = b"version https://git-lfs"  # what a clone has in place of a large file
 _WRAPPERS = ("_forward_module.", "module.", "_orig_mod.")  # what DeepSpeed, DistributedDataParallel and compile put before every name
 
 _DTYPES = {
@@ -84,7 +85,10 @@ def read_tensors(path: str | pathlib.Path) -> dict[str, Lazy]:
 
 def _read_one(path: pathlib.Path) -> dict[str, Lazy]:
     if not path.is_file():
-        raise UserError(f"{path}: there is no such file")
+        raise UserError(f"{path}: {'is a directory; name a file in it' if path.is_dir() else 'there is no such file'}")
+    with open(path, "rb") as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            raise UserError(f"{path}: is a pointer of Git LFS, not the file itself; fetch that with git lfs pull")
     if path.suffix.lower() == ".safetensors":
         return _read_safetensors(path)
     if path.suffix.lower() in PYTORCH:

@@ -93,6 +93,11 @@ def test_absent_other_and_empty_files(tmp_path):
     for name in ("none.ckpt", "none.index.json"):
         with pytest.raises(UserError, match=rf"{name}: there is no such file"):
             files.read_tensors(tmp_path / name)
+    (tmp_path / "x.ckpt").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7\n")
+    with pytest.raises(UserError, match=r"x\.ckpt: is a pointer of Git LFS"):
+        files.read_tensors(tmp_path / "x.ckpt")
+    with pytest.raises(UserError, match="is a directory; name a file in it"):
+        files.read_tensors(tmp_path)
     (tmp_path / "x.npz").write_bytes(b"")
     with pytest.raises(UserError, match=r"must be a \.safetensors, \.ckpt, \.pth, \.pt, \.bin or \.index\.json file"):
         files.read_tensors(tmp_path / "x.npz")
