@@ -83,7 +83,7 @@ def import_checkpoint(
 def yaml_beside(kind: str, source: str | pathlib.Path) -> tuple[pathlib.Path | None, str]:
     """The YAML of the same name as a file, if it is one of the reference and describes what is imported; and a line on what was found."""
     source = pathlib.Path(source)
-    yaml = source.parent / f"{source.stem}.yaml"
+    yaml = (source.parent / source.name.removesuffix(".index.json")).with_suffix(".yaml")
     if kind == "raft" or not yaml.is_file():
         return None, ""
     try:

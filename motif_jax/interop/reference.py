@@ -147,7 +147,8 @@ def read_checkpoint(
     Raises UserError, which lists the faults of every network.
     """
     settings = read_yaml(yaml) if yaml else None
-    parts = _parts(files.read_tensors(path), path, only)
+    tensors = files.read_tensors(path)
+    parts = _parts(tensors, path, only)
     errors: list[str] = []
 
     def attempt(call: Callable, name: str, *args: Any) -> Any:
@@ -173,6 +174,9 @@ def read_checkpoint(
     if "proj_in.weight" in parts.get("resampler", {}) and "image" not in parts:
         width = parts["resampler"]["proj_in.weight"].shape[-1]
         settings = dataclasses.replace(settings, image=dataclasses.replace(settings.image, width=width))
+    if "scale_factor" in tensors and tensors["scale_factor"].shape == ():  # measured in training (`scale_by_std`); no YAML has it
+        scaled = dataclasses.replace(settings.autoencoder, scale_factor=float(np.asarray(tensors["scale_factor"])))
+        settings = dataclasses.replace(settings, autoencoder=scaled)
     make = constructors(settings, jnp.float32)
 
     def fill(name: str) -> dict[str, Lazy]:

@@ -185,6 +185,13 @@ def test_a_unet_under_its_name_within_the_model(tmp_path, networks):
     same(safetensors.numpy.load_file(tmp_path / "out.safetensors"), networks["denoiser"])
 
 
+@pytest.mark.parametrize("with_yaml", [True, False])
+def test_a_scale_of_the_latents_that_was_measured_in_training(tmp_path, networks, with_yaml):
+    source = save(tmp_path / "x.safetensors", networks["denoiser"] | {"scale_factor": np.asarray(0.25, np.float32)})
+    (tmp_path / "x.yaml").write_text(to_yaml(SETTINGS))
+    assert reference.read_checkpoint(source, tmp_path / "x.yaml" if with_yaml else None)[0].autoencoder.scale_factor == 0.25
+
+
 def test_dynamicrafter_is_told_from_videocrafter(tmp_path, model):
     config = UNetConfig(**{**vars(SETTINGS.unet), "in_channels": 8, "image_cross_attention": True})
     image = tensors(lambda: UNet3D(config, rngs=nnx.Rngs(0)), unet.prefix)
@@ -394,6 +401,7 @@ def test_a_yaml_beside_the_file_that_is_no_use_is_ignored(tmp_path):
         assert remark.startswith(f"note: found beside the input, and ignored: {path}: ")
     path.write_text(to_yaml(SETTINGS))
     assert yaml_beside("autoencoder", source)[0] == yaml_beside("openclip", source)[0] == path
+    assert yaml_beside("autoencoder", tmp_path / "x.safetensors.index.json")[0] == path
     assert "x.yaml: says nothing of this tower" in yaml_beside("openclip_image", source)[1]
     assert yaml_beside("raft", source) == (None, "")
 
