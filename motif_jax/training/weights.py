@@ -156,11 +156,9 @@ class Run:
             place, self._step = above.parent, int(place.name)
         self.directory, path = place, place / "config.json"
         if not path.exists():
-            there = sorted(int(p.name) for p in place.parent.glob("*") if p.name.isdigit()) if place.name.isdigit() else []
-            raise UserError(
-                f"{place}: holds neither config.json (a work directory of motif_jax.main) nor {CONTENTS} (an import)"
-                + (f"; checkpoints here: {there}" if there else "")
-            )
+            others = sorted(int(p.name) for p in place.parent.glob("*") if p.name.isdigit()) if place.name.isdigit() else []
+            hint = f"; checkpoints here: {others}" if others else "; import this file first (docs/weights.md)" if place.is_file() else ""
+            raise UserError(f"{place}: holds neither config.json (a work directory of motif_jax.main) nor {CONTENTS} (an import){hint}")
         try:
             self.config = read_json(path)
         except OSError as error:

@@ -183,6 +183,8 @@ def test_a_unet_under_its_name_within_the_model(tmp_path, networks):
     import_checkpoint("videocrafter", save(tmp_path / "x.safetensors", inner), tmp_path / "in")
     export(tmp_path / "in", tmp_path / "out.safetensors")
     same(safetensors.numpy.load_file(tmp_path / "out.safetensors"), networks["denoiser"])
+    with pytest.raises(UserError, match="in: an import holds one set of weights, not ema"):
+        export(tmp_path / "in", tmp_path / "out.safetensors", "ema")
 
 
 @pytest.mark.parametrize("with_yaml", [True, False])

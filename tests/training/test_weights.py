@@ -275,6 +275,8 @@ def test_a_run_starts_from_another(run, tiny):
     config = changed(config, init_from=str(run[0] / "samples"))
     with pytest.raises(UserError, match=rf"^init_from: {re.escape(config.init_from)}: holds neither config\.json"):
         weights.initial_weights(config, Networks.of(config))
+    with pytest.raises(UserError, match=r"config\.json: holds neither .*; import this file first"):
+        weights.find(run[0] / "config.json")
 
 
 def test_clips_of_an_import_are_not_taken_for_those_of_another(run, tmp_path, tiny, monkeypatch):
