@@ -11,7 +11,7 @@ import numpy as np
 
 from motif_jax.config import AutoencoderConfig, DiffusionConfig, ImageConfig, TextConfig, UNetConfig
 from motif_jax.diffusion.schedule import Schedule, make_schedule
-from motif_jax.errors import UserError
+from motif_jax.errors import UserError, enumerate_first
 from motif_jax.interop import architecture, files
 from motif_jax.interop.files import Lazy
 from motif_jax.interop.names import select
@@ -212,5 +212,5 @@ def _parts(tensors: Mapping[str, Lazy], path: str | pathlib.Path, only: str | No
     prefixes = tuple(table.prefix for table in TABLES.values())
     strange = sorted(name for name in tensors if not name.startswith(prefixes) and not _IGNORED.fullmatch(name))
     if strange:
-        raise UserError(f"{path}: {len(strange)} tensors belong to no network known here: {'; '.join(strange)}")
+        raise UserError(f"{path}: {len(strange)} tensors belong to no network known here: {enumerate_first(strange)}")
     return parts
