@@ -195,10 +195,10 @@ class Import:
         return self._contents.get("weightless", {}) | {name: part["config"] for name, part in self._contents["networks"].items()}
 
     @property
-    def described(self) -> set[str]:
-        """The networks whose settings came from a YAML; those that `recorded` has of the others are partly `assumptions`."""
-        named = {name for name, part in self._contents["networks"].items() if part.get("yaml")}
-        return named | (self._contents.get("weightless", {}).keys() if "denoiser" in named else set())
+    def assumed(self) -> set[str]:
+        """The networks whose settings came from no YAML, so that some of what `recorded` has of them are `assumptions`."""
+        silent = {name for name, part in self._contents["networks"].items() if not part.get("yaml")}
+        return silent | (self._contents.get("weightless", {}).keys() if "denoiser" in silent else set())
 
     @property
     def settings(self) -> Settings:

@@ -105,16 +105,16 @@ def check_untold(config: Config, source: "Import | Run", network: str) -> None:
 
     If the import had no YAML, its value was only assumed: then a line is printed, and the configuration's value is used.
     """
-    groups, known = source.recorded, source.described
+    recorded, backbone = source.recorded, config.backbone.removesuffix("3d")
     for part, fields in UNTOLD.get(network, {}).items():
-        group = _backbone(config) if part == "denoiser" else part
+        group = backbone if part == "denoiser" else part
         for field in fields:
-            theirs, ours = groups.get(part, {}).get(field), getattr(getattr(config, group), field, None)
+            theirs, ours = recorded.get(part, {}).get(field), getattr(getattr(config, group), field, None)
             theirs = tuple(theirs) if isinstance(theirs, list) else theirs
             if not theirs or ours in (None, theirs) or (part == "resampler" and not config.image_tokens):
                 continue
             name = f"{group}.{field}"
-            if part in known:
+            if part not in source.assumed:
                 raise UserError(
                     f"{source.directory}: its {network} was made with {name}={theirs!r}, and the configuration says {ours!r}, with which "
                     f"these weights compute something else: use --config.{name}={theirs}"
@@ -122,10 +122,6 @@ def check_untold(config: Config, source: "Import | Run", network: str) -> None:
             if jax.process_index() == 0:
                 assumed = f"{name}={theirs!r} was assumed when it was imported"
                 print(f"{source.directory}: {assumed}, the configuration says {ours!r}", flush=True)
-
-
-def _backbone(config: Config) -> str:
-    return "unet" if config.backbone == "unet3d" else "dit"
 
 
 def _new_image_path(networks: Networks, key: jax.Array) -> Params:
@@ -147,6 +143,8 @@ def _new_image_path(networks: Networks, key: jax.Array) -> Params:
 
 class Run:
     """The weights of a run: of its newest checkpoint, or of WORKDIR/checkpoints/STEP. Has what an `Import` has."""
+
+    assumed = frozenset()
 
     def __init__(self, place: str | Path):
         """Raises UserError for what is neither a work directory nor a checkpoint."""
@@ -197,14 +195,10 @@ class Run:
     @property
     def recorded(self) -> dict[str, dict[str, Any]]:
         groups = dataclasses.asdict(self.config)
-        groups["denoiser"] = groups[_backbone(self.config)]
+        groups["denoiser"] = groups[self.config.backbone.removesuffix("3d")]
         if not self.config.image_tokens:
             del groups["resampler"]
         return groups
-
-    @property
-    def described(self) -> set[str]:
-        return set(self.recorded)
 
     @property
     def settings(self) -> Settings:
