@@ -29,7 +29,6 @@ from motif_jax.models.networks import Networks, Params
 from motif_jax.pairs import read_pairs
 from motif_jax.requested import Request, check_images, check_made, make_output, write_manifest, writing
 from motif_jax.training import weights
-from motif_jax.training.checkpoint import read_meta
 
 SOURCE_FPS = 24.0  # --frame_stride counts frames of a film
 
@@ -85,11 +84,10 @@ class Animator:
         """
         directory = run_location(directory)
         if config is None:
-            if not (weights.run_directory(directory) / "config.json").exists():
-                found = sorted(int(p.name) for p in directory.parent.glob("*") if p.name.isdigit()) if directory.name.isdigit() else []
-                there = f"; checkpoints here: {found}" if found else ""
-                raise UserError(f"{directory}: no config.json there; expected a work directory of motif_jax.main or a checkpoint{there}")
-            config = weights.read_config(directory)
+            source = weights.find(directory)
+            if not isinstance(source, weights.Run):
+                raise UserError(f"{directory}: no config.json there, but an import, which needs a configuration (--checkpoint, --config)")
+            config = source.config
             if missing_for(config.attention, jax.default_backend()):  # the run was on other devices
                 config = dataclasses.replace(config, attention="auto")
         check_kernel(config.attention, jax.default_backend())
@@ -105,22 +103,21 @@ class Animator:
             raise UserError(f"--steps={steps}: at most {config.diffusion.num_timesteps}, the timesteps of training")
         config = dataclasses.replace(config, sample=dataclasses.replace(config.sample, **changed))
         networks = Networks.of(config, method.denoiser)
-        for line in weights.other_objective(directory, config):
+        source = weights.find(directory)
+        run = source if isinstance(source, weights.Run) else None
+        for line in weights.other_objective(source, config):
             print(line, flush=True)
-        path = weights.checkpoint_of(directory)  # once: a run that goes on has another one soon
-        run = weights.run_directory(path)
-        theirs, ours = {} if run == path else read_meta(path).get("settings", {}), method.names["method.denoiser"]
+        theirs, ours = run.meta.get("settings", {}) if run else {}, method.names["method.denoiser"]
         if theirs.get("method.denoiser", ours) != ours:
             raise UserError(
                 f"{directory}: its network is {theirs['method.denoiser']}, not {ours}; sample from Python, with its Method (docs/extend.md)"
             )
-        loaded = weights.load(path)
-        frozen = weights.frozen_weights(networks, loaded, str(directory))
-        params = weights.fit(loaded["denoiser"], networks.denoiser.shapes, str(directory))
-        weights.check_untold(config, directory, "denoiser")
+        params = weights.fit(source.denoiser(), networks.denoiser.shapes, str(directory))
+        frozen = weights.frozen_weights(networks, directory)
+        weights.check_untold(config, source, "denoiser")
         fps = SOURCE_FPS / frame_stride if frame_stride else config.sample.fps
-        step = None if run == path else int(path.name)
-        return cls(config, networks, params, frozen, fps, mesh, run, step, weights.source_checksum(path), method.sampler)
+        step = run.step if run else None
+        return cls(config, networks, params, frozen, fps, mesh, source.directory, step, source.checksum, method.sampler)
 
     def __str__(self) -> str:
         return f"{self.directory}{'' if self.step is None else f' at step {self.step}'}"

@@ -46,7 +46,7 @@ def main(argv: list[str]) -> None:
         signal.signal(stop, lambda *_: sys.exit(f"motif_jax.convert: stopped; {OUTPUT.value} was not written"))
     output = here(OUTPUT.value)
     if command == "import":
-        from motif_jax.interop.imported import assumptions, import_checkpoint, yaml_beside
+        from motif_jax.interop.imported import Import, import_checkpoint, yaml_beside
 
         yaml = YAML.value
         if yaml is None:
@@ -57,7 +57,7 @@ def main(argv: list[str]) -> None:
         for name, (tensors, parameters) in counts.items():
             print(f"{OUTPUT.value}/{name}.safetensors: {tensors} tensors, {parameters:,} parameters")
         if not yaml and KIND.value != "raft":
-            print(f"note: assumed, for want of a --yaml: {assumptions(output, counts)}")
+            print(f"note: assumed, for want of a --yaml: {Import(output).assumptions(counts)}")
     else:
         from motif_jax.training.export import export
 

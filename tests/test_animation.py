@@ -31,7 +31,7 @@ def test_a_checkpoint_that_is_not_there_names_those_that_are(tmp_path):
     """Beside them an unfinished save, whose name begins with a number, too."""
     for name in ("9", "40", "60.orbax-checkpoint-tmp"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
-    with pytest.raises(UserError, match=r"no config\.json there; .* checkpoints here: \[9, 40\]"):
+    with pytest.raises(UserError, match=r"holds neither config\.json .*; checkpoints here: \[9, 40\]"):
         Animator.load(tmp_path / "checkpoints" / "50")
 
 

@@ -422,7 +422,7 @@ BAD_CALLS = {
         ["motif_jax.main", CONFIG, *SMALL, "--workdir=/dev/null/w", "--config.data.path={data}"],
         "cannot write to the work directory",
     ),
-    "no run": (["motif_jax.sample", "--workdir={tmp}", "--image={tmp}/a.png", "--prompt=x", "--output={tmp}/x.mp4"], "no config.json"),
+    "no run": (["motif_jax.sample", "--workdir={tmp}", "--image={tmp}/a.png", "--prompt=x", "--output={tmp}/x.mp4"], "neither config.json"),
     "no image": (
         ["motif_jax.sample", "--workdir={run}", "--image={tmp}/x.png", "--prompt=x", "--output={tmp}/x.mp4"],
         "x.png: missing file",

@@ -200,7 +200,7 @@ def run(arguments: argparse.Namespace) -> None:
     workdir = run_location(arguments.workdir)
     if not (workdir / "config.json").exists():
         raise UserError(f"--workdir={workdir}: no config.json there; expected a work directory of motif_jax.main")
-    d = weights.read_config(workdir).data
+    d = weights.Run(workdir).config.data
     world = arguments.world or trained_world(d)  # before weights are loaded
     animator = animation.Animator.load(workdir)
     result = evaluate(

@@ -11,6 +11,7 @@ import math
 import pathlib
 import re
 import struct
+import sys
 import warnings
 import zipfile
 from collections.abc import Callable, Mapping
@@ -22,9 +23,11 @@ import numpy as np
 import safetensors
 
 from motif_jax.data.storage import replacing
-from motif_jax.errors import UserError
+from motif_jax.errors import UserError, enumerate_first
 
 PYTORCH = (".ckpt", ".pth", ".pt", ".bin")
+_STRANGE = sys.stdlib_module_names - {"argparse", "pathlib", "typing"}  # whose functions no checkpoint needs, but harmful files do
+_POINTER = b"version https://git-lfs"  # what a clone has in place of a large file
 _WRAPPERS = ("_forward_module.", "module.", "_orig_mod.")  # what DeepSpeed, DistributedDataParallel and compile put before every name
 
 _DTYPES = {
@@ -54,15 +57,25 @@ class Lazy:
         return np.array(self.read(), dtype, copy=copy)
 
 
+class _LeftOut:
+    """In place of an object that a checkpoint keeps beside its tensors (a callback, settings, a NumPy scalar), which is not made."""
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def __setstate__(self, _: Any) -> None:
+        pass
+
+
 def read_tensors(path: str | pathlib.Path) -> dict[str, Lazy]:
     """The tensors of a file by name, in the file's types; bfloat16 as the NumPy type of ml_dtypes, or widened to float32.
 
-    PyTorch files may be DeepSpeed's ("module"), Lightning's ("state_dict") or a bare dict of tensors; what a wrapper has put before all
-    names is taken off. An .index.json stands for the files that it lists. Raises UserError for a file that is absent, damaged, of another
-    kind, or whose reading would run code; reading a tensor raises it for one that is not finite.
+    PyTorch files may be DeepSpeed's ("module"), Lightning's ("state_dict") or a bare dict of tensors; objects beside these are left out,
+    and what a wrapper has put before all names is taken off. An .index.json stands for the files that it lists. Raises UserError for a
+    file that is absent, damaged, of another kind, or whose reading would run code; reading a tensor raises it for one that is not finite.
     """
     path = pathlib.Path(path)
-    tensors = _read_index(path) if path.name.endswith(".index.json") else _read_one(path)
+    tensors = _read_index(path) if path.name.endswith(".index.json") and path.is_file() else _read_one(path)
     if not tensors:
         raise UserError(f"{path}: holds no tensors")
     while wrapper := next((w for w in _WRAPPERS if all(name.startswith(w) for name in tensors)), None):
@@ -72,7 +85,10 @@ def read_tensors(path: str | pathlib.Path) -> dict[str, Lazy]:
 
 def _read_one(path: pathlib.Path) -> dict[str, Lazy]:
     if not path.is_file():
-        raise UserError(f"{path}: there is no such file")
+        raise UserError(f"{path}: {'is a directory; name a file in it' if path.is_dir() else 'there is no such file'}")
+    with open(path, "rb") as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            raise UserError(f"{path}: is a pointer of Git LFS, not the file itself; fetch that with git lfs pull")
     if path.suffix.lower() == ".safetensors":
         return _read_safetensors(path)
     if path.suffix.lower() in PYTORCH:
@@ -146,14 +162,16 @@ def _read_pytorch(path: pathlib.Path) -> dict[str, Lazy]:
             raise UserError(f"{path}: is incomplete (the table of contents at its end is missing); fetch it again")
     if zipped and (damaged := _damaged_member(path)):
         raise UserError(f"{path}: is damaged (the checksum of {damaged} is another); fetch it again")
+    left_out = _left_out(torch, path) if zipped else []
     try:
-        with warnings.catch_warnings(record=True) as remarks:
+        with warnings.catch_warnings(record=True) as remarks, torch.serialization.safe_globals(left_out):
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # PyTorch's reader raises what a damaged file makes it stumble over
-        if asked := re.search(r"(?:GLOBAL|function) (\S+)", str(error)):
+        asked = re.findall(r"(?:GLOBAL|function) (\S+)", str(error))[:1] or [f"{cls.__module__}.{cls.__name__}" for cls in left_out]
+        if asked:
             raise UserError(
-                f"{path}: refused, because reading it would run code: it asks for {asked[1]}. Only tensors in plain dicts are read; "
-                "save its state_dict alone, or as .safetensors, where you trust it"
+                f"{path}: refused, because reading it would run code: it asks for {enumerate_first(asked, 3)}. Only tensors in plain dicts "
+                "are read; save its state_dict alone, or as .safetensors, where you trust it"
             ) from error
         if protocol := re.search(r"pickle protocol ([45])", " ".join(str(remark.message) for remark in remarks)):
             raise UserError(
@@ -166,10 +184,11 @@ def _read_pytorch(path: pathlib.Path) -> dict[str, Lazy]:
         if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
             found = found[key]
             break
-    if not isinstance(found, Mapping) or not all(isinstance(tensor, torch.Tensor) for tensor in found.values()):
-        kinds = {type(value).__name__ for value in found.values()} if isinstance(found, Mapping) else {type(found).__name__}
+    values = found if isinstance(found, Mapping) else {"the file": found}
+    if others := [f"{name} ({type(value).__name__})" for name, value in values.items() if not isinstance(value, torch.Tensor)]:
         raise UserError(
-            f"{path}: holds no state dict: expected names and tensors, maybe below 'state_dict' or 'module', found {sorted(kinds)}"
+            f"{path}: holds no state dict: expected names and tensors, maybe below 'state_dict' or 'module', but there is "
+            + enumerate_first(others)
         )
     kinds = {str(value.dtype).removeprefix("torch.") for value in found.values()}
     _check_types(path, kinds - {dtype.name for dtype in _NAMES})
@@ -180,6 +199,16 @@ def _read_pytorch(path: pathlib.Path) -> dict[str, Lazy]:
         return Lazy(tuple(value.shape), dtype, lambda: (value.float() if wide else value).detach().numpy())
 
     return {str(name): tensor(value) for name, value in found.items()}
+
+
+def _left_out(torch: Any, path: pathlib.Path) -> list[type]:
+    """A `_LeftOut` for each class and function that a file asks for and PyTorch does not make, except those of Python's own library."""
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # PyTorch's; reading the file raises it, too
+        return []
+    split = [name.rpartition(".") for name in names]
+    return [type(name, (_LeftOut,), {"__module__": module}) for module, _, name in split if module.split(".")[0] not in _STRANGE]
 
 
 def _damaged_member(path: pathlib.Path) -> str | None:

@@ -7,6 +7,7 @@ as each brings other networks. It is written to a disk, and may then be copied t
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import pathlib
 from collections.abc import Iterable
@@ -20,13 +21,14 @@ from motif_jax.data.storage import Path, run_location
 from motif_jax.errors import StoreError, UserError
 from motif_jax.fields import build
 from motif_jax.interop import files, raft
-from motif_jax.interop.reference import LazyWeights, read_checkpoint
+from motif_jax.interop.reference import TABLES, LazyWeights, read_checkpoint
 from motif_jax.interop.settings import Settings, read_yaml
 
 CONTENTS = "imported.json"
 KINDS = ("videocrafter", "dynamicrafter", "openclip", "openclip_image", "autoencoder", "raft")
-# Kinds that bring one network, maybe out of a whole checkpoint.
+# Kinds that bring one network, maybe out of a whole checkpoint; and those that bring each network.
 _ONE = {"openclip": "text", "openclip_image": "image", "autoencoder": "autoencoder"}
+_KIND_OF = {network: kind for kind, network in _ONE.items()} | {"denoiser": "videocrafter or dynamicrafter", "resampler": "dynamicrafter"}
 _CONFIGS = {
     "denoiser": UNetConfig,
     "autoencoder": AutoencoderConfig,
@@ -81,7 +83,7 @@ def import_checkpoint(
 def yaml_beside(kind: str, source: str | pathlib.Path) -> tuple[pathlib.Path | None, str]:
     """The YAML of the same name as a file, if it is one of the reference and describes what is imported; and a line on what was found."""
     source = pathlib.Path(source)
-    yaml = source.parent / f"{source.stem}.yaml"
+    yaml = (source.parent / source.name.removesuffix(".index.json")).with_suffix(".yaml")
     if kind == "raft" or not yaml.is_file():
         return None, ""
     try:
@@ -96,12 +98,12 @@ def yaml_beside(kind: str, source: str | pathlib.Path) -> tuple[pathlib.Path | N
 
 def _networks(kind: str, source: pathlib.Path, yaml: str | pathlib.Path | None) -> tuple[LazyWeights, dict[str, Any]]:
     settings, weights = read_checkpoint(source, yaml, _ONE.get(kind))
+    wanted = _ONE.get(kind, "denoiser")
+    if wanted not in weights:
+        held = ", ".join(f"{name} (--kind={_KIND_OF[name]})" for name in weights)
+        raise UserError(f"{source}: holds no {TABLES[wanted].what}, but {held}; check --kind={kind}")
     if kind in _ONE:
-        if _ONE[kind] not in weights:
-            raise UserError(f"{source}: holds no {kind} network, but {', '.join(weights)}; check --kind={kind}")
-        weights = {_ONE[kind]: weights[_ONE[kind]]}
-    elif "denoiser" not in weights:
-        raise UserError(f"{source}: holds no U-Net, but {', '.join(weights)}; check --kind={kind}")
+        weights = {wanted: weights[wanted]}
     elif settings.unet.image_cross_attention != (kind == "dynamicrafter"):
         other = "dynamicrafter" if kind == "videocrafter" else "videocrafter"
         has = "has" if settings.unet.image_cross_attention else "has no"
@@ -115,11 +117,10 @@ def _networks(kind: str, source: pathlib.Path, yaml: str | pathlib.Path | None) 
 
 
 def _raft(source: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    tensors = files.read_tensors(source)
     try:
-        model = raft.from_reference({name: np.asarray(tensor) for name, tensor in tensors.items()})
-    except ValueError as error:
-        raise UserError(f"{source}: {error}") from error
+        model = raft.load_raft(source)
+    except (FileNotFoundError, ValueError) as error:
+        raise UserError(str(error)) from error
     return {"raft": raft.to_reference(model)}, {"raft": {"variant": model.variant}}
 
 
@@ -151,64 +152,78 @@ def is_imported(directory: str | Path) -> bool:
     return (run_location(directory) / CONTENTS).exists()
 
 
-def read_imported(directory: str | Path, names: Iterable[str] = tuple(_CONFIGS)) -> LazyWeights:
-    """{network: {dotted path: array, not yet read}} of those of `names` that a directory holds; from gs://, of copies on the disk.
+class Import:
+    """The directory of an import. Everything here raises UserError, also for a file that is no longer what was imported."""
 
-    Raises UserError, also for a file that is no longer what was imported.
-    """
-    directory = run_location(directory)
-    contents, found = _contents(directory)["networks"], {}
-    for name in names:
-        if name in contents:
-            path = directory / f"{name}.safetensors"
-            try:
-                file = storage.on_disk(path)
-            except FileNotFoundError as error:
-                raise UserError(f"{path}: there is no such file") from error
-            found[name] = files.read_tensors(file)
-            if storage.sha256(file) != contents[name]["sha256"]:
-                raise UserError(f"{path}: is not what was imported (its SHA-256 is not that in {CONTENTS}); import again")
-    return found
+    def __init__(self, directory: str | Path):
+        self.directory = run_location(directory)
+        self._contents = _contents(self.directory)
 
+    def read(self, names: Iterable[str] = tuple(_CONFIGS)) -> LazyWeights:
+        """{network: {dotted path: array, not yet read}} of those of `names` that it holds; from gs://, of copies on the disk."""
+        held, found = self._contents["networks"], {}
+        for name in names:
+            if name in held:
+                path = self.directory / f"{name}.safetensors"
+                try:
+                    file = storage.on_disk(path)
+                except FileNotFoundError as error:
+                    raise UserError(f"{path}: there is no such file") from error
+                found[name] = files.read_tensors(file)
+                if storage.sha256(file) != held[name]["sha256"]:
+                    raise UserError(f"{path}: is not what was imported (its SHA-256 is not that in {CONTENTS}); import again")
+        return found
 
-def recorded(directory: str | Path) -> dict[str, dict[str, Any]]:
-    """{network: its settings} of those that a directory holds, or that need no weights."""
-    contents = _contents(run_location(directory))
-    return contents.get("weightless", {}) | {name: part["config"] for name, part in contents["networks"].items()}
+    def denoiser(self, kind: str = "best") -> dict[str, files.Lazy]:
+        """The U-Net with the resampler, which is a part of it here, since it is trained with it."""
+        if kind != "best":
+            raise UserError(f"{self.directory}: an import holds one set of weights, not {kind}")
+        if "denoiser" not in self._contents["networks"]:
+            held = ", ".join(name for name in _CONFIGS if name in self._contents["networks"])
+            raise UserError(f"{self.directory}: holds no weights of the denoiser, but {held or 'nothing that init_from reads'}")
+        found = self.read(("denoiser", "resampler"))
+        return found["denoiser"] | {TABLES["resampler"].prefix + name: value for name, value in found.get("resampler", {}).items()}
 
+    @property
+    def checksum(self) -> str:
+        """SHA-256 of the table of contents, which has that of every file."""
+        return hashlib.sha256((self.directory / CONTENTS).read_text().encode()).hexdigest()
 
-def described(directory: str | Path) -> set[str]:
-    """The networks whose settings came from a YAML; those that `recorded` has of the others are partly `assumptions`."""
-    contents = _contents(run_location(directory))
-    named = {name for name, part in contents["networks"].items() if part.get("yaml")}
-    return named | (contents.get("weightless", {}).keys() if "denoiser" in named else set())
+    @property
+    def recorded(self) -> dict[str, dict[str, Any]]:
+        """{network: its settings} of those that it holds, or that need no weights."""
+        return self._contents.get("weightless", {}) | {name: part["config"] for name, part in self._contents["networks"].items()}
 
+    @property
+    def assumed(self) -> set[str]:
+        """The networks whose settings came from no YAML, so that some of what `recorded` has of them are `assumptions`."""
+        silent = {name for name, part in self._contents["networks"].items() if not part.get("yaml")}
+        return silent | (self._contents.get("weightless", {}).keys() if "denoiser" in silent else set())
 
-def imported_settings(directory: str | Path) -> Settings:
-    """What the networks of a directory are; defaults for those that it does not hold."""
-    contents, given = _contents(run_location(directory)), recorded(directory)
-    errors: list[str] = []
-    found = {name: build(cls, given.get(name, {}), f"{name}.", errors) for name, cls in _CONFIGS.items()}
-    diffusion = build(DiffusionConfig, contents.get("diffusion", {}), "diffusion.", errors)
-    if errors:
-        raise UserError(f"{directory}/{CONTENTS}: " + "; ".join(errors))
-    for name in ("text", "image"):
-        if given.get(name) and "heads" not in given[name]:
-            found[name] = dataclasses.replace(found[name], heads=0)
-    return Settings(unet=found.pop("denoiser"), diffusion=diffusion, **found)
+    @property
+    def settings(self) -> Settings:
+        """What the networks are; defaults for those that it does not hold."""
+        given, errors = self.recorded, []
+        found = {name: build(cls, given.get(name, {}), f"{name}.", errors) for name, cls in _CONFIGS.items()}
+        diffusion = build(DiffusionConfig, self._contents.get("diffusion", {}), "diffusion.", errors)
+        if errors:
+            raise UserError(f"{self.directory}/{CONTENTS}: " + "; ".join(errors))
+        for name in ("text", "image"):
+            if given.get(name) and "heads" not in given[name]:
+                found[name] = dataclasses.replace(found[name], heads=0)
+        return Settings(unet=found.pop("denoiser"), diffusion=diffusion, **found)
 
-
-def assumptions(directory: str | Path, names: Iterable[str]) -> str:
-    """What no tensor of these networks says, so that an import without the reference's YAML took it from the published models."""
-    settings = imported_settings(directory)
-    d, u = settings.diffusion, settings.unet
-    facts = {
-        "denoiser": f"diffusion.prediction={d.prediction}, diffusion.zero_terminal_snr={d.zero_terminal_snr}, "
-        f"diffusion.base_scale={d.base_scale}, unet.norm_groups={u.norm_groups}"
-        + ("" if u.addition_attention else f", unet.num_head_channels={u.num_head_channels}"),
-        "autoencoder": f"autoencoder.scale_factor={settings.autoencoder.scale_factor}",
-        "text": f"text.heads={settings.text.heads or 'unknown'}",
-        "image": f"image.heads={settings.image.heads or 'unknown'}",
-        "resampler": f"resampler.heads={settings.resampler.heads}",
-    }
-    return ", ".join(facts[name] for name in facts if name in names)
+    def assumptions(self, names: Iterable[str]) -> str:
+        """What no tensor of these networks says, so that an import without the reference's YAML took it from the published models."""
+        settings = self.settings
+        d, u = settings.diffusion, settings.unet
+        facts = {
+            "denoiser": f"diffusion.prediction={d.prediction}, diffusion.zero_terminal_snr={d.zero_terminal_snr}, "
+            f"diffusion.base_scale={d.base_scale}, unet.norm_groups={u.norm_groups}"
+            + ("" if u.addition_attention else f", unet.num_head_channels={u.num_head_channels}"),
+            "autoencoder": f"autoencoder.scale_factor={settings.autoencoder.scale_factor}",
+            "text": f"text.heads={settings.text.heads or 'unknown'}",
+            "image": f"image.heads={settings.image.heads or 'unknown'}",
+            "resampler": f"resampler.heads={settings.resampler.heads}",
+        }
+        return ", ".join(facts[name] for name in facts if name in names)

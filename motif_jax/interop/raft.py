@@ -86,7 +86,7 @@ def detect(tensors: Mapping[str, np.ndarray]) -> tuple[str, str]:
 def from_reference(
     tensors: Mapping[str, np.ndarray], variant: str | None = None, precision: str = "highest", dtype: str = "float32"
 ) -> RAFT:
-    """A RAFT holding `tensors` (either layout, any float type; cast to float32) that computes in `dtype`.
+    """A RAFT holding `tensors` (arrays or `files.Lazy`; either layout, any float type; cast to float32) that computes in `dtype`.
 
     `variant` ("small", "large") is checked against the file when given. PyTorch's counters of batches, which old files do not have, are
     zero then. Raises one ValueError listing every tensor that is missing, left over, misshapen, or a duplicate that differs from its twin.
@@ -94,14 +94,14 @@ def from_reference(
     found, layout = detect(tensors)
     if variant is not None and found != variant:
         raise ValueError(f"these are weights of RAFT {found}, but RAFT {variant} was asked for; choose raft_{found} or another file")
-    left = {name: np.asarray(tensor) for name, tensor in tensors.items()}
+    left = dict(tensors)
     for name in names(found, layout):
         if name.endswith("num_batches_tracked"):
             left.setdefault(name, np.zeros((), np.int64))
         twin = _duplicate(name, layout)
         if twin in left and name in left:
             tensor = left.pop(twin)
-            if not np.array_equal(tensor, left[name]):
+            if not np.array_equal(np.asarray(tensor), np.asarray(left[name])):
                 left[f"{twin} (differs from its duplicate {name})"] = tensor
     graph, state = _abstract(found, precision, dtype)
     what = f"RAFT {found} ({layout} layout); take the authors' file of it, or torchvision's"
@@ -131,8 +131,8 @@ def load_raft(path: str | pathlib.Path, variant: str | None = None, precision: s
     """
     if not pathlib.Path(path).is_file():
         raise FileNotFoundError(f"no RAFT weights at {path}")
-    tensors = {name: np.array(tensor) for name, tensor in files.read_tensors(path).items()}
+    tensors = files.read_tensors(path)
     try:
         return from_reference(tensors, variant, precision, dtype)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from error

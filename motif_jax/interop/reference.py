@@ -11,7 +11,7 @@ import numpy as np
 
 from motif_jax.config import AutoencoderConfig, DiffusionConfig, ImageConfig, TextConfig, UNetConfig
 from motif_jax.diffusion.schedule import Schedule, make_schedule
-from motif_jax.errors import UserError
+from motif_jax.errors import UserError, enumerate_first
 from motif_jax.interop import architecture, files
 from motif_jax.interop.files import Lazy
 from motif_jax.interop.names import select
@@ -32,8 +32,9 @@ _MARKS = {
     "text": ("token_embedding.weight", ("", "model.")),
     "image": ("class_embedding", ("visual.",)),
 }
-# Names of layouts that are other libraries' conversions of these networks, and what to do.
+# Names of other networks and of other libraries' conversions of these, and what to do.
 _FOREIGN = {
+    r"^(fnet|cnet|feature_encoder|context_encoder)\.": ("RAFT", "import it with --kind=raft"),
     r"(^|\.)(text|vision)_model\.": ("transformers", "take the OpenCLIP file of the same model (open_clip_pytorch_model.bin)"),
     r"(^|\.)((down|up)_blocks|mid_block|time_embedding)\.": (
         "diffusers",
@@ -146,7 +147,8 @@ def read_checkpoint(
     Raises UserError, which lists the faults of every network.
     """
     settings = read_yaml(yaml) if yaml else None
-    parts = _parts(files.read_tensors(path), path, only)
+    tensors = files.read_tensors(path)
+    parts = _parts(tensors, path, only)
     errors: list[str] = []
 
     def attempt(call: Callable, name: str, *args: Any) -> Any:
@@ -172,6 +174,9 @@ def read_checkpoint(
     if "proj_in.weight" in parts.get("resampler", {}) and "image" not in parts:
         width = parts["resampler"]["proj_in.weight"].shape[-1]
         settings = dataclasses.replace(settings, image=dataclasses.replace(settings.image, width=width))
+    if "scale_factor" in tensors and tensors["scale_factor"].shape == ():  # measured in training (`scale_by_std`); no YAML has it
+        scaled = dataclasses.replace(settings.autoencoder, scale_factor=float(np.asarray(tensors["scale_factor"])))
+        settings = dataclasses.replace(settings, autoencoder=scaled)
     make = constructors(settings, jnp.float32)
 
     def fill(name: str) -> dict[str, Lazy]:
@@ -207,5 +212,5 @@ def _parts(tensors: Mapping[str, Lazy], path: str | pathlib.Path, only: str | No
     prefixes = tuple(table.prefix for table in TABLES.values())
     strange = sorted(name for name in tensors if not name.startswith(prefixes) and not _IGNORED.fullmatch(name))
     if strange:
-        raise UserError(f"{path}: {len(strange)} tensors belong to no network known here: {'; '.join(strange)}")
+        raise UserError(f"{path}: {len(strange)} tensors belong to no network known here: {enumerate_first(strange)}")
     return parts

@@ -164,6 +164,9 @@ def _text(params: dict[str, Any], errors: list[str]) -> TextConfig | None:
     if params.get("arch", _ARCH) != _ARCH:
         errors.append(f"cond_stage_config.params.arch={params['arch']!r}: only {_ARCH!r} is supported")
     sizes = params.get("text_cfg", params)
+    if not isinstance(sizes, Mapping):
+        errors.append(f"cond_stage_config.params.text_cfg={sizes!r}: must be a group of settings")
+        sizes = {}
     given = {key: sizes[key] for key in ("vocab_size", "context_length", "width", "layers", "heads") if key in sizes}
     given |= {"kind": params["kind"]} if "kind" in params else {}
     if "max_length" in params:

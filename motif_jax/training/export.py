@@ -7,11 +7,9 @@ from motif_jax.data.storage import Path, replacing
 from motif_jax.errors import UserError
 from motif_jax.interop import files
 from motif_jax.interop.buffers import schedule_buffers
-from motif_jax.interop.imported import imported_settings, is_imported
-from motif_jax.interop.names import select, to_torch
+from motif_jax.interop.names import to_torch
 from motif_jax.interop.reference import TABLES
-from motif_jax.interop.settings import Settings, to_yaml
-from motif_jax.interop.tables import resampler as resampler_table
+from motif_jax.interop.settings import to_yaml
 from motif_jax.training import weights
 
 SUFFIXES = (".safetensors", ".ckpt")
@@ -29,33 +27,27 @@ def export(
     output = pathlib.Path(output)
     if output.suffix not in SUFFIXES:
         raise UserError(f"--output={output}: must end in {' or '.join(SUFFIXES)}")
-    if is_imported(directory):
-        settings = imported_settings(directory)
-    else:
-        config = weights.read_config(directory)
-        if config.backbone != "unet3d":
-            raise UserError(
-                f"{directory}: was trained with backbone={config.backbone!r}, which the reference does not have; only 'unet3d' "
-                "can be exported"
-            )
-        settings = Settings.of(config)
-    found = weights.load(directory, kind)
-    resampler = select(found["denoiser"], resampler_table.prefix) if "denoiser" in found else {}
-    if resampler:
-        unet = {name: value for name, value in found["denoiser"].items() if not name.startswith(resampler_table.prefix)}
-        found |= {"denoiser": unet, "resampler": resampler}
-    names = ["denoiser"] + ["resampler"] * bool(resampler)
+    source = weights.find(directory)
+    settings = source.settings
+    if isinstance(source, weights.Run) and source.config.backbone != "unet3d":
+        raise UserError(
+            f"{directory}: was trained with backbone={source.config.backbone!r}, which the reference does not have; only 'unet3d' "
+            "can be exported"
+        )
+    prefix = TABLES["resampler"].prefix  # a part of the denoiser here
+    denoiser = to_torch(source.denoiser(kind))
+    tensors: dict[str, Any] = {name if name.startswith(prefix) else TABLES["denoiser"].prefix + name: x for name, x in denoiser.items()}
     if frozen:  # those that have weights
-        names += ["autoencoder"] * (settings.autoencoder.kind == "kl") + ["text"] * (settings.text.kind == "openclip")
+        names = ["autoencoder"] * (settings.autoencoder.kind == "kl") + ["text"] * (settings.text.kind == "openclip")
         names += ["image"] * (settings.unet.image_cross_attention and settings.image.kind == "openclip")
-    missing = [name for name in names if name not in found]
-    if missing and not is_imported(directory):
-        raise weights.lacking(config.init_from, missing)
-    if missing:
-        raise UserError(f"{directory}: holds no weights of the {' and '.join(missing)}")
-    tensors: dict[str, Any] = {}
-    for name in names:
-        tensors |= {TABLES[name].prefix + key: tensor for key, tensor in to_torch(found[name]).items()}
+        start = weights.first_import(directory)
+        found = start.read(names) if start else {}
+        if missing := [name for name in names if name not in found]:
+            if isinstance(source, weights.Run):
+                raise weights.lacking(source.config.init_from, missing)
+            raise UserError(f"{directory}: holds no weights of the {' and '.join(missing)}")
+        for name, params in found.items():
+            tensors |= {TABLES[name].prefix + key: tensor for key, tensor in to_torch(params).items()}
     if frozen and settings.diffusion.prediction == "eps":  # what VideoCrafter's own loader asks for
         tensors |= schedule_buffers(settings.diffusion)
     yaml = output.with_suffix(".yaml")

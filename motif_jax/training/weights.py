@@ -1,10 +1,12 @@
 """The weights a run starts from: random, another run's, or an imported checkpoint."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,8 @@ from motif_jax.config import Config, read_json
 from motif_jax.data.storage import Path, run_location
 from motif_jax.errors import UserError, enumerate_first
 from motif_jax.interop.files import Lazy
-from motif_jax.interop.imported import CONTENTS, described, imported_settings, is_imported, read_imported, recorded
+from motif_jax.interop.imported import CONTENTS, Import, is_imported
+from motif_jax.interop.settings import Settings
 from motif_jax.models import lora
 from motif_jax.models.networks import Networks, Params
 from motif_jax.training.checkpoint import latest_step, read_arrays, read_meta
@@ -55,14 +58,14 @@ def initial_weights(config: Config, networks: Networks) -> Weights:
         frozen = frozen_weights(networks)
         return Weights(networks.denoiser.init(key), frozen)
     try:
-        loaded = load(config.init_from)
+        source = find(config.init_from)
+        given = source.denoiser()
     except UserError as error:
         raise UserError(f"init_from: {error}") from error
-    frozen = frozen_weights(networks, loaded, config.init_from)
-    given = loaded["denoiser"]
+    frozen = frozen_weights(networks)
     new = {} if any(IMAGE_PATH.fullmatch(name) for name in given) else _new_image_path(networks, key)
     fitted = fit({**given, **new}, networks.denoiser.shapes, f"{config.init_from} (denoiser)", inflate=FIRST_KERNEL)
-    check_untold(config, config.init_from, "denoiser")
+    check_untold(config, source, "denoiser")
     grown = {FIRST_KERNEL} if FIRST_KERNEL in given and given[FIRST_KERNEL].shape != fitted[FIRST_KERNEL].shape else set()
     if untrained := sorted(name for name in grown | new.keys() if not re.fullmatch(PARTS[config.finetune], name)):
         raise UserError(
@@ -72,19 +75,20 @@ def initial_weights(config: Config, networks: Networks) -> Weights:
     return Weights(fitted, frozen)
 
 
-def frozen_weights(
-    networks: Networks, loaded: dict[str, Params] | None = None, source: str = "", names: Sequence[str] = FROZEN
-) -> dict[str, Params]:
-    """{network: weights} of the frozen networks. Pretrained ones are taken from `loaded`, which was read from `source`, or, where it
-    lacks them, from the configuration's `init_from`; the others are made.
+def frozen_weights(networks: Networks, source: str | Path = "", names: Sequence[str] = FROZEN) -> dict[str, Params]:
+    """{network: weights} of the frozen networks. Pretrained ones are taken from the import that `source` leads to or, where that lacks
+    them, from the one that the configuration's `init_from` leads to; the others are made.
 
     Raises UserError when one of the pretrained networks in `names` is in neither.
     """
-    init_from, need = networks.config.init_from, [name for name in networks.pretrained if name in names]
-    found = {name: (source, loaded[name]) for name in need if name in (loaded or {})}
-    if found.keys() < set(need):
-        found = {name: (init_from, params) for name, params in load_frozen(init_from).items() if name in need} | found
-    missing = [name for name in need if name not in found]
+    init_from, missing = networks.config.init_from, [name for name in networks.pretrained if name in names]
+    frozen = networks.init_frozen()
+    for place in (source, init_from):
+        if missing and (start := first_import(place)):
+            for name, params in start.read(missing).items():
+                frozen[name] = fit(params, networks.frozen[name].shapes, f"{start.directory} ({name})")
+                check_untold(networks.config, start, name)
+            missing = [name for name in missing if name not in frozen]
     if missing and init_from:
         raise lacking(init_from, missing)
     if missing:
@@ -93,43 +97,31 @@ def frozen_weights(
             f"the {' and '.join(missing)} of this configuration are pretrained networks: set --config.init_from to an imported "
             f"checkpoint (docs/weights.md), or use {' and '.join(small[name] for name in missing)}"
         )
-    fitted = {name: fit(params, networks.frozen[name].shapes, f"{source} ({name})") for name, (source, params) in found.items()}
-    for name, (source, _) in found.items():
-        check_untold(networks.config, origin(source), name)
-    return networks.init_frozen() | fitted
+    return frozen
 
 
-def check_untold(config: Config, source: str | Path, network: str) -> None:
+def check_untold(config: Config, source: "Import | Run", network: str) -> None:
     """Raises UserError when the configuration gives `network` another value of an `UNTOLD` setting than the import or run `source` does.
 
     If the import had no YAML, its value was only assumed: then a line is printed, and the configuration's value is used.
     """
-    source = run_location(source)
-    if is_imported(source):
-        groups, known = recorded(source), described(source)
-    else:
-        run = read_config(source)
-        groups = dataclasses.asdict(run)
-        groups["denoiser"] = groups["unet" if run.backbone == "unet3d" else "dit"]
-        if not run.image_tokens:
-            del groups["resampler"]
-        known = groups.keys()
-    backbone = "unet" if config.backbone == "unet3d" else "dit"
+    recorded, backbone = source.recorded, config.backbone.removesuffix("3d")
     for part, fields in UNTOLD.get(network, {}).items():
         group = backbone if part == "denoiser" else part
         for field in fields:
-            theirs, ours = groups.get(part, {}).get(field), getattr(getattr(config, group), field, None)
+            theirs, ours = recorded.get(part, {}).get(field), getattr(getattr(config, group), field, None)
             theirs = tuple(theirs) if isinstance(theirs, list) else theirs
             if not theirs or ours in (None, theirs) or (part == "resampler" and not config.image_tokens):
                 continue
             name = f"{group}.{field}"
-            if part in known:
+            if part not in source.assumed:
                 raise UserError(
-                    f"{source}: its {network} was made with {name}={theirs!r}, and the configuration says {ours!r}, with which "
+                    f"{source.directory}: its {network} was made with {name}={theirs!r}, and the configuration says {ours!r}, with which "
                     f"these weights compute something else: use --config.{name}={theirs}"
                 )
             if jax.process_index() == 0:
-                print(f"{source}: {name}={theirs!r} was assumed when it was imported, the configuration says {ours!r}", flush=True)
+                assumed = f"{name}={theirs!r} was assumed when it was imported"
+                print(f"{source.directory}: {assumed}, the configuration says {ours!r}", flush=True)
 
 
 def _new_image_path(networks: Networks, key: jax.Array) -> Params:
@@ -149,6 +141,75 @@ def _new_image_path(networks: Networks, key: jax.Array) -> Params:
     return draw(key)
 
 
+class Run:
+    """The weights of a run: of its newest checkpoint, or of WORKDIR/checkpoints/STEP. Has what an `Import` has."""
+
+    assumed = frozenset()
+
+    def __init__(self, place: str | Path):
+        """Raises UserError for what is neither a work directory nor a checkpoint."""
+        place, self._step = run_location(place), None
+        above = place.absolute().parent
+        if place.name.isdigit() and above.name == "checkpoints" and place.is_dir() and not (place / "config.json").exists():
+            place, self._step = above.parent, int(place.name)
+        self.directory, path = place, place / "config.json"
+        if not path.exists():
+            others = sorted(int(p.name) for p in place.parent.glob("*") if p.name.isdigit()) if place.name.isdigit() else []
+            hint = f"; checkpoints here: {others}" if others else "; import this file first (docs/weights.md)" if place.is_file() else ""
+            raise UserError(f"{place}: holds neither config.json (a work directory of motif_jax.main) nor {CONTENTS} (an import){hint}")
+        try:
+            self.config = read_json(path)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read: {error}") from error
+
+    @functools.cached_property
+    def step(self) -> int:
+        """Looked up once: a run that goes on has another one soon."""
+        newest = latest_step(self.directory) if self._step is None else self._step
+        if newest is None:
+            raise UserError(f"{self.directory}: holds no checkpoint yet; train first")
+        return newest
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.directory / "checkpoints" / str(self.step)
+
+    def denoiser(self, kind: str = "best") -> Params:
+        averaged = self.config.ema.decay > 0
+        if kind == "ema" and not averaged:
+            raise UserError(f"{self.directory}: keeps no average (ema.decay is 0); use the raw weights")
+        average = read_arrays(self.checkpoint, ("ema",))["ema"] if averaged and kind != "raw" else {}
+        # Without a mask the average covers every parameter.
+        raw = read_arrays(self.checkpoint, ("params",))["params"] if not average or self.config.finetune != "all" else {}
+        return lora.merge({**raw, **average})
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        return read_meta(self.checkpoint)
+
+    @property
+    def checksum(self) -> str:
+        """SHA-256 of the checksums that the checkpoint keeps of its arrays."""
+        return hashlib.sha256(json.dumps(self.meta["checksums"], sort_keys=True).encode()).hexdigest()
+
+    @property
+    def recorded(self) -> dict[str, dict[str, Any]]:
+        groups = dataclasses.asdict(self.config)
+        groups["denoiser"] = groups[self.config.backbone.removesuffix("3d")]
+        if not self.config.image_tokens:
+            del groups["resampler"]
+        return groups
+
+    @property
+    def settings(self) -> Settings:
+        return Settings.of(self.config)
+
+
+def find(directory: str | Path) -> Import | Run:
+    """What holds weights at a place: an import, a work directory or one of its checkpoints. Raises UserError."""
+    return Import(directory) if is_imported(directory) else Run(directory)
+
+
 def load(directory: str | Path, kind: str = "best") -> dict[str, Params]:
     """{"denoiser": ..., maybe "autoencoder", "text", "image"} from a work directory, one of its checkpoints, or an import's directory.
 
@@ -156,29 +217,8 @@ def load(directory: str | Path, kind: str = "best") -> dict[str, Params]:
     raw weights ("raw"), or "best", the average if the run keeps one. Frozen networks are those of the run's own `init_from`. Raises
     UserError.
     """
-    directory = run_location(directory)
-    if is_imported(directory):
-        if kind != "best":
-            raise UserError(f"{directory}: an import holds one set of weights, not {kind}")
-        loaded = _assembled(read_imported(directory))
-        if "denoiser" not in loaded:
-            raise UserError(f"{directory}: holds no weights of the denoiser, but {', '.join(loaded) or 'nothing that init_from reads'}")
-        return loaded
-    config = read_config(directory)
-    averaged = config.ema.decay > 0
-    if kind == "ema" and not averaged:
-        raise UserError(f"{directory}: keeps no average (ema.decay is 0); use the raw weights")
-    path = checkpoint_of(directory)
-    average = read_arrays(path, ("ema",))["ema"] if averaged and kind != "raw" else {}
-    # Without a mask the average covers every parameter.
-    raw = read_arrays(path, ("params",))["params"] if not average or config.finetune != "all" else {}
-    return {"denoiser": lora.merge({**raw, **average}), **load_frozen(config.init_from)}
-
-
-def source_checksum(directory: Path) -> str:
-    """sha256 of the checksums that a checkpoint keeps of its arrays, or an import's directory of its files."""
-    kept = (directory / CONTENTS).read_text() if is_imported(directory) else json.dumps(read_meta(directory)["checksums"], sort_keys=True)
-    return hashlib.sha256(kept.encode()).hexdigest()
+    start = first_import(directory)
+    return {"denoiser": find(directory).denoiser(kind), **(start.read(FROZEN) if start else {})}
 
 
 def params_checksum(params: Params) -> str:
@@ -191,27 +231,20 @@ def params_checksum(params: Params) -> str:
     return digest.hexdigest()
 
 
-def other_objective(directory: str | Path, config: Config) -> list[str]:
-    """A line for each diffusion setting of `config`, to sample with, other than that which `directory`'s weights were trained with."""
-    trained = imported_settings(directory) if is_imported(directory) else read_config(directory)
-    theirs, ours = dataclasses.asdict(trained.diffusion), dataclasses.asdict(config.diffusion)
+def other_objective(source: Import | Run, config: Config) -> list[str]:
+    """A line for each diffusion setting of `config`, to sample with, other than that which the weights of `source` were trained with."""
+    theirs, ours = dataclasses.asdict(source.settings.diffusion), dataclasses.asdict(config.diffusion)
     return [
-        f"{directory}: these weights were trained with diffusion.{name}={theirs[name]!r}, and are sampled with {ours[name]!r}"
+        f"{source.directory}: these weights were trained with diffusion.{name}={theirs[name]!r}, and are sampled with {ours[name]!r}"
         for name in ("prediction", "num_timesteps", "beta_start", "beta_end", "zero_terminal_snr", "base_scale")
         if theirs[name] != ours[name]
     ]
 
 
-def _assembled(imported: dict[str, Params]) -> dict[str, Params]:
-    """The resampler of an import is a part of the denoiser here, since it is trained with it."""
-    resampler = {f"image_proj_model.{name}": value for name, value in imported.pop("resampler", {}).items()}
-    return imported | ({"denoiser": imported["denoiser"] | resampler} if "denoiser" in imported else {})
-
-
-def load_frozen(directory: str | Path) -> dict[str, Params]:
-    """The "autoencoder", "text" and "image" of the import that an `init_from` leads to (see `origin`); {} without one."""
-    start = origin(directory)
-    return read_imported(start, FROZEN) if start and is_imported(start) else {}
+def first_import(place: str | Path) -> Import | None:
+    """The import that a place leads to (see `origin`)."""
+    start = origin(place)
+    return Import(start) if start and is_imported(start) else None
 
 
 def lacking(init_from: str, names: list[str]) -> UserError:
@@ -230,44 +263,16 @@ def origin(init_from: str | Path, *passed: Path) -> str:
 
     Raises UserError when the chain is a circle; `passed` are the work directories that come before `init_from` in it.
     """
-    while str(init_from) and (start := run_location(init_from)).exists() and not is_imported(start):
-        passed = (*passed, run_directory(start).resolve())
+    while str(init_from) and run_location(init_from).exists() and not is_imported(init_from):
+        run = Run(init_from)
+        passed = (*passed, run.directory.resolve())
         if passed[-1] in passed[:-1]:
             raise UserError(
                 f"init_from: a run would start from itself ({' -> '.join(map(str, passed))}). The same command continues a run; give it "
                 "the init_from that it began with"
             )
-        init_from = read_config(start).init_from
+        init_from = run.config.init_from
     return str(init_from)
-
-
-def run_directory(directory: Path) -> Path:
-    """The work directory of WORKDIR/checkpoints/STEP; any other directory itself, also a run's that has such a name."""
-    named = directory.name.isdigit() and directory.absolute().parent.name == "checkpoints"
-    is_step = named and directory.is_dir() and not (directory / "config.json").exists()
-    return directory.absolute().parent.parent if is_step else directory
-
-
-def checkpoint_of(directory: Path) -> Path:
-    """The newest checkpoint of a work directory; a checkpoint or an import itself. Raises UserError."""
-    if is_imported(directory) or run_directory(directory) != directory:
-        return directory
-    read_config(directory)  # says what a directory lacks that is none of these
-    step = latest_step(directory)
-    if step is None:
-        raise UserError(f"{directory}: holds no checkpoint yet; train first")
-    return directory / "checkpoints" / str(step)
-
-
-def read_config(directory: str | Path) -> Config:
-    """The configuration of a work directory or of one of its checkpoints. Raises UserError."""
-    path = run_directory(run_location(directory)) / "config.json"
-    if not path.exists():
-        raise UserError(f"{directory}: holds neither config.json (a work directory of motif_jax.main) nor {CONTENTS} (an import)")
-    try:
-        return read_json(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error}") from error
 
 
 def fit(params: Params, shapes: dict[str, jax.ShapeDtypeStruct], source: str, inflate: str = "") -> Params:

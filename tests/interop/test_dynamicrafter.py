@@ -11,7 +11,7 @@ from flax import nnx
 from motif_jax.config import AutoencoderConfig, ImageConfig, ResamplerConfig, TextConfig, UNetConfig, from_config_dict
 from motif_jax.errors import UserError
 from motif_jax.interop import load_reference, names, reference
-from motif_jax.interop.imported import import_checkpoint, imported_settings
+from motif_jax.interop.imported import Import, import_checkpoint
 from motif_jax.interop.settings import Settings, read_yaml, to_yaml
 from motif_jax.interop.tables import image, resampler, unet
 from motif_jax.models.networks import Network, Networks
@@ -70,7 +70,7 @@ def test_there_and_back_through_a_run(model, tmp_path):
     assert read_yaml(yaml) == settings
     counts = import_checkpoint("dynamicrafter", file, tmp_path / "in", yaml)
     assert counts.keys() == {"denoiser", "image", "resampler"}
-    assert imported_settings(tmp_path / "in") == settings
+    assert Import(tmp_path / "in").settings == settings
     config = run_config(settings, init_from=str(tmp_path / "in"))
     networks = Networks.of(config)
     start = initial_weights(config, networks)

@@ -1,5 +1,6 @@
 """Weight files: what one library writes the other reads, and what a damaged or dangerous file says."""
 
+import argparse
 import contextlib
 import json
 import os
@@ -89,8 +90,14 @@ def test_a_value_that_is_no_number(tmp_path, value):
 
 
 def test_absent_other_and_empty_files(tmp_path):
-    with pytest.raises(UserError, match=r"none\.ckpt: there is no such file"):
-        files.read_tensors(tmp_path / "none.ckpt")
+    for name in ("none.ckpt", "none.index.json"):
+        with pytest.raises(UserError, match=rf"{name}: there is no such file"):
+            files.read_tensors(tmp_path / name)
+    (tmp_path / "x.ckpt").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7\n")
+    with pytest.raises(UserError, match=r"x\.ckpt: is a pointer of Git LFS"):
+        files.read_tensors(tmp_path / "x.ckpt")
+    with pytest.raises(UserError, match="is a directory; name a file in it"):
+        files.read_tensors(tmp_path)
     (tmp_path / "x.npz").write_bytes(b"")
     with pytest.raises(UserError, match=r"must be a \.safetensors, \.ckpt, \.pth, \.pt, \.bin or \.index\.json file"):
         files.read_tensors(tmp_path / "x.npz")
@@ -197,12 +204,30 @@ def test_a_failed_write_leaves_pytorch_s_old_file_alone(tmp_path, monkeypatch):
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["x.ckpt"]
 
 
+class Settings(dict):
+    """Of a kind that PyTorch's reader does not fill."""
+
+
 class Harmful:
     def __init__(self, call):
         self.call = call
 
     def __reduce__(self):
         return self.call, ("executed",)
+
+
+class Callback:
+    def __init__(self):
+        self.best = np.float64(0.5)
+
+
+def test_what_a_trainer_keeps_beside_the_tensors_is_left_out(tmp_path, monkeypatch):
+    """Classes of a library that is not installed, NumPy's scalars and arrays, settings; nothing of them is made."""
+    torch = pytest.importorskip("torch")
+    beside = {"callbacks": {Callback: Callback()}, "seed": np.arange(3), "hyper_parameters": argparse.Namespace(root=pathlib.Path("x"))}
+    torch.save({"state_dict": {"a": torch.ones(2)}, **beside}, tmp_path / "x.ckpt")
+    monkeypatch.delattr(sys.modules[__name__], "Callback")
+    assert_same(files.read_tensors(tmp_path / "x.ckpt"), {"a": np.ones(2, np.float32)})
 
 
 @pytest.mark.parametrize(
@@ -275,10 +300,16 @@ def test_a_damaged_byte_in_a_pytorch_file(tmp_path):
 def test_something_else_in_a_pytorch_file(tmp_path):
     torch = pytest.importorskip("torch")
     torch.save({"epoch": 3, "a": torch.zeros(2)}, tmp_path / "x.pth")
-    with pytest.raises(UserError, match=r"holds no state dict.*'int'"):
+    with pytest.raises(UserError, match=r"holds no state dict.*epoch \(int\)$"):
         files.read_tensors(tmp_path / "x.pth")
     torch.save([torch.zeros(2)], tmp_path / "x.pth")
-    with pytest.raises(UserError, match=r"holds no state dict.*'list'"):
+    with pytest.raises(UserError, match=r"holds no state dict.*the file \(list\)$"):
+        files.read_tensors(tmp_path / "x.pth")
+    torch.save({"a": torch.zeros(2), "b": np.float64(1)}, tmp_path / "x.pth")
+    with pytest.raises(UserError, match=r"holds no state dict.*b \(scalar\)$"):
+        files.read_tensors(tmp_path / "x.pth")
+    torch.save({"state_dict": {"a": torch.zeros(2)}, "settings": Settings(b=3)}, tmp_path / "x.pth")
+    with pytest.raises(UserError, match=r"refused, because reading it would run code: it asks for \S+\.Settings\. "):
         files.read_tensors(tmp_path / "x.pth")
     (tmp_path / "x.pth").write_bytes(b"garbage")
     with pytest.raises(UserError, match=r"or damaged$"):  # PyTorch's advice would be to run its code

@@ -24,7 +24,7 @@ from motif_jax.data import storage
 from motif_jax.errors import UserError
 from motif_jax.interop import files, imported, names, raft, reference
 from motif_jax.interop.buffers import schedule_buffers
-from motif_jax.interop.imported import import_checkpoint, imported_settings, is_imported, read_imported, yaml_beside
+from motif_jax.interop.imported import Import, import_checkpoint, is_imported, yaml_beside
 from motif_jax.interop.settings import Settings, read_yaml, to_yaml
 from motif_jax.interop.tables import autoencoder, openclip, unet
 from motif_jax.models.autoencoder import make_autoencoder
@@ -90,13 +90,13 @@ def test_there_and_back(tmp_path, networks, model, with_yaml):
     assert contents["text"]["sha256"] == storage.sha256(tmp_path / "in/text.safetensors")
     assert contents["denoiser"]["source_sha256"] == storage.sha256(source)
 
-    found = imported_settings(tmp_path / "in")
+    found = Import(tmp_path / "in").settings
     assert (found.unet, found.diffusion) == (SETTINGS.unet, SETTINGS.diffusion)
     assert found.autoencoder == SETTINGS.autoencoder and found.text.width == 8 and found.text.heads == (2 if with_yaml else 0)
 
     other = dataclasses.replace(Config(), text=dataclasses.replace(SETTINGS.text, heads=4))
     with pytest.raises(UserError, match=r"its text was made with text\.heads=2, ") if with_yaml else contextlib.nullcontext():
-        check_untold(other, tmp_path / "in", "text")
+        check_untold(other, Import(tmp_path / "in"), "text")
 
     _, count, remarks = export(tmp_path / "in", tmp_path / "out/all.safetensors", frozen=True)
     whole = networks["denoiser"] | networks["autoencoder"] | networks["text"] | schedule_buffers(SETTINGS.diffusion)
@@ -136,7 +136,7 @@ def test_networks_one_by_one_share_a_directory(tmp_path, networks):
     for name, kind in kinds.items():
         source = save(tmp_path / f"{name}.safetensors", bare[name] | (extra if name == "text" else {}))
         import_checkpoint(kind, source, tmp_path / "in")
-    assert read_imported(tmp_path / "in").keys() == kinds.keys()
+    assert Import(tmp_path / "in").read().keys() == kinds.keys()
     before = {path.name: path.read_bytes() for path in (tmp_path / "in").iterdir()}
     with pytest.raises(UserError, match="already holds text of an import"):
         import_checkpoint("openclip", tmp_path / "text.safetensors", tmp_path / "in")
@@ -156,7 +156,7 @@ def test_an_autoencoder_within_a_model_of_another_kind(tmp_path, networks, besid
     state = networks["autoencoder"] | {name: np.zeros((2, 2), np.float32) for name in beside}
     source = save(tmp_path / "x.safetensors", state)
     import_checkpoint("autoencoder", source, tmp_path / "in")
-    found = names.to_torch(read_imported(tmp_path / "in")["autoencoder"])
+    found = names.to_torch(Import(tmp_path / "in").read()["autoencoder"])
     same({autoencoder.prefix + name: tensor for name, tensor in found.items()}, networks["autoencoder"])
     for kind in ("videocrafter", "openclip"):
         with pytest.raises(UserError, match=r"in the layout of transformers \(cond.*take the OpenCLIP file"):
@@ -175,7 +175,7 @@ def test_two_imports_at_once_share_a_directory(tmp_path, networks, monkeypatch):
     sources = {kind: save(tmp_path / f"{kind}.safetensors", networks[name]) for kind, name in (("openclip", "text"), ("autoencoder",) * 2)}
     with concurrent.futures.ThreadPoolExecutor() as pool:
         list(pool.map(lambda kind: import_checkpoint(kind, sources[kind], tmp_path / "in"), sources))
-    assert read_imported(tmp_path / "in").keys() == {"text", "autoencoder"}
+    assert Import(tmp_path / "in").read().keys() == {"text", "autoencoder"}
 
 
 def test_a_unet_under_its_name_within_the_model(tmp_path, networks):
@@ -183,6 +183,15 @@ def test_a_unet_under_its_name_within_the_model(tmp_path, networks):
     import_checkpoint("videocrafter", save(tmp_path / "x.safetensors", inner), tmp_path / "in")
     export(tmp_path / "in", tmp_path / "out.safetensors")
     same(safetensors.numpy.load_file(tmp_path / "out.safetensors"), networks["denoiser"])
+    with pytest.raises(UserError, match="in: an import holds one set of weights, not ema"):
+        export(tmp_path / "in", tmp_path / "out.safetensors", "ema")
+
+
+@pytest.mark.parametrize("with_yaml", [True, False])
+def test_a_scale_of_the_latents_that_was_measured_in_training(tmp_path, networks, with_yaml):
+    source = save(tmp_path / "x.safetensors", networks["denoiser"] | {"scale_factor": np.asarray(0.25, np.float32)})
+    (tmp_path / "x.yaml").write_text(to_yaml(SETTINGS))
+    assert reference.read_checkpoint(source, tmp_path / "x.yaml" if with_yaml else None)[0].autoencoder.scale_factor == 0.25
 
 
 def test_dynamicrafter_is_told_from_videocrafter(tmp_path, model):
@@ -195,12 +204,14 @@ def test_dynamicrafter_is_told_from_videocrafter(tmp_path, model):
         import_checkpoint("dynamicrafter", save(tmp_path / "vc.safetensors", model), tmp_path / "in")
     assert not (tmp_path / "in").exists()
     import_checkpoint("dynamicrafter", tmp_path / "dc.safetensors", tmp_path / "in")
-    assert imported_settings(tmp_path / "in").unet == config
-    diffusion = imported_settings(tmp_path / "in").diffusion
+    assert Import(tmp_path / "in").settings.unet == config
+    diffusion = Import(tmp_path / "in").settings.diffusion
     assert diffusion.prediction == "v"
     config = dataclasses.replace(Config(), diffusion=diffusion)
-    assert other_objective(tmp_path / "in", config) == []
-    (line,) = other_objective(tmp_path / "in", dataclasses.replace(config, diffusion=dataclasses.replace(diffusion, prediction="x0")))
+    assert other_objective(Import(tmp_path / "in"), config) == []
+    (line,) = other_objective(
+        Import(tmp_path / "in"), dataclasses.replace(config, diffusion=dataclasses.replace(diffusion, prediction="x0"))
+    )
     assert line == f"{tmp_path}/in: these weights were trained with diffusion.prediction='v', and are sampled with 'x0'"
 
 
@@ -214,7 +225,11 @@ BIAS, SMALL = unet.prefix + "out.0.bias", np.zeros(3, np.float32)
 CONV, TABLE = unet.prefix + "input_blocks.0.0.weight", openclip.prefix + "token_embedding.weight"
 TO_K = unet.prefix + "middle_block.1.transformer_blocks.0.attn2.to_k.weight"
 WRONG = {
-    "an autoencoder alone": (lambda s: [s.pop(n) for n in list(s) if not n.startswith("first_stage")], "holds no U-Net, but autoencoder"),
+    "an autoencoder alone": (
+        lambda s: [s.pop(n) for n in list(s) if not n.startswith("first_stage")],
+        r"holds no U-Net, but autoencoder \(--kind=autoencoder\)",
+    ),
+    "RAFT": (lambda s: (s.clear(), s.update({"fnet.conv1.weight": SMALL})), r"in the layout of RAFT .*; import it with --kind=raft"),
     "another network": (lambda s: (s.clear(), s.update({"layer1.0.conv1.weight": SMALL})), "holds no network in the reference's names"),
     "a tensor missing": (lambda s: s.pop(BIAS), r"1 missing: out\.0\.bias \[32\]"),
     "a tensor too many": (lambda s: s.update({unet.prefix + "x.y": SMALL}), r"1 left over: x\.y"),
@@ -295,12 +310,11 @@ def test_an_output_that_is_something_else(tmp_path, model):
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad/imported.json").write_text("{")
     with pytest.raises(UserError, match=r"imported\.json: cannot be read"):
-        read_imported(tmp_path / "bad")
+        Import(tmp_path / "bad").read()
     for text in ("[]", '{"networks": 3}', '{"networks": {"denoiser": 3}}', '{"networks": {"denoiser": {"config": 3, "sha256": ""}}}'):
         (tmp_path / "bad/imported.json").write_text(text)
-        for read in (read_imported, imported_settings):
-            with pytest.raises(UserError, match=r"imported\.json: is no table of contents"):
-                read(tmp_path / "bad")
+        with pytest.raises(UserError, match=r"imported\.json: is no table of contents"):
+            Import(tmp_path / "bad")
 
 
 def test_a_half_written_import_is_refused_when_read(tmp_path, model):
@@ -308,14 +322,14 @@ def test_a_half_written_import_is_refused_when_read(tmp_path, model):
     whole = (tmp_path / "in/text.safetensors").read_bytes()
     (tmp_path / "in/text.safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match=r"text\.safetensors: .*incomplete"):
-        read_imported(tmp_path / "in")
+        Import(tmp_path / "in").read()
     (tmp_path / "in/text.safetensors").write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     with pytest.raises(UserError, match=r"text\.safetensors: is not what was imported"):
-        read_imported(tmp_path / "in")
-    assert read_imported(tmp_path / "in", ["denoiser"]).keys() == {"denoiser"}  # the others are not looked at
+        Import(tmp_path / "in").read()
+    assert Import(tmp_path / "in").read(["denoiser"]).keys() == {"denoiser"}  # the others are not looked at
     (tmp_path / "in/text.safetensors").unlink()
     with pytest.raises(UserError, match=r"text\.safetensors: there is no such file"):
-        read_imported(tmp_path / "in")
+        Import(tmp_path / "in").read()
 
 
 def test_an_import_in_a_bucket(tmp_path, model, bucket, monkeypatch):
@@ -326,18 +340,18 @@ def test_an_import_in_a_bucket(tmp_path, model, bucket, monkeypatch):
     assert not is_imported(url)
     for path in (tmp_path / "in").iterdir():
         bucket.put(f"{name}/{path.name}", path.read_bytes())
-    assert is_imported(url) and imported_settings(url) == imported_settings(tmp_path / "in")
-    found, expected = read_imported(url), read_imported(tmp_path / "in")
+    assert is_imported(url) and Import(url).settings == Import(tmp_path / "in").settings
+    found, expected = Import(url).read(), Import(tmp_path / "in").read()
     assert found.keys() == expected.keys()
     for network, tensors in expected.items():
         same(found[network], {name: np.asarray(tensor) for name, tensor in tensors.items()})
     content, _ = bucket.objects[f"{name}/text.safetensors"]
     bucket.put(f"{name}/text.safetensors", content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(UserError, match=rf"{url}/text\.safetensors: is not what was imported"):
-        read_imported(url)
+        Import(url).read()
     del bucket.objects[f"{name}/text.safetensors"]
     with pytest.raises(UserError, match=rf"{url}/text\.safetensors: there is no such file"):
-        read_imported(url)
+        Import(url).read()
 
 
 def test_raft_serves_as_flow_weights(tmp_path):
@@ -389,6 +403,7 @@ def test_a_yaml_beside_the_file_that_is_no_use_is_ignored(tmp_path):
         assert remark.startswith(f"note: found beside the input, and ignored: {path}: ")
     path.write_text(to_yaml(SETTINGS))
     assert yaml_beside("autoencoder", source)[0] == yaml_beside("openclip", source)[0] == path
+    assert yaml_beside("autoencoder", tmp_path / "x.safetensors.index.json")[0] == path
     assert "x.yaml: says nothing of this tower" in yaml_beside("openclip_image", source)[1]
     assert yaml_beside("raft", source) == (None, "")
 

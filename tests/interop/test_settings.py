@@ -181,6 +181,7 @@ def test_every_mistake_is_listed(tmp_path):
         ("model: {params: {unet_config: {params: {}}}}", r"unet_config\.params is {}: must be a group of settings"),
         ("model: {params: {timesteps: 1000}}", "there is no unet_config"),
         (VIDEOCRAFTER.replace("channels: 64", "channels: 640"), "num_head_channels=640: must divide the level width 320$"),
+        (VIDEOCRAFTER.replace("penultimate", "penultimate, text_cfg: 3"), "text_cfg=3: must be a group of settings$"),
         ("!!python/object/apply:os.mkdir [x]", "cannot be read as YAML"),
     ],
 )

@@ -142,9 +142,9 @@ def test_a_run_whose_validation_clips_cannot_be_read_is_left_as_it_was(config, u
 
 def test_weights_are_told_apart_by_their_content(undisturbed, tmp_path):
     """A model that was trained again into the same directory, to the same step, is another one."""
-    two, four = (weights.source_checksum(undisturbed / "checkpoints" / step) for step in "24")
-    shutil.copytree(undisturbed / "checkpoints" / "4", tmp_path / "4")
-    assert two != four == weights.source_checksum(tmp_path / "4")
+    two, four = (weights.find(undisturbed / "checkpoints" / step).checksum for step in "24")
+    shutil.copytree(undisturbed, tmp_path / "run")
+    assert two != four == weights.find(tmp_path / "run").checksum
 
 
 def test_a_new_run_does_not_keep_its_initial_weights(config, tmp_path, monkeypatch):

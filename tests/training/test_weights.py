@@ -23,7 +23,7 @@ from PIL import Image
 from motif_jax.animation import Animator, animate_list
 from motif_jax.config import CheckpointConfig, from_config_dict, to_dict, to_json
 from motif_jax.errors import UserError
-from motif_jax.interop.imported import import_checkpoint, imported_settings
+from motif_jax.interop.imported import Import, import_checkpoint
 from motif_jax.interop.names import to_torch
 from motif_jax.interop.settings import Settings, read_yaml, to_yaml
 from motif_jax.interop.tables import autoencoder, unet
@@ -200,7 +200,7 @@ def test_an_independent_pytorch_network_computes_the_same(make_run, tmp_path):
     rng = np.random.default_rng(3)
     x, context = rng.normal(size=(2, 4, 4, 4, 96)).astype(np.float32), rng.normal(size=(2, 8, 16)).astype(np.float32)
     t, fps = np.asarray([17, 981]), np.asarray([8.0, 24.0], np.float32)
-    networks = Networks.of(weights.read_config(directory))
+    networks = Networks.of(weights.Run(directory).config)
     with jax.default_matmul_precision("highest"):
         found = jax.jit(networks.denoise)(average, x[..., :48], t, context, fps, x[..., 48:])
     for suffix in (".safetensors", ".ckpt"):
@@ -266,7 +266,7 @@ def test_an_import_finds_the_yaml_beside_the_file(run, tmp_path, tiny):
     command = ["import", "--kind=videocrafter", f"--input={tmp_path}/x.safetensors", f"--output={tmp_path}/in"]
     done = subprocess.run([sys.executable, "-m", "motif_jax.convert", *command], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and f"--yaml={tmp_path}/x.yaml: found beside the input" in done.stdout, done.stderr
-    assert imported_settings(tmp_path / "in") == Settings.of(tiny())
+    assert Import(tmp_path / "in").settings == Settings.of(tiny())
 
 
 def test_a_run_starts_from_another(run, tiny):
@@ -275,6 +275,8 @@ def test_a_run_starts_from_another(run, tiny):
     config = changed(config, init_from=str(run[0] / "samples"))
     with pytest.raises(UserError, match=rf"^init_from: {re.escape(config.init_from)}: holds neither config\.json"):
         weights.initial_weights(config, Networks.of(config))
+    with pytest.raises(UserError, match=r"config\.json: holds neither .*; import this file first"):
+        weights.find(run[0] / "config.json")
 
 
 def test_clips_of_an_import_are_not_taken_for_those_of_another(run, tmp_path, tiny, monkeypatch):
@@ -338,17 +340,17 @@ def test_an_import_for_image_tokens_serves_a_model_without(tmp_path, tiny, descr
     """Which does not use the resampler; a model that does is told of its heads."""
     part = {"config": {"heads": 4}, "sha256": "", **described}
     (tmp_path / "imported.json").write_text(json.dumps({"networks": {"resampler": part}}))
-    weights.check_untold(tiny(), tmp_path, "denoiser")
+    weights.check_untold(tiny(), Import(tmp_path), "denoiser")
     assert not capsys.readouterr().out
     with pytest.raises(UserError) if described else contextlib.nullcontext() as found:
-        weights.check_untold(tiny(**SEEING), tmp_path, "denoiser")
+        weights.check_untold(tiny(**SEEING), Import(tmp_path), "denoiser")
     assert "resampler.heads=4" in (str(found.value) if described else capsys.readouterr().out)
 
 
 def test_image_tokens_are_added_to_a_run_without(run, tiny):
     """Whose configuration has a resampler, too, with other heads, which it did not use."""
     config = changed(tiny(**SEEING), init_from=str(run[0]))
-    assert weights.read_config(run[0]).resampler.heads != config.resampler.heads
+    assert weights.Run(run[0]).config.resampler.heads != config.resampler.heads
     found = weights.initial_weights(config, Networks.of(config)).denoiser
     assert_same({name: found[name] for name in run[2]}, run[2])
 
