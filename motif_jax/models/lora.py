@@ -39,6 +39,7 @@ def merge(params: dict[str, jax.Array]) -> dict[str, jax.Array]:
     if not stems:
         return params
     merged = {name: value for name, value in params.items() if not name.endswith((A, B))}
-    for stem in stems:
-        merged[stem + ".kernel"] = merged[stem + ".kernel"] + params[stem + A] @ params[stem + B]
+    with jax.default_matmul_precision("highest"):  # accelerators would round what they multiply
+        for stem in stems:
+            merged[stem + ".kernel"] = merged[stem + ".kernel"] + params[stem + A] @ params[stem + B]
     return merged

@@ -89,9 +89,13 @@ def test_merge():
     params = {"x.attn1.to_q.kernel": rng.normal(size=(5, 4)), "y.bias": rng.normal(size=3)}
     assert lora.merge(params) is params
     a, b = rng.normal(size=(5, 2)), rng.normal(size=(2, 4))
-    merged = lora.merge(params | {"x.attn1.to_q.lora_a": a, "x.attn1.to_q.lora_b": b})
+    updates = {"x.attn1.to_q.lora_a": a, "x.attn1.to_q.lora_b": b}
+    merged = lora.merge(params | updates)
     assert merged.keys() == params.keys()
     np.testing.assert_allclose(merged["x.attn1.to_q.kernel"], params["x.attn1.to_q.kernel"] + a @ b, rtol=1e-12)
+    traced = jax.make_jaxpr(lora.merge)(params | updates)
+    (product,) = (equation for equation in traced.eqns if equation.primitive.name == "dot_general")
+    assert set(product.params["precision"]) == {jax.lax.Precision.HIGHEST}  # on every platform
 
 
 @pytest.mark.parametrize("part", ["input", "lora"])
