@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from motif_jax.animation import Animator, animate_list, animate_one, noise_seed
+from motif_jax.data.images import cover
 from motif_jax.errors import UserError
 from motif_jax.models.networks import Networks
 
@@ -171,6 +172,22 @@ def test_a_clip_of_its_own_with_infinity(folder, broken_animator):
     assert not (folder / "x.gif").exists()
     with pytest.raises(UserError, match="in the clip of 'x'; use"):  # once, however often a batch repeats it
         animator(2 * [Image.new("RGB", (16, 16))], ["x", "x"], [0, 0])
+
+
+def test_the_network_is_told_the_image_and_the_frame_rate(tiny, monkeypatch):
+    """In its place, three frames of the image's latent and one of the frame rate, which is not that of the written video."""
+    settings = {"diffusion": {"prediction": "x0"}, "sample": {"guidance": 1.0, "steps": 1, "fps": 8.0}}
+    networks = Networks.of(tiny(backbone="dit", dit={"width": 8, "depth": 1, "num_head_channels": 8}, **settings))
+
+    def denoise(self, params, x, t, context, fps, image, dropout_rng=None):
+        return image.at[:, 3].set(fps[:, None, None, None] / 32)
+
+    monkeypatch.setattr(Networks, "denoise", denoise)
+    animate = Animator(networks.config, networks, networks.denoiser.init(jax.random.key(0)), networks.init_frozen(), 24.0)
+    picture = np.random.default_rng(0).integers(0, 256, (24, 40, 3), np.uint8)
+    (clip,) = animate([picture], ["x"], [0])
+    np.testing.assert_array_equal(clip[:3], np.broadcast_to(cover(picture, 16, 16), (3, 16, 16, 3)))
+    np.testing.assert_array_equal(clip[3], round((24 / 32 + 1) * 127.5))
 
 
 def test_every_clip_needs_an_image_a_prompt_and_a_seed(tiny):

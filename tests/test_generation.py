@@ -8,6 +8,7 @@ import pytest
 from motif_jax.data.tokens import make_tokenizer
 from motif_jax.generation import make_generator, sample_latents
 from motif_jax.models.networks import Networks
+from motif_jax.training.step import diffusion_schedule
 
 FROZEN = {"autoencoder": {}, "text": {}}
 SEEDS = np.array([3, 2**31 - 1], np.int32)
@@ -81,6 +82,15 @@ def test_steps_and_fresh_noise(make, eta):
         latents.append(x)
     wanted = np.asarray(networks.decode({}, jnp.asarray(np.stack(latents), jnp.float32))).astype(int)
     assert np.abs(clips - wanted).max() <= 1 and wanted.std() > 5
+
+
+@pytest.mark.parametrize(("autoencoder", "end"), [({}, 1.0), ({"kind": "kl", "ch": 32, "ch_mult": [1, 1, 1]}, 1 - 8.5e-4)])
+def test_where_sampling_ends(tiny, autoencoder, end):
+    """With the reference's autoencoder at the reference's last alpha_bar, of pixels at 1; the dynamic rescale is divided out of both."""
+    config = tiny(autoencoder=autoencoder, diffusion={"prediction": "x0", "base_scale": 0.7}, sample={"steps": 1})
+    x_T, keys = np.random.default_rng(0).normal(size=(2, 4, 4, 4, 48)), jax.vmap(jax.random.key)(SEEDS)
+    latents = sample_latents(config, diffusion_schedule(config), lambda x, t: jnp.full_like(x, 0.7), jnp.asarray(x_T), keys)
+    np.testing.assert_allclose(latents, np.sqrt(end) + np.sqrt(1 - end) * x_T, atol=1e-5)  # x_T is the noise where alpha_bar is 0
 
 
 def test_another_sampler(make):

@@ -37,6 +37,14 @@ def test_cover_is_antialiased():
     assert np.abs(inner - 127).max() < 12
 
 
+def test_cover_enlarges_bicubically():
+    """A parabola stays one, as cubic convolution has it; between two pixels, straight lines would lie up to 2.3 levels above it."""
+    picture = np.repeat(10 * (np.arange(9)[None, :, None] - 4) ** 2, 9, axis=0).repeat(3, axis=-1).astype(np.uint8)
+    inner = slice(8, -8)  # whose cubics do not reach over the edge
+    wanted = 10 * ((np.arange(36) + 0.5) / 4 - 0.5 - 4)[inner] ** 2
+    np.testing.assert_allclose(cover(picture, 36, 36)[inner, inner, 1], np.broadcast_to(wanted, (20, 20)), atol=0.6)
+
+
 def test_read_image(tmp_path):
     picture = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
     Image.fromarray(picture).save(tmp_path / "a.png")

@@ -91,6 +91,22 @@ def test_train_and_sample(kind, make):
     np.testing.assert_allclose(alone[0].astype(int), clips[1].astype(int), atol=1)
 
 
+def test_the_pass_without_text_sees_a_grey_image(make, monkeypatch):
+    """Guidance 0 leaves that pass alone; in place of the U-Net, how far one number of the last image token is from a grey image's."""
+    config, networks, params, frozen = make("cx-attn", diffusion={"prediction": "x0"}, sample={"guidance": 0.0})
+    grey = networks.image_tokens(params, frozen["unconditional"]["image"])
+
+    def away(tokens):
+        return jnp.tanh(50 * (tokens[:, -1, 0] - grey[:, -1, 0]))[:, None, None, None, None]
+
+    monkeypatch.setattr(Networks, "denoise", lambda self, params, x, t, context, *given: 0 * x + away(context))
+    batch = make_batch(config)
+    images = batch["frames"][:, 0]
+    clips, _ = make_generator(networks)(params, frozen, images, batch["tokens"], batch["fps"], np.arange(4))
+    assert set(np.unique(clips)) <= {127, 128}
+    assert np.abs(away(networks.image_tokens(params, networks.embed_image(frozen["image"], images)))).min() > 0.05  # six levels
+
+
 def outputs(setup, batch, key):
     _, networks, params, frozen = setup
     schedule, chance = diffusion_schedule(networks.config), (draw(networks.config, key, 4), key)

@@ -418,6 +418,22 @@ def test_samples_with_nan_are_told(config, tmp_path, capsys):
     assert (tmp_path / "samples" / "3" / "sheet.png").exists()
 
 
+def test_a_sheet_is_made_from_first_frames_at_the_frame_rate_of_its_clips(config, tmp_path, monkeypatch):
+    """Which is 8, whatever that of the written video."""
+    given = []
+
+    def generate(params, frozen, images, tokens, fps, seeds):
+        given.append((np.asarray(images), fps.tolist()))
+        return jax.numpy.repeat(images[:, None], config.data.frames, 1), jax.numpy.ones(len(images), bool)
+
+    monkeypatch.setattr(samples, "make_generator", lambda *_: generate)
+    slow, networks, mesh = changed(config, sample={"fps": 5.0}), Networks.of(config), make_mesh(config.mesh, jax.devices()[:1])
+    samples.SampleSheets(slow, networks, make_tokenizer(config.text), mesh).write(1, {}, {}, tmp_path, None)
+    ((images, rates),) = given
+    np.testing.assert_array_equal(images, [clip.frames[0] for clip in pipeline.examples(slow.data, 1)])
+    assert rates == [8.0]
+
+
 def test_curves_of_many_buckets_go_from_clean_to_noise(monkeypatch):
     monkeypatch.setattr(report.html, "plot", lambda figure, description: figure)
     (axes,) = report._curves([{"step": 1, **{f"eval/ratio_t{bucket}": 1.0 for bucket in range(12)}}]).axes
