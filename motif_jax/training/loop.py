@@ -267,7 +267,7 @@ class _Run:
                     self.progress.compiled()
                 jax.block_until_ready(before)  # the host runs one step ahead, no more
                 before = metrics
-                if self.step == config.profile.start + config.profile.steps:
+                if 0 < config.profile.start == self.step - config.profile.steps:
                     self.progress.flush(self.step)
                     trace.close()
                     self.progress.restart()
