@@ -5,7 +5,8 @@ python -m motif_jax.main    --config=configs/ablation.py:flow --workdir=runs/abl
     --config.data.path=runs/ablation/data
 python -m motif_jax.bench ablation --runs=runs/ablation
 
-All arms of a seed share initial weights, but for the cx-attn arms, data order, timesteps and noise: those follow from the seed alone.
+All arms of a seed share data order, timesteps and noise, which follow from the seed alone, and, but for the cx-attn arms and the
+transformer, initial weights.
 """
 
 import pathlib

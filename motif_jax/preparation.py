@@ -95,7 +95,7 @@ def prepare(
     log(_summary_line(summary, job.directory, time.monotonic() - began))
     if config.prepare.validation_share and not missing and not summary.clips.get("validation"):
         share = f"prepare.validation_share={config.prepare.validation_share:g}"
-        log(f"no clip is held out for validation: by {share} chance took none; another --output may have a larger share")
+        log(f"no clip is held out for validation: {share} took none that can be used; another --output may have a larger share")
     if missing:
         log(f"{missing} of {len(job.plan)} shards belong to other tasks and are not there yet; the last task to end completes the dataset")
     elif preview:

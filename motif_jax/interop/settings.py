@@ -158,7 +158,10 @@ def _autoencoder(model: dict[str, Any], errors: list[str]) -> AutoencoderConfig 
 
 
 def _text(params: dict[str, Any], errors: list[str]) -> TextConfig | None:
-    """The reference builds ViT-H/14 whatever its YAML says; towers of another size are named by TextConfig's fields, or `text_cfg`."""
+    """The reference builds ViT-H/14 whatever its YAML says; towers of another size are named by TextConfig's fields, or `text_cfg`.
+
+    `heads` is 0, unknown, where a width is named and they are not; so it is for `_image`.
+    """
     if params.get("layer", "penultimate") != "penultimate":
         errors.append(f"cond_stage_config.params.layer={params['layer']!r}: only 'penultimate' is supported")
     if params.get("arch", _ARCH) != _ARCH:
@@ -171,7 +174,7 @@ def _text(params: dict[str, Any], errors: list[str]) -> TextConfig | None:
     given |= {"kind": params["kind"]} if "kind" in params else {}
     if "max_length" in params:
         given.setdefault("context_length", params["max_length"])
-    return _build(TextConfig, given, "cond_stage_config.params.", errors)
+    return _tower(TextConfig, given, "cond_stage_config.params.", errors)
 
 
 def _image(params: dict[str, Any], errors: list[str]) -> ImageConfig | None:
@@ -179,7 +182,13 @@ def _image(params: dict[str, Any], errors: list[str]) -> ImageConfig | None:
     if params.get("arch", _ARCH) != _ARCH:
         errors.append(f"img_cond_stage_config.params.arch={params['arch']!r}: only {_ARCH!r} is supported")
     given = {f.name: params[f.name] for f in dataclasses.fields(ImageConfig) if f.name in params}
-    return _build(ImageConfig, given, "img_cond_stage_config.params.", errors)
+    return _tower(ImageConfig, given, "img_cond_stage_config.params.", errors)
+
+
+def _tower(cls: type, given: dict[str, Any], prefix: str, errors: list[str]) -> Any:
+    found = _build(cls, given, prefix, errors)
+    untold = found and found.kind == "openclip" and "width" in given and "heads" not in given
+    return dataclasses.replace(found, heads=0) if untold else found
 
 
 def _resampler(params: dict[str, Any], errors: list[str]) -> ResamplerConfig | None:

@@ -162,7 +162,8 @@ def set_damaged_aside(workdir: Path) -> list[str]:
         (workdir / "damaged").mkdir(exist_ok=True)
         names = (workdir / "damaged" / (f"{step}-{n}" if n else str(step)) for n in itertools.count())
         aside = (workdir / "checkpoints" / str(step)).replace(next(name for name in names if not name.exists()))
-        reasons.append(f"{error}; moved to {aside}")
+        path = workdir / "checkpoints" / str(step)
+        reasons.append(f"checkpoint {path} cannot be read: {_reason(error.__cause__)}; moved to {aside}")
     return reasons
 
 

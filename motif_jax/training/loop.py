@@ -231,9 +231,10 @@ class _Run:
                     self.progress.compiled()
                 jax.block_until_ready(before)  # the host runs one step ahead, no more
                 before = metrics
-                if self.step == config.profile.start + config.profile.steps:
-                    jax.block_until_ready(metrics)
+                if 0 < config.profile.start == self.step - config.profile.steps:
+                    self.progress.flush(self.step)
                     trace.close()
+                    self.progress.restart()
                 if (self.step - 1) % config.log_every == 0:  # while the device works on this step
                     self.progress.flush(self.step - 1)
                     self.checkpoints.check()

@@ -6,7 +6,7 @@ import pytest
 import yaml
 from flax import nnx
 
-from motif_jax.config import AutoencoderConfig, DiffusionConfig, TextConfig, UNetConfig
+from motif_jax.config import AutoencoderConfig, DiffusionConfig, ImageConfig, TextConfig, UNetConfig
 from motif_jax.errors import UserError
 from motif_jax.interop import architecture, names
 from motif_jax.interop.files import Lazy
@@ -112,6 +112,13 @@ RUNS = {
     "v": Settings(UNetConfig(dropout=0.1), AutoencoderConfig(), TextConfig(), DiffusionConfig(base_scale=0.7)),
     "small": Settings(
         SMALL_UNET, AutoencoderConfig(ch=32), TextConfig(width=16, layers=3, heads=4), DiffusionConfig(prediction="x0", num_timesteps=100)
+    ),
+    "unknown heads": Settings(
+        UNetConfig(image_cross_attention=True),
+        AutoencoderConfig(),
+        TextConfig(width=16, layers=3, heads=0),
+        DiffusionConfig(),
+        ImageConfig(width=24, layers=2, heads=0),
     ),
     "ours": Settings(
         UNetConfig(in_channels=24, out_channels=12, norm_groups=8, context_dim=8, image_cross_attention=True),

@@ -188,9 +188,10 @@ def test_an_evaluation_that_is_not_finite_stops_the_run(config, tmp_path, monkey
 
 
 def test_each_function_is_compiled_once_and_traced_on_request(config, tmp_path, caplog):
-    """With evaluation, sampling and saves between the steps; the XProf trace is of steps 2 and 3."""
+    """With evaluation, sampling and saves between the steps; the XProf trace is of updates 2 and 3, and the time to write it of none."""
     with jax.log_compiles():
-        loop.train(dataclasses.replace(config, profile=ProfileConfig(start=2, steps=2)), tmp_path)
+        loop.train(dataclasses.replace(config, log_every=4, profile=ProfileConfig(start=1, steps=2)), tmp_path)
+    assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl") if "seconds_per_step" in line] == [2, 3, 4]
     names = re.findall(r"Compiling jit\((\w+)\) with global shapes", caplog.text)
     counts = collections.Counter(names)
     assert {name: counts[name] for name in ("train_step", "eval_step", "generate")} == {"train_step": 1, "eval_step": 1, "generate": 1}
