@@ -141,29 +141,28 @@ def set_damaged_aside(workdir: Path) -> list[str]:
     For one process of the job, before `Checkpoints` opens the directory. Raises CheckpointError, and moves nothing, when none can be read,
     or when one cannot for a reason that says nothing about it, such as too little memory.
     """
-    workdir = workdir.absolute()
-    damaged: dict[int, CheckpointError] = {}
+    workdir, damaged = workdir.absolute(), {}
     for step in reversed(_steps(workdir / "checkpoints")):
+        path = workdir / "checkpoints" / str(step)
         try:
             for name in FIELDS:  # one after the other: together they may not fit into a host's memory
-                read_arrays(workdir / "checkpoints" / str(step), (name,), np.ndarray)
+                read_arrays(path, (name,), np.ndarray)
             break
         except CheckpointError as error:
+            reason = _reason(error.__cause__)
             if _is_no_damage(error.__cause__):
-                reason = f"could not be read ({_reason(error.__cause__)}), which is no damage: none is set aside; try again"
-                raise CheckpointError(f"checkpoint {step} in {workdir} {reason}") from error
-            damaged[step] = error
+                text = f"could not be read ({reason}), which is no damage: none is set aside; try again"
+                raise CheckpointError(f"checkpoint {path.name} in {workdir} {text}") from error
+            damaged[path] = f"checkpoint {path} cannot be read: {reason}"
     else:
         if damaged:
             text = f"{workdir} holds no checkpoint that can be read: begin anew with another --workdir"
-            raise CheckpointError("\n".join([*map(str, damaged.values()), text]))
+            raise CheckpointError("\n".join([*damaged.values(), text]))
     reasons = []
-    for step, error in damaged.items():
+    for path, reason in damaged.items():
         (workdir / "damaged").mkdir(exist_ok=True)
-        names = (workdir / "damaged" / (f"{step}-{n}" if n else str(step)) for n in itertools.count())
-        aside = (workdir / "checkpoints" / str(step)).replace(next(name for name in names if not name.exists()))
-        path = workdir / "checkpoints" / str(step)
-        reasons.append(f"checkpoint {path} cannot be read: {_reason(error.__cause__)}; moved to {aside}")
+        names = (workdir / "damaged" / (f"{path.name}-{n}" if n else path.name) for n in itertools.count())
+        reasons.append(f"{reason}; moved to {path.replace(next(name for name in names if not name.exists()))}")
     return reasons
 
 

@@ -162,8 +162,9 @@ def test_nothing_is_left_to_fall_back_to(saved):
     workdir, _ = saved
     for step in (10, 20, 30):
         damage(workdir, step)
-    with pytest.raises(CheckpointError, match="holds no checkpoint that can be read"):
+    with pytest.raises(CheckpointError, match="holds no checkpoint that can be read") as nothing:
         checkpoint.set_damaged_aside(workdir)
+    assert "name another" not in str(nothing.value)
     assert checkpoint.latest_step(workdir) == 30 and not (workdir / "damaged").exists()
 
 
