@@ -228,10 +228,10 @@ def gains_and_costs(result: dict[str, Any]) -> str:
             axes.invert_xaxis()
         axes.grid(axis="y", alpha=0.2)
         axes.set(title=title)
-    panels[0].set_yticks(range(len(arms)), [f"{a} ({len(result['arms'][a]['seeds'])})" for a in arms])
+    panels[0].set_yticks(range(len(arms)), [f"{arm} ({len(e['seeds'])})" for arm, e in zip(arms, found, strict=True)])
     panels[0].set_ylim(len(arms) - 0.5, -0.5)
     note = (
-        "<p>Each arm minus its family's flow on the same clips and seeds (number of seeds in brackets). Right of the line is better, "
+        "<p>Each arm minus its family's flow on the same clips and seeds (how many seeds in brackets). Right of the line is better, "
         "left is worse. Black: combinations seen, purple: never seen. Bars: 95 %, too narrow for two or "
         "three seeds.</p>"
     )
