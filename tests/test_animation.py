@@ -75,7 +75,7 @@ def test_a_directory_holds_clips_of_one_kind(folder, tiny, capsys):
     make({})
     make({}, {"id": "2", "prompt": "w " * 8})
     said = capsys.readouterr().out
-    assert "1 sentences have more words than the text tower takes (text.context_length=8" in said and "the first: 2\n" in said
+    assert "sentences with more words than the text tower takes (text.context_length=8" in said and "cut off: 1; the first: 2\n" in said
     assert "2 videos, 1 done before" in said
     assert sorted(p.name for p in output.iterdir()) == ["1.gif", "2.gif", "manifest.json"]
     before = {p: p.read_bytes() for p in output.iterdir()}

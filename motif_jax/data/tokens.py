@@ -30,8 +30,8 @@ def too_long(config: TextConfig, what: str, sentences: Mapping[str, str]) -> str
     if not long:
         return ""
     return (
-        f"{len(long)} {what} have more words than the text tower takes (text.context_length={limit} tokens, about {per_word:g} to a word): "
-        f"their ends may be cut off; the first: {long[0]}"
+        f"{what} with more words than the text tower takes (text.context_length={limit} tokens, about {per_word:g} to a word), whose ends "
+        f"may be cut off: {len(long)}; the first: {long[0]}"
     )
 
 
