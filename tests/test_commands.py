@@ -279,7 +279,7 @@ def loss(x, EDIT):
 h100 = AbstractDevice("NVIDIA H100", None, "cuda")
 with target_platform("gpu"), jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=h100)):
     text = jax.jit(jax.grad(loss)).trace(jax.ShapeDtypeStruct((2, 8, 16, 320), jnp.bfloat16)).lower(lowering_platforms=("cuda",)).as_text()
-assert text.count("xla.gpu.triton") >= 3  # jax 0.12 leaves out the forward pass, of which nothing is used
+assert text.count("xla.gpu.triton") == (4 if jax.__version_info__ < (0, 12) else 3)  # 0.12 leaves out the result, which nothing uses
 print(hashlib.sha256(text.encode()).hexdigest())
 """
 

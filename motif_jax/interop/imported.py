@@ -175,7 +175,10 @@ class Import:
         return found
 
     def denoiser(self, kind: str = "best") -> dict[str, files.Lazy]:
-        """The U-Net with the resampler, which is a part of it here, since it is trained with it."""
+        """{dotted path: array, not yet read} of the U-Net with the resampler, which is a part of it here, since it is trained with it.
+
+        kind: only "best"; an import holds one set of weights.
+        """
         if kind != "best":
             raise UserError(f"{self.directory}: an import holds one set of weights, not {kind}")
         if "denoiser" not in self._contents["networks"]:

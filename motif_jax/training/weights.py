@@ -175,6 +175,10 @@ class Run:
         return self.directory / "checkpoints" / str(self.step)
 
     def denoiser(self, kind: str = "best") -> Params:
+        """{dotted path: float32 array}: the average ("ema"), the raw weights ("raw"), or "best", the average if the run keeps one.
+
+        The updates of finetune='lora' are merged. Raises UserError.
+        """
         averaged = self.config.ema.decay > 0
         if kind == "ema" and not averaged:
             raise UserError(f"{self.directory}: keeps no average (ema.decay is 0); use the raw weights")
@@ -185,6 +189,7 @@ class Run:
 
     @property
     def meta(self) -> dict[str, Any]:
+        """What the loop has saved beside the checkpoint's arrays. Raises CheckpointError."""
         return read_meta(self.checkpoint)
 
     @property
@@ -194,6 +199,7 @@ class Run:
 
     @property
     def recorded(self) -> dict[str, dict[str, Any]]:
+        """{network: its settings}; of the resampler only where the run has one."""
         groups = dataclasses.asdict(self.config)
         groups["denoiser"] = groups[self.config.backbone.removesuffix("3d")]
         if not self.config.image_tokens:

@@ -18,7 +18,14 @@ def test_wilson_and_binomial_equal_statsmodels():
     for k, n in ((0, 10), (3, 10), (10, 10), (193, 320), (1, 1), (700, 1600)):
         np.testing.assert_allclose(wilson(k, n), proportion.proportion_confint(k, n, method="wilson"), atol=1e-12)
         np.testing.assert_allclose(preference.binomial_p(k, n), proportion.binom_test(k, n), rtol=1e-9)
-    assert preference.binomial_p(0, 0) == 1 and wilson(0, 0) == (0.0, 1.0)
+    assert preference.binomial_p(0, 0) == 1
+
+
+def test_wilson_against_scipy():
+    for k, n in ((0, 10), (3, 10), (10, 10), (193, 320), (1, 1)):
+        want = stats.binomtest(k, n).proportion_ci(0.95, method="wilson")
+        np.testing.assert_allclose(wilson(k, n), (want.low, want.high), atol=1e-12)
+    assert wilson(0, 0) == (0.0, 1.0)
     with pytest.raises(ValueError, match="5 successes in 4 trials"):
         wilson(5, 4)
 

@@ -15,8 +15,8 @@ from motif_jax.generation import make_generator
 from motif_jax.models.networks import Networks
 from motif_jax.training import finetune
 from motif_jax.training.checkpoint import Checkpoints
-from motif_jax.training.sharded import jit_train_step, make_state
 from motif_jax.training.optimizer import make_optimizer
+from motif_jax.training.sharded import jit_train_step, make_state
 from motif_jax.training.step import make_eval_step
 
 MESHES = ((8, 1, 1, 1), (1, 8, 1, 1), (2, 2, 2, 1), (1, 2, 1, 4))
