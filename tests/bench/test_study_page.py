@@ -256,7 +256,17 @@ def test_a_study_from_the_file_system(browser, material, tmp_path):
     page = person.page
     assert person.place() == "1 of 3"
     person.watch()
-    person.answer("1", "t")
+    # On a French and a Russian keyboard; then the storage is full until somebody frees some.
+    for letter, code in (("&", "Digit1"), ("\u0435", "KeyT")):
+        page.dispatch_event("body", "keydown", {"key": letter, "code": code})
+    assert page.get_by_role("radio", name="Video 1").is_checked() and page.get_by_role("checkbox", name="Text").is_checked()
+    page.evaluate("""for (let size = 1 << 22; size; size >>= 1)
+        try { localStorage.filler = (localStorage.filler || '') + 'x'.repeat(size); } catch {}""")
+    page.keyboard.press("Enter")
+    page.get_by_role("status").get_by_text("storage is full").wait_for()
+    assert person.place() == "1 of 3"
+    page.evaluate("localStorage.removeItem('filler')")
+    page.wait_for_selector("#count:text-is('2 of 3')")
     # Closed and opened again in the middle of an answer.
     person.watch()
     page.keyboard.press("2")

@@ -18,7 +18,11 @@ const slot = (...parts) => JSON.stringify([study.id, ...parts]);
 const recall = (key) => JSON.parse(localStorage.getItem(key) || "null");
 const keep = (key, value) => localStorage.setItem(key, JSON.stringify(value));
 const draftSlot = () => slot("draft", session.who);
-const keepDraft = () => keep(draftSlot(), draft);
+const keepDraft = () => {
+  try {
+    keep(draftSlot(), draft);
+  } catch {} // storage is full: only a reload would miss the draft, and `send` says it for an answer
+};
 const answersOf = (annotator) => recall(slot("answers", annotator)) || [];
 
 // ---- the two places where answers go ----------------------------------------------------------------------------------------------
@@ -263,7 +267,9 @@ async function send() {
         update();
         return notice(`This answer was not accepted: ${error.message}`);
       }
-      notice("The server does not answer. Your answer is kept here and sent again.");
+      notice(error instanceof DOMException // of localStorage; fetch throws TypeError
+        ? "This browser's storage is full, so your answer is not saved yet. Please free some (site data); it is tried again."
+        : "The server does not answer. Your answer is kept here and sent again.");
       await new Promise((resolve) => setTimeout(resolve, 2000));
     }
   }
@@ -326,7 +332,8 @@ function setUpForm() {
 function onKey(event) {
   if (event.ctrlKey || event.metaKey || event.altKey || event.repeat || event.isComposing || $("work").hidden) return;
   const typing = event.target.id === "comment";
-  const key = event.key.toLowerCase(); // Caps Lock may be on
+  // Caps Lock may be on; and a key that writes no such letter or digit here (Cyrillic, a French 1) goes by its place.
+  const key = /^[a-z\d]$/i.test(event.key) ? event.key.toLowerCase() : event.code.match(/^(?:Key|Digit)(.)$/)?.[1].toLowerCase();
   if (event.key === "Enter" && !["BUTTON", "SUMMARY"].includes(event.target.tagName)) {
     event.preventDefault();
     submit();
