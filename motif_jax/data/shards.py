@@ -7,17 +7,14 @@ asked for), and, once every shard is there, TFDS's metadata and dataset.json. Re
 import collections
 import hashlib
 import json
-import os
 import pathlib
-import re
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from motif_jax.data import records, storage
-from motif_jax.data.storage import Path, RemotePath, machine, replacing, run_location, side_by_side, size
+from motif_jax.data.storage import Path, RemotePath, replacing, run_location, side_by_side, size
 from motif_jax.errors import StoreError, UserError, enumerate_first
 
 NAME = "motif"  # TFDS takes a dataset's name from its file names
@@ -26,7 +23,6 @@ VERSION = "1.0.0"  # of the records: a shard of another version is made again
 # One record per chunk: the chunk is what a random access reads. Frames are compressed already; zstd takes an eighth off latents, whose
 # reading is then three times as slow.
 _WRITER_OPTIONS = "group_size:1,uncompressed"
-_STALE_SECONDS = 24 * 3600
 
 
 @dataclass(frozen=True)
@@ -165,20 +161,6 @@ def plans(directory: Path) -> set[str]:
     """The fingerprints of the plans that the shards which are there were made by."""
     names = [path.name.removesuffix(".json") for path in directory.glob(f"manifests/{NAME}-*.json")]
     return {manifest["plan"] for manifest in shard_manifests(directory, names) if manifest}
-
-
-def sweep(directory: Path) -> None:
-    """Removes temporary files of processes that are gone: dead on this machine, or silent for a day on another one."""
-    if not isinstance(directory, pathlib.Path):
-        return  # nothing half done is ever there
-    for path in [*directory.glob(".tmp-*"), *directory.glob("manifests/.tmp-*")]:
-        owner = re.match(r"\.tmp-(\d+)@(.+?)@", path.name)
-        dead = owner and owner[2] == machine() and not _alive(int(owner[1]))
-        try:
-            if dead or time.time() - path.stat().st_mtime > _STALE_SECONDS:
-                path.unlink()
-        except FileNotFoundError:
-            pass  # another task swept it
 
 
 def finish(directory: Path, shards: Sequence[Shard], plan: str, layout: records.Layout, settings: dict[str, Any]) -> int:
@@ -331,13 +313,3 @@ def _damaged_length(found: int | None, expected: int) -> str:
     if found is None:
         return "missing"
     return f"{'truncated' if found < expected else 'too long'} ({found} of {expected} bytes)" if found != expected else ""
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
