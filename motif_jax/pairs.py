@@ -167,7 +167,7 @@ def find_videos(folder: str | pathlib.Path, pairs: Sequence[Pair]) -> Folder:
     found, listed = Folder(), {}
     if (folder / MANIFEST).is_file():
         try:
-            made = json.loads((folder / MANIFEST).read_text())["videos"]
+            made = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["videos"]
             listed = {plain_name(v["file"]): (ids.get(plain_name(v["id"])), int(v["seed"])) for v in made}
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{folder / MANIFEST}: is no manifest of videos: {error!r}") from error

@@ -85,7 +85,7 @@ def plan_shards(items: Mapping[str, Sequence[Any]], per_shard: int) -> list[Shar
 def write_file(path: Path, text: str) -> None:
     """Writes a small file so that it is there in full or not at all, also after a power cut; one that says so already is left alone."""
     try:
-        if path.read_text() == text:
+        if path.read_text(encoding="utf-8") == text:
             return
     except (FileNotFoundError, UnicodeDecodeError):
         pass
@@ -100,7 +100,7 @@ def write_object(path: Path, values: Mapping[str, Any]) -> None:
 def read_json(path: Path) -> Any:
     """The JSON value in a small file; None when there is none or it is damaged."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError, RecursionError):
         return None
 
@@ -218,7 +218,7 @@ def read_manifest(directory: str | Path) -> Manifest:
         raise UserError(f"data.path={directory}: is a file; give the directory that motif_jax.prepare wrote (its --output)")
     again = "run the same motif_jax.prepare again, which rewrites what is missing or damaged and nothing else"
     try:
-        dataset = json.loads((directory / "dataset.json").read_text())
+        dataset = json.loads((directory / "dataset.json").read_text(encoding="utf-8"))
         return _opened(directory, dataset, again)
     except FileNotFoundError as error:
         if (directory / "plan.json").exists():
@@ -283,7 +283,7 @@ def _tfds_metadata(layout: records.Layout, splits: Mapping[str, Sequence[Mapping
     )
     with tempfile.TemporaryDirectory() as scratch:
         info.write_to_directory(scratch)
-        return {path.name: path.read_text() for path in sorted(pathlib.Path(scratch).iterdir())}
+        return {path.name: path.read_text(encoding="utf-8") for path in sorted(pathlib.Path(scratch).iterdir())}
 
 
 def _manifest_path(directory: Path, name: str) -> Path:

@@ -85,11 +85,11 @@ class RemotePath:
         """The names of all objects below, from here."""
         return [path.removeprefix(self.path + "/") for path in _ask(self.files.find, self.path)]
 
-    def read_text(self, errors: str = "strict") -> str:
-        return _ask(self.files.cat_file, self.path).decode(errors=errors)
+    def read_text(self, encoding: str = "utf-8", errors: str = "strict") -> str:
+        return _ask(self.files.cat_file, self.path).decode(encoding, errors)
 
-    def write_text(self, text: str) -> None:
-        _ask(self.files.pipe_file, self.path, text.encode())
+    def write_text(self, text: str, encoding: str = "utf-8") -> None:
+        _ask(self.files.pipe_file, self.path, text.encode(encoding))
 
     def replace(self, target: "RemotePath") -> "RemotePath":
         """Moves an object, or all below a prefix, to where nothing is yet."""
@@ -267,10 +267,10 @@ def _sync(path: pathlib.Path) -> None:
 def write_whole(path: Path, text: str) -> None:
     """Writes a text file that is there whole, or as it was before."""
     if isinstance(path, RemotePath):
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
         return
     with replacing(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
 
 
 def size(path: File) -> int:
