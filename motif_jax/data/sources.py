@@ -6,6 +6,7 @@ Everything a record holds is a function of its item and the source's settings, w
 import collections
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import math
 import os
@@ -104,15 +105,15 @@ class VideoClips:
         d = self._data
         try:
             with _on_disk(item.path) as video:
-                clip, count = self._within_a_scene(item, video)
+                clip = self._within_a_scene(item, video)
         except MediaError as error:
             return Skipped(item.clip_id, item.video, error.kind, str(error))
         values = vars(clip) | {"clip_id": item.clip_id, "video": item.video, "caption": item.caption}
         if item.mask is not None:
 
             def same_frames(available: int) -> tuple[int, int]:
-                if abs(available - count) > 1 + count // 50:  # containers may disagree about the last ones
-                    raise MediaError("another length", f"{available} frames, the video has {count}")
+                if abs(available - clip.length) > 1 + clip.length // 50:  # containers may disagree about the last ones
+                    raise MediaError("another length", f"{available} frames, the video has {clip.length}")
                 return clip.first_frame, clip.frame_stride
 
             try:
@@ -124,20 +125,18 @@ class VideoClips:
             values["motion_mask"] = np.rint(pool(grey, self._prepare.flow_stride)[..., 0]).astype(np.uint8)
         return self._recorder.record(values)
 
-    def _within_a_scene(self, item: Item, video: pathlib.Path) -> tuple[videos.Clip, int]:
-        """The first of a few drawn clips that crosses no cut, and the number of frames of its video. Raises MediaError."""
-        counts = []
+    def _within_a_scene(self, item: Item, video: pathlib.Path) -> videos.Clip:
+        """The first of a few drawn clips that crosses no cut. Raises MediaError."""
         d, p = self._data, self._prepare
-        for attempt in range(_ATTEMPTS if p.cut_threshold else 1):
+
+        def choose(available: int, attempt: int) -> tuple[int, int]:
             key = (self._seed, item.video, item.number, *([attempt] if attempt else []))
+            return videos.choose_clip(available, d.frames, p.frame_stride_min, p.frame_stride_max, *key)
 
-            def choose(available: int, key: tuple = key) -> tuple[int, int]:
-                counts.append(available)
-                return videos.choose_clip(available, d.frames, p.frame_stride_min, p.frame_stride_max, *key)
-
-            clip = videos.read_clip(video, d.frames, d.height, d.width, choose, thumbnails=p.cut_threshold > 0)
+        choices = [functools.partial(choose, attempt=attempt) for attempt in range(_ATTEMPTS if p.cut_threshold else 1)]
+        for clip in videos.read_clips(video, d.frames, d.height, d.width, choices, thumbnails=p.cut_threshold > 0):
             if clip.thumbnails is None or not len(scenes.cuts(clip.thumbnails, p.cut_threshold)):
-                return clip, counts[-1]
+                return clip
         raise MediaError("scene cut", f"in each of {_ATTEMPTS} clips that were tried")
 
 
