@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from motif_jax.data import records, storage
-from motif_jax.data.storage import Path, RemotePath, replacing, run_location, side_by_side, size
+from motif_jax.data.storage import Path, RemotePath, replacing, run_location, side_by_side
 from motif_jax.errors import StoreError, UserError, enumerate_first
 
 NAME = "motif"  # TFDS takes a dataset's name from its file names
@@ -238,7 +238,7 @@ def _opened(directory: Path, dataset: dict[str, Any], again: str) -> Manifest:
         raise UserError(f"dataset {directory} is of schema version {dataset['version']}, this code reads {VERSION}; {again}")
     bad, there = [], storage.sizes(directory)
     for shard in (s for split in dataset["splits"].values() for s in split):
-        if fault := _damaged_length(there.get(shard["shard"]), shard["bytes"]):
+        if fault := damaged_length(there.get(shard["shard"]), shard["bytes"]):
             bad.append(f"{shard['shard']} is {fault}")
     if bad:
         raise UserError(f"dataset {directory}: {enumerate_first(bad, 5)}; {again}")
@@ -298,18 +298,8 @@ def _disk(call: Callable[..., Any], *arguments: Any) -> Any:
         raise OSError(f"writing a shard failed: {error}") from error
 
 
-def damage(path: Path, expected: int, sha256: str | None = None) -> str:
-    """What is wrong with a file's length, or the bytes of one on a disk; "" when nothing is."""
-    try:
-        found = size(path)
-    except FileNotFoundError:
-        found = None
-    if fault := _damaged_length(found, expected):
-        return fault
-    return "damaged (its sha256 is not that of its manifest)" if sha256 and storage.sha256(path) != sha256 else ""
-
-
-def _damaged_length(found: int | None, expected: int) -> str:
+def damaged_length(found: int | None, expected: int) -> str:
+    """What is wrong with a file of so many bytes (None: there is none); "" when nothing is."""
     if found is None:
         return "missing"
     return f"{'truncated' if found < expected else 'too long'} ({found} of {expected} bytes)" if found != expected else ""
