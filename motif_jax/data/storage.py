@@ -352,7 +352,10 @@ def beside(directory: Path, name: str) -> Path:
         return location(name, look=False)
     if isinstance(directory, pathlib.Path):
         return directory / name
-    return pathlib.Path(name) if name.startswith("/") else RemotePath(directory.files, posixpath.normpath(f"{directory.path}/{name}"))
+    if name.startswith("/"):
+        return pathlib.Path(name)
+    protocol, sign, path = directory.path.rpartition("://")  # which a web server's paths keep
+    return RemotePath(directory.files, protocol + sign + posixpath.normpath(f"{path}/{name}"))
 
 
 def upload(local: pathlib.Path, path: RemotePath) -> None:

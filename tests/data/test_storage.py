@@ -392,6 +392,14 @@ def test_a_web_server_that_does_not_give_a_file(status, error):
         server.shutdown()
 
 
+@pytest.mark.parametrize("store", ["memory:///a/b", "http://localhost:1/a/b"])
+def test_what_a_list_in_a_store_names_lies_beside_it(store):
+    pytest.importorskip("aiohttp")
+    folder = location(f"{store}/list.csv", look=False).parent
+    wanted = {"x/c d.mp4": f"{store}/x/c d.mp4", "../c.mp4": f"{store[:-2]}/c.mp4", "/c.mp4": "/c.mp4"}
+    assert {name: str(storage.beside(folder, name)) for name in wanted} == wanted
+
+
 @pytest.mark.parametrize("request_name", ["info", "cat_file", "get_file"])
 def test_videos_whose_store_goes_away_are_not_taken_for_missing(tmp_path, monkeypatch, request_name):
     store = location(f"memory://{uuid.uuid4().hex}")
