@@ -5,6 +5,7 @@ settings, so tasks share the work by index, and a job killed at any moment conti
 """
 
 import collections
+import functools
 import hashlib
 import json
 import os
@@ -27,10 +28,7 @@ if TYPE_CHECKING:
 _SECONDS_BETWEEN_LINES = 5.0
 
 Log = Callable[[str], None]
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)
+_say: Log = functools.partial(print, flush=True)
 
 
 @dataclass(frozen=True)

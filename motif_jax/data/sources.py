@@ -242,11 +242,7 @@ def identities(items: Sequence[Item]) -> list[list[Any]]:
 
     A file is known by its size and the sha256 of its first and last 64 KiB, wherever it lies. Raises StoreError.
     """
-    return storage.side_by_side(_identity, items)
-
-
-def _identity(item: Item) -> list[Any]:
-    return [item.clip_id, item.caption, *(p and _ends(p) for p in (item.path, item.mask))]
+    return storage.side_by_side(lambda item: [item.clip_id, item.caption, *(p and _ends(p) for p in (item.path, item.mask))], items)
 
 
 def gone(item: Item) -> bool:
