@@ -1,5 +1,6 @@
 """What the benchmarks share and needs no PyTorch: made-up weights, datasets and clips, the clock, and how a script ends on a mistake."""
 
+import os
 import pathlib
 import sys
 import time
@@ -19,6 +20,11 @@ def run(main: Callable[[], None]) -> None:
         main()
     except (UserError, OSError) as error:
         sys.exit(f"{sys.argv[0]}: {error}")
+
+
+def cores() -> int:
+    """Of those that this process may use, where the system tells them apart, as Linux does."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def timed(call: Callable[[], object]) -> tuple[float, float]:

@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Callable
 
 import numpy as np
-from common import run, texture, timed
+from common import cores, run, texture, timed
 
 
 def compare(variant: str, dtype: str, weights: str | None, options: argparse.Namespace) -> list[str]:
@@ -103,10 +103,9 @@ def main() -> None:
 
     gpu = jax.default_backend() == "gpu"
     options.wanted, options.pairs, options.clip = (2.0, (1, 8), 17) if gpu else (1.0, (1,), 5)
-    cores = len(os.sched_getaffinity(0))
-    torch.set_num_threads(cores)
+    torch.set_num_threads(cores())
     print(
-        f"{options.height}x{options.width}, {options.iterations} iterations, {cores} cores of {os.cpu_count()}, load "
+        f"{options.height}x{options.width}, {options.iterations} iterations, {cores()} cores of {os.cpu_count()}, load "
         f"{os.getloadavg()[0]:.1f}, {jax.devices()[0].device_kind}, jax {jax.__version__}, torch {torch.__version__}\n\n"
         "| network | | pairs | s per pair | CPU s per pair | times PyTorch | in CPU time |\n|---|---|---|---|---|---|---|",
         flush=True,

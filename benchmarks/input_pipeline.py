@@ -10,7 +10,6 @@ containers, and against decoding and flow on the fly, is in benchmarks/shards.py
 import argparse
 import dataclasses
 import datetime
-import os
 import pathlib
 import platform
 import statistics
@@ -18,7 +17,7 @@ import tempfile
 import time
 
 import jax
-from common import run
+from common import cores, run
 
 from motif_jax import preparation
 from motif_jax.config import Config, load_config
@@ -66,7 +65,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=50)
     arguments = parser.parse_args()
     config = load_config(arguments.config)
-    print(f"{platform.platform()}, {len(os.sched_getaffinity(0))} cores, jax {jax.__version__}, {datetime.date.today()}\n")
+    print(f"{platform.platform()}, {cores()} cores, jax {jax.__version__}, {datetime.date.today()}\n")
     with tempfile.TemporaryDirectory() as directory:
         prepare = dataclasses.replace(config.prepare, flow="exact")
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=directory), prepare=prepare)

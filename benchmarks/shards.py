@@ -26,7 +26,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
-from common import run, texture, timed, write_dataset
+from common import cores, run, texture, timed, write_dataset
 
 from motif_jax.config import Config, DataConfig, PrepareConfig
 from motif_jax.data import records, shards
@@ -193,7 +193,7 @@ def memory(count: int, folder: pathlib.Path) -> list[str]:
             self._estimator, self._calls = make_flow_estimator("dis"), itertools.count(1)
 
         def flow(self, frames: np.ndarray) -> np.ndarray:
-            pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+            pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])  # of Linux alone
             at[next(self._calls)] = pages * os.sysconf("SC_PAGE_SIZE") / 1e6
             return self._estimator.flow(frames)
 
@@ -224,7 +224,7 @@ def main() -> None:
     options = parser.parse_args()
     from motif_jax.data.videos import save_video
 
-    print(f"{len(os.sched_getaffinity(0))} cores, load {os.getloadavg()[0]:.1f}\n")
+    print(f"{cores()} cores, load {os.getloadavg()[0]:.1f}\n")
     with tempfile.TemporaryDirectory() as scratch:
         folder = pathlib.Path(scratch)
         video = pathlib.Path(options.video).resolve(strict=True) if options.video else folder / "video.mp4"

@@ -2,7 +2,6 @@
 
 import datetime
 import inspect
-import os
 import platform
 import statistics
 import sys
@@ -12,6 +11,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 import torch
+from common import cores
 from torch_unet import UNet
 
 from motif_jax.config import Config
@@ -67,4 +67,4 @@ def machine() -> str:
     """One line: where and with what."""
     device = jax.devices()[0]
     versions = f"jax {jax.__version__}, torch {torch.__version__}"
-    return f"{device.device_kind}, {len(os.sched_getaffinity(0))} cores, {platform.platform()}, {versions}, {datetime.date.today()}"
+    return f"{device.device_kind}, {cores()} cores, {platform.platform()}, {versions}, {datetime.date.today()}"

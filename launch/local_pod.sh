@@ -6,6 +6,7 @@
 set -euo pipefail
 dry=""
 if [ "${1:-}" = "--dry-run" ]; then dry=1; shift; fi
+((BASH_VERSINFO[0] > 4)) || { echo "local_pod: needs bash 5 (macOS has 3.2; brew install bash)" >&2; exit 2; }
 count="${1:-}"
 if ! [[ "$count" =~ ^[1-9][0-9]*$ ]] || [ $# -lt 3 ]; then
   sed -n '2,5s/^# //p' "$0" >&2

@@ -10,7 +10,7 @@ if [ ! -d "$MOTIF_LIBTPU" ]; then
   wanted="$(python -c 'import importlib.metadata as m; print(next(r.split(";")[0] for r in m.requires("jax") if r.startswith("libtpu")))')"
   python -m pip install --quiet --disable-pip-version-check --no-deps --target "$MOTIF_LIBTPU.new" "$wanted" && mv "$MOTIF_LIBTPU.new" "$MOTIF_LIBTPU"
 fi
-export MOTIF_LIBTPU
+[ ! -d "$MOTIF_LIBTPU" ] || export MOTIF_LIBTPU # there is none for macOS
 ruff check .
 ruff format --check .
 processes="$(nproc 2> /dev/null || getconf _NPROCESSORS_ONLN)"

@@ -6,7 +6,7 @@
 dry=""
 if [ "${1:-}" = "--dry-run" ]; then dry=1; shift; fi
 if [ $# -lt "${least_arguments:?}" ]; then
-  sed -n '2,/^set /{s/^# //p}' "launch/${0##*/}" >&2
+  sed -n '2,/^set /{s/^# //p;}' "launch/${0##*/}" >&2
   exit 2
 fi
 name="$1"

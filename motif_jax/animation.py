@@ -16,7 +16,7 @@ from PIL.Image import Image
 from motif_jax.config import Config
 from motif_jax.consistency import UNGUIDED
 from motif_jax.data.images import MediaError, cover, read_image, rgb
-from motif_jax.data.storage import Path, run_location
+from motif_jax.data.storage import Path, here, run_location
 from motif_jax.data.tokens import make_tokenizer, too_long
 from motif_jax.data.videos import save_video
 from motif_jax.dist.mesh import BATCH
@@ -170,7 +170,7 @@ def noise_seed(seed: int, name: str) -> int:
 
 def open_image(path: str) -> UInt8[np.ndarray, "H W 3"]:
     try:
-        return read_image(path)
+        return read_image(here(path))
     except MediaError as error:
         raise UserError(f"{path}: {error}") from error
 

@@ -95,7 +95,7 @@ def run(name: str, main: Callable[[list[str]], None]) -> None:
 def begin(name: str, arguments: Sequence[str]) -> None:
     """Refuses an argument that is not UTF-8, which no file of ours could hold; what a terminal has no letters for is printed as escapes."""
     if sys.stdout is None:  # closed
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
     sys.stdout.reconfigure(errors="backslashreplace")
     for argument in arguments:
         try:

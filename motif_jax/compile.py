@@ -36,7 +36,7 @@ def main(argv: list[str]) -> None:
     report = compilation.compile_step(config, devices, EFFORT.value)
     print(report)
     if JSON.value:
-        pathlib.Path(JSON.value).write_text(json.dumps(report.to_dict(), indent=1) + "\n")
+        pathlib.Path(JSON.value).write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

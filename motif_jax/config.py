@@ -377,7 +377,7 @@ def from_json(text: str, source: str = "config.json") -> Config:
 
 def read_json(path: pathlib.Path) -> Config:
     """The configuration in a config.json. Raises `ConfigError` that names the file; OSError."""
-    return from_json(path.read_text(errors="replace"), str(path))
+    return from_json(path.read_text(errors="replace", encoding="utf-8"), str(path))
 
 
 def load_config(name: str) -> Config:

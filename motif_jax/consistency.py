@@ -20,7 +20,7 @@ def contradictions(c: "Config") -> list[str]:
             bad.append(text)
 
     check(
-        "://" not in c.init_from or c.init_from.startswith(("gs://", "file://")),
+        "://" not in c.init_from or c.init_from.startswith(("gs://", "gcs://", "file://")),
         f"init_from={c.init_from}: weights are read from file systems and gs:// alone; copy or mount the directory first",
     )
     factor, z = c.autoencoder.factor, c.autoencoder.z_channels

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from motif_jax.data.storage import here
 from motif_jax.errors import UserError, enumerate_first
 from motif_jax.requested import LONGEST_NAME, MANIFEST, Pair
 
@@ -54,7 +55,7 @@ def read_pairs(path: str | pathlib.Path, flag: str = "list", blank: bool = False
     images/ and TI2V-Bench/ there, with or without their ending. blank: an empty sentence will do. Raises
     UserError listing every bad line.
     """
-    file = pathlib.Path(path)
+    file = here(str(path))
     if file.is_dir():
         lists = sorted(p for p in file.iterdir() if p.suffix.lower() in (".csv", ".jsonl"))
         named = [p for p in lists if p.name in ("prompt.csv", "prompts.csv")] or lists
@@ -75,11 +76,11 @@ def read_pairs(path: str | pathlib.Path, flag: str = "list", blank: bool = False
             continue
         identity = row["id"] or pair_id(pathlib.Path(row["image"]).stem, prompt)
         if image is None:
-            bad.append(f"line {number}: no image {row['image']!r}")
+            bad.append(f"line {number}: no image {row['image']!r}" + "; copy it to this machine" * ("://" in row["image"]))
         elif not (prompt or blank):
             bad.append(f"line {number}: no prompt")
-        elif "/" in identity or identity in (".", "..") or len(identity.encode()) > LONGEST_NAME:
-            bad.append(f"line {number}: id {identity!r} is no file name")
+        elif "/" in identity or identity.startswith(".") or len(identity.encode()) > LONGEST_NAME:
+            bad.append(f"line {number}: id {identity!r} is no file name{' that is shown' * identity.startswith('.')}")
         else:
             pairs.append(Pair(identity, image, prompt, row["scenario"]))
     bad += [f"id {i!r} occurs {n} times" for i, n in Counter(plain_name(p.id) for p in pairs).items() if n > 1]
@@ -158,7 +159,7 @@ def find_videos(folder: str | pathlib.Path, pairs: Sequence[Pair]) -> Folder:
     or as `vbench_names` says; a manifest of `generate` in the folder decides where there is one. Where `dog` and `dog_1` are both ids,
     the other files tell whose `dog_1.mp4` is. Raises UserError where they do not, and without a folder.
     """
-    folder = pathlib.Path(folder)
+    folder = here(str(folder))
     if not folder.is_dir():
         raise UserError(f"--videos: {folder} is no folder")
     ids = {plain_name(p.id): p.id for p in pairs}
@@ -166,7 +167,7 @@ def find_videos(folder: str | pathlib.Path, pairs: Sequence[Pair]) -> Folder:
     found, listed = Folder(), {}
     if (folder / MANIFEST).is_file():
         try:
-            made = json.loads((folder / MANIFEST).read_text())["videos"]
+            made = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["videos"]
             listed = {plain_name(v["file"]): (ids.get(plain_name(v["id"])), int(v["seed"])) for v in made}
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{folder / MANIFEST}: is no manifest of videos: {error!r}") from error

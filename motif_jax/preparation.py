@@ -5,6 +5,7 @@ settings, so tasks share the work by index, and a job killed at any moment conti
 """
 
 import collections
+import functools
 import hashlib
 import json
 import os
@@ -17,7 +18,7 @@ from motif_jax.config import Config
 from motif_jax.data import captions, shards, verification
 from motif_jax.data.shards import Shard, Skipped
 from motif_jax.data.sources import FlowEstimator, Source, SpriteClips, VideoClips, gone, identities
-from motif_jax.data.storage import Path, local_path, location
+from motif_jax.data.storage import BUCKETS, Path, local_path, location, sweep
 from motif_jax.data.tokens import too_long
 from motif_jax.errors import UserError, enumerate_first
 
@@ -27,10 +28,7 @@ if TYPE_CHECKING:
 _SECONDS_BETWEEN_LINES = 5.0
 
 Log = Callable[[str], None]
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)
+_say: Log = functools.partial(print, flush=True)
 
 
 @dataclass(frozen=True)
@@ -67,13 +65,14 @@ def prepare(
         raise UserError("--source and --output must not be empty")
     if _same_folder(source, str(output)):
         raise UserError(f"--output={output}: is the folder of the videos; choose another, which can be deleted")
-    if preview and local_path(str(output)) is None and not str(output).startswith("gs://"):
+    if preview and local_path(str(output)) is None and not str(output).startswith(BUCKETS):
         raise UserError(f"--preview reads shards on a disk or in gs://: leave it out, copy {output} to a disk and prepare there once more")
     if estimator and beam_options is not None:
         raise ValueError("Beam's workers make the estimator that config.prepare.flow names: give no other")
     began = time.monotonic()
     job = Job(config, source, output, estimator, log)
-    shards.sweep(job.directory)
+    for directory in (job.directory, job.directory / "manifests", job.directory / "preview"):
+        sweep(directory)
     mine = range(task_index, len(job.plan), task_count)
     clips = sum(len(job.plan[i].items) for i in mine)
     if long := too_long(config.text, "captions of clips", {item.clip_id: item.caption for shard in job.plan for item in shard.items}):
@@ -281,7 +280,7 @@ def _claim(directory: Path, clips: Source, plan: Sequence[Shard]) -> str:
         # Looked for before the plan: another task's plan is there before its shards are.
         filled = any(directory.glob("*.array_record-*")) or (directory / "features.json").exists()
         found = shards.read_object(directory / "plan.json")
-        plans = {found["fingerprint"]} if found else shards.plans(directory)
+        plans = {found["fingerprint"]} if found and filled else shards.plans(directory)  # a plan without shards binds nobody
         if plans <= {wanted["fingerprint"]}:
             if filled and not plans:
                 raise UserError(f"--output={directory} holds a dataset that is not from motif_jax.prepare; use another directory")

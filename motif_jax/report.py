@@ -126,7 +126,7 @@ def _clips(directory: pathlib.Path) -> str:
     """The GIFs of a comparison (see `training.samples.save_comparison`) with their captions; or what is damaged."""
     parts = []
     try:
-        captions = json.loads((directory / "captions.json").read_text())
+        captions = json.loads((directory / "captions.json").read_text(encoding="utf-8"))
         clips = [(directory / f"{index:02d}.gif").read_bytes() for index in range(len(captions))]
     except (OSError, ValueError, TypeError) as error:
         return f"<p>{html.escape(f'{directory}: cannot be read: {error}')}</p>"
@@ -142,7 +142,7 @@ def _judged(workdir: pathlib.Path) -> str:
     if not path.exists():
         return ""
     try:
-        rows = _rates(json.loads(path.read_text())["splits"])
+        rows = _rates(json.loads(path.read_text(encoding="utf-8"))["splits"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"<p>{html.escape(f'{path}: cannot be read: {error!r}; motif_jax.bench synthetic writes it')}</p>"
     page = "<h2>How often it does what it is told</h2>" + html.table(("clips", "measure", "rate", "95 % interval", "n"), rows)

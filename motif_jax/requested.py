@@ -57,7 +57,7 @@ def check_made(output: pathlib.Path, requests: Sequence[Request]) -> None:
     """
     present = [r for r in requests if (output / r.file).exists()]  # before the manifest, which another task writes before its clips
     try:
-        made = {v["file"]: (pathlib.Path(v["image"]).name, v["prompt"]) for v in json.loads((output / MANIFEST).read_text())["videos"]}
+        made = {v["file"]: (pathlib.Path(v["image"]).name, v["prompt"]) for v in json.loads((output / MANIFEST).read_bytes())["videos"]}
     except FileNotFoundError:
         made = {}
     except (OSError, ValueError, KeyError, TypeError):
@@ -87,7 +87,7 @@ def write_manifest(output: pathlib.Path, requests: Sequence[Request], settings: 
     path, earlier = output / MANIFEST, {}
     if path.exists():
         try:
-            found = json.loads(path.read_text())
+            found = json.loads(path.read_text(encoding="utf-8"))
             before, earlier = found["settings"], {v["file"]: v for v in found["videos"]}
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}: is no manifest of videos: {error!r}; restore it, or choose another --output") from error

@@ -3,6 +3,7 @@
 import ast
 import graphlib
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -211,6 +212,28 @@ def test_a_broken_rule_is_found(module, source, message):
 def test_what_the_rules_allow(module, source):
     names = ("config", "losses", "training.step", "training.loop")
     assert not faults({f"{PACKAGE}.{name}": "" for name in names} | {f"{PACKAGE}.{module}": source})
+
+
+def in_the_encoding_of_the_locale(source: str) -> list[str]:
+    """Calls that read or write text without saying as what."""
+    calls = [ast.unparse(node) for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    text = re.compile(r"(?!av\.)(.*\.(read_text|write_text)|open|.*\.open)\((.*)\)", re.DOTALL)
+    found = [(call, match) for call in calls if (match := text.fullmatch(call)) and "encoding=" not in match[3]]
+    return [call for call, match in found if match[2] or re.search(r"(^|, )'[rwax]\+?'", match[3]) or re.fullmatch(r"open\([^,]*\)", call)]
+
+
+def test_text_is_utf8_in_every_locale():
+    assert not {name: calls for name, source in sources().items() if (calls := in_the_encoding_of_the_locale(source))}
+    for wrong in ("p.read_text()", "(a / 'b').write_text(f(x), errors='replace')", "open(p)", "open(p, 'w')", "p.open('a', newline='')"):
+        assert in_the_encoding_of_the_locale(wrong) == [ast.unparse(ast.parse(wrong))]
+    for right in (
+        "p.read_text(encoding='utf-8')",
+        "open(p, 'rb')",
+        "tarfile.open(fileobj=f, mode='r:')",
+        "Image.open(path)",
+        "p.open('w+b')",
+    ):
+        assert not in_the_encoding_of_the_locale(right)
 
 
 def test_importing_the_package_loads_neither_tensorflow_nor_torch():

@@ -91,6 +91,12 @@ def test_every_bad_line_is_told(benchmark):
         assert part in str(told.value)
 
 
+def test_lists_and_videos_are_files_of_this_machine(tmp_path):
+    for read in (read_pairs, lambda url: find_videos(url, [])):
+        with pytest.raises(UserError, match=r"^gs://bucket/list\.jsonl: must be a path of this machine, not a URL"):
+            read("gs://bucket/list.jsonl")
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
@@ -99,6 +105,8 @@ def test_every_bad_line_is_told(benchmark):
         ("list.csv", "gone.png,It moves.\n{image},It stays.\n", "line 1: no image 'gone.png'"),  # no header
         ("list.csv", "image,prompt,id\n{image},It moves.,x\n{image},It stays.\n", "line 3: 2 columns, the header has 3"),
         ("list.csv", "image,id,prompt\n{image},x\n", "line 2: 2 columns, the header has 3"),
+        ("list.csv", "image,prompt,id\n{image},It moves.,.x\n", r"line 2: id '\.x' is no file name that is shown$"),
+        ("list.csv", "image,prompt\n{image},x\ngs://b/a.png,y\n", "line 3: no image 'gs://b/a.png'; copy it to this machine$"),
         ("list.jsonl", "", "holds no pair"),
         ("list.jsonl", "[1]", "line 1: is no object with the keys image and prompt"),
         ("list.jsonl", "here.png,x\n" * 300, r"line 10: Expecting[^;]*; and 290 more$"),

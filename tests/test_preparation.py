@@ -358,6 +358,21 @@ def test_another_dataset_is_not_overwritten(tmp_path, clips):
     assert "not from motif_jax.prepare" in prepare("synthetic:shapes:10", tmp_path / "foreign")[0]
 
 
+def test_a_plan_without_shards_binds_nobody(tmp_path, clips):
+    """Of a job that failed before it had made one: other settings may follow, which then are the dataset's."""
+
+    class Broken(Still):
+        def flow(self, frames):
+            raise ValueError("no such device")
+
+    other = dataclasses.replace(CONFIG, seed=1)
+    assert "no such device" in prepare(clips / "list.csv", tmp_path / "a", estimator=Broken())[0]
+    for output in (tmp_path / "a", tmp_path / "b"):
+        assert prepare(clips / "list.csv", output, other, estimator=Still())[0].missing == 0
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+    assert "seed was 1 and is now 0" in prepare(clips / "list.csv", tmp_path / "a", estimator=Still())[0]
+
+
 def test_output_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     message, _ = prepare("synthetic:shapes:10", tmp_path / "file" / "out")
@@ -545,7 +560,7 @@ def test_a_preview_measures_some_clips_of_many(tmp_path, monkeypatch):
 def test_a_preview_in_an_object_store(tmp_path, bucket):
     """In gs:// what a disk would hold; elsewhere it is refused before the work."""
     prepare("synthetic:quickstart:9", tmp_path, preview=1)
-    _, lines = prepare("synthetic:quickstart:9", "gs://bucket/previews", preview=1)
+    _, lines = prepare("synthetic:quickstart:9", "gcs://bucket/previews", preview=1)  # the other name of gs://
     assert lines[-1].startswith("gs://bucket/previews/preview/index.html: ")
     there = {name.removeprefix("previews/preview/"): x for name, (x, _) in bucket.objects.items() if name.startswith("previews/preview/")}
     (sheet,) = (tmp_path / "preview").glob("*.png")

@@ -61,9 +61,9 @@ def run(arguments: argparse.Namespace) -> None:
     for path in (arguments.output / "votes.json", arguments.output / "votes.csv"):
         if path.resolve() not in given:  # somebody's own table may hold more than we keep
             write_votes(path, votes)
-    (arguments.output / "report.json").write_text(json.dumps(finite(found), indent=1) + "\n")
+    (arguments.output / "report.json").write_text(json.dumps(finite(found), indent=1) + "\n", encoding="utf-8")
     shown = _examples(found, votes, key, arguments.study / "page" / "media", arguments) if key and arguments.examples else ""
-    (arguments.output / "report.html").write_text(page(found, votes, shown))
+    (arguments.output / "report.html").write_text(page(found, votes, shown), encoding="utf-8")
     if "tasks" in found:
         print(_tasks(found))
     for row in found["comparisons"]:
@@ -80,7 +80,7 @@ def run(arguments: argparse.Namespace) -> None:
 def _read_scores(path: pathlib.Path, systems: Sequence[str]) -> dict[str, dict[str, Any]]:
     """{system: its measures of `BESIDE`} of the systems in the votes and of the still image, from `bench score`."""
     try:
-        models = json.loads(path.read_text())["models"]
+        models = json.loads(path.read_text(encoding="utf-8"))["models"]
         found = {name: {m: models[name]["metrics"].get(m) for m in BESIDE} for name in [*systems, STATIC] if name in models}
     except OSError as error:
         raise UserError(f"--scores={path}: cannot be read: {error.strerror}") from error

@@ -134,7 +134,7 @@ class Scorer:
                 progress(f"{done} of {len(jobs)} videos")
 
         results: list[Row | MediaError] = []
-        with self._cache.open("a") as cache:
+        with self._cache.open("a", encoding="utf-8") as cache:
             if cache.tell():
                 cache.write("\n")  # ends a line that was cut off
             for found in on_threads(self._one, jobs, self._workers, told):
@@ -244,14 +244,14 @@ def write(
         "problem_counts": [{"model": model, "kind": kind, "count": n} for (model, kind), n in counts.items()],
         "problems": [dataclasses.asdict(p) for p in problems],
     }
-    (output / "scores.json").write_text(json.dumps(finite(result), indent=1, allow_nan=False) + "\n")
-    with (output / "scores.csv").open("w", newline="") as file:
+    (output / "scores.json").write_text(json.dumps(finite(result), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    with (output / "scores.csv").open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(["model", "metric", "value", "low", "high", "pairs"])
         for model, found in result["models"].items():
             table.writerows([model, name, m["value"], m["low"], m["high"], m["pairs"]] for name, m in found["metrics"].items())
     names = [m.name for m in METRICS if any(m.name in row for row in rows)]
-    with (output / "videos.csv").open("w", newline="") as file:
+    with (output / "videos.csv").open("w", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, ["model", "id", "seed", "file", "frames", "height", "width", "fps", *names])
         table.writeheader()
         table.writerows(rows)

@@ -173,8 +173,8 @@ def deal(
 
 def save(key: Key, study: pathlib.Path) -> None:
     """Writes `key.json` and, for the page, `page/study.js`."""
-    (study / "key.json").write_text(json.dumps(dataclasses.asdict(key), indent=1) + "\n")
-    (study / "page" / "study.js").write_text(script(page_data(key, server=False)))
+    (study / "key.json").write_text(json.dumps(dataclasses.asdict(key), indent=1) + "\n", encoding="utf-8")
+    (study / "page" / "study.js").write_text(script(page_data(key, server=False)), encoding="utf-8")
 
 
 def load(study: pathlib.Path) -> Key:
@@ -185,7 +185,7 @@ def load(study: pathlib.Path) -> Key:
         return {field: plain_name(text) for field, text in found.items()}
 
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
         return Key(
             **found
             | {

@@ -217,7 +217,7 @@ def run(arguments: argparse.Namespace) -> None:
     show = sprites.make_clips(world, seed, range(8), d.frames, d.height, d.width, "heldout")
     made = animator(list(show["frames"][:, 0]), show["captions"], list(range(8)))
     with mirrored(workdir) as local:
-        (local / "synthetic.json").write_text(json.dumps(result, indent=2) + "\n")
+        (local / "synthetic.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         save_comparison(local / "synthetic", show["frames"], made, show["captions"], animator.config.sample.fps)
         report.write(local)
     print(table(result))

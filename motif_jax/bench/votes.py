@@ -236,9 +236,9 @@ def write_votes(path: pathlib.Path, votes: list[Vote]) -> None:
     """Raw votes as .json (a list of objects) or .csv (reasons joined by "|")."""
     rows = [dataclasses.asdict(v) for v in votes]
     if path.suffix == ".json":
-        path.write_text(json.dumps([row | {"reasons": list(row["reasons"])} for row in rows], indent=1) + "\n")
+        path.write_text(json.dumps([row | {"reasons": list(row["reasons"])} for row in rows], indent=1) + "\n", encoding="utf-8")
     elif path.suffix == ".csv":
-        with path.open("w", newline="") as file:
+        with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, FIELDS)
             writer.writeheader()
             writer.writerows(row | {"reasons": "|".join(row["reasons"])} for row in rows)

@@ -107,12 +107,15 @@ def _allow_open_files(manifests: Sequence[Manifest], threads: int) -> None:
     soft, hard = (math.inf if limit == resource.RLIM_INFINITY else limit for limit in resource.getrlimit(resource.RLIMIT_NOFILE))
     if soft >= wanted:
         return
-    if hard < least:
-        raise UserError(
-            f"dataset {_directories(manifests)} has {shards} shards, which training holds open, and this process may open {hard} files: "
-            f"raise the limit (ulimit -Hn) to {wanted}, or prepare with a larger prepare.clips_per_shard"
-        )
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(wanted, hard), resource.RLIM_INFINITY if hard == math.inf else hard))
+    if hard >= least:
+        try:
+            return resource.setrlimit(resource.RLIMIT_NOFILE, (min(wanted, hard), resource.RLIM_INFINITY if hard == math.inf else hard))
+        except ValueError:  # macOS names no limit, and takes none over kern.maxfilesperproc
+            hard = soft
+    raise UserError(
+        f"dataset {_directories(manifests)} has {shards} shards, which training holds open, and this process may open {hard} files: "
+        f"raise the limit (ulimit -Hn) to {wanted}, or prepare with a larger prepare.clips_per_shard"
+    )
 
 
 def _directories(manifests: Sequence[Manifest]) -> str:

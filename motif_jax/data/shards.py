@@ -7,17 +7,14 @@ asked for), and, once every shard is there, TFDS's metadata and dataset.json. Re
 import collections
 import hashlib
 import json
-import os
 import pathlib
-import re
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from motif_jax.data import records, storage
-from motif_jax.data.storage import Path, RemotePath, machine, replacing, run_location, side_by_side, size
+from motif_jax.data.storage import Path, RemotePath, replacing, run_location, side_by_side
 from motif_jax.errors import StoreError, UserError, enumerate_first
 
 NAME = "motif"  # TFDS takes a dataset's name from its file names
@@ -26,7 +23,6 @@ VERSION = "1.0.0"  # of the records: a shard of another version is made again
 # One record per chunk: the chunk is what a random access reads. Frames are compressed already; zstd takes an eighth off latents, whose
 # reading is then three times as slow.
 _WRITER_OPTIONS = "group_size:1,uncompressed"
-_STALE_SECONDS = 24 * 3600
 
 
 @dataclass(frozen=True)
@@ -89,7 +85,7 @@ def plan_shards(items: Mapping[str, Sequence[Any]], per_shard: int) -> list[Shar
 def write_file(path: Path, text: str) -> None:
     """Writes a small file so that it is there in full or not at all, also after a power cut; one that says so already is left alone."""
     try:
-        if path.read_text() == text:
+        if path.read_text(encoding="utf-8") == text:
             return
     except (FileNotFoundError, UnicodeDecodeError):
         pass
@@ -104,7 +100,7 @@ def write_object(path: Path, values: Mapping[str, Any]) -> None:
 def read_json(path: Path) -> Any:
     """The JSON value in a small file; None when there is none or it is damaged."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError, RecursionError):
         return None
 
@@ -167,20 +163,6 @@ def plans(directory: Path) -> set[str]:
     return {manifest["plan"] for manifest in shard_manifests(directory, names) if manifest}
 
 
-def sweep(directory: Path) -> None:
-    """Removes temporary files of processes that are gone: dead on this machine, or silent for a day on another one."""
-    if not isinstance(directory, pathlib.Path):
-        return  # nothing half done is ever there
-    for path in [*directory.glob(".tmp-*"), *directory.glob("manifests/.tmp-*")]:
-        owner = re.match(r"\.tmp-(\d+)@(.+?)@", path.name)
-        dead = owner and owner[2] == machine() and not _alive(int(owner[1]))
-        try:
-            if dead or time.time() - path.stat().st_mtime > _STALE_SECONDS:
-                path.unlink()
-        except FileNotFoundError:
-            pass  # another task swept it
-
-
 def finish(directory: Path, shards: Sequence[Shard], plan: str, layout: records.Layout, settings: dict[str, Any]) -> int:
     """Writes TFDS's metadata and dataset.json if every shard is there; returns how many are missing.
 
@@ -236,7 +218,7 @@ def read_manifest(directory: str | Path) -> Manifest:
         raise UserError(f"data.path={directory}: is a file; give the directory that motif_jax.prepare wrote (its --output)")
     again = "run the same motif_jax.prepare again, which rewrites what is missing or damaged and nothing else"
     try:
-        dataset = json.loads((directory / "dataset.json").read_text())
+        dataset = json.loads((directory / "dataset.json").read_text(encoding="utf-8"))
         return _opened(directory, dataset, again)
     except FileNotFoundError as error:
         if (directory / "plan.json").exists():
@@ -256,7 +238,7 @@ def _opened(directory: Path, dataset: dict[str, Any], again: str) -> Manifest:
         raise UserError(f"dataset {directory} is of schema version {dataset['version']}, this code reads {VERSION}; {again}")
     bad, there = [], storage.sizes(directory)
     for shard in (s for split in dataset["splits"].values() for s in split):
-        if fault := _damaged_length(there.get(shard["shard"]), shard["bytes"]):
+        if fault := damaged_length(there.get(shard["shard"]), shard["bytes"]):
             bad.append(f"{shard['shard']} is {fault}")
     if bad:
         raise UserError(f"dataset {directory}: {enumerate_first(bad, 5)}; {again}")
@@ -301,7 +283,7 @@ def _tfds_metadata(layout: records.Layout, splits: Mapping[str, Sequence[Mapping
     )
     with tempfile.TemporaryDirectory() as scratch:
         info.write_to_directory(scratch)
-        return {path.name: path.read_text() for path in sorted(pathlib.Path(scratch).iterdir())}
+        return {path.name: path.read_text(encoding="utf-8") for path in sorted(pathlib.Path(scratch).iterdir())}
 
 
 def _manifest_path(directory: Path, name: str) -> Path:
@@ -316,28 +298,8 @@ def _disk(call: Callable[..., Any], *arguments: Any) -> Any:
         raise OSError(f"writing a shard failed: {error}") from error
 
 
-def damage(path: Path, expected: int, sha256: str | None = None) -> str:
-    """What is wrong with a file's length, or the bytes of one on a disk; "" when nothing is."""
-    try:
-        found = size(path)
-    except FileNotFoundError:
-        found = None
-    if fault := _damaged_length(found, expected):
-        return fault
-    return "damaged (its sha256 is not that of its manifest)" if sha256 and storage.sha256(path) != sha256 else ""
-
-
-def _damaged_length(found: int | None, expected: int) -> str:
+def damaged_length(found: int | None, expected: int) -> str:
+    """What is wrong with a file of so many bytes (None: there is none); "" when nothing is."""
     if found is None:
         return "missing"
     return f"{'truncated' if found < expected else 'too long'} ({found} of {expected} bytes)" if found != expected else ""
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True

@@ -6,6 +6,7 @@ Everything a record holds is a function of its item and the source's settings, w
 import collections
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import math
 import os
@@ -63,26 +64,65 @@ class Towers(Protocol):
     def describe(self) -> dict[str, Any]: ...
 
 
-class Source(Protocol):
-    """What the offline job needs to know about its input."""
+class Source:
+    """What the offline job needs to know about its input; `outcomes` is each kind's own."""
 
     items: dict[str, Sequence[Item]]  # split -> clips
-    problems: list[Problem]  # lines of the source that cannot become clips
+    problems: Sequence[Problem] = ()  # lines of the source that cannot become clips
     layout: records.Layout
-    settings: dict[str, Any]  # everything besides the items that decides the bytes
+    settings: dict[str, Any]  # everything besides the items that decides the bytes; weights count by content, not by where they lie
+
+    def __init__(
+        self, config: Config, kind: str, items: Sequence[Item], masks: bool, estimator: FlowEstimator | None, towers: Towers | None
+    ) -> None:
+        d, p = self._data, self._prepare = config.data, config.prepare
+        self._seed, self._estimator, self._towers = config.seed, estimator, towers
+        self.items = _split(items, p.validation_share)
+        latent, text = (towers.latent, towers.text) if towers else ((), ())
+        pixels = p.frames or not latent
+        self.layout = records.Layout(
+            d.frames, d.height, d.width, p.flow_stride, p.image_format, p.jpeg_quality, masks, pixels, latent, text
+        )
+        self.settings = {"source": kind, "seed": config.seed} | {f"data.{k}": getattr(d, k) for k in ("frames", "height", "width")}
+        for name, values in (("prepare", dataclasses.asdict(p)), ("estimator", estimator.describe() if estimator else {})):
+            self.settings |= {f"{name}.{k}": v for k, v in values.items() if k != "flow_weights"}
+        self.settings |= towers.describe() if towers else {}
 
     def outcomes(self, items: Sequence[Item]) -> Iterator[bytes | Skipped]:
         """One record, or the reason for none, per item and in their order."""
+        raise NotImplementedError
+
+    def _record(self, item: Item, clip: dict[str, Any]) -> bytes | Skipped:
+        """`clip` is what `records.encode_clip` takes, but for the item's fields; its flow is estimated where there is an estimator.
+
+        Several threads may call it: the flow of one clip is computed while others are decoded and compressed.
+        """
+        clip = {"caption": item.caption} | clip | {"clip_id": item.clip_id, "video": item.video}
+        if self._estimator is not None:
+            try:
+                clip["flow"] = self._estimator.flow(clip["frames"])
+            except ValueError as error:  # about the clips' size, so the next clip would fail as well
+                raise UserError(f"flow: {error}") from error
+        moved, p = motion(clip["flow"], self.layout.height, self.layout.width), self._prepare
+        kind = "too little motion" if moved < p.motion_min else "too much motion" if moved > (p.motion_max or math.inf) else ""
+        if kind:
+            reason = f"{kind}: {moved:.4f} of the diagonal a frame; prepare.motion_min={p.motion_min:g}, motion_max={p.motion_max:g}"
+            return Skipped(item.clip_id, item.video, kind, reason)
+        if self._towers is not None:
+            clip |= self._towers.encode(clip["frames"], clip["caption"])
+        try:
+            return records.encode_clip(self.layout, clip)
+        except ValueError as error:
+            return Skipped(item.clip_id, item.video, "unusable values", str(error))
 
 
-class VideoClips:
+class VideoClips(Source):
     """Clips cut from the videos of a captions file or a folder; `listed` is what `captions.read_source` made of it."""
 
     def __init__(
         self, config: Config, listed: tuple[list[Entry], list[Problem]], estimator: FlowEstimator, towers: Towers | None = None
     ) -> None:
         entries, self.problems = listed
-        self._data, self._prepare, self._seed = config.data, config.prepare, config.seed
         masks = any(e.mask for e in entries)
         if config.loss.heatmap == "mask" and not masks:
             raise UserError("loss.heatmap='mask': no line names a mask; the captions file needs a column `mask` (docs/data.md)")
@@ -92,10 +132,7 @@ class VideoClips:
             entries = [e for e in entries if e.mask]
         numbers = range(config.prepare.clips_per_video)
         items = [Item(_clip_id(e, k), e.video, e.caption, k, e.path, e.mask) for e in entries for k in numbers]
-        self.items = _split(items, config.prepare.validation_share)
-        self._recorder = Recorder(config, masks, estimator, towers)
-        self.layout = self._recorder.layout
-        self.settings = _settings(config, "videos", estimator, towers)
+        super().__init__(config, "videos", items, masks, estimator, towers)
 
     def outcomes(self, items: Sequence[Item]) -> Iterator[bytes | Skipped]:
         return _ahead(self._outcome, items)
@@ -104,15 +141,15 @@ class VideoClips:
         d = self._data
         try:
             with _on_disk(item.path) as video:
-                clip, count = self._within_a_scene(item, video)
+                clip = self._within_a_scene(item, video)
         except MediaError as error:
             return Skipped(item.clip_id, item.video, error.kind, str(error))
-        values = vars(clip) | {"clip_id": item.clip_id, "video": item.video, "caption": item.caption}
+        values = dict(vars(clip))
         if item.mask is not None:
 
             def same_frames(available: int) -> tuple[int, int]:
-                if abs(available - count) > 1 + count // 50:  # containers may disagree about the last ones
-                    raise MediaError("another length", f"{available} frames, the video has {count}")
+                if abs(available - clip.length) > 1 + clip.length // 50:  # containers may disagree about the last ones
+                    raise MediaError("another length", f"{available} frames, the video has {clip.length}")
                 return clip.first_frame, clip.frame_stride
 
             try:
@@ -122,26 +159,24 @@ class VideoClips:
                 return Skipped(item.clip_id, item.video, "unusable mask", f"mask {item.mask.name}: {error}")
             grey = same.frames.astype(np.float32).mean(-1, keepdims=True)
             values["motion_mask"] = np.rint(pool(grey, self._prepare.flow_stride)[..., 0]).astype(np.uint8)
-        return self._recorder.record(values)
+        return self._record(item, values)
 
-    def _within_a_scene(self, item: Item, video: pathlib.Path) -> tuple[videos.Clip, int]:
-        """The first of a few drawn clips that crosses no cut, and the number of frames of its video. Raises MediaError."""
-        counts = []
+    def _within_a_scene(self, item: Item, video: pathlib.Path) -> videos.Clip:
+        """The first of a few drawn clips that crosses no cut. Raises MediaError."""
         d, p = self._data, self._prepare
-        for attempt in range(_ATTEMPTS if p.cut_threshold else 1):
+
+        def choose(available: int, attempt: int) -> tuple[int, int]:
             key = (self._seed, item.video, item.number, *([attempt] if attempt else []))
+            return videos.choose_clip(available, d.frames, p.frame_stride_min, p.frame_stride_max, *key)
 
-            def choose(available: int, key: tuple = key) -> tuple[int, int]:
-                counts.append(available)
-                return videos.choose_clip(available, d.frames, p.frame_stride_min, p.frame_stride_max, *key)
-
-            clip = videos.read_clip(video, d.frames, d.height, d.width, choose, thumbnails=p.cut_threshold > 0)
+        choices = [functools.partial(choose, attempt=attempt) for attempt in range(_ATTEMPTS if p.cut_threshold else 1)]
+        for clip in videos.read_clips(video, d.frames, d.height, d.width, choices, thumbnails=p.cut_threshold > 0):
             if clip.thumbnails is None or not len(scenes.cuts(clip.thumbnails, p.cut_threshold)):
-                return clip, counts[-1]
+                return clip
         raise MediaError("scene cut", f"in each of {_ATTEMPTS} clips that were tried")
 
 
-class SpriteClips:
+class SpriteClips(Source):
     """Clips of a synthetic world, `synthetic:NAME[:count]`; without an estimator the flow is the exact one.
 
     The motion mask of a cell is its share of moving pixels.
@@ -157,13 +192,9 @@ class SpriteClips:
                 f"write for example synthetic:{name}:{DEFAULT_SYNTHETIC_CLIPS}"
             )
         ids = [f"{name}-{i:07d}" for i in range(int(count) if count else DEFAULT_SYNTHETIC_CLIPS)]
-        self._data, self._stride, self._world, self._seed = config.data, config.prepare.flow_stride, name, config.seed
-        self.problems: list[Problem] = []
-        self.items = _split([Item(clip_id, clip_id, "", i) for i, clip_id in enumerate(ids)], config.prepare.validation_share)
-        self._held_out = {item.number for item in self.items["validation"]}
-        self._recorder = Recorder(config, True, estimator, towers)
-        self.layout = self._recorder.layout
-        self.settings = _settings(config, f"synthetic:{name}", estimator, towers)
+        items = [Item(clip_id, clip_id, "", i) for i, clip_id in enumerate(ids)]
+        super().__init__(config, f"synthetic:{name}", items, True, estimator, towers)
+        self._world, self._held_out = name, {item.number for item in self.items["validation"]}
 
     def outcomes(self, items: Sequence[Item]) -> Iterator[bytes | Skipped]:
         at_once = max(1, _PIXELS_AT_ONCE // (self._data.frames * self._data.height * self._data.width))
@@ -177,60 +208,11 @@ class SpriteClips:
             clips = sprites.make_clips(self._world, self._seed, [i.number for i in items], d.frames, d.height, d.width, split)
         except ValueError as error:
             raise UserError(f"synthetic:{self._world}: {error}") from error
-        masks = np.rint(255 * pool((clips["flow"] != 0).any(-1, keepdims=True), self._stride)[..., 0]).astype(np.uint8)
-        exact = pool(clips["flow"], self._stride)
+        masks = np.rint(255 * pool((clips["flow"] != 0).any(-1, keepdims=True), self._prepare.flow_stride)[..., 0]).astype(np.uint8)
+        exact = pool(clips["flow"], self._prepare.flow_stride)
         for n, item in enumerate(items):
-            yield self._recorder.record(
-                {
-                    "clip_id": item.clip_id,
-                    "video": item.video,
-                    "caption": clips["captions"][n],
-                    "fps": clips["fps"],
-                    "frame_stride": 1,
-                    "first_frame": 0,
-                    "frames": clips["frames"][n],
-                    "flow": exact[n],
-                    "motion_mask": masks[n],
-                }
-            )
-
-
-class Recorder:
-    """A decoded clip in; its record, or why it is left out: the same steps for every source.
-
-    Several threads may call it: the flow of one clip is computed while others are decoded and compressed.
-    """
-
-    def __init__(self, config: Config, motion_mask: bool, estimator: FlowEstimator | None, towers: Towers | None) -> None:
-        d, p = config.data, config.prepare
-        self._prepare, self._estimator, self._towers = p, estimator, towers
-        latent, text = (towers.latent, towers.text) if towers else ((), ())
-        pixels = p.frames or not latent
-        self.layout = records.Layout(
-            d.frames, d.height, d.width, p.flow_stride, p.image_format, p.jpeg_quality, motion_mask, pixels, latent, text
-        )
-
-    def record(self, clip: dict[str, Any]) -> bytes | Skipped:
-        """`clip` is what `records.encode_clip` takes; its flow is estimated where there is an estimator."""
-        if self._estimator is not None:
-            clip["flow"] = self._estimate(clip["frames"])
-        moved, p = motion(clip["flow"], self.layout.height, self.layout.width), self._prepare
-        kind = "too little motion" if moved < p.motion_min else "too much motion" if moved > (p.motion_max or math.inf) else ""
-        if kind:
-            reason = f"{kind}: {moved:.4f} of the diagonal a frame; prepare.motion_min={p.motion_min:g}, motion_max={p.motion_max:g}"
-            return Skipped(clip["clip_id"], clip["video"], kind, reason)
-        if self._towers is not None:
-            clip |= self._towers.encode(clip["frames"], clip["caption"])
-        try:
-            return records.encode_clip(self.layout, clip)
-        except ValueError as error:
-            return Skipped(clip["clip_id"], clip["video"], "unusable values", str(error))
-
-    def _estimate(self, frames: np.ndarray) -> np.ndarray:
-        try:
-            return self._estimator.flow(frames)
-        except ValueError as error:  # about the clips' size, so the next clip would fail as well
-            raise UserError(f"flow: {error}") from error
+            clip = {"caption": clips["captions"][n], "fps": clips["fps"], "frame_stride": 1, "first_frame": 0}
+            yield self._record(item, clip | {"frames": clips["frames"][n], "flow": exact[n], "motion_mask": masks[n]})
 
 
 def motion(flow_Thw2: Float[np.ndarray, "T h w 2"], height: int, width: int) -> float:
@@ -248,12 +230,11 @@ def pool(field: Float[np.ndarray, "*B H W C"], stride: int) -> Float[np.ndarray,
 @contextlib.contextmanager
 def _on_disk(path: storage.File) -> Iterator[pathlib.Path]:
     """The file, or a copy of it for the time of the block. Raises MediaError where there is none; StoreError."""
-    with contextlib.ExitStack() as kept:
-        try:
-            local = kept.enter_context(storage.local_copy(path))
-        except FileNotFoundError as error:
-            raise MediaError("missing file") from error
-        yield local
+    try:
+        with storage.local_copy(path) as local:
+            yield local
+    except FileNotFoundError as error:
+        raise MediaError("missing file") from error
 
 
 def identities(items: Sequence[Item]) -> list[list[Any]]:
@@ -261,11 +242,7 @@ def identities(items: Sequence[Item]) -> list[list[Any]]:
 
     A file is known by its size and the sha256 of its first and last 64 KiB, wherever it lies. Raises StoreError.
     """
-    return storage.side_by_side(_identity, items)
-
-
-def _identity(item: Item) -> list[Any]:
-    return [item.clip_id, item.caption, *(p and _ends(p) for p in (item.path, item.mask))]
+    return storage.side_by_side(lambda item: [item.clip_id, item.caption, *(p and _ends(p) for p in (item.path, item.mask))], items)
 
 
 def gone(item: Item) -> bool:
@@ -282,16 +259,6 @@ def _ends(path: storage.File) -> list[Any] | None:
         raise
     except OSError:
         return None
-
-
-def _settings(config: Config, source: str, estimator: FlowEstimator | None, towers: Towers | None) -> dict[str, Any]:
-    """All that decides the bytes besides the list of clips; weights count by content, not by where they lie."""
-    settings = {"source": source, "seed": config.seed}
-    settings |= {f"data.{k}": getattr(config.data, k) for k in ("frames", "height", "width")}
-    settings |= {f"prepare.{k}": v for k, v in dataclasses.asdict(config.prepare).items() if k != "flow_weights"}
-    described = {} if estimator is None else estimator.describe()
-    settings |= {f"estimator.{k}": v for k, v in described.items() if k != "flow_weights"}
-    return settings | ({} if towers is None else towers.describe())
 
 
 def _clip_id(entry: Entry, number: int) -> str:

@@ -14,9 +14,12 @@ import logging
 import os
 import pathlib
 import posixpath
+import re
+import shutil
 import socket
 import tarfile
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,6 +32,8 @@ _NOT_GIVEN = (401, 403, 410, 451)  # what a web server answers to who asks for o
 _BYTES_AT_ONCE = 2**26  # of a file in an archive
 _END = 2**16  # bytes at each end of a file that tell it from others
 _VERSIONS = ("generation", "ETag")  # what a store calls the version of an object
+_STALE_SECONDS = 24 * 3600
+BUCKETS = ("gs://", "gcs://")  # names of the store that training reads and writes
 
 
 @dataclass(frozen=True)
@@ -80,11 +85,11 @@ class RemotePath:
         """The names of all objects below, from here."""
         return [path.removeprefix(self.path + "/") for path in _ask(self.files.find, self.path)]
 
-    def read_text(self, errors: str = "strict") -> str:
-        return _ask(self.files.cat_file, self.path).decode(errors=errors)
+    def read_text(self, encoding: str = "utf-8", errors: str = "strict") -> str:
+        return _ask(self.files.cat_file, self.path).decode(encoding, errors)
 
-    def write_text(self, text: str) -> None:
-        _ask(self.files.pipe_file, self.path, text.encode())
+    def write_text(self, text: str, encoding: str = "utf-8") -> None:
+        _ask(self.files.pipe_file, self.path, text.encode(encoding))
 
     def replace(self, target: "RemotePath") -> "RemotePath":
         """Moves an object, or all below a prefix, to where nothing is yet."""
@@ -155,7 +160,7 @@ def here(name: str) -> pathlib.Path:
 
 
 def run_location(name: str | Path) -> Path:
-    """The directory of a run, of weights or of a dataset to train on: a path, or a URL of gs://. Raises UserError.
+    """The directory of a run, of weights or of a dataset to train on: a path, or a URL of gs:// (also gcs://). Raises UserError.
 
     Orbax writes to no other store, and ArrayRecord reads from none.
     """
@@ -163,7 +168,7 @@ def run_location(name: str | Path) -> Path:
         return name
     if (path := local_path(name)) is not None:
         return path
-    if not name.startswith("gs://"):
+    if not name.startswith(BUCKETS):
         raise UserError(f"{name}: training reads and writes file systems and gs:// alone; mount the store, and name the directory there")
     return location(name)
 
@@ -206,11 +211,11 @@ def replacing(path: str | Path) -> Iterator[pathlib.Path]:
     """An absolute path on a disk to write to. When the block succeeds the file is renamed to `path`, or uploaded there; else it is removed.
 
     Bytes are synced before the rename and the directory after it, so that a power cut leaves no partial file. The temporary name,
-    .tmp-PID@MACHINE@ and the end of the file's own, is hidden and no other process uses it.
+    .tmp-PID@MACHINE@ and the end of the file's own, is hidden and no other process uses it; of a killed one, `sweep` removes it.
     """
     path = path if isinstance(path, RemotePath) else pathlib.Path(path).absolute()
     directory = pathlib.Path(tempfile.gettempdir()) if isinstance(path, RemotePath) else path.parent
-    temporary = directory / f".tmp-{os.getpid()}@{machine()}@{path.name[-40:]}"  # a name has 255 bytes at most
+    temporary = directory / f"{_mine()}{path.name[-40:]}"  # a name has 255 bytes at most
     try:
         yield temporary
         if isinstance(path, RemotePath):
@@ -221,6 +226,34 @@ def replacing(path: str | Path) -> Iterator[pathlib.Path]:
             _sync(directory)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _mine() -> str:
+    return f".tmp-{os.getpid()}@{machine()}@"
+
+
+def sweep(directory: Path) -> None:
+    """Removes what `replacing` has left in a directory, and `local_copy` and `replacing` for a store in that for temporary files.
+
+    Only of processes that are gone: dead on this machine, or silent for a day on another one.
+    """
+    places = {pathlib.Path(tempfile.gettempdir()), *([directory] if isinstance(directory, pathlib.Path) else [])}
+    for path in [path for place in places for path in place.glob(".tmp-*@*@*")]:
+        owner = re.match(r"\.tmp-(\d+)@(.+?)@", path.name)
+        dead = owner and owner[2] == machine() and not _alive(int(owner[1]))
+        with contextlib.suppress(FileNotFoundError, PermissionError):  # another task swept it; it is another user's
+            if dead or time.time() - path.stat().st_mtime > _STALE_SECONDS:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _sync(path: pathlib.Path) -> None:
@@ -234,10 +267,10 @@ def _sync(path: pathlib.Path) -> None:
 def write_whole(path: Path, text: str) -> None:
     """Writes a text file that is there whole, or as it was before."""
     if isinstance(path, RemotePath):
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
         return
     with replacing(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
 
 
 def size(path: File) -> int:
@@ -319,7 +352,10 @@ def beside(directory: Path, name: str) -> Path:
         return location(name, look=False)
     if isinstance(directory, pathlib.Path):
         return directory / name
-    return pathlib.Path(name) if name.startswith("/") else RemotePath(directory.files, posixpath.normpath(f"{directory.path}/{name}"))
+    if name.startswith("/"):
+        return pathlib.Path(name)
+    protocol, sign, path = directory.path.rpartition("://")  # which a web server's paths keep
+    return RemotePath(directory.files, protocol + sign + posixpath.normpath(f"{path}/{name}"))
 
 
 def upload(local: pathlib.Path, path: RemotePath) -> None:
@@ -364,6 +400,7 @@ def on_disk(file: str | Path) -> pathlib.Path:
     try:
         copy.parent.mkdir(parents=True, exist_ok=True)
         with locked(copy.parent):
+            sweep(copy.parent)
             if not copy.exists():
                 with replacing(copy) as temporary:
                     download(path, temporary)
@@ -380,7 +417,7 @@ def local_copy(path: File) -> Iterator[pathlib.Path]:
     if isinstance(path, pathlib.Path):
         yield path
         return
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory(prefix=_mine()) as scratch:
         copy = pathlib.Path(scratch) / posixpath.basename(path.name)[-40:]
         if isinstance(path, Member):
             with copy.open("wb") as file:

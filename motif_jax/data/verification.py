@@ -5,9 +5,9 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from motif_jax.data import records
-from motif_jax.data.shards import VERSION, Shard, damage, metadata, read_json, read_object, shard_manifest, shard_name
-from motif_jax.data.storage import Path, local_copy
+from motif_jax.data import records, storage
+from motif_jax.data.shards import VERSION, Shard, damaged_length, metadata, read_json, read_object, shard_manifest, shard_name
+from motif_jax.data.storage import Path
 from motif_jax.errors import UserError
 
 FROM_SHARDS = ("splits", "fingerprint", "skipped")  # what the files of the whole dataset say of its shards
@@ -16,9 +16,7 @@ FROM_SHARDS = ("splits", "fingerprint", "skipped")  # what the files of the whol
 def check_shard(directory: Path, shard: Shard, layout: records.Layout) -> str:
     """ "" when the shard is done and every byte of it is right, else what is wrong with it."""
     manifest = shard_manifest(directory, shard.name)
-    if manifest is None or not (directory / shard.name).exists():
-        return "missing"
-    return _fault(directory / shard.name, manifest, layout, every_record=False)
+    return _fault(directory / shard.name, manifest, layout, every_record=False) if manifest else "missing"
 
 
 def verify(directory: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> list[str]:
@@ -66,11 +64,15 @@ def _fault(path: Path, manifest: Mapping[str, Any], layout: records.Layout, ever
     """What is wrong with a shard: its schema, its bytes, or what its records (every one, or the first) hold."""
     if manifest["schema"] != VERSION:
         return f"of schema version {manifest['schema']} (this is {VERSION})"
-    fault = damage(path, manifest["bytes"])
-    if fault:
-        return fault
-    with local_copy(path) as file:
-        return damage(file, manifest["bytes"], manifest["sha256"]) or _unreadable(file, manifest["records"], layout, every_record)
+    try:
+        if fault := damaged_length(storage.size(path), manifest["bytes"]):
+            return fault
+    except FileNotFoundError:
+        return "missing"
+    with storage.local_copy(path) as file:
+        if storage.sha256(file) != manifest["sha256"]:
+            return "damaged (its sha256 is not that of its manifest)"
+        return _unreadable(file, manifest["records"], layout, every_record)
 
 
 def _unreadable(file: pathlib.Path, count: int, layout: records.Layout, every_record: bool) -> str:

@@ -4,11 +4,13 @@ In: a file of any container and codec that FFmpeg reads. Out: T frames of one si
 time; which ones is a function of the seed and the video's id alone. A file that cannot give them raises `MediaError`.
 """
 
+import contextlib
+import functools
 import hashlib
 import itertools
 import os
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -22,6 +24,8 @@ from PIL import Image
 
 from motif_jax.data.images import MediaError, cover, on_white
 from motif_jax.data.storage import replacing
+
+Choose = Callable[[int], tuple[int, int]]
 
 THUMBNAIL = (64, 36)  # width, height
 # A pause longer than this many seconds and ten frames is a jump of the clock (a cut, a paused recorder), not a still.
@@ -38,7 +42,7 @@ _ANY_TAGS = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) 
 
 @dataclass(frozen=True)
 class Clip:
-    """T frames and how they were taken: every `frame_stride`-th from `first_frame` of a video of `fps` frames a second.
+    """T frames and how they were taken: every `frame_stride`-th from `first_frame` of a video of `length` frames, `fps` a second.
 
     `thumbnails` are small pictures of every source frame from the first to the last of them, if asked for.
     """
@@ -47,6 +51,7 @@ class Clip:
     fps: float
     frame_stride: int
     first_frame: int
+    length: int
     thumbnails: UInt8[np.ndarray, "N h w 3"] | None = None
 
 
@@ -84,16 +89,33 @@ def choose_clip(available: int, frames: int, stride_min: int, stride_max: int, *
     return stable_draw(available - (frames - 1) * stride, "start", *key), stride
 
 
-def read_clip(
-    path: str | os.PathLike, frames: int, height: int, width: int, choose: Callable[[int], tuple[int, int]], thumbnails: bool = False
-) -> Clip:
-    """Decodes one clip from the first video stream that can give it.
+def read_clip(path: str | os.PathLike, frames: int, height: int, width: int, choose: Choose, thumbnails: bool = False) -> Clip:
+    """The one clip of `read_clips`."""
+    return next(read_clips(path, frames, height, width, [choose], thumbnails))
+
+
+def read_clips(
+    path: str | os.PathLike, frames: int, height: int, width: int, choices: Iterable[Choose], thumbnails: bool = False
+) -> Iterator[Clip]:
+    """Decodes a clip for each of `choices` when it is asked for, from the first video stream that can give it.
 
     `choose(available)` returns (first frame, stride) for a video of that many frames (see `choose_clip`). Frames are
     turned as the file's display matrix says, transparent parts laid on white, then covered (`cover`).
     Raises MediaError with the reason; the file's name is left to the caller.
     """
-    return _first_stream(path, lambda stream: _read_stream(path, stream, frames, height, width, choose, thumbnails))
+    # Packets are only read, not decoded, to learn the timeline. Some formats time or split packets in ways that do not
+    # map to frames one to one (raw streams, interlaced fields); for those everything is decoded once instead.
+    timelines = [functools.cache(functools.partial(find, path)) for find in (_packet_timeline, _decoded_timeline)]
+
+    def read(stream: int, choose: Choose) -> Clip:
+        for timeline in (find(stream) for find in timelines):
+            clip = timeline and _read_stream(path, stream, timeline, frames, height, width, choose, thumbnails)
+            if clip:
+                return clip
+        raise MediaError("does not decode", "its time stamps do not repeat from one reading to the next")
+
+    for choose in choices:
+        yield _first_stream(path, functools.partial(read, choose=choose))
 
 
 def read_video(path: str | os.PathLike) -> Clip:
@@ -152,30 +174,30 @@ def _whole_stream(path: Any, index: int) -> Clip:
         if len(pictures) < 2:
             raise MediaError("too short", f"{len(pictures)} frame{'s'[: len(pictures) != 1]}")
         timeline = _timeline(_increasing(pts), stream, len(pts))
-    return Clip(np.stack([pictures[i] for i in timeline.frame_at]), timeline.fps, 1, 0)
+    return Clip(np.stack([pictures[i] for i in timeline.frame_at]), timeline.fps, 1, 0, len(timeline.frame_at))
 
 
-def _read_stream(path: Any, stream: int, frames: int, height: int, width: int, choose: Callable, thumbnails: bool) -> Clip:
-    def clip_of(timeline: Timeline) -> Clip | None:
-        first, stride = choose(len(timeline.frame_at))
-        if first < 0 or stride < 1 or first + (frames - 1) * stride >= len(timeline.frame_at):
-            raise MediaError("too short", f"{len(timeline.frame_at)} frames, asked for frames {first} to {first + (frames - 1) * stride}")
-        wanted = timeline.frame_at[first + stride * np.arange(frames)]
-        small: list[np.ndarray] | None = [] if thumbnails else None
-        found = _decode(path, stream, timeline, set(wanted.tolist()), height, width, small)
-        if found is None:
-            return None
-        return Clip(np.stack([found[i] for i in wanted.tolist()]), timeline.fps, stride, first, np.stack(small) if small else None)
-
-    # Packets are only read, not decoded, to learn the timeline. Some formats time or split packets in ways that do not
-    # map to frames one to one (raw streams, interlaced fields); for those everything is decoded once instead.
-    timeline = _packet_timeline(path, stream)
-    clip = clip_of(timeline) if timeline else None
-    if clip is None:
-        clip = clip_of(_decoded_timeline(path, stream))
-    if clip is None:
-        raise MediaError("does not decode", "its time stamps do not repeat from one reading to the next")
-    return clip
+def _read_stream(
+    path: Any, index: int, timeline: Timeline, frames: int, height: int, width: int, choose: Choose, thumbnails: bool
+) -> Clip | None:
+    """None when the stream does not hold the frames that its timeline promised."""
+    length = len(timeline.frame_at)
+    first, stride = choose(length)
+    if first < 0 or stride < 1 or first + (frames - 1) * stride >= length:
+        raise MediaError("too short", f"{length} frames, asked for frames {first} to {first + (frames - 1) * stride}")
+    wanted = timeline.frame_at[first + stride * np.arange(frames)].tolist()
+    names = {p: i for i, p in enumerate(timeline.pts)} if timeline.pts else None
+    decode = functools.partial(_decode, path, index, names, set(wanted), height, width, thumbnails)
+    found = None
+    if timeline.pts and wanted[0] > 0:
+        # A seek can land behind the frame or where the decoder cannot start cleanly; then the way leads through the whole file.
+        with contextlib.suppress(*_DAMAGE):
+            found = decode(timeline.pts[wanted[0]])
+    found = found or decode(None)
+    if not found:
+        return None
+    pictures, small = found
+    return Clip(np.stack([pictures[i] for i in wanted]), timeline.fps, stride, first, length, np.stack(small) if thumbnails else None)
 
 
 def _packet_timeline(path: Any, index: int) -> Timeline | None:
@@ -262,30 +284,10 @@ def _frames(container: Any, stream: Any):
 
 
 def _decode(
-    path: Any, index: int, timeline: Timeline, wanted: set[int], height: int, width: int, small: list | None
-) -> dict[int, np.ndarray] | None:
-    """Frame number -> picture; None when the stream does not hold the frames that its packets promised.
-
-    Thumbnails of all frames between the wanted ones go into the list `small`, if there is one.
-    """
-    names = {p: i for i, p in enumerate(timeline.pts)} if timeline.pts else None
-    if names is not None and min(wanted) > 0:
-        # A seek can land behind the frame or where the decoder cannot start cleanly; then the way leads through the whole file.
-        try:
-            found = _decode_from(path, index, timeline.pts[min(wanted)], names, wanted, height, width, small)
-            if found is not None:
-                return found
-        except _DAMAGE:
-            pass
-    return _decode_from(path, index, None, names, wanted, height, width, small)
-
-
-def _decode_from(
-    path: Any, index: int, seek: int | None, names: dict[int, int] | None, wanted: set[int], height: int, width: int, small: list | None
-) -> dict[int, np.ndarray] | None:
-    found, damaged, first = {}, False, min(wanted)
-    if small is not None:
-        small.clear()  # of a reading that failed
+    path: Any, index: int, names: dict[int, int] | None, wanted: set[int], height: int, width: int, thumbnails: bool, seek: int | None
+) -> tuple[dict[int, np.ndarray], list[np.ndarray]] | None:
+    """Frame number -> picture, and thumbnails of all frames between the wanted ones; None when not all of these came."""
+    found, small, damaged, first = {}, [], False, min(wanted)
     with _open(path) as container:
         stream = container.streams[index]
         if seek is not None:
@@ -295,7 +297,7 @@ def _decode_from(
             i = n if names is None else names.get(frame.pts)
             # The decoder hides damage by painting over it, and what it painted lives on until the next key frame.
             damaged = bool(frame.is_corrupt) or (damaged and not frame.key_frame)
-            if small is not None and i is not None and i >= first:
+            if thumbnails and i is not None and i >= first:
                 small.append(frame.reformat(*THUMBNAIL, format="rgb24", interpolation="AREA", threads=1).to_ndarray())
             if i in wanted:
                 if damaged:
@@ -303,7 +305,7 @@ def _decode_from(
                 picture, turned = _picture(frame)
                 found[i] = cover(picture, height, width, 1 / aspect if turned else aspect)
             if len(found) == len(wanted):
-                return found
+                return found, small
     return None
 
 

@@ -130,7 +130,7 @@ def digest(text: str) -> str:
 def code_version() -> str:
     """The package's sources by name and hash, and the versions of what computes."""
     root = pathlib.Path(__file__).parents[1]
-    sources = {str(path.relative_to(root)): digest(path.read_text()) for path in sorted(root.rglob("*.py"))}
+    sources = {str(path.relative_to(root)): digest(path.read_text(encoding="utf-8")) for path in sorted(root.rglob("*.py"))}
     return json.dumps(sources | {name: importlib.metadata.version(name) for name in VERSIONS})
 
 
@@ -167,7 +167,7 @@ def check_shared(directory: pathlib.Path) -> None:
     mine = directory / f"shared-{drawn}"
     try:
         if jax.process_index() == 0:
-            mine.write_text("")
+            mine.write_text("", encoding="utf-8")
         mark = directory / f"shared-{multihost_utils.broadcast_one_to_all(drawn)}"  # of process 0, whose file is there by now
         agree({f"a new file in {directory} (is it on a file system that all share?)": "it" if mark.exists() else "nothing"})
     finally:

@@ -98,7 +98,7 @@ def _read_one(path: pathlib.Path) -> dict[str, Lazy]:
 
 def _read_index(path: pathlib.Path) -> dict[str, Lazy]:
     try:
-        places = json.loads(path.read_text())["weight_map"]
+        places = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         parts = {file: _read_one(path.parent / file) for file in sorted(set(places.values()))}
     except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
         if isinstance(error, UserError):

@@ -134,7 +134,7 @@ def _check_output(output: pathlib.Path, present: dict[str, Any], new: dict[str, 
 def _contents(directory: Path) -> dict[str, Any]:
     path = directory / CONTENTS
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
         parts = found["networks"].values()
         groups = [found.get("diffusion", {}), found.get("weightless", {}), *(part["config"] for part in parts)]
         if all(isinstance(group, dict) for group in groups) and all(isinstance(part["sha256"], str) for part in parts):
@@ -190,7 +190,7 @@ class Import:
     @property
     def checksum(self) -> str:
         """SHA-256 of the table of contents, which has that of every file."""
-        return hashlib.sha256((self.directory / CONTENTS).read_text().encode()).hexdigest()
+        return hashlib.sha256((self.directory / CONTENTS).read_text(encoding="utf-8").encode()).hexdigest()
 
     @property
     def recorded(self) -> dict[str, dict[str, Any]]:

@@ -63,7 +63,7 @@ class Settings:
 def read_yaml(path: str | pathlib.Path) -> Settings:
     """Raises UserError listing everything in the file that is missing, malformed or beyond these networks."""
     try:
-        found = yaml.safe_load(pathlib.Path(path).read_text())
+        found = yaml.safe_load(pathlib.Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from error
     errors: list[str] = []

@@ -203,7 +203,7 @@ def read_arrays(directory: Path, names: tuple[str, ...], kind: type = jax.Array)
 def read_meta(directory: Path) -> dict[str, Any]:
     """The meta in the directory of one checkpoint. Raises CheckpointError."""
     try:
-        return json.loads((directory / "meta" / "metadata").read_text())
+        return json.loads((directory / "meta" / "metadata").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"checkpoint {directory} cannot be read: {error}{_instead(directory)}") from error
 

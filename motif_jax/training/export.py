@@ -54,7 +54,7 @@ def export(
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with replacing(yaml) as temporary:  # appears after the weights, or not at all
-            temporary.write_text(to_yaml(settings))
+            temporary.write_text(to_yaml(settings), encoding="utf-8")
             write = files.write_safetensors if output.suffix == ".safetensors" else files.write_pytorch
             write(output, tensors)
     except OSError as error:

@@ -34,7 +34,7 @@ class MetricWriter:
             or (line["step"] == start_step and (evaluated or not any(name.startswith(("eval/", "sample/")) for name in line)))
         ]
         write_whole(self._path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._file = self._path.open("a")
+        self._file = self._path.open("a", encoding="utf-8")
         # Not EventFileWriter: its thread would tell of a full disk, too, and at length.
         name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{time.time_ns()}"
         self._events = RecordWriter((pathlib.Path(workdir) / name).open("wb"))
@@ -75,7 +75,7 @@ def read_lines(path: str | pathlib.Path) -> list[dict]:
     """The lines of a metrics.jsonl; what is none, such as a last line cut off by a killed writer, is left out."""
     path = pathlib.Path(path)
     lines = []
-    for text in path.read_text(errors="replace").splitlines() if path.exists() else ():
+    for text in path.read_text(errors="replace", encoding="utf-8").splitlines() if path.exists() else ():
         with contextlib.suppress(json.JSONDecodeError):
             lines.append(json.loads(text))
     return [line for line in lines if isinstance(line, dict) and "step" in line]

@@ -39,7 +39,7 @@ def save_comparison(
         rows += [pictures.strip(real, caption, end=" (truth)"), pictures.strip(clip, "sample")]
     sheet = pictures.stack(rows)
     pictures.save_png(temporary / "sheet.png", sheet)
-    (temporary / "captions.json").write_text(json.dumps(captions, indent=1))
+    (temporary / "captions.json").write_text(json.dumps(captions, indent=1), encoding="utf-8")
     if directory.exists():
         shutil.rmtree(directory)
     temporary.replace(directory)

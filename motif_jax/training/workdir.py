@@ -85,9 +85,9 @@ def lock(workdir: Path) -> contextlib.AbstractContextManager:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         if isinstance(path, RemotePath):
-            path.write_text(me)
+            path.write_text(me, encoding="utf-8")
             return contextlib.nullcontext()
-        file = path.open("a+")
+        file = path.open("a+", encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write to the work directory {workdir}: {error}") from error
     while True:
@@ -134,7 +134,7 @@ def write_overview(workdir: Path, params: Params) -> None:
     """parameters.txt: name, shape and size of every weight."""
     from clu import parameter_overview
 
-    (workdir / "parameters.txt").write_text(parameter_overview.get_parameter_overview(params, include_stats=False) + "\n")
+    (workdir / "parameters.txt").write_text(parameter_overview.get_parameter_overview(params, include_stats=False) + "\n", encoding="utf-8")
 
 
 def check_position(saved: dict, expected: dict, directory: Path) -> None:
@@ -157,7 +157,7 @@ def check_pretrained(saved: Mapping[str, str], now: Mapping[str, str], directory
 def is_done(workdir: Path, step: int | None) -> bool:
     """Whether `finish` was called for `step`, and nothing has begun since."""
     done = workdir / "DONE"
-    return done.exists() and done.read_text() == f"{step}\n"
+    return done.exists() and done.read_text(encoding="utf-8") == f"{step}\n"
 
 
 def finish(workdir: Path, step: int) -> None:
@@ -165,7 +165,7 @@ def finish(workdir: Path, step: int) -> None:
     if not is_done(workdir, step):
         with mirrored(workdir) as local:
             page = report.write(local)
-        (workdir / "DONE").write_text(f"{step}\n")
+        (workdir / "DONE").write_text(f"{step}\n", encoding="utf-8")
         print(f"done: {step} steps; {workdir / page.name}", flush=True)
 
 

@@ -50,10 +50,13 @@ def test_read_image(tmp_path):
     Image.fromarray(picture).save(tmp_path / "a.png")
     np.testing.assert_array_equal(read_image(tmp_path / "a.png"), picture)
     assert read_image(tmp_path / "a.png", 16, 16).shape == (16, 16, 3)
-    exif = Image.Exif()
-    exif[0x0112] = 6  # shown a quarter turn clockwise
-    Image.fromarray(picture).save(tmp_path / "turned.png", exif=exif)
-    np.testing.assert_array_equal(read_image(tmp_path / "turned.png"), np.rot90(picture, -1))
+    mirrored = picture[:, ::-1]
+    turns = ((picture, 0), (mirrored, 0), (picture, 2), (mirrored, 2), (mirrored, 1), (picture, -1), (mirrored, -1), (picture, 1))
+    for orientation, (stored, quarters) in enumerate(turns, 1):  # as the standard's table has it: turned after it is mirrored
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        Image.fromarray(picture).save(tmp_path / "turned.png", exif=exif)
+        np.testing.assert_array_equal(read_image(tmp_path / "turned.png"), np.rot90(stored, quarters))
     Image.fromarray(picture[..., 0]).save(tmp_path / "grey.png")
     np.testing.assert_array_equal(read_image(tmp_path / "grey.png"), np.repeat(picture[..., :1], 3, -1))
     Image.fromarray(picture[..., 0].astype(np.uint16) * 257).save(tmp_path / "deep.png")

@@ -338,3 +338,7 @@ def test_more_shards_than_open_files_are_allowed(tmp_path, monkeypatch, workers)
     monkeypatch.setattr(resource, "getrlimit", lambda what: (100, 200))
     with pytest.raises(UserError, match=r"has 60 shards.*may open 200 files.*ulimit -Hn.* to 572.*prepare\.clips_per_shard"):
         pipeline.open_dataset(data)
+    monkeypatch.setattr(resource, "getrlimit", lambda what: (100, resource.RLIM_INFINITY))  # as on macOS, where this means little
+    monkeypatch.setattr(resource, "setrlimit", lambda what, limits: (_ for _ in ()).throw(ValueError("Invalid argument")))
+    with pytest.raises(UserError, match=r"has 60 shards.*may open 100 files"):
+        pipeline.open_dataset(data)

@@ -1,5 +1,6 @@
 """Cuts: every one between two real clips is found, and hardly anything inside them is taken for one."""
 
+import collections
 import itertools
 
 import av
@@ -90,12 +91,25 @@ def test_clips_lie_within_a_scene(film, threshold):
     assert {c["first_frame"] < CUT for c in clips} == {True, False}  # both scenes give clips
 
 
-def test_a_video_of_cuts_is_left_out(tmp_path):
-    save_video(tmp_path / "flicker.mp4", np.concatenate([scene(i, 5) for i in range(8)]), 25)
+@pytest.mark.parametrize("container", ["mp4", "h264"])
+def test_a_video_of_cuts_is_left_out(tmp_path, monkeypatch, container):
+    """When its frames are shown is found out once for all the clips that are tried: a raw stream is decoded whole for it."""
+    path = tmp_path / f"flicker.{container}"
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("libx264", rate=25)
+        stream.height, stream.width, stream.pix_fmt = 64, 96, "yuv420p"
+        for frame in np.concatenate([scene(i, 5) for i in range(8)]):
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        file.mux(stream.encode())
+    asked = collections.Counter()
+    for name in ("_packet_timeline", "_decoded_timeline"):
+        find = getattr(videos, name)
+        monkeypatch.setattr(videos, name, lambda *a, name=name, find=find: asked.update([name]) or find(*a))
     config = Config(data=DataConfig(frames=8, height=64, width=96), prepare=PrepareConfig(validation_share=0.0))
-    source = sources.VideoClips(config, ([Entry("flicker.mp4", tmp_path / "flicker.mp4", "flicker")], []), Still())
+    source = sources.VideoClips(config, ([Entry(path.name, path, "flicker")], []), Still())
     (outcome,) = source.outcomes(source.items["train"])
     assert isinstance(outcome, Skipped) and outcome.kind == "scene cut" and "each of 8" in outcome.reason
+    assert asked == {"_packet_timeline": 1} | ({"_decoded_timeline": 1} if container == "h264" else {})
 
 
 def test_real_clips_put_together(shared):

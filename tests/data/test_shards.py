@@ -1,16 +1,12 @@
 """Shards: complete or absent, every kind of damage found and named, metadata only when all is there."""
 
 import json
-import os
-import subprocess
-import time
 
 import numpy as np
 import pytest
 
 from motif_jax.data import records, shards
 from motif_jax.data.shards import Shard, Skipped, finish, plan_shards, read_manifest, write_shard
-from motif_jax.data.storage import machine
 from motif_jax.data.verification import check_shard
 from motif_jax.errors import UserError
 
@@ -189,25 +185,6 @@ def test_shards_and_splits_without_records(tmp_path):
     assert list(manifest.shards) == ["train"] and [n for _, n, _ in manifest.shards["train"]] == [2]
     source = tfds.builder_from_directory(str(tmp_path)).as_data_source()
     assert list(source) == ["train"] and [x["caption"] for x in source["train"]] == [b"number 0", b"number 1"]
-
-
-def test_sweep_takes_only_what_nobody_writes(tmp_path):
-    (tmp_path / "manifests").mkdir()
-    gone = subprocess.Popen(["true"])
-    gone.wait()
-    names = {
-        "dead": f".tmp-{gone.pid}@{machine()}@motif-train",
-        "manifest": f"manifests/.tmp-{gone.pid}@{machine()}@motif-train.json",
-        "mine": f".tmp-{os.getpid()}@{machine()}@motif-train",
-        "elsewhere": f".tmp-{gone.pid}@elsewhere@motif-train",
-        "old": ".tmp-1@elsewhere@motif-old",
-    }
-    for name in names.values():
-        (tmp_path / name).write_text("")
-    yesterday = time.time() - 25 * 3600
-    os.utime(tmp_path / names["old"], (yesterday, yesterday))
-    shards.sweep(tmp_path)
-    assert {key for key, name in names.items() if (tmp_path / name).exists()} == {"mine", "elsewhere"}
 
 
 def test_digest_ignores_the_order_of_keys():

@@ -10,7 +10,10 @@ import pathlib
 import pickle
 import resource
 import shutil
+import subprocess
+import sys
 import tarfile
+import tempfile
 import threading
 import time
 import uuid
@@ -168,6 +171,60 @@ def test_a_temporary_file_that_is_renamed_meanwhile(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "scandir", then_renamed)
     assert storage.sizes(tmp_path) == {"shard": 2}
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_sweep_takes_only_what_nobody_writes(tmp_path, monkeypatch, remote):
+    """Of a store: in the directory for temporary files, which belongs to others, too."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path if remote else tmp_path.parent))
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    names = {
+        "dead": f".tmp-{gone.pid}@{storage.machine()}@motif-train",
+        "mine": f".tmp-{os.getpid()}@{storage.machine()}@motif-train",
+        "elsewhere": f".tmp-{gone.pid}@elsewhere@motif-train",
+        "old": ".tmp-1@elsewhere@motif-old",
+        "not ours": ".tmp-of-another-program",
+    }
+    for name in names.values():
+        (tmp_path / name).write_text("")
+    for name in ("old", "not ours"):
+        os.utime(tmp_path / names[name], (time.time() - 25 * 3600, time.time() - 25 * 3600))
+    (tmp_path / f".tmp-{gone.pid}@{storage.machine()}@folder").mkdir()
+    (tmp_path / f".tmp-{gone.pid}@{storage.machine()}@folder/a.mp4").write_text("")
+    storage.sweep(location("memory://somewhere") if remote else tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {names[key] for key in ("mine", "elsewhere", "not ours")}
+
+
+@pytest.mark.parametrize("kind", ["tar", "store"])
+def test_copies_of_a_killed_process_are_swept(tmp_path, monkeypatch, kind):
+    """Of a video in an archive or a store; and the half of a download, by the next one."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "a.tar").write_bytes(bytes(9))
+    name = f"memory://{uuid.uuid4().hex}/a.mp4"
+    code = f"""
+import os, pathlib, fsspec
+from motif_jax.data import storage
+file = storage.Member(pathlib.Path({str(tmp_path / "a.tar")!r}), "a.mp4", 0, 9)
+if {kind == "store"}:
+    fsspec.filesystem("memory").pipe_file({name!r}, bytes(9))
+    file = storage.location({name!r})
+    storage.download = lambda path, local: local.write_bytes(b"half") and os._exit(9)
+    storage.on_disk(file)
+with storage.local_copy(file):
+    os._exit(9)
+"""
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 9
+    (left,) = tmp_path.rglob(".tmp-*")
+    if kind == "store":
+        location(name).files.pipe_file(name, bytes(9))
+        copy = storage.on_disk(name)
+        assert copy.read_bytes() == bytes(9) and copy.parent == left.parent
+    else:
+        storage.sweep(tmp_path / "data")
+    assert not left.exists()
 
 
 def len_of_words(captions) -> np.ndarray:
@@ -333,6 +390,14 @@ def test_a_web_server_that_does_not_give_a_file(status, error):
         with pytest.raises(error) if error else contextlib.nullcontext():
             assert read_part(video) == b"video"
         server.shutdown()
+
+
+@pytest.mark.parametrize("store", ["memory:///a/b", "http://localhost:1/a/b"])
+def test_what_a_list_in_a_store_names_lies_beside_it(store):
+    pytest.importorskip("aiohttp")
+    folder = location(f"{store}/list.csv", look=False).parent
+    wanted = {"x/c d.mp4": f"{store}/x/c d.mp4", "../c.mp4": f"{store[:-2]}/c.mp4", "/c.mp4": "/c.mp4"}
+    assert {name: str(storage.beside(folder, name)) for name in wanted} == wanted
 
 
 @pytest.mark.parametrize("request_name", ["info", "cat_file", "get_file"])

@@ -166,6 +166,7 @@ def test_two_processes_write_to_a_bucket(bucket, environment, data, single, tmp_
     assert parts >= {"ocdbt.process_0", "ocdbt.process_1"}
 
 
+@pytest.mark.skipif(not pathlib.Path("/proc/self/environ").exists(), reason="finds the processes of a job in Linux' /proc")
 def test_a_stopped_and_killed_job_continues_with_fewer_processes(environment, data, single, tmp_path):
     """SIGTERM to one of two: both save and leave. kill -9 of one of two: the job fails by itself. One process does the rest."""
     job = start(environment, 2, data, tmp_path)
