@@ -11,6 +11,7 @@ from flax import nnx
 from motif_jax.config import AutoencoderConfig, ImageConfig, ResamplerConfig, TextConfig, UNetConfig, from_config_dict
 from motif_jax.errors import UserError
 from motif_jax.interop import load_reference, names, reference
+from motif_jax.interop.buffers import schedule_buffers
 from motif_jax.interop.imported import Import, import_checkpoint
 from motif_jax.interop.settings import Settings, read_yaml, to_yaml
 from motif_jax.interop.tables import image, resampler, unet
@@ -36,10 +37,10 @@ SMALL = dataclasses.replace(
 REST = {"embedder.model.logit_scale": np.zeros((), np.float32), "embedder.model.token_embedding.weight": np.zeros((3, 2), np.float32)}
 
 
-def checkpoint(settings, seed=0):
+def checkpoint(settings, seed=0, networks=("denoiser", "image", "resampler")):
     """Random tensors under the names of the checkpoint."""
     rng, make, state = np.random.default_rng(seed), reference.constructors(settings, np.float32), {}
-    for name in ("denoiser", "image", "resampler"):
+    for name in networks:
         for path, leaf in Network.of(make[name]).shapes.items():
             tensor = rng.normal(size=names.torch_shape(path, leaf.shape)) * 0.3
             state[reference.TABLES[name].prefix + names.torch_name(path)] = np.asarray(tensor, np.float32)
@@ -83,6 +84,22 @@ def test_there_and_back_through_a_run(model, tmp_path):
     assert all(found[name].tobytes() == trained[name].tobytes() for name in trained)
     again = read_yaml(tmp_path / "all.yaml")
     assert (again.unet, again.image, again.resampler) == (settings.unet, settings.image, settings.resampler)
+
+
+def test_a_whole_checkpoint_comes_back(tmp_path):
+    """Every name that DynamiCrafter's strict loader asks for, also what its image tower keeps of the same OpenCLIP and does not use."""
+    kl = AutoencoderConfig(ch=32, ch_mult=(1, 1), factor=2, num_res_blocks=1)
+    settings = dataclasses.replace(LARGE, autoencoder=kl, text=TextConfig(vocab_size=8, context_length=3, width=6, layers=2, heads=2))
+    state, text = checkpoint(settings, networks=reference.TABLES), "cond_stage_model.model."
+    unused = ("logit_scale", "text_projection", "positional_embedding", "token_embedding.weight", "ln_final.weight", "ln_final.bias")
+    state |= {f"embedder.model.{name}": state[text + name] for name in unused} | schedule_buffers(settings.diffusion)
+    safetensors.numpy.save_file(state, tmp_path / "dc.safetensors")
+    (tmp_path / "dc.yaml").write_text(to_yaml(settings))
+    import_checkpoint("dynamicrafter", tmp_path / "dc.safetensors", tmp_path / "in", tmp_path / "dc.yaml")
+    export(tmp_path / "in", tmp_path / "out.safetensors", frozen=True)
+    found = safetensors.numpy.load_file(tmp_path / "out.safetensors")
+    assert found.keys() == state.keys()
+    assert all(found[name].tobytes() == state[name].tobytes() for name in state)
 
 
 def test_read_off_the_shapes(model):
