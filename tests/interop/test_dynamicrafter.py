@@ -69,7 +69,7 @@ def test_there_and_back_through_a_run(model, tmp_path):
     """A run can start from the import, and every tensor comes back bit for bit under the reference's names."""
     settings, state, file, yaml = model
     assert read_yaml(yaml) == settings
-    counts = import_checkpoint("dynamicrafter", file, tmp_path / "in", yaml)
+    counts, _ = import_checkpoint("dynamicrafter", file, tmp_path / "in", yaml)
     assert counts.keys() == {"denoiser", "image", "resampler"}
     assert Import(tmp_path / "in").settings == settings
     config = run_config(settings, init_from=str(tmp_path / "in"))
@@ -105,7 +105,7 @@ def test_a_whole_checkpoint_comes_back(tmp_path):
 def test_read_off_the_shapes(model):
     """Without a YAML: everything but the number of heads, which no shape tells."""
     settings, _, file, _ = model
-    found, _ = reference.read_checkpoint(file)
+    found, *_ = reference.read_checkpoint(file)
     trained = reference.DYNAMICRAFTER if settings is LARGE else reference.DYNAMICRAFTER_256
     assert found.unet == settings.unet and found.diffusion == trained
     assert found.image == dataclasses.replace(settings.image, heads=0)
@@ -134,11 +134,11 @@ def test_an_openclip_file_brings_either_tower(tmp_path):
     for path, leaf in Network.of(reference.constructors(dataclasses.replace(LARGE, text=text), np.float32)["text"]).shapes.items():
         state[names.torch_name(path)] = rng.normal(size=names.torch_shape(path, leaf.shape)).astype(np.float32)
     safetensors.numpy.save_file(state, tmp_path / "x.safetensors")
-    assert import_checkpoint("openclip_image", tmp_path / "x.safetensors", tmp_path / "in").keys() == {"image"}
-    assert import_checkpoint("openclip", tmp_path / "x.safetensors", tmp_path / "in").keys() == {"text"}
+    assert import_checkpoint("openclip_image", tmp_path / "x.safetensors", tmp_path / "in")[0].keys() == {"image"}
+    assert import_checkpoint("openclip", tmp_path / "x.safetensors", tmp_path / "in")[0].keys() == {"text"}
     del state["visual.proj"]
     safetensors.numpy.save_file(state, tmp_path / "y.safetensors")
-    assert import_checkpoint("openclip", tmp_path / "y.safetensors", tmp_path / "other").keys() == {"text"}
+    assert import_checkpoint("openclip", tmp_path / "y.safetensors", tmp_path / "other")[0].keys() == {"text"}
     with pytest.raises(UserError, match=r"no image tower.*there is no proj"):
         import_checkpoint("openclip_image", tmp_path / "y.safetensors", tmp_path / "third")
 
