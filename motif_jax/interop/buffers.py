@@ -3,9 +3,7 @@
 import numpy as np
 
 from motif_jax.config import DiffusionConfig
-from motif_jax.diffusion.schedule import zero_terminal_snr_betas
-
-_RAMP = 400  # steps over which the dynamic rescale falls; the table then goes on for as many steps as the schedule has
+from motif_jax.diffusion.schedule import SCALE_STEPS, zero_terminal_snr_betas
 
 
 def schedule_buffers(diffusion: DiffusionConfig) -> dict[str, np.ndarray]:
@@ -39,6 +37,6 @@ def schedule_buffers(diffusion: DiffusionConfig) -> dict[str, np.ndarray]:
         "posterior_mean_coef2": (1.0 - before) * np.sqrt(alphas) / (1.0 - total),
     }
     if diffusion.base_scale != 1.0:
-        flat = np.full(diffusion.num_timesteps, diffusion.base_scale)
-        tables["scale_arr"] = np.concatenate([np.linspace(1.0, diffusion.base_scale, _RAMP), flat])
+        flat = np.full(diffusion.num_timesteps, diffusion.base_scale)  # after the ramp as many again as the schedule has
+        tables["scale_arr"] = np.concatenate([np.linspace(1.0, diffusion.base_scale, SCALE_STEPS), flat])
     return {name: table.astype(np.float32) for name, table in tables.items()}
