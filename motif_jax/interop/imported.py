@@ -69,11 +69,11 @@ def import_checkpoint(
             _check_output(output, contents["networks"], networks)
             about = {"kind": kind, "source": source.name, "source_sha256": storage.sha256(source)}
             about |= {"yaml": pathlib.Path(yaml).name} if yaml else {}
-            about |= {"weights": "ema"} if averaged else {}
             for name, tensors in networks.items():
                 path = output / f"{name}.safetensors"
                 made.insert(0, path)
-                contents["networks"][name] = {**about, "sha256": files.write_safetensors(path, tensors), "config": config.get(name, {})}
+                told = about | ({"weights": "ema"} if averaged and name == "denoiser" else {})
+                contents["networks"][name] = {**told, "sha256": files.write_safetensors(path, tensors), "config": config.get(name, {})}
             if "denoiser" in networks:
                 contents |= {key: config[key] for key in ("diffusion", "weightless")}
             storage.write_whole(output / CONTENTS, json.dumps(contents, indent=2, sort_keys=True) + "\n")

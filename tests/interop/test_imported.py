@@ -130,6 +130,8 @@ def test_the_average_beside_the_weights(tmp_path, networks):
     for averaged, expected in ((False, raw), (True, {name: tensor + 1 for name, tensor in raw.items()})):
         _, remarks = import_checkpoint("videocrafter", source, tmp_path / f"{averaged}", averaged=averaged)
         assert [remark.endswith("--weights=ema takes it") for remark in remarks] == [True] * (not averaged)
+        told = json.loads((tmp_path / f"{averaged}/imported.json").read_text())["networks"]["denoiser"]
+        assert told.get("weights") == ("ema" if averaged else None)
         export(tmp_path / f"{averaged}", tmp_path / "out.safetensors")
         same(safetensors.numpy.load_file(tmp_path / "out.safetensors"), expected)
     with pytest.raises(UserError, match=r"--weights=ema: holds no average of the U-Net's weights: there is no model_ema\.diffusion_model"):
