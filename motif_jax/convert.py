@@ -1,9 +1,9 @@
 """Weights from PyTorch and back:
 
-python -m motif_jax.convert import --kind=KIND --input=FILE --output=DIR [--yaml=FILE]
+python -m motif_jax.convert import --kind=KIND --input=FILE --output=DIR [--yaml=FILE] [--weights=ema|raw]
     reads a .safetensors or PyTorch file (KIND: see below); DIR then serves as --config.init_from (raft: DIR/raft.safetensors as
     --config.prepare.flow_weights). Without the reference's YAML, or a readable one of the same name beside the file, the networks are
-    read off the shapes of the tensors; --yaml= takes none.
+    read off the shapes of the tensors; --yaml= takes none. --weights=ema takes the average of the U-Net that the file keeps.
 python -m motif_jax.convert export --workdir=DIR --output=FILE.safetensors|.ckpt [--weights=ema|raw] [--frozen]
     writes the U-Net (--frozen: also autoencoder and towers) in the reference's names, and FILE.yaml. DIR may be an import.
 """
@@ -25,11 +25,13 @@ YAML = flags.DEFINE_string(
     "yaml", None, "import: the reference's configuration of that file (default: FILE.yaml if there is one; empty: none)"
 )
 WORKDIR = flags.DEFINE_string("workdir", None, "export: work directory of a run, or the directory of an import")
-WEIGHTS = flags.DEFINE_enum("weights", None, ["ema", "raw"], "export: averaged or raw weights (default: averaged if the run keeps them)")
+WEIGHTS = flags.DEFINE_enum(
+    "weights", None, ["ema", "raw"], "averaged or raw weights (default: export: averaged if the run keeps them; import: raw)"
+)
 FROZEN = flags.DEFINE_boolean("frozen", False, "export: also write the autoencoder and the towers")
 OUTPUT = flags.DEFINE_string("output", None, "import: a directory; export: FILE.safetensors or FILE.ckpt")
 
-FLAGS = {"import": {"kind", "input", "yaml", "output"}, "export": {"workdir", "weights", "frozen", "output"}}
+FLAGS = {"import": {"kind", "input", "yaml", "weights", "output"}, "export": {"workdir", "weights", "frozen", "output"}}
 REQUIRED = {"import": ("kind", "input", "output"), "export": ("workdir", "output")}
 
 
@@ -53,18 +55,18 @@ def main(argv: list[str]) -> None:
             yaml, remark = yaml_beside(KIND.value, INPUT.value)
             if remark:
                 print(remark)
-        counts = import_checkpoint(KIND.value, INPUT.value, output, yaml)
+        counts, remarks = import_checkpoint(KIND.value, INPUT.value, output, yaml, WEIGHTS.value == "ema")
         for name, (tensors, parameters) in counts.items():
             print(f"{OUTPUT.value}/{name}.safetensors: {tensors} tensors, {parameters:,} parameters")
         if not yaml and KIND.value != "raft":
-            print(f"note: assumed, for want of a --yaml: {Import(output).assumptions(counts)}")
+            remarks.append(f"assumed, for want of a --yaml: {Import(output).assumptions(counts)}")
     else:
         from motif_jax.training.export import export
 
         yaml, tensors, remarks = export(WORKDIR.value, output, WEIGHTS.value or "best", FROZEN.value)
         print(f"{OUTPUT.value}: {tensors} tensors; {yaml}")
-        for remark in remarks:
-            print(f"note: {remark}")
+    for remark in remarks:
+        print(f"note: {remark}")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 Spaces: "eps" (the noise), "x0" (the clean latent), "v" = sqrt(ab) eps - sqrt(1 - ab) x0, and "flow" = eps - x0, the
 velocity of x_s = (1 - s) x0 + s eps at s = (t + 1) / N (it reads only N from the schedule). "flow_x0" is the clean latent on
 that same straight path: flow matching for a network too narrow to put out the noise (Li and He, arXiv 2511.13720).
-With a dynamic rescale, x0 stands for scale[t] * x0 everywhere here, targets included (DynamiCrafter's convention).
+With a dynamic rescale, x0 stands for scale[t] * x0 in the first three, targets included (DynamiCrafter's convention).
 """
 
 import jax.numpy as jnp
@@ -21,11 +21,8 @@ def add_noise(
 ) -> Float[Array, "B *rest"]:
     """x_t, the network's noisy input. `prediction` selects the path: that of STRAIGHT, or variance preserving."""
     _check(prediction)
-    if prediction in STRAIGHT:
-        s = _time(schedule, t_B, x0.ndim)
-        return (1.0 - s) * x0 + s * noise
-    alpha, sigma = _alpha_sigma(schedule, t_B, x0.ndim)
-    return alpha * _rescaled(schedule, x0, t_B) + sigma * noise
+    alpha, sigma = _path(schedule, t_B, x0.ndim, prediction)
+    return alpha * _clean(schedule, x0, t_B, prediction) + sigma * noise
 
 
 def target(
@@ -46,13 +43,11 @@ def target(
         wanted = noise.astype(jnp.float32) - x0
     elif prediction == "eps":
         wanted = noise.astype(jnp.float32)
-    elif prediction == "flow_x0":
-        wanted = x0.astype(jnp.float32)
-    elif prediction == "x0":
-        wanted = _rescaled(schedule, x0, t_B)
+    elif prediction in ("x0", "flow_x0"):
+        wanted = _clean(schedule, x0, t_B, prediction).astype(jnp.float32)
     else:
-        alpha, sigma = _alpha_sigma(schedule, t_B, x0.ndim)
-        wanted = alpha * noise - sigma * _rescaled(schedule, x0, t_B)
+        alpha, sigma = _path(schedule, t_B, x0.ndim, prediction)
+        wanted = alpha * noise - sigma * _clean(schedule, x0, t_B, prediction)
     if space in ("", prediction):
         return wanted
     return convert(schedule, add_noise(schedule, x0, noise, t_B, prediction), wanted, t_B, prediction, space)
@@ -65,9 +60,9 @@ def to_x0(
     _check(prediction)
     if prediction in ("x0", "flow_x0"):
         return output.astype(jnp.float32)
+    alpha, sigma = _path(schedule, t_B, x_t.ndim, prediction)
     if prediction == "flow":
-        return x_t - _time(schedule, t_B, x_t.ndim) * output
-    alpha, sigma = _alpha_sigma(schedule, t_B, x_t.ndim)
+        return x_t - sigma * output
     if prediction == "eps":
         return (x_t - sigma * output) / alpha
     return alpha * x_t - sigma * output
@@ -80,13 +75,10 @@ def to_eps(
     _check(prediction)
     if prediction == "eps":
         return output.astype(jnp.float32)
+    alpha, sigma = _path(schedule, t_B, x_t.ndim, prediction)
     if prediction == "flow":
-        return x_t + (1.0 - _time(schedule, t_B, x_t.ndim)) * output
-    if prediction == "flow_x0":
-        s = _time(schedule, t_B, x_t.ndim)
-        return (x_t - (1.0 - s) * output) / s
-    alpha, sigma = _alpha_sigma(schedule, t_B, x_t.ndim)
-    if prediction == "x0":
+        return x_t + alpha * output
+    if prediction in ("x0", "flow_x0"):
         return (x_t - alpha * output) / sigma
     return alpha * output + sigma * x_t
 
@@ -113,28 +105,26 @@ def convert(
         raise ValueError(f"no conversion from {source!r} to {space!r}: flow matching noises along another path; use one of {STRAIGHT}")
     if source == "flow":
         return to_x0(schedule, x_t, output, t_B, source)
-    if source == "flow_x0":
-        return (x_t - output) / jnp.maximum(_time(schedule, t_B, x_t.ndim), DIVISOR_FLOOR)
-    alpha, sigma = _alpha_sigma(schedule, t_B, x_t.ndim)
     if source == "v":
-        return alpha * output + sigma * x_t if space == "eps" else alpha * x_t - sigma * output
+        return (to_eps if space == "eps" else to_x0)(schedule, x_t, output, t_B, source)
+    alpha, sigma = _path(schedule, t_B, x_t.ndim, source)
     if source == "eps":
         offset = x_t - sigma * output if space == "x0" else output - sigma * x_t
         return offset / jnp.maximum(alpha, DIVISOR_FLOOR)
-    offset = x_t - alpha * output if space == "eps" else alpha * x_t - output
+    offset = {"eps": x_t - alpha * output, "v": alpha * x_t - output, "flow": x_t - output}[space]
     return offset / jnp.maximum(sigma, DIVISOR_FLOOR)
 
 
-def _alpha_sigma(schedule: Schedule, t_B: Int[Array, " B"], ndim: int) -> tuple[Float[Array, "B *ones"], Float[Array, "B *ones"]]:
+def _path(schedule: Schedule, t_B: Int[Array, " B"], ndim: int, prediction: str) -> tuple[Float[Array, "B *ones"], Float[Array, "B *ones"]]:
+    """The factors of the clean latent and of the noise in x_t."""
+    if prediction in STRAIGHT:
+        s = ((t_B + 1).astype(jnp.float32) / schedule.num_timesteps).reshape(t_B.shape + (1,) * (ndim - 1))
+        return 1.0 - s, s
     return at(schedule.sqrt_alphas_cumprod, t_B, ndim), at(schedule.sqrt_one_minus_alphas_cumprod, t_B, ndim)
 
 
-def _rescaled(schedule: Schedule, x0: Float[Array, "B *rest"], t_B: Int[Array, " B"]) -> Float[Array, "B *rest"]:
-    return at(schedule.scale, t_B, x0.ndim) * x0
-
-
-def _time(schedule: Schedule, t_B: Int[Array, " B"], ndim: int) -> Float[Array, "B *ones"]:
-    return ((t_B + 1).astype(jnp.float32) / schedule.num_timesteps).reshape(t_B.shape + (1,) * (ndim - 1))
+def _clean(schedule: Schedule, x0: Float[Array, "B *rest"], t_B: Int[Array, " B"], prediction: str) -> Float[Array, "B *rest"]:
+    return x0 if prediction in STRAIGHT else at(schedule.scale, t_B, x0.ndim) * x0
 
 
 def _check(space: str) -> None:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-_SCALE_STEPS = 400  # the reference lowers the scale of x_0 over this many steps, whatever the number of timesteps
+SCALE_STEPS = 400  # the reference lowers the scale of x_0 over this many steps, whatever the number of timesteps
 
 
 class Schedule(NamedTuple):
@@ -51,7 +51,7 @@ def make_schedule(
         betas = zero_terminal_snr_betas(betas)
     alphas_cumprod = np.cumprod(1.0 - betas)
     scale = np.full(num_timesteps, base_scale)
-    ramp = np.linspace(1.0, base_scale, _SCALE_STEPS)[:num_timesteps]
+    ramp = np.linspace(1.0, base_scale, SCALE_STEPS)[:num_timesteps]
     scale[: len(ramp)] = ramp
     tables = betas, alphas_cumprod, np.sqrt(alphas_cumprod), np.sqrt(1.0 - alphas_cumprod), scale
     return Schedule(*(table.astype(np.float32) for table in tables))

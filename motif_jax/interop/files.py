@@ -3,20 +3,24 @@
 Nothing stored in a file is executed, and PyTorch is imported only for its own files.
 """
 
+import builtins
 import contextlib
 import dataclasses
 import hashlib
+import io
 import json
 import math
 import pathlib
+import pickle
 import re
 import struct
 import sys
 import warnings
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, BinaryIO
 
 import jax.numpy as jnp
 import numpy as np
@@ -26,7 +30,7 @@ from motif_jax.data.storage import replacing
 from motif_jax.errors import UserError, enumerate_first
 
 PYTORCH = (".ckpt", ".pth", ".pt", ".bin")
-_STRANGE = sys.stdlib_module_names - {"argparse", "pathlib", "typing"}  # whose functions no checkpoint needs, but harmful files do
+_HARMLESS = {"argparse", "collections", "pathlib", "typing"}  # of Python's modules; of the others harmful files take their functions
 _POINTER = b"version https://git-lfs"  # what a clone has in place of a large file
 _WRAPPERS = ("_forward_module.", "module.", "_orig_mod.")  # what DeepSpeed, DistributedDataParallel and compile put before every name
 
@@ -60,11 +64,34 @@ class Lazy:
 class _LeftOut:
     """In place of an object that a checkpoint keeps beside its tensors (a callback, settings, a NumPy scalar), which is not made."""
 
+    like: type | None = None  # what the file fills objects of this class as
+
     def __init__(self, *_: Any) -> None:
         pass
 
     def __setstate__(self, _: Any) -> None:
         pass
+
+    def __setitem__(self, *_: Any) -> None:
+        type(self).like = OrderedDict
+
+    def append(self, _: Any) -> None:
+        type(self).like = list
+
+
+class _Look(pickle.Unpickler):
+    """Reads a pickle with a `_LeftOut` for everything that it asks for: nothing is imported or called."""
+
+    def __init__(self, file: BinaryIO):
+        super().__init__(file)
+        self.classes: dict[str, type[_LeftOut]] = {}
+
+    def find_class(self, module: str, name: str) -> type[_LeftOut]:
+        made = type(name, (_LeftOut,), {"__module__": module})
+        return self.classes.setdefault(f"{module}.{name}", made)
+
+    def persistent_load(self, _: Any) -> None:
+        return None
 
 
 def read_tensors(path: str | pathlib.Path) -> dict[str, Lazy]:
@@ -202,13 +229,26 @@ def _read_pytorch(path: pathlib.Path) -> dict[str, Lazy]:
 
 
 def _left_out(torch: Any, path: pathlib.Path) -> list[type]:
-    """A `_LeftOut` for each class and function that a file asks for and PyTorch does not make, except those of Python's own library."""
+    """A stand-in for each class and function that a file asks for and PyTorch does not make, except for what no checkpoint needs.
+
+    Objects that are filled like a dict or a list become one: PyTorch fills nothing else.
+    """
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # PyTorch's; reading the file raises it, too
+        with zipfile.ZipFile(path) as archive:
+            (member,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
+            look = _Look(io.BytesIO(archive.read(member)))
+        look.load()
+    except Exception:  # PyTorch's and pickle's; reading the file raises it, too
         return []
-    split = [name.rpartition(".") for name in names]
-    return [type(name, (_LeftOut,), {"__module__": module}) for module, _, name in split if module.split(".")[0] not in _STRANGE]
+    found = []
+    for module, _, name in (name.rpartition(".") for name in names):
+        type_of_python = module == "builtins" and isinstance(getattr(builtins, name, None), type)
+        if type_of_python or module.split(".")[0] not in sys.stdlib_module_names - _HARMLESS:
+            like = getattr(look.classes.get(f"{module}.{name}"), "like", None)
+            parts = {"__new__": lambda cls, *_, like=like: like()} if like else {}
+            found.append(type(name, (_LeftOut,), {"__module__": module, **parts}))
+    return found
 
 
 def _damaged_member(path: pathlib.Path) -> str | None:

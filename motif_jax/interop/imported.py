@@ -39,19 +39,25 @@ _CONFIGS = {
 
 
 def import_checkpoint(
-    kind: str, source: str | pathlib.Path, output: str | pathlib.Path, yaml: str | pathlib.Path | None = None
-) -> dict[str, tuple[int, int]]:
-    """Writes the networks of `source` to the directory `output`; returns {network: (tensors, parameters)}.
+    kind: str,
+    source: str | pathlib.Path,
+    output: str | pathlib.Path,
+    yaml: str | pathlib.Path | None = None,
+    averaged: bool = False,
+) -> tuple[dict[str, tuple[int, int]], list[str]]:
+    """Writes the networks of `source` to the directory `output`; returns ({network: (tensors, parameters)}, remarks).
 
-    Everything is checked before the first byte is written, and a failure leaves nothing behind. Imports into one directory take turns.
-    Raises UserError.
+    averaged: see `reference.read_checkpoint`. Everything is checked before the first byte is written, and a failure leaves nothing
+    behind. Imports into one directory take turns. Raises UserError.
     """
     source, output = pathlib.Path(source), pathlib.Path(output)
     if kind not in KINDS:
         raise UserError(f"--kind={kind}: must be one of {', '.join(KINDS)}")
     if kind == "raft" and yaml:
         raise UserError(f"--yaml={yaml}: --kind=raft takes none, since its shapes say everything")
-    networks, config = _raft(source) if kind == "raft" else _networks(kind, source, yaml)
+    if averaged and kind not in ("videocrafter", "dynamicrafter"):
+        raise UserError(f"--weights=ema: only --kind=videocrafter and dynamicrafter have an average, not {kind}")
+    networks, config, remarks = _raft(source) if kind == "raft" else _networks(kind, source, yaml, averaged)
     if output.exists() and not output.is_dir():
         raise UserError(f"--output={output}: is a file; name a directory")
     made = [directory for directory in (output, *output.parents) if not directory.exists()]  # inside out
@@ -66,7 +72,8 @@ def import_checkpoint(
             for name, tensors in networks.items():
                 path = output / f"{name}.safetensors"
                 made.insert(0, path)
-                contents["networks"][name] = {**about, "sha256": files.write_safetensors(path, tensors), "config": config.get(name, {})}
+                told = about | ({"weights": "ema"} if averaged and name == "denoiser" else {})
+                contents["networks"][name] = {**told, "sha256": files.write_safetensors(path, tensors), "config": config.get(name, {})}
             if "denoiser" in networks:
                 contents |= {key: config[key] for key in ("diffusion", "weightless")}
             storage.write_whole(output / CONTENTS, json.dumps(contents, indent=2, sort_keys=True) + "\n")
@@ -77,7 +84,7 @@ def import_checkpoint(
             if isinstance(error, OSError):
                 raise UserError(f"{output}: cannot be written: {error}") from error
             raise
-    return {name: (len(t), sum(int(np.prod(x.shape)) for x in t.values())) for name, t in networks.items()}
+    return {name: (len(t), sum(int(np.prod(x.shape)) for x in t.values())) for name, t in networks.items()}, remarks
 
 
 def yaml_beside(kind: str, source: str | pathlib.Path) -> tuple[pathlib.Path | None, str]:
@@ -96,14 +103,16 @@ def yaml_beside(kind: str, source: str | pathlib.Path) -> tuple[pathlib.Path | N
     return yaml, f"--yaml={yaml}: found beside the input; --yaml= leaves it out"
 
 
-def _networks(kind: str, source: pathlib.Path, yaml: str | pathlib.Path | None) -> tuple[LazyWeights, dict[str, Any]]:
-    settings, weights = read_checkpoint(source, yaml, _ONE.get(kind))
+def _networks(
+    kind: str, source: pathlib.Path, yaml: str | pathlib.Path | None, averaged: bool
+) -> tuple[LazyWeights, dict[str, Any], list[str]]:
+    settings, weights, remarks = read_checkpoint(source, yaml, _ONE.get(kind), averaged)
     wanted = _ONE.get(kind, "denoiser")
     if wanted not in weights:
         held = ", ".join(f"{name} (--kind={_KIND_OF[name]})" for name in weights)
         raise UserError(f"{source}: holds no {TABLES[wanted].what}, but {held}; check --kind={kind}")
     if kind in _ONE:
-        weights = {wanted: weights[wanted]}
+        weights, remarks = {wanted: weights[wanted]}, []
     elif settings.unet.image_cross_attention != (kind == "dynamicrafter"):
         other = "dynamicrafter" if kind == "videocrafter" else "videocrafter"
         has = "has" if settings.unet.image_cross_attention else "has no"
@@ -113,15 +122,15 @@ def _networks(kind: str, source: pathlib.Path, yaml: str | pathlib.Path | None) 
         if config[name]["heads"] == 0:
             del config[name]["heads"]  # nothing says how many
     weightless = {name: config[name] for name in ("autoencoder", "text", "image") if config[name]["kind"] in ("pixel", "words", "random")}
-    return weights, config | {"diffusion": dataclasses.asdict(settings.diffusion), "weightless": weightless}
+    return weights, config | {"diffusion": dataclasses.asdict(settings.diffusion), "weightless": weightless}, remarks
 
 
-def _raft(source: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def _raft(source: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
     try:
         model = raft.load_raft(source)
     except (FileNotFoundError, ValueError) as error:
         raise UserError(str(error)) from error
-    return {"raft": raft.to_reference(model)}, {"raft": {"variant": model.variant}}
+    return {"raft": raft.to_reference(model)}, {"raft": {"variant": model.variant}}, []
 
 
 def _check_output(output: pathlib.Path, present: dict[str, Any], new: dict[str, Any]) -> None:

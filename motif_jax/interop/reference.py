@@ -91,7 +91,7 @@ def load_reference(checkpoint: str | pathlib.Path, yaml: str | pathlib.Path | No
     dtype: of the activations; parameters are float32. For float32 results to 1e-5 of PyTorch's, run under
     `jax.default_matmul_precision("highest")`. Raises UserError, a ValueError.
     """
-    settings, weights = read_checkpoint(checkpoint, yaml)
+    settings, weights, _ = read_checkpoint(checkpoint, yaml)
     make = constructors(settings, dtype)
     modules = {name: bind(make[name], weights[name]) for name in weights}
     if settings.autoencoder.kind == "pixel":
@@ -138,16 +138,26 @@ def constructors(settings: Settings, dtype: Any) -> dict[str, Callable]:
 
 
 def read_checkpoint(
-    path: str | pathlib.Path, yaml: str | pathlib.Path | None = None, only: str | None = None
-) -> tuple[Settings, LazyWeights]:
-    """(what the networks of a file are, {network: {our path: array, not yet read}} of those that it holds).
+    path: str | pathlib.Path, yaml: str | pathlib.Path | None = None, only: str | None = None, averaged: bool = False
+) -> tuple[Settings, LazyWeights, list[str]]:
+    """(what the networks of a file are, {network: {our path: array, not yet read}} of those that it holds, remarks).
 
     The file may be a whole model or one network with or without its prefix. Every tensor's name and shape is checked against
     the YAML, or without one against the architecture that the shapes imply. only: the one network to read, if it is there.
-    Raises UserError, which lists the faults of every network.
+    averaged: take the average of the U-Net's weights that the file keeps beside them. Raises UserError, which lists the faults
+    of every network.
     """
     settings = read_yaml(yaml) if yaml else None
     tensors = files.read_tensors(path)
+    # The reference's LitEma stores the average of "model.a.b" as "model_ema.ab".
+    averages = {name: "model_ema." + name.removeprefix("model.").replace(".", "") for name in tensors if name.startswith(unet.prefix)}
+    remarks = []
+    if averaged:
+        if absent := [average for average in averages.values() if average not in tensors]:
+            raise UserError(f"{path}: --weights=ema: holds no average of the U-Net's weights: there is no {enumerate_first(absent, 2)}")
+        tensors = {**tensors, **{name: tensors[average] for name, average in averages.items()}}
+    elif not tensors.keys().isdisjoint(averages.values()):
+        remarks.append(f"{path}: also holds an average of the U-Net's weights (model_ema.*), left out; --weights=ema takes it")
     parts = _parts(tensors, path, only)
     errors: list[str] = []
 
@@ -186,7 +196,7 @@ def read_checkpoint(
     weights = {name: attempt(fill, name, name) for name in described}
     if errors:
         raise UserError(f"{path}: " + "\n".join(errors) + (f"\n(the configuration is that of {yaml})" if yaml else ""))
-    return settings, weights
+    return settings, weights, remarks
 
 
 def _parts(tensors: Mapping[str, Lazy], path: str | pathlib.Path, only: str | None) -> dict[str, dict[str, Lazy]]:

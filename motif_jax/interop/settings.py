@@ -233,6 +233,7 @@ def to_yaml(settings: Settings) -> str:
     if not u.image_cross_attention:
         del unet["image_cross_attention"], unet["image_cross_attention_scale_learnable"]
     unet |= {key: _UNET_FIXED[key] for key in ("use_linear", "temporal_selfatt_only", "use_relative_position", "use_causal_attention")}
+    unet["temporal_length"] = 16  # the reference asks for it, and runs on any number of frames
     unet |= {} if u.norm_groups == 32 else {"norm_groups": u.norm_groups}
     params = {
         "linear_start": d.beta_start,

@@ -66,14 +66,12 @@ class ResBlock(nnx.Module):
         self.conv1 = Conv(channels_in, channels, (3, 3), **kwargs)
         self.norm2 = GroupNorm(channels, NORM_GROUPS, NORM_EPSILON, dtype=dtype)
         self.conv2 = Conv(channels, channels, (3, 3), **kwargs)
-        if channels != channels_in:
-            self.nin_shortcut = Conv(channels_in, channels, (1, 1), **kwargs)
-        self.has_shortcut = channels != channels_in
+        self.nin_shortcut = Conv(channels_in, channels, (1, 1), **kwargs) if channels != channels_in else None
 
     def __call__(self, x: Float[Array, "N h w C"]) -> Float[Array, "N h w C2"]:
         y = self.conv1(jax.nn.silu(self.norm1(x)))
         y = self.conv2(jax.nn.silu(self.norm2(y)))
-        return (self.nin_shortcut(x) if self.has_shortcut else x) + y.astype(jnp.float32)
+        return (x if self.nin_shortcut is None else self.nin_shortcut(x)) + y.astype(jnp.float32)
 
 
 class AttentionBlock(nnx.Module):
@@ -126,18 +124,13 @@ class Level(nnx.Module):
     def __init__(self, channels_in: int, channels: int, blocks: int, resample: str, *, init: Initializer, dtype):
         kwargs = {"init": init, "dtype": dtype}
         self.block = nnx.List([ResBlock(channels_in if i == 0 else channels, channels, **kwargs) for i in range(blocks)])
-        if resample == "down":
-            self.downsample = Downsample(channels, **kwargs)
-        elif resample == "up":
-            self.upsample = Upsample(channels, **kwargs)
-        self.resample = resample
+        self.downsample = Downsample(channels, **kwargs) if resample == "down" else None
+        self.upsample = Upsample(channels, **kwargs) if resample == "up" else None
 
     def __call__(self, x: Float[Array, "N h w C"]) -> Float[Array, "N h2 w2 C2"]:
-        for block in self.block:
-            x = block(x)
-        if self.resample == "down":
-            return self.downsample(x)
-        return self.upsample(x) if self.resample == "up" else x
+        for layer in (*self.block, self.downsample, self.upsample):
+            x = x if layer is None else layer(x)
+        return x
 
 
 class Encoder(nnx.Module):

@@ -99,15 +99,11 @@ class VideoDiT(nnx.Module):
         x_BNC = self.patch_embed(patches_BNP) + _positions(grid, self.patch_embed.bias.shape[0]).astype(self.dtype)
         context_BLD = context_BLD.astype(self.dtype)
         for block in self.blocks:
-            x_BNC = self._run(block, x_BNC, emb_BC, context_BLD)
+            x_BNC = recompute(lambda *args, block=block: block(*args), self.remat)(x_BNC, emb_BC, context_BLD)
         shift, scale = jnp.split(self.modulation(jax.nn.silu(emb_BC))[:, None], 2, axis=-1)
         x_BNC = self.norm(x_BNC) * (1 + scale) + shift
         y = self.out(jnp.concatenate([x_BNC, patches_BNP], axis=-1)).astype(jnp.float32)
         return y.reshape(B, *grid, pt, ph, pw, -1).transpose(0, 1, 4, 2, 5, 3, 6, 7).reshape(B, T, h, w, -1)
-
-    def _run(self, block: Block, *args: Array) -> Array:
-        graph, state = nnx.split(block)
-        return recompute(lambda state, *args: nnx.merge(graph, state)(*args), self.remat)(state, *args)
 
 
 def _positions(grid: tuple[int, int, int], width: int) -> Float[Array, "N C"]:

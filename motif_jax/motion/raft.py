@@ -136,17 +136,15 @@ class MotionEncoder(nnx.Module):
     """Correlation window and current flow to motion features; the last two channels are the flow itself."""
 
     def __init__(self, v: Variant, **shared: Any):
-        self.widths = len(v.correlation)
         self.convc1 = _conv(LEVELS * (2 * v.radius + 1) ** 2, v.correlation[0], 1, **shared)
-        if self.widths == 2:
-            self.convc2 = _conv(*v.correlation, 3, **shared)
+        self.convc2 = _conv(*v.correlation, 3, **shared) if len(v.correlation) == 2 else None
         self.convf1 = _conv(2, v.flow[0], 7, **shared)
         self.convf2 = _conv(*v.flow, 3, **shared)
         self.conv = _conv(v.correlation[-1] + v.flow[1], v.motion, 3, **shared)
 
     def __call__(self, flow_Bhw2: Array, window_BhwC: Array) -> Array:
         c_BhwC = nnx.relu(self.convc1(window_BhwC))
-        if self.widths == 2:
+        if self.convc2 is not None:
             c_BhwC = nnx.relu(self.convc2(c_BhwC))
         f_BhwC = nnx.relu(self.convf2(nnx.relu(self.convf1(flow_Bhw2))))
         motion_BhwC = nnx.relu(self.conv(jnp.concatenate([c_BhwC, f_BhwC], -1)))

@@ -20,9 +20,9 @@ def export(
 ) -> tuple[pathlib.Path, int, list[str]]:
     """Writes `output` (.safetensors, or .ckpt, which needs PyTorch) and the same name with .yaml.
 
-    kind: see `weights.load`. frozen: also the autoencoder, the towers and, of a model that predicts eps, the
-    schedule's tables: VideoCrafter's whole checkpoint. Returns the YAML's path, the number of tensors and
-    remarks on what the reference reads differently. Raises UserError; then neither file is there.
+    kind: see `weights.load`. frozen: also the autoencoder, the towers and the schedule's tables: the reference's whole
+    checkpoint. Returns the YAML's path, the number of tensors and remarks on what the reference reads differently.
+    Raises UserError; then neither file is there.
     """
     output = pathlib.Path(output)
     if output.suffix not in SUFFIXES:
@@ -48,8 +48,11 @@ def export(
             raise UserError(f"{directory}: holds no weights of the {' and '.join(missing)}")
         for name, params in found.items():
             tensors |= {TABLES[name].prefix + key: tensor for key, tensor in to_torch(params).items()}
-    if frozen and settings.diffusion.prediction == "eps":  # what VideoCrafter's own loader asks for
         tensors |= schedule_buffers(settings.diffusion)
+        if "image" in names:  # DynamiCrafter's image tower is a whole OpenCLIP without the text's blocks: the same one, and not used
+            text = TABLES["text"].prefix
+            ends = [name for name in tensors if name.startswith(text) and not name.startswith(f"{text}transformer.")]
+            tensors |= {f"embedder.model.{name.removeprefix(text)}": tensors[name] for name in ends}
     yaml = output.with_suffix(".yaml")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ from flax import nnx
 from motif_jax.config import AutoencoderConfig, ImageConfig, ResamplerConfig, TextConfig, UNetConfig, from_config_dict
 from motif_jax.errors import UserError
 from motif_jax.interop import load_reference, names, reference
+from motif_jax.interop.buffers import schedule_buffers
 from motif_jax.interop.imported import Import, import_checkpoint
 from motif_jax.interop.settings import Settings, read_yaml, to_yaml
 from motif_jax.interop.tables import image, resampler, unet
@@ -36,10 +37,10 @@ SMALL = dataclasses.replace(
 REST = {"embedder.model.logit_scale": np.zeros((), np.float32), "embedder.model.token_embedding.weight": np.zeros((3, 2), np.float32)}
 
 
-def checkpoint(settings, seed=0):
+def checkpoint(settings, seed=0, networks=("denoiser", "image", "resampler")):
     """Random tensors under the names of the checkpoint."""
     rng, make, state = np.random.default_rng(seed), reference.constructors(settings, np.float32), {}
-    for name in ("denoiser", "image", "resampler"):
+    for name in networks:
         for path, leaf in Network.of(make[name]).shapes.items():
             tensor = rng.normal(size=names.torch_shape(path, leaf.shape)) * 0.3
             state[reference.TABLES[name].prefix + names.torch_name(path)] = np.asarray(tensor, np.float32)
@@ -68,7 +69,7 @@ def test_there_and_back_through_a_run(model, tmp_path):
     """A run can start from the import, and every tensor comes back bit for bit under the reference's names."""
     settings, state, file, yaml = model
     assert read_yaml(yaml) == settings
-    counts = import_checkpoint("dynamicrafter", file, tmp_path / "in", yaml)
+    counts, _ = import_checkpoint("dynamicrafter", file, tmp_path / "in", yaml)
     assert counts.keys() == {"denoiser", "image", "resampler"}
     assert Import(tmp_path / "in").settings == settings
     config = run_config(settings, init_from=str(tmp_path / "in"))
@@ -85,10 +86,26 @@ def test_there_and_back_through_a_run(model, tmp_path):
     assert (again.unet, again.image, again.resampler) == (settings.unet, settings.image, settings.resampler)
 
 
+def test_a_whole_checkpoint_comes_back(tmp_path):
+    """Every name that DynamiCrafter's strict loader asks for, also what its image tower keeps of the same OpenCLIP and does not use."""
+    kl = AutoencoderConfig(ch=32, ch_mult=(1, 1), factor=2, num_res_blocks=1)
+    settings = dataclasses.replace(LARGE, autoencoder=kl, text=TextConfig(vocab_size=8, context_length=3, width=6, layers=2, heads=2))
+    state, text = checkpoint(settings, networks=reference.TABLES), "cond_stage_model.model."
+    unused = ("logit_scale", "text_projection", "positional_embedding", "token_embedding.weight", "ln_final.weight", "ln_final.bias")
+    state |= {f"embedder.model.{name}": state[text + name] for name in unused} | schedule_buffers(settings.diffusion)
+    safetensors.numpy.save_file(state, tmp_path / "dc.safetensors")
+    (tmp_path / "dc.yaml").write_text(to_yaml(settings))
+    import_checkpoint("dynamicrafter", tmp_path / "dc.safetensors", tmp_path / "in", tmp_path / "dc.yaml")
+    export(tmp_path / "in", tmp_path / "out.safetensors", frozen=True)
+    found = safetensors.numpy.load_file(tmp_path / "out.safetensors")
+    assert found.keys() == state.keys()
+    assert all(found[name].tobytes() == state[name].tobytes() for name in state)
+
+
 def test_read_off_the_shapes(model):
     """Without a YAML: everything but the number of heads, which no shape tells."""
     settings, _, file, _ = model
-    found, _ = reference.read_checkpoint(file)
+    found, *_ = reference.read_checkpoint(file)
     trained = reference.DYNAMICRAFTER if settings is LARGE else reference.DYNAMICRAFTER_256
     assert found.unet == settings.unet and found.diffusion == trained
     assert found.image == dataclasses.replace(settings.image, heads=0)
@@ -117,11 +134,11 @@ def test_an_openclip_file_brings_either_tower(tmp_path):
     for path, leaf in Network.of(reference.constructors(dataclasses.replace(LARGE, text=text), np.float32)["text"]).shapes.items():
         state[names.torch_name(path)] = rng.normal(size=names.torch_shape(path, leaf.shape)).astype(np.float32)
     safetensors.numpy.save_file(state, tmp_path / "x.safetensors")
-    assert import_checkpoint("openclip_image", tmp_path / "x.safetensors", tmp_path / "in").keys() == {"image"}
-    assert import_checkpoint("openclip", tmp_path / "x.safetensors", tmp_path / "in").keys() == {"text"}
+    assert import_checkpoint("openclip_image", tmp_path / "x.safetensors", tmp_path / "in")[0].keys() == {"image"}
+    assert import_checkpoint("openclip", tmp_path / "x.safetensors", tmp_path / "in")[0].keys() == {"text"}
     del state["visual.proj"]
     safetensors.numpy.save_file(state, tmp_path / "y.safetensors")
-    assert import_checkpoint("openclip", tmp_path / "y.safetensors", tmp_path / "other").keys() == {"text"}
+    assert import_checkpoint("openclip", tmp_path / "y.safetensors", tmp_path / "other")[0].keys() == {"text"}
     with pytest.raises(UserError, match=r"no image tower.*there is no proj"):
         import_checkpoint("openclip_image", tmp_path / "y.safetensors", tmp_path / "third")
 

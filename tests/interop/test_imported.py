@@ -83,7 +83,7 @@ def same(found, expected):
 def test_there_and_back(tmp_path, networks, model, with_yaml):
     source = save(tmp_path / "model.safetensors", model)
     (tmp_path / "model.yaml").write_text(to_yaml(SETTINGS))
-    counts = import_checkpoint("videocrafter", source, tmp_path / "in", tmp_path / "model.yaml" if with_yaml else None)
+    counts, _ = import_checkpoint("videocrafter", source, tmp_path / "in", tmp_path / "model.yaml" if with_yaml else None)
     assert counts == {n: (len(part), sum(t.size for t in part.values())) for n, part in networks.items()}
     assert sorted(os.listdir(tmp_path / "in")) == ["autoencoder.safetensors", "denoiser.safetensors", "imported.json", "text.safetensors"]
     contents = json.loads((tmp_path / "in/imported.json").read_text())["networks"]
@@ -120,6 +120,24 @@ def test_through_pytorch(tmp_path, networks, model):
     found = torch.load(tmp_path / "out.ckpt", weights_only=True)["state_dict"]
     whole = networks["denoiser"] | networks["autoencoder"] | networks["text"] | schedule_buffers(SETTINGS.diffusion)
     same({n: t.numpy() for n, t in found.items()}, whole)
+
+
+def test_the_average_beside_the_weights(tmp_path, networks):
+    """LitEma's names are those of the U-Net without dots; by default the average is left out with a remark."""
+    raw = networks["denoiser"]
+    average = {"model_ema." + name.removeprefix("model.").replace(".", ""): tensor + 1 for name, tensor in raw.items()}
+    source = save(tmp_path / "x.safetensors", raw | average | {"model_ema.num_updates": np.zeros((), np.int32)})
+    for averaged, expected in ((False, raw), (True, {name: tensor + 1 for name, tensor in raw.items()})):
+        _, remarks = import_checkpoint("videocrafter", source, tmp_path / f"{averaged}", averaged=averaged)
+        assert [remark.endswith("--weights=ema takes it") for remark in remarks] == [True] * (not averaged)
+        told = json.loads((tmp_path / f"{averaged}/imported.json").read_text())["networks"]["denoiser"]
+        assert told.get("weights") == ("ema" if averaged else None)
+        export(tmp_path / f"{averaged}", tmp_path / "out.safetensors")
+        same(safetensors.numpy.load_file(tmp_path / "out.safetensors"), expected)
+    with pytest.raises(UserError, match=r"--weights=ema: holds no average of the U-Net's weights: there is no model_ema\.diffusion_model"):
+        import_checkpoint("videocrafter", save(tmp_path / "y.safetensors", raw), tmp_path / "in", averaged=True)
+    with pytest.raises(UserError, match="--weights=ema: only --kind=videocrafter and dynamicrafter"):
+        import_checkpoint("autoencoder", source, tmp_path / "in", averaged=True)
 
 
 def test_half_precision_is_widened(tmp_path, networks):

@@ -174,7 +174,7 @@ def test_the_published_kind_of_file(golden, checkpoints, tmp_path):
     assert {name: (list(tensor.shape), str(tensor.dtype)) for name, tensor in tensors.items()} == {
         name: (shape, dtype.removeprefix("torch.")) for name, (shape, dtype) in listed.items()
     }
-    settings, weights = reference.read_checkpoint(tmp_path / "model.ckpt", checkpoints[4][1])
+    settings, weights, _ = reference.read_checkpoint(tmp_path / "model.ckpt", checkpoints[4][1])
     assert settings == TINY
     for name, part in reference.read_checkpoint(*checkpoints[4])[1].items():
         assert part.keys() == weights[name].keys()
