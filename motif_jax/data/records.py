@@ -1,10 +1,12 @@
 """The clip record: a dict of named values <-> the bytes of one tf.train.Example, and the TFDS features that describe it.
 
-Arrays are raw little-endian bytes and frames are JPEG or PNG, so a record costs what its bytes cost.
+Arrays are raw little-endian bytes and frames are JPEG or PNG, so a record costs what its bytes cost. Both directions are
+written out here (the wire format is three levels deep), which keeps protobuf and TensorFlow out of the input pipeline.
 """
 
 import dataclasses
-from collections.abc import Mapping
+import struct
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -171,24 +173,97 @@ def tfds_features(layout: Layout) -> Any:
     return tfds.features.FeaturesDict(fields)
 
 
+# Example { Features features = 1; }  Features { map<string, Feature> feature = 1; }
+# Feature { oneof: BytesList = 1, FloatList = 2, Int64List = 3 }  each list { repeated value = 1; }
+
+
 def encode_example(values: Mapping[str, Values]) -> bytes:
     """tf.train.Example bytes, features in the order of their names; bytes, float (stored as float32) or int lists."""
-    from tensorflow_datasets.proto import tf_example_pb2
-
-    kinds = {bytes: "bytes_list", float: "float_list", int: "int64_list"}
-    example = tf_example_pb2.Example()
-    for name, items in values.items():
-        getattr(example.features.feature[name], kinds[type(items[0])]).value.extend(items)
-    return example.SerializeToString(deterministic=True)
+    entries = []
+    for name in sorted(values):
+        items = values[name]
+        if isinstance(items[0], bytes):
+            kind, content = 1, b"".join(_field(1, item) for item in items)
+        elif isinstance(items[0], float):
+            kind, content = 2, _field(1, struct.pack(f"<{len(items)}f", *items))
+        else:
+            kind, content = 3, _field(1, b"".join(_varint(item) for item in items))
+        entries.append(_field(1, _field(1, name.encode()) + _field(2, _field(kind, content))))
+    return _field(1, b"".join(entries))
 
 
 def decode_example(record: bytes) -> dict[str, Values]:
-    """Feature name -> list of its values. Raises ValueError on a damaged message."""
-    from google.protobuf.message import DecodeError
-    from tensorflow_datasets.proto import tf_example_pb2
-
+    """Feature name -> list of its values; bytes values are views of `record`. Raises ValueError on a damaged message."""
+    values: dict[str, Values] = {}
     try:
-        features = tf_example_pb2.Example.FromString(record).features.feature
-    except DecodeError as error:
+        for _, features in _fields(memoryview(record)):
+            for _, entry in _fields(features):
+                parts = dict(_fields(entry))
+                kind, content = (_fields(parts[2]) or [(1, memoryview(b""))])[0]
+                items = [item for _, item in _fields(content)]
+                if kind == 2:
+                    items = [x for item in items for x in struct.unpack(f"<{len(item) // 4}f", item)]
+                elif kind == 3:
+                    items = [x for item in items for x in _integers(item)]
+                values[bytes(parts[1]).decode()] = items
+    except (IndexError, KeyError, TypeError, struct.error, UnicodeDecodeError) as error:
         raise ValueError(f"not a tf.train.Example of {len(record)} bytes: {error}") from error
-    return {name: [*getattr(feature, feature.WhichOneof("kind") or "bytes_list").value] for name, feature in features.items()}
+    return values
+
+
+def _varint(value: int) -> bytes:
+    value &= (1 << 64) - 1  # negative numbers take ten bytes, as protobuf's int64 does
+    out = bytearray()
+    while value > 127:
+        out.append(value & 127 | 128)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+def _field(number: int, content: bytes) -> bytes:
+    return bytes([number << 3 | 2]) + _varint(len(content)) + content
+
+
+def _read_varint(data: memoryview, at: int) -> tuple[int, int]:
+    value = data[at]
+    if value < 128:
+        return value, at + 1
+    value, shift = value & 127, 7
+    while True:
+        if shift > 63:
+            raise IndexError("an integer of more than 64 bits")
+        at += 1
+        byte = data[at]
+        value |= (byte & 127) << shift
+        shift += 7
+        if byte < 128:
+            return value, at + 1
+
+
+def _fields(data: memoryview) -> list[tuple[int, memoryview]]:
+    """(number, content) of each field: a view for the length-delimited, packed bytes for unpacked numbers."""
+    found, at, end = [], 0, len(data)
+    while at < end:
+        tag, at = _read_varint(data, at)
+        if tag & 7 == 2:
+            size, start = _read_varint(data, at)
+            at = start + size
+        elif tag & 7 == 0:  # an integer that its writer did not pack
+            start = at
+            _, at = _read_varint(data, at)
+        elif tag & 7 == 5:  # a float that its writer did not pack
+            start, at = at, at + 4
+        else:
+            raise IndexError(f"field of wire type {tag & 7}")
+        if at > end:
+            raise IndexError(f"field of {at - start} bytes with {end - start} left")
+        found.append((tag >> 3, data[start:at]))
+    return found
+
+
+def _integers(data: memoryview) -> Iterator[int]:
+    at = 0
+    while at < len(data):
+        value, at = _read_varint(data, at)
+        yield value - (1 << 64) if value >> 63 else value
