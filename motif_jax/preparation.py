@@ -280,7 +280,7 @@ def _claim(directory: Path, clips: Source, plan: Sequence[Shard]) -> str:
         # Looked for before the plan: another task's plan is there before its shards are.
         filled = any(directory.glob("*.array_record-*")) or (directory / "features.json").exists()
         found = shards.read_object(directory / "plan.json")
-        plans = {found["fingerprint"]} if found and filled else shards.plans(directory)  # a plan without shards binds nobody
+        plans = {found["fingerprint"]} if found else shards.plans(directory)
         if plans <= {wanted["fingerprint"]}:
             if filled and not plans:
                 raise UserError(f"--output={directory} holds a dataset that is not from motif_jax.prepare; use another directory")

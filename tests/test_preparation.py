@@ -358,21 +358,6 @@ def test_another_dataset_is_not_overwritten(tmp_path, clips):
     assert "not from motif_jax.prepare" in prepare("synthetic:shapes:10", tmp_path / "foreign")[0]
 
 
-def test_a_plan_without_shards_binds_nobody(tmp_path, clips):
-    """Of a job that failed before it had made one: other settings may follow, which then are the dataset's."""
-
-    class Broken(Still):
-        def flow(self, frames):
-            raise ValueError("no such device")
-
-    other = dataclasses.replace(CONFIG, seed=1)
-    assert "no such device" in prepare(clips / "list.csv", tmp_path / "a", estimator=Broken())[0]
-    for output in (tmp_path / "a", tmp_path / "b"):
-        assert prepare(clips / "list.csv", output, other, estimator=Still())[0].missing == 0
-    assert files(tmp_path / "a") == files(tmp_path / "b")
-    assert "seed was 1 and is now 0" in prepare(clips / "list.csv", tmp_path / "a", estimator=Still())[0]
-
-
 def test_output_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     message, _ = prepare("synthetic:shapes:10", tmp_path / "file" / "out")
