@@ -3,6 +3,7 @@
 Everything a record holds is a function of its item and the source's settings, whatever is made before or beside it.
 """
 
+import abc
 import collections
 import contextlib
 import dataclasses
@@ -64,8 +65,8 @@ class Towers(Protocol):
     def describe(self) -> dict[str, Any]: ...
 
 
-class Source:
-    """What the offline job needs to know about its input; `outcomes` is each kind's own."""
+class Source(abc.ABC):
+    """What the offline job needs to know about its input. Without an `estimator` clips come with their flow; masks: and with a mask."""
 
     items: dict[str, Sequence[Item]]  # split -> clips
     problems: Sequence[Problem] = ()  # lines of the source that cannot become clips
@@ -88,9 +89,9 @@ class Source:
             self.settings |= {f"{name}.{k}": v for k, v in values.items() if k != "flow_weights"}
         self.settings |= towers.describe() if towers else {}
 
+    @abc.abstractmethod
     def outcomes(self, items: Sequence[Item]) -> Iterator[bytes | Skipped]:
-        """One record, or the reason for none, per item and in their order."""
-        raise NotImplementedError
+        """One record, or the reason for none, per item and in their order. Raises UserError for what no clip of the source can have."""
 
     def _record(self, item: Item, clip: dict[str, Any]) -> bytes | Skipped:
         """`clip` is what `records.encode_clip` takes, but for the item's fields; its flow is estimated where there is an estimator.

@@ -233,9 +233,9 @@ def _mine() -> str:
 
 
 def sweep(directory: Path) -> None:
-    """Removes what `replacing` has left in a directory, and `local_copy` and `replacing` for a store in that for temporary files.
+    """Removes the temporary files of processes that are gone: dead on this machine, or silent for a day on another one.
 
-    Only of processes that are gone: dead on this machine, or silent for a day on another one.
+    Of `directory`, and of the system's directory for temporary files, where copies of remote files lie (`local_copy`), and files to upload.
     """
     places = {pathlib.Path(tempfile.gettempdir()), *([directory] if isinstance(directory, pathlib.Path) else [])}
     for path in [path for place in places for path in place.glob(".tmp-*@*@*")]:

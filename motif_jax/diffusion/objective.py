@@ -116,7 +116,7 @@ def convert(
 
 
 def _path(schedule: Schedule, t_B: Int[Array, " B"], ndim: int, prediction: str) -> tuple[Float[Array, "B *ones"], Float[Array, "B *ones"]]:
-    """The factors of the clean latent and of the noise in x_t."""
+    """The factors of the clean latent and of the noise in x_t: sqrt(abar), sqrt(1 - abar) of DDPM, or 1 - s, s of the straight path."""
     if prediction in STRAIGHT:
         s = ((t_B + 1).astype(jnp.float32) / schedule.num_timesteps).reshape(t_B.shape + (1,) * (ndim - 1))
         return 1.0 - s, s
